@@ -1,0 +1,45 @@
+"""Every private name of Captum that this package uses, imported in this one place.
+
+Captum's helpers move between releases, so the supported range is pinned in pyproject.toml.
+"""
+
+from captum._utils.common import (
+    ExpansionTypes,
+    _expand_additional_forward_args,
+    _expand_target,
+    _format_additional_forward_args,
+    _format_baseline,
+    _format_output,
+    _format_outputs,
+    _format_tensor_into_tuples,
+    _is_tuple,
+    _reduce_list,
+    _run_forward,
+    _select_targets,
+    _sort_key_list,
+    _validate_input,
+)
+from captum._utils.progress import progress
+from captum._utils.typing import BaselineType, TargetType
+from captum.log import log_usage
+
+__all__ = [
+    "BaselineType",
+    "ExpansionTypes",
+    "TargetType",
+    "_expand_additional_forward_args",
+    "_expand_target",
+    "_format_additional_forward_args",
+    "_format_baseline",
+    "_format_output",
+    "_format_outputs",
+    "_format_tensor_into_tuples",
+    "_is_tuple",
+    "_reduce_list",
+    "_run_forward",
+    "_select_targets",
+    "_sort_key_list",
+    "_validate_input",
+    "log_usage",
+    "progress",
+]

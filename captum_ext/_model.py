@@ -1,0 +1,576 @@
+"""Run a model up to, at and after a layer, and leave it exactly as it was found.
+
+Three functions carry every layer method of this package:
+
+- `layer_activations`: what the layers put out (or take in), without a graph;
+- `layer_gradients`: the same, and the gradient of each example's target with respect to it. The
+  graph starts at the first layer: what lies in front of it runs as under `no_grad`, and gradients
+  of parameters are never computed;
+- `Behind`: run again only what lies behind a layer, on edited activations.
+
+All three hook the layers for the length of one forward pass. The hooks act only in the thread that
+set them, so that several threads may explain one model at once. `untouched` is put around a whole
+call and keeps the buffers of a model that was left in train mode.
+"""
+
+import difflib
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import DataParallel, Module
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from captum_ext._compat import (
+    TargetType,
+    _expand_additional_forward_args,
+    _expand_target,
+    _reduce_list,
+    _run_forward,
+    _sort_key_list,
+)
+
+Tensors = tuple[Tensor, ...]
+Forward = Callable[..., Any]
+Score = str | Callable[[Tensor], Tensor]
+
+
+# --- finding the model and its layers ------------------------------------------------------------
+
+
+def root_module(forward_func: Forward) -> Module | None:
+    """The module behind `forward_func`, also behind a bound method; None for a plain function."""
+    owner: object = inspect.unwrap(forward_func)
+    while isinstance(owner, partial):
+        owner = owner.func
+    if not isinstance(owner, Module):
+        owner = getattr(owner, "__self__", None)
+    if isinstance(owner, DataParallel):
+        owner = owner.module
+    return owner if isinstance(owner, Module) else None
+
+
+def closest(name: str, names: Sequence[str], count: int = 3) -> str:
+    """The `count` names most like `name`, as a phrase for an error message."""
+    return ", ".join(difflib.get_close_matches(name, names, n=count, cutoff=0.0))
+
+
+def find_module(forward_func: Forward, module: Module | str, argument: str = "layer") -> Module:
+    """The module called `module`, or `module` itself.
+
+    Raises:
+        ValueError: an unknown name (the three closest are named), or a name for a plain function.
+        TypeError: neither a module nor a name.
+    """
+    root = root_module(forward_func)
+    if hasattr(root, "_orig_mod"):
+        raise ValueError(
+            "`forward_func` is a compiled module, and compiled graphs ignore hooks: pass the eager "
+            "module (`model._orig_mod`)."
+        )
+    if isinstance(module, Module):
+        return module
+    if not isinstance(module, str):
+        raise TypeError(
+            f"`{argument}` must be a torch.nn.Module or its dotted name, got {type(module)}."
+        )
+    if root is None:
+        raise ValueError(
+            f"`{argument}` is the name {module!r}, but `forward_func` is not a module that could "
+            f"be searched for it: pass the module itself."
+        )
+    names = dict(root.named_modules())
+    if module not in names or not module:
+        known = [name for name in names if name]
+        raise ValueError(
+            f"`{argument}` {module!r} is not in the model. Closest: {closest(module, known)}."
+        )
+    return names[module]
+
+
+def module_name(forward_func: Forward, module: Module) -> str:
+    """The dotted name of `module`, or its class where the model is not at hand."""
+    root = root_module(forward_func)
+    names = {} if root is None else {id(m): name for name, m in root.named_modules()}
+    return f"`{names.get(id(module)) or type(module).__name__}`"
+
+
+def scored(forward_func: Forward, score: Score) -> Forward:
+    """`forward_func` with its output turned into scores, in float32 or better.
+
+    Args:
+        forward_func: gives logits, classes in dimension 1.
+        score: "logit" (the output as it is), "softmax" or "sigmoid" (probabilities), or a callable
+            of the whole output.
+    """
+    named: dict[str, Callable[[Tensor], Tensor]] = {
+        "logit": lambda output: output,
+        "softmax": partial(torch.softmax, dim=1),
+        "sigmoid": torch.sigmoid,
+    }
+    if not callable(score) and score not in named:
+        raise ValueError(f"`score` must be one of {sorted(named)} or a callable, got {score!r}.")
+
+    def forward(*args: Any) -> Tensor:
+        output = forward_func(*args)
+        if callable(score):
+            return full_precision(score(output))
+        return named[score](full_precision(output))
+
+    forward.__wrapped__ = forward_func  # type: ignore[attr-defined]
+    return forward
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """`tensor` in float32 where it has half precision, else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+# --- leaving no trace ----------------------------------------------------------------------------
+
+
+@contextmanager
+def untouched(forward_func: Forward) -> Iterator[None]:
+    """Put the buffers of a model in train mode back at the end, and warn once that it is in it.
+
+    An evaluated model costs nothing here. For a plain function the modules in train mode are found
+    while they run.
+    """
+    root = root_module(forward_func)
+    if root is not None and not any(module.training for module in root.modules()):
+        yield
+        return
+    me = threading.get_ident()
+    kept: dict[int, list[tuple[Module, str, Tensor, Tensor]]] = {}
+
+    def keep(module: Module, args: Any) -> None:
+        is_leaf = not module._modules
+        if threading.get_ident() != me or not module.training or not is_leaf or id(module) in kept:
+            return
+        if not kept:
+            warnings.warn(
+                f"The model is in train mode ({type(module).__name__} is): it is explained as it "
+                f"stands, with batch statistics and dropout. Call .eval() to explain what it "
+                f"predicts in use.",
+                stacklevel=2,
+            )
+        named_buffers = module.named_buffers(recurse=False)
+        kept[id(module)] = [(module, name, b, b.detach().clone()) for name, b in named_buffers]
+
+    handle = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for module, name, buffer, value in (entry for kind in kept.values() for entry in kind):
+                buffer.copy_(value)
+                module._buffers[name] = buffer
+
+
+@contextmanager
+def intercept(
+    layers: Sequence[Module],
+    edit: Callable[[int, Tensors], Tensors],
+    *,
+    at_input: bool = False,
+    every_thread: bool = False,
+) -> Iterator[None]:
+    """Let `edit(index of the layer, its tensors)` replace what the layers put out or take in.
+
+    Args:
+        layers: the modules to hook, each of which may run once.
+        edit: takes and returns the floating-point tensors of a layer, wherever they stand in its
+            tuple, list or dict.
+        at_input: the layer's inputs, positional and by keyword, instead of its output.
+        every_thread: DataParallel runs its replicas in threads of its own.
+    """
+    me = threading.get_ident()
+    ran: set[tuple[int, torch.device]] = set()
+
+    def edit_tree(index: int, value: Any) -> Any:
+        leaves, spec = tree_flatten(value)
+        at = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+        tensors = tuple(leaves[i] for i in at)
+        if not tensors:
+            what = "takes in" if at_input else "puts out"
+            raise ValueError(f"`layer` {type(layers[index]).__name__} {what} no float tensor.")
+        key = (index, tensors[0].device)
+        if key in ran:
+            raise ValueError(
+                f"`layer` {type(layers[index]).__name__} runs more than once in one forward pass, "
+                f"so it has no single activation: choose a module that runs once, or give each use "
+                f"a module of its own."
+            )
+        ran.add(key)
+        for i, tensor in zip(at, edit(index, tensors), strict=True):
+            leaves[i] = tensor
+        return tree_unflatten(leaves, spec)
+
+    def hook(index: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        # Another thread may meet this hook at any moment, also while it is being removed and the
+        # module forgets that it wants keywords: hence the default of `kwargs`.
+        def before(module: Module, args: Any, kwargs: Any = None) -> Any:
+            mine = every_thread or threading.get_ident() == me
+            return edit_tree(index, (args, kwargs)) if mine else None
+
+        def after(module: Module, args: Any, output: Any) -> Any:
+            mine = every_thread or threading.get_ident() == me
+            return edit_tree(index, output) if mine else None
+
+        return before, after
+
+    with ExitStack() as handles:
+        for index, layer in enumerate(layers):
+            before, after = hook(index)
+            handle = (
+                layer.register_forward_pre_hook(before, with_kwargs=True)
+                if at_input
+                else layer.register_forward_hook(after)
+            )
+            handles.callback(handle.remove)
+        yield
+
+
+# --- at the layer --------------------------------------------------------------------------------
+
+
+class _Seen:
+    """What hooked layers had in hand in one forward pass, by layer and device."""
+
+    def __init__(self, forward_func: Forward, layers: Sequence[Module], device_ids: Any) -> None:
+        owner = getattr(forward_func, "__self__", forward_func)
+        self.parallel = device_ids is not None or isinstance(owner, DataParallel)
+        self.device_ids = device_ids or getattr(owner, "device_ids", None)
+        self.forward_func, self.layers = forward_func, layers
+        self.by_device: list[dict[torch.device, Tensors]] = [{} for _ in layers]
+
+    def devices(self) -> list[list[torch.device]]:
+        """The devices of each layer, in the order of DataParallel's pieces of the batch."""
+        for layer, seen in zip(self.layers, self.by_device, strict=True):
+            if not seen:
+                raise ValueError(
+                    f"`layer` {module_name(self.forward_func, layer)} did not run in the forward "
+                    f"pass. Is it part of this model, eager and not compiled?"
+                )
+        return [_sort_key_list(list(seen), self.device_ids) for seen in self.by_device]
+
+    def gather(self) -> list[Tensors]:
+        pairs = zip(self.by_device, self.devices(), strict=True)
+        return [_reduce_list([seen[device] for device in devices]) for seen, devices in pairs]
+
+
+def layer_activations(
+    forward_func: Forward,
+    layers: Sequence[Module],
+    inputs: Tensors,
+    target: TargetType = None,
+    additional_forward_args: Any = None,
+    *,
+    at_input: bool = False,
+    device_ids: list[int] | None = None,
+) -> tuple[list[Tensors], Tensor]:
+    """Activations of `layers` and the scores of the target, in one forward pass without a graph.
+
+    Returns:
+        One tuple of tensors for each layer, and what `target` selects of the output.
+    """
+    seen = _Seen(forward_func, layers, device_ids)
+
+    def keep(index: int, tensors: Tensors) -> Tensors:
+        # Both the kept and the passed-on tensor are copies: the model may go on in place, on the
+        # value it gets here as well as on an alias of it that it kept.
+        seen.by_device[index][tensors[0].device] = tuple(t.detach().clone() for t in tensors)
+        return tuple(t.clone() for t in tensors)
+
+    with torch.no_grad(), intercept(layers, keep, at_input=at_input, every_thread=seen.parallel):
+        score = _run_forward(forward_func, copies(inputs), target, additional_forward_args)
+    return seen.gather(), score
+
+
+def layer_gradients(
+    forward_func: Forward,
+    layers: Sequence[Module],
+    inputs: Tensors,
+    target: TargetType = None,
+    additional_forward_args: Any = None,
+    *,
+    at_input: bool = False,
+    device_ids: list[int] | None = None,
+    grad_kwargs: dict[str, Any] | None = None,
+) -> tuple[list[Tensors], list[Tensors]]:
+    """Activations of `layers`, and the gradient of each example's target with respect to them.
+
+    The layers' activations are made leaves of a graph that begins with them. Where the model
+    switches gradients off behind the layer (a frozen part under `no_grad`), the pass is run once
+    more with gradients on from the start. `grad_kwargs` goes to `torch.autograd.grad`; with
+    `create_graph=True` the caller's graph is kept all the way, so that the result can be
+    differentiated with respect to the inputs and the parameters.
+
+    Raises:
+        RuntimeError: inside `torch.inference_mode`, where no gradient exists.
+        AssertionError: `target` does not select one number for each example (as in Captum).
+        ValueError: a layer that does not run, runs twice, or that the target does not depend on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Gradients do not exist inside torch.inference_mode(): use torch.no_grad() around a "
+            "gradient-based attribution, or none."
+        )
+    grad_kwargs = grad_kwargs or {}
+    keep_graph = bool(grad_kwargs.get("create_graph"))
+    seen = _Seen(forward_func, layers, device_ids)
+
+    def start_graph(index: int, tensors: Tensors) -> Tensors:
+        torch.set_grad_enabled(True)  # the no_grad around the pass restores the caller's mode
+        held = tuple(
+            t.clone() if t.requires_grad else t.detach().clone().requires_grad_() for t in tensors
+        )
+        seen.by_device[index][tensors[0].device] = held
+        return tuple(t.clone() for t in held)
+
+    for graph_in_front in [True] if keep_graph or seen.parallel else [False, True]:
+        with (
+            torch.set_grad_enabled(graph_in_front),
+            intercept(layers, start_graph, at_input=at_input, every_thread=seen.parallel),
+        ):
+            score = _run_forward(forward_func, copies(inputs), target, additional_forward_args)
+        if score.requires_grad:
+            break
+    activations = seen.gather()
+    _check_one_score_each(score)
+    keys = [(index, device) for index, on in enumerate(seen.devices()) for device in on]
+    held = [seen.by_device[index][device] for index, device in keys]
+    flat = [tensor for tensors in held for tensor in tensors]
+    found: Sequence[Tensor | None] = [None] * len(flat)
+    if score.requires_grad:
+        options = {"allow_unused": True, **grad_kwargs}
+        with torch.enable_grad():
+            found = torch.autograd.grad(torch.unbind(score.flatten()), flat, **options)
+    each = iter(found)
+    for (index, device), tensors in zip(keys, held, strict=True):
+        pieces = [next(each) for _ in tensors]
+        if all(piece is None for piece in pieces):
+            raise ValueError(
+                f"The target does not depend on `layer` "
+                f"{module_name(forward_func, layers[index])}: it has no gradient there."
+            )
+        seen.by_device[index][device] = tuple(
+            torch.zeros_like(t) if g is None else g for t, g in zip(tensors, pieces, strict=True)
+        )
+    if not keep_graph:
+        activations = [tuple(t.detach() for t in tensors) for tensors in activations]
+    return activations, seen.gather()
+
+
+def copies(inputs: Tensors) -> Tensors:
+    """Copies of `inputs`: a model whose first step works in place must not reach the caller's."""
+    return tuple(tensor.clone() for tensor in inputs)
+
+
+def _check_one_score_each(score: Tensor) -> None:
+    assert score.dim() == 0 or score[0].numel() == 1, (
+        "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
+    )
+
+
+# --- behind the layer ----------------------------------------------------------------------------
+
+
+class _Tape(TorchFunctionMode):
+    """Record what every torch function in front of a layer gives, and answer from it later.
+
+    Torch functions of one thread pass through here one by one. Up to the layer, the first pass
+    writes down each result; later passes are handed the results and compute nothing. A function
+    without tensors (a switch of autocast, say) is run each time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[tuple[Any, Any, bool]] = []
+        self.position = 0
+        self.recorded = self.behind = False
+        self.versions: list[tuple[Tensor, int]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.behind:
+            return func(*args, **kwargs)
+        if not self.recorded:
+            result = func(*args, **kwargs)
+            on_tensors = any(isinstance(x, Tensor) for x in tree_leaves((args, kwargs, result)))
+            self.results.append((func, result, on_tensors))
+            return result
+        if self.position == len(self.results) or self.results[self.position][0] != func:
+            raise RuntimeError("its second pass took another path than its first")
+        _, result, on_tensors = self.results[self.position]
+        self.position += 1
+        return result if on_tensors else func(*args, **kwargs)
+
+    def reach_layer(self) -> None:
+        self.behind = True
+        if not self.recorded:
+            leaves = (x for _, result, _ in self.results for x in tree_leaves(result))
+            tensors = [x for x in leaves if isinstance(x, Tensor) and not x.is_inference()]
+            self.versions = [(tensor, tensor._version) for tensor in tensors]
+
+    def rewind(self) -> None:
+        self.recorded, self.behind, self.position = True, False, 0
+
+    def is_intact(self) -> bool:
+        """Whether nothing that lies behind the layer wrote into what came from in front of it."""
+        return all(tensor._version == version for tensor, version in self.versions)
+
+
+class Behind:
+    """Run again only what lies behind a layer, on edited activations.
+
+    The first pass writes down everything in front of the layer; each later pass is answered from
+    that up to the layer and computes only what is behind it, for a whole chunk of edits at once
+    (`torch.vmap`). Skips around the layer and the model's own Python code, shapes included, are
+    as in the first pass, because it *is* the model's code that runs, on the same batch. Kept in
+    memory: the intermediate results in front of the layer, once.
+
+    A model that cannot be run like this falls back, with a warning, to one full forward pass for
+    each edit, in chunks: control flow behind the layer that depends on the activations, in-place
+    writes behind the layer into tensors from in front of it, operations that `vmap` does not know.
+    DataParallel always takes the full passes.
+
+    Args:
+        forward_func: the model.
+        layer: the layer, which must run once.
+        inputs: a batch of B examples.
+        target: as in Captum.
+        additional_forward_args: as in Captum.
+        at_input: edit the layer's inputs instead of its output.
+        device_ids: DataParallel's devices.
+
+    Attributes:
+        activations: the layer's tensors.
+        score: (B,), what `target` selects for the unedited activations.
+    """
+
+    def __init__(
+        self,
+        forward_func: Forward,
+        layer: Module,
+        inputs: Tensors,
+        target: TargetType = None,
+        additional_forward_args: Any = None,
+        *,
+        at_input: bool = False,
+        device_ids: list[int] | None = None,
+    ) -> None:
+        self.forward_func, self.layer, self.at_input = forward_func, layer, at_input
+        self.target, self.additional_forward_args = target, additional_forward_args
+        seen = _Seen(forward_func, [layer], device_ids)
+        self.device_ids = seen.device_ids if seen.parallel else None
+        self.tape: _Tape | None = None if seen.parallel else _Tape()
+
+        def keep(index: int, tensors: Tensors) -> Tensors:
+            if self.tape is not None:
+                self.tape.reach_layer()
+            seen.by_device[0][tensors[0].device] = tuple(t.detach().clone() for t in tensors)
+            return tuple(t.clone() for t in tensors)
+
+        with ExitStack() as modes:
+            # Tensors made in inference mode cannot tell whether they were written to.
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+            self.inputs = copies(inputs)
+            hooks = intercept([layer], keep, at_input=at_input, every_thread=seen.parallel)
+            modes.enter_context(hooks)
+            if self.tape is not None:
+                modes.enter_context(self.tape)
+            score = _run_forward(forward_func, self.inputs, target, additional_forward_args)
+        self.activations: Tensors = seen.gather()[0]
+        _check_one_score_each(score)
+        self.score = score.reshape(-1)
+        if self.tape is not None:
+            self.tape.rewind()
+
+    def __call__(
+        self, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, which: int = 0
+    ) -> Tensor:
+        """Scores after each of `len(chunk)` edits, (len(chunk), B).
+
+        Args:
+            edit: gives the new activation (B, ...) from the old one and one element of `chunk`,
+                with operations that `torch.vmap` can follow.
+            chunk: the edits to make, along dimension 0.
+            which: the tensor to edit, for a layer with several.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            if self.tape is not None:
+                reason = "it writes in place into what comes from in front of the layer"
+                try:
+                    if self.tape.is_intact():
+                        scores = self._rerun_behind(self.tape, edit, chunk, which)
+                        if self.tape.is_intact():
+                            return scores
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # the full passes below raise what is truly wrong
+                    reason = str(error).partition("\n")[0]
+                self.tape = None
+                warnings.warn(
+                    f"The part of the model behind {module_name(self.forward_func, self.layer)} "
+                    f"cannot be run on its own ({reason}): running the whole model for each edit.",
+                    stacklevel=2,
+                )
+            return self._run_all(edit, chunk, which)
+
+    def _rerun_behind(
+        self, tape: _Tape, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, which: int
+    ) -> Tensor:
+        def score_after(one: Tensor) -> Tensor:
+            def replace(index: int, tensors: Tensors) -> Tensors:
+                tape.reach_layer()
+                new = [t.clone() for t in self.activations]
+                new[which] = edit(new[which], one)
+                return tuple(new)
+
+            tape.rewind()
+            with intercept([self.layer], replace, at_input=self.at_input), tape:
+                score = _run_forward(
+                    self.forward_func, self.inputs, self.target, self.additional_forward_args
+                )
+            return cast(Tensor, score.reshape(-1))
+
+        return cast(Tensor, torch.vmap(score_after, randomness="different")(chunk))
+
+    def _run_all(
+        self, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, which: int
+    ) -> Tensor:
+        n, rows = len(chunk), len(chunk) * len(self.activations[which])
+        edited = torch.vmap(edit, in_dims=(None, 0))(self.activations[which], chunk).flatten(0, 1)
+
+        def replace(index: int, tensors: Tensors) -> Tensors:
+            start = 0
+            if self.device_ids is not None:  # DataParallel gives each device a piece of the batch
+                piece = -(-rows // len(self.device_ids))
+                start = piece * self.device_ids.index(tensors[which].device.index)
+            new = list(tensors)
+            mine = edited[start : start + len(new[which])]
+            new[which] = mine.to(new[which].device, copy=True)
+            return tuple(new)
+
+        parallel = self.device_ids is not None
+        with intercept([self.layer], replace, at_input=self.at_input, every_thread=parallel):
+            scores = _run_forward(
+                self.forward_func,
+                tuple(torch.cat([x] * n) for x in self.inputs),
+                _expand_target(self.target, n),
+                _expand_additional_forward_args(self.additional_forward_args, n),
+            )
+        return cast(Tensor, scores.reshape(n, -1))

@@ -1,0 +1,202 @@
+"""Ablation-CAM (Desai and Ramaswamy, WACV 2020)."""
+
+from typing import Any
+
+import torch
+from captum.attr import PerturbationAttribution
+from torch import Tensor
+
+from captum_ext._compat import (
+    TargetType,
+    _format_additional_forward_args,
+    _format_tensor_into_tuples,
+    log_usage,
+    progress,
+)
+from captum_ext._model import (
+    Behind,
+    Forward,
+    Score,
+    Tensors,
+    full_precision,
+    scored,
+    untouched,
+)
+from captum_ext.attr.layer.template import (
+    Layer,
+    LayerMap,
+    Maps,
+    ReshapeTransform,
+    divide,
+    weighted_sum,
+)
+
+
+class LayerAblationCam(LayerMap, PerturbationAttribution):
+    r"""Ablation-CAM: each channel weighted by the share of the score that is lost without it.
+
+    With S_k the score when channel k is set to 0 (eq. 2):
+
+    .. math:: L = \sum_k w_k A_k, \qquad w_k = \frac{S - S_k}{S}
+
+    Only the part of the model behind the layer is run for each channel, `perturbations_per_eval`
+    at a time; where a model does not allow it, the whole model is, with a warning (see
+    `captum_ext._model.Behind`, which also says what is kept in memory).
+
+    Args:
+        forward_func: the model.
+        layer: a layer or a list of layers.
+        device_ids: as in Captum.
+        reshape_transform: see `LayerMap`. Values that it drops (a class token) are left alone.
+        score: "logit" (the paper), "softmax", "sigmoid", or a callable of the output.
+        divide_by_score: the division by S, as in the paper. It turns the map around where S is
+            negative, and blows it up near 0: False leaves it out.
+
+    Raises:
+        ValueError: an unknown score, or scores that are not finite.
+
+    Reference:
+        Desai and Ramaswamy, "Ablation-CAM: Visual Explanations for Deep Convolutional Network via
+        Gradient-free Localization", WACV 2020, https://doi.org/10.1109/WACV45572.2020.9093360
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from captum_ext.attr import LayerAblationCam
+        >>> conv = nn.Conv2d(3, 4, 3)
+        >>> net = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+        >>> LayerAblationCam(net, conv).attribute(torch.rand(2, 3, 8, 8), target=5).shape
+        torch.Size([2, 1, 6, 6])
+    """
+
+    def __init__(
+        self,
+        forward_func: Forward,
+        layer: Layer | list[Layer],
+        device_ids: list[int] | None = None,
+        *,
+        reshape_transform: ReshapeTransform | None = None,
+        score: Score = "logit",
+        divide_by_score: bool = True,
+    ) -> None:
+        scored(forward_func, score)
+        super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
+        self.score, self.divide_by_score = score, divide_by_score
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Tensor | Tensors,
+        layer_baselines: float | str | Tensor | None = None,
+        target: TargetType = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+        relu_attributions: bool = False,
+        perturbations_per_eval: int = 16,
+        show_progress: bool = False,
+    ) -> Maps:
+        """The map of each example: one forward pass, and one of the part behind for each channel.
+
+        Args:
+            inputs: a tensor or tuple of tensors, examples in dimension 0.
+            layer_baselines: what an ablated channel is set to: None is 0 (the paper), "min" each
+                example's smallest activation (for layers with negative activations, after grad-cam),
+                a number, or a tensor that broadcasts with the layer's activations.
+            target: as in Captum.
+            additional_forward_args: as in Captum.
+            attribute_to_layer_input: take the layer's input instead of its output.
+            relu_attributions: keep the positive part only (the paper does).
+            perturbations_per_eval: channels run at once, for each example.
+            show_progress: whether to draw a progress bar.
+
+        Returns:
+            (B, 1, *spatial) of the layer; a tuple for a layer with several tensors; a list for a
+            list of layers.
+        """
+        inputs = _format_tensor_into_tuples(inputs)
+        additional_forward_args = _format_additional_forward_args(additional_forward_args)
+        assert isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1, (
+            f"perturbations_per_eval must be an integer of at least 1, got {perturbations_per_eval}."
+        )
+        if isinstance(layer_baselines, str) and layer_baselines != "min":
+            raise ValueError(
+                f"`layer_baselines` must be None, 'min', a number or a tensor, got "
+                f"{layer_baselines!r}."
+            )
+        maps = []
+        with untouched(self.forward_func), torch.no_grad():
+            for layer in self.layers:
+                behind = Behind(
+                    scored(self.forward_func, self.score),
+                    layer,
+                    inputs,
+                    target,
+                    additional_forward_args,
+                    at_input=attribute_to_layer_input,
+                    device_ids=self.device_ids,
+                )
+                cams = []
+                for which, a in enumerate(self._on_grid([behind.activations], inputs, [layer])[0]):
+                    scores = self._ablated_scores(
+                        behind, which, layer_baselines, perturbations_per_eval, show_progress
+                    )
+                    weights = behind.score - scores
+                    if self.divide_by_score:
+                        weights = divide(weights, behind.score)
+                    weights = full_precision(weights.T).reshape(
+                        a.shape[:2] + (1,) * (a.dim() - 2)
+                    )
+                    cams.append(weighted_sum(weights, a, relu_attributions))
+                maps.append(tuple(cams))
+        return self._format(maps)
+
+    def _ablated_scores(
+        self,
+        behind: Behind,
+        which: int,
+        layer_baselines: float | str | Tensor | None,
+        perturbations_per_eval: int,
+        show_progress: bool,
+    ) -> Tensor:
+        """S_k for each channel, (K, B)."""
+        activation = behind.activations[which]
+        channel_of, n_channels = self._channels(activation)
+        if layer_baselines == "min":
+            lowest = activation.flatten(1).amin(1)
+            fill = lowest.reshape(-1, *[1] * (activation.dim() - 1))
+        else:
+            fill = torch.as_tensor(
+                0 if layer_baselines is None else layer_baselines,
+                dtype=activation.dtype,
+                device=activation.device,
+            )
+
+        def ablate(a: Tensor, channel: Tensor) -> Tensor:
+            return torch.where(channel_of == channel, fill, a)
+
+        channels = torch.arange(n_channels, device=activation.device)
+        chunks: Any = channels.split(perturbations_per_eval)
+        if show_progress:
+            chunks = progress(chunks, desc=f"{self.get_name()} attribution", total=len(chunks))
+        scores = torch.cat([behind(ablate, chunk, which) for chunk in chunks])
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError("The scores of the ablated activations are not finite.")
+        return scores
+
+    def _channels(self, activation: Tensor) -> tuple[Tensor, int]:
+        """Which channel of the map each value of the layer belongs to (-1: none), and how many.
+
+        A `reshape_transform` only moves values, so its transpose brings the numbers of the channels
+        back to where they came from.
+        """
+        if self.reshape_transform is None:
+            k = activation.shape[1]
+            shape = (1, -1) + (1,) * (activation.dim() - 2)
+            return torch.arange(k, device=activation.device).reshape(shape), k
+        with torch.inference_mode(False):
+            like = torch.zeros(activation.shape, device=activation.device)
+            grid, transpose = torch.func.vjp(self.reshape_transform, like)
+            k = grid.shape[1]
+            numbers = torch.arange(1.0, k + 1, device=grid.device)
+            numbers = numbers.reshape((1, -1) + (1,) * (grid.dim() - 2)).expand_as(grid)
+            return transpose(numbers.contiguous())[0].long() - 1, k

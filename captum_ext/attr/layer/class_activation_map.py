@@ -1,0 +1,172 @@
+"""Class activation maps (Zhou et al., CVPR 2016)."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Conv1d, Conv2d, Conv3d, Linear, Module
+
+from captum_ext._compat import (
+    TargetType,
+    _format_additional_forward_args,
+    _format_tensor_into_tuples,
+    _select_targets,
+    log_usage,
+)
+from captum_ext._model import (
+    Forward,
+    Tensors,
+    find_module,
+    full_precision,
+    module_name,
+    root_module,
+    untouched,
+)
+from captum_ext.attr.layer.template import (
+    Layer,
+    LayerMap,
+    Maps,
+    ReshapeTransform,
+    spatial_mean,
+    weighted_sum,
+)
+
+_CONVS = (Conv1d, Conv2d, Conv3d)
+
+
+class LayerClassActivationMap(LayerMap):
+    r"""CAM: the activations, weighted by the class's row of the final linear layer (eq. 2).
+
+    .. math:: L_c(x) = \sum_k W_{ck} A_k(x)
+
+    For a network that ends in global average pooling and one linear layer (or a 1 x 1 convolution
+    and the pooling). There the mean of the map plus the bias is the class's score, and Grad-CAM is
+    CAM divided by the number of cells. The bias is ignored.
+
+    Args:
+        forward_func: the model; it must give logits, (B, classes).
+        layer: the layer that the pooling reads.
+        device_ids: as in Captum.
+        reshape_transform: see `LayerMap`.
+        head: the linear layer or 1 x 1 convolution, or its name. None takes the last one of the
+            model, and checks on each call that it is a CAM head, by the identity above.
+
+    Raises:
+        ValueError: no head, one of another width than the layer, or (where it was not given) one
+            for which the identity fails because something else lies between.
+
+    Reference:
+        Zhou et al., "Learning Deep Features for Discriminative Localization",
+        https://arxiv.org/abs/1512.04150
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from captum_ext.attr import LayerClassActivationMap
+        >>> conv = nn.Conv2d(3, 4, 3)
+        >>> net = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+        >>> LayerClassActivationMap(net, conv).attribute(torch.rand(2, 3, 8, 8), target=5).shape
+        torch.Size([2, 1, 6, 6])
+    """
+
+    def __init__(
+        self,
+        forward_func: Forward,
+        layer: Layer | list[Layer],
+        device_ids: list[int] | None = None,
+        *,
+        reshape_transform: ReshapeTransform | None = None,
+        head: Layer | None = None,
+    ) -> None:
+        super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
+        self.head_is_given = head is not None
+        self.head = (
+            _last_linear(forward_func) if head is None else find_module(forward_func, head, "head")
+        )
+        self.head_name = module_name(forward_func, self.head)
+        _rows(self.head, self.head_name)
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Tensor | Tensors,
+        target: TargetType = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+        relu_attributions: bool = False,
+        attr_dim_summation: bool = True,
+    ) -> Maps:
+        """The map of each example, raw and signed. Arguments as in `GradientCam.attribute`."""
+        inputs = _format_tensor_into_tuples(inputs)
+        additional_forward_args = _format_additional_forward_args(additional_forward_args)
+        with untouched(self.forward_func), torch.no_grad():
+            per_layer, score = self._activations(
+                inputs, target, additional_forward_args, attribute_to_layer_input
+            )
+            rows = _rows(self.head, self.head_name)
+            n_classes = len(rows)
+            examples = len(per_layer[0][0])
+            classes = torch.arange(n_classes, device=score.device).expand(examples, n_classes)
+            if target is not None or n_classes > 1:
+                assert target is not None, "Target not provided when necessary."
+                classes = _select_targets(classes, target)
+            classes = classes.reshape(-1)
+            maps = []
+            for tensors in per_layer:
+                for a in tensors:
+                    self._check(a, rows, classes, score)
+                maps.append(
+                    tuple(
+                        weighted_sum(
+                            _like_channels(full_precision(rows[classes]), a),
+                            a,
+                            relu_attributions,
+                            attr_dim_summation,
+                        )
+                        for a in tensors
+                    )
+                )
+        return self._format(maps)
+
+    def _check(self, activation: Tensor, rows: Tensor, classes: Tensor, score: Tensor) -> None:
+        """Mean of the map + bias = score, or there is no CAM here."""
+        if activation.shape[1] != rows.shape[1]:
+            raise ValueError(
+                f"`head` {self.head_name} reads {rows.shape[1]} channels, but `layer` has "
+                f"{activation.shape[1]} (shape {tuple(activation.shape)})."
+            )
+        if self.head_is_given:
+            return
+        terms = full_precision(rows[classes]) * spatial_mean(full_precision(activation)).flatten(1)
+        bias = 0 if self.head.bias is None else full_precision(self.head.bias)[classes]
+        off = (terms.sum(1) + bias - full_precision(score).reshape(-1)).abs()
+        tolerance = 1e-3 if activation.dtype in (torch.float32, torch.float64) else 5e-2
+        if not bool((off <= tolerance * (1 + terms.abs().sum(1))).all()):
+            raise ValueError(
+                f"The score is not {self.head_name} of the mean of `layer`: something else lies "
+                f"between them, so the class activation map is not defined here. Take the layer "
+                f"that the global average pooling reads, or another method; to take the rows of "
+                f"{self.head_name} all the same, pass it as `head`."
+            )
+
+
+def _like_channels(weights: Tensor, activation: Tensor) -> Tensor:
+    return weights.reshape(weights.shape + (1,) * (activation.dim() - 2))
+
+
+def _last_linear(forward_func: Forward) -> Module:
+    root = root_module(forward_func)
+    if root is None:
+        raise ValueError("`head` is needed where `forward_func` is not a module: pass the layer.")
+    found = [m for m in root.modules() if isinstance(m, (Linear, *_CONVS))]
+    if not found:
+        raise ValueError("`head` is None, and the model has no linear layer or convolution.")
+    return found[-1]
+
+
+def _rows(head: Module, name: str) -> Tensor:
+    """The weights of a linear layer or 1 x 1 convolution, (classes, channels)."""
+    weight = cast(Tensor, getattr(head, "weight", None))
+    if not isinstance(head, (Linear, *_CONVS)) or weight[0].numel() != weight.shape[1]:
+        raise ValueError(f"`head` {name} must be a linear layer or a 1 x 1 convolution, got {head}.")
+    return weight.detach().flatten(1)

@@ -1,0 +1,108 @@
+"""Eigen-CAM (Muhammad and Yeasin, IJCNN 2020)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from captum_ext._compat import (
+    TargetType,
+    _format_additional_forward_args,
+    _format_tensor_into_tuples,
+    log_usage,
+)
+from captum_ext._model import Forward, Tensors, full_precision, untouched
+from captum_ext.attr.layer.template import Layer, LayerMap, Maps, ReshapeTransform
+
+
+class LayerEigenCam(LayerMap):
+    r"""Eigen-CAM: the activations' projection on their first principal direction.
+
+    With A the matrix of cells x channels and :math:`A = U \Sigma V^T` (eqs. 2 and 3):
+
+    .. math:: L = A v_1 = \sigma_1 u_1
+
+    No class enters; `target` is checked as everywhere, and changes nothing. The sign of a singular
+    vector is arbitrary: here it is the one in which the map correlates with the mean activation,
+    so that for activations that are nowhere negative the map is not either.
+
+    Args:
+        forward_func: the model.
+        layer: a layer or a list of layers.
+        device_ids: as in Captum.
+        reshape_transform: see `LayerMap`.
+        center: subtract each channel's mean over the cells first. The paper does not; grad-cam
+            does, and a flat activation then gives zeros.
+
+    Reference:
+        Muhammad and Yeasin, "Eigen-CAM: Class Activation Map using Principal Components",
+        https://arxiv.org/abs/2008.00299
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from captum_ext.attr import LayerEigenCam
+        >>> conv = nn.Conv2d(3, 4, 3)
+        >>> net = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+        >>> LayerEigenCam(net, conv).attribute(torch.rand(2, 3, 8, 8), target=5).shape
+        torch.Size([2, 1, 6, 6])
+    """
+
+    def __init__(
+        self,
+        forward_func: Forward,
+        layer: Layer | list[Layer],
+        device_ids: list[int] | None = None,
+        *,
+        reshape_transform: ReshapeTransform | None = None,
+        center: bool = False,
+    ) -> None:
+        super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
+        self.center = center
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Tensor | Tensors,
+        target: TargetType = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+        relu_attributions: bool = False,
+    ) -> Maps:
+        """The map of each example. Arguments as in `GradientCam.attribute`.
+
+        Raises:
+            ValueError: activations that are not finite, which have no singular vectors.
+        """
+        inputs = _format_tensor_into_tuples(inputs)
+        additional_forward_args = _format_additional_forward_args(additional_forward_args)
+        with untouched(self.forward_func), torch.no_grad():
+            per_layer, _ = self._activations(
+                inputs, target, additional_forward_args, attribute_to_layer_input
+            )
+            maps = [tuple(self._project(a) for a in tensors) for tensors in per_layer]
+        if relu_attributions:
+            maps = [tuple(F.relu(cam) for cam in tensors) for tensors in maps]
+        return self._format(maps)
+
+    def _project(self, activation: Tensor) -> Tensor:
+        a = full_precision(activation)
+        a = a.reshape(*a.shape[:2], -1).transpose(1, 2)  # (B, cells, channels)
+        if not bool(torch.isfinite(a).all()):
+            raise ValueError("The activations of `layer` are not finite: they have no Eigen-CAM.")
+        mean_activation = a.mean(2, keepdim=True)
+        if self.center:
+            a = a - a.mean(1, keepdim=True)
+        cam = _first_component(a)
+        sign = torch.where((cam * mean_activation).sum(1, keepdim=True) < 0, -1, 1)
+        return (sign * cam).reshape(len(a), 1, *activation.shape[2:]).to(activation.dtype)
+
+
+def _first_component(a: Tensor) -> Tensor:
+    """a v_1 for matrices (B, n, m), from the smaller of the two Gram matrices."""
+    if a.shape[1] <= a.shape[2]:
+        values, vectors = torch.linalg.eigh(a @ a.mT)
+        return values[:, -1:, None].clamp_min(0).sqrt() * vectors[:, :, -1:]
+    _, vectors = torch.linalg.eigh(a.mT @ a)
+    return a @ vectors[:, :, -1:]

@@ -1,0 +1,157 @@
+"""Group-CAM (Zhang et al., 2021)."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from captum_ext._compat import (
+    BaselineType,
+    TargetType,
+    _format_additional_forward_args,
+    _format_tensor_into_tuples,
+    log_usage,
+)
+from captum_ext._model import Forward, Score, Tensors, full_precision, scored, untouched
+from captum_ext.attr.layer.masking import MaskingCam, check_perturbable, is_flat
+from captum_ext.attr.layer.template import Layer, Maps, ReshapeTransform, spatial_mean
+from captum_ext.imaging import blur
+
+
+class LayerGroupCam(MaskingCam):
+    r"""Group-CAM: groups of channels, weighted by how far each brings back a blurred image.
+
+    With g the gradient at the layer, G_l the l-th group of channels, S the softmax score and b the
+    blurred input (section 3.2):
+
+    .. math::
+        M_l = \Big[ \sum_{k \in G_l} \bar g_k A_k \Big]_+, \qquad
+        L = \sum_l \left[ S(x \odot m_l + b \odot (1 - m_l)) - S(b) \right]_+ M_l
+
+    with m_l the map M_l, upsampled to the input and scaled to [0, 1]. A group whose map is flat has
+    no mask and adds nothing. The map is nowhere negative, and zero where no group raises the score.
+
+    Args:
+        forward_func: the model; it gives logits, classes in dimension 1.
+        layer: a layer or a list of layers.
+        device_ids: as in Captum.
+        reshape_transform: see `LayerMap`.
+        groups: the number of groups of neighbouring channels (the authors' is 32; they may differ
+            in size by one), or a tensor with the group of each channel, from a clustering.
+        score: "softmax" (the authors' code), "logit", "sigmoid", or a callable of the output.
+
+    Raises:
+        ValueError: no group, or a tensor of groups that does not fit the layer; a layer without
+            spatial dimensions; scores that are not finite.
+        RuntimeError: inside `torch.inference_mode` (the groups need gradients).
+
+    Reference:
+        Zhang et al., "Group-CAM: Group Score-Weighted Visual Explanations for Deep Convolutional
+        Networks", https://arxiv.org/abs/2103.13859
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from captum_ext.attr import LayerGroupCam
+        >>> conv = nn.Conv2d(3, 4, 3)
+        >>> net = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+        >>> LayerGroupCam(net, conv, groups=2).attribute(torch.rand(2, 3, 8, 8), target=5).shape
+        torch.Size([2, 1, 6, 6])
+    """
+
+    def __init__(
+        self,
+        forward_func: Forward,
+        layer: Layer | list[Layer],
+        device_ids: list[int] | None = None,
+        *,
+        reshape_transform: ReshapeTransform | None = None,
+        groups: int | Tensor = 32,
+        score: Score = "softmax",
+    ) -> None:
+        if isinstance(groups, int) and groups < 1:
+            raise ValueError(f"`groups` must be at least 1, got {groups}.")
+        scored(forward_func, score)
+        super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
+        self.groups, self.score = groups, score
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Tensor | Tensors,
+        baselines: BaselineType = None,
+        target: TargetType = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+        perturbations_per_eval: int = 16,
+        show_progress: bool = False,
+    ) -> Maps:
+        """The map of each example: a forward and backward pass, and groups + 1 masked passes.
+
+        Args:
+            inputs: a tensor or tuple of tensors, examples in dimension 0. All with as many spatial
+                dimensions as the layer are masked.
+            baselines: what shows where the mask is 0, in any of Captum's forms; None is the input
+                under the authors' blur (51 pixels, sigma 50).
+            target: as in Captum.
+            additional_forward_args: as in Captum.
+            attribute_to_layer_input: take the layer's input instead of its output.
+            perturbations_per_eval: groups in one forward pass, for each example.
+            show_progress: whether to draw a progress bar.
+
+        Returns:
+            (B, 1, *spatial) of the layer; a tuple for a layer with several tensors; a list for a
+            list of layers.
+        """
+        inputs = _format_tensor_into_tuples(inputs)
+        additional_forward_args = _format_additional_forward_args(additional_forward_args)
+        with untouched(self.forward_func), torch.no_grad():
+            activations, gradients = self._gradients(
+                inputs, target, additional_forward_args, attribute_to_layer_input
+            )
+            for a in (a for tensors in activations for a in tensors):
+                check_perturbable(inputs, a, perturbations_per_eval)
+            if baselines is None:
+                dims = {a.dim() for tensors in activations for a in tensors}
+                baselines = tuple(blur(x) if x.dim() in dims else 0 for x in inputs)
+            scores_under = partial(
+                self._masked_scores,
+                inputs=inputs,
+                baselines=baselines,
+                target=target,
+                additional_forward_args=additional_forward_args,
+                perturbations_per_eval=perturbations_per_eval,
+                show_progress=show_progress,
+            )
+            maps = []
+            for pair in zip(activations, gradients, strict=True):
+                cams = []
+                for a, g in zip(*pair, strict=True):
+                    m = self._group_maps(full_precision(a), full_precision(g))
+                    # One more mask, flat and so all zero, shows the baseline alone.
+                    shown = torch.cat([m, torch.zeros_like(m[:, :1])], 1)
+                    scores = scores_under(lambda i, j, m=shown: m[:, i:j], shown.shape[1])
+                    gain = F.relu(scores[:, :-1] - scores[:, -1:]).masked_fill(is_flat(m), 0)
+                    cam = torch.einsum("bl,bl...->b...", gain.to(m), m).unsqueeze(1)
+                    cams.append(cam.to(a.dtype))
+                maps.append(tuple(cams))
+        return self._format(maps)
+
+    def _group_maps(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """M_l, (B, groups, *spatial)."""
+        k = activations.shape[1]
+        if isinstance(self.groups, Tensor):
+            group_of = self.groups.to(activations.device)
+            if group_of.shape != (k,) or group_of.is_floating_point() or int(group_of.min()) < 0:
+                raise ValueError(
+                    f"`groups` must hold the group of each of the layer's {k} channels, as integers "
+                    f"from 0, got shape {tuple(group_of.shape)} and dtype {group_of.dtype}."
+                )
+        else:
+            n = min(self.groups, k)
+            group_of = torch.arange(k, device=activations.device) * n // k
+        membership = F.one_hot(group_of).to(activations)
+        weighted = spatial_mean(gradients) * activations
+        return F.relu(torch.einsum("bk...,kl->bl...", weighted, membership))

@@ -1,0 +1,108 @@
+"""What the masking CAMs share: scores of masked inputs, in chunks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from captum.attr import PerturbationAttribution
+from torch import Tensor
+
+from captum_ext._compat import (
+    BaselineType,
+    TargetType,
+    _expand_additional_forward_args,
+    _expand_target,
+    _format_baseline,
+    _run_forward,
+    _validate_input,
+    progress,
+)
+from captum_ext._model import Score, Tensors, full_precision, scored
+from captum_ext.attr.layer.template import LayerMap
+from captum_ext.imaging import min_max, resize
+
+
+class MaskingCam(LayerMap, PerturbationAttribution):
+    """Base of the CAMs that weigh activations by what the model says of masked inputs."""
+
+    score: Score
+
+    def _masked_scores(
+        self,
+        masks: Callable[[int, int], Tensor],
+        n_masks: int,
+        inputs: Tensors,
+        baselines: BaselineType,
+        target: TargetType,
+        additional_forward_args: Any,
+        perturbations_per_eval: int,
+        show_progress: bool,
+    ) -> Tensor:
+        r"""Scores of the inputs under each mask, (B, n_masks) in float32 or better.
+
+        The masked input is :math:`x \odot m + b \odot (1 - m)`, with m the mask resized to the
+        input and scaled to [0, 1].
+
+        Args:
+            masks: gives the masks from one index up to another, (B, n, *spatial of the layer).
+            n_masks: how many there are.
+            inputs: all those with as many spatial dimensions as the masks are masked, the others
+                are passed on as they are.
+            baselines: numbers or tensors, b.
+            target: as in Captum.
+            additional_forward_args: as in Captum.
+            perturbations_per_eval: masks in one forward pass, for each example.
+            show_progress: whether to draw a bar.
+        """
+        forward = scored(self.forward_func, self.score)
+        values = _format_baseline(baselines, inputs)
+        _validate_input(inputs, values)
+        starts: Any = range(0, n_masks, perturbations_per_eval)
+        if show_progress:
+            starts = progress(starts, desc=f"{self.get_name()} attribution")
+        scores = []
+        for start in starts:
+            chunk = masks(start, min(start + perturbations_per_eval, n_masks))
+            n = chunk.shape[1]
+            masked = tuple(
+                _blend(x, b, chunk) if x.dim() == chunk.dim() else torch.cat([x] * n)
+                for x, b in zip(inputs, values, strict=True)
+            )
+            score = _run_forward(
+                forward,
+                masked,
+                _expand_target(target, n),
+                _expand_additional_forward_args(additional_forward_args, n),
+            )
+            scores.append(score.reshape(n, -1))
+        found = torch.cat(scores).T
+        if not bool(torch.isfinite(found).all()):
+            raise ValueError("The scores of the masked inputs are not finite.")
+        return found
+
+
+def _blend(x: Tensor, baseline: Tensor | float, masks: Tensor) -> Tensor:
+    """x m + b (1 - m) for each of n masks (B, n, *spatial), mask after mask: (n * B, ...)."""
+    m = min_max(resize(masks, x.shape[2:])).to(x.dtype).transpose(0, 1).unsqueeze(2)
+    if not isinstance(baseline, Tensor) and baseline == 0:
+        return (x * m).flatten(0, 1)
+    return torch.lerp(torch.as_tensor(baseline, dtype=x.dtype, device=x.device), x, m).flatten(0, 1)
+
+
+def check_perturbable(inputs: Tensors, activation: Tensor, perturbations_per_eval: int) -> None:
+    """Refuse, before any mask is made, what masking cannot do."""
+    assert isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1, (
+        f"perturbations_per_eval must be an integer of at least 1, got {perturbations_per_eval}."
+    )
+    if activation.dim() < 3 or all(x.dim() != activation.dim() for x in inputs):
+        raise ValueError(
+            f"`layer` has the shape {tuple(activation.shape)} and the inputs have "
+            f"{[tuple(x.shape) for x in inputs]}: no input has the spatial dimensions of the layer, "
+            f"so its activations cannot mask one."
+        )
+
+
+def is_flat(maps: Tensor) -> Tensor:
+    """Which of the maps (B, K, *spatial) are constant, (B, K)."""
+    low, high = torch.aminmax(full_precision(maps).flatten(2), dim=2)
+    return low == high

@@ -1,0 +1,91 @@
+"""Reading a token layer (ViT, Swin) as a map: transforms to (B, C, h, w)."""
+
+from math import isqrt
+
+from torch import Tensor
+from torch.nn import Module
+
+from captum_ext._model import Tensors
+
+_MOST_PREFIX_TOKENS = 8  # a class token, a distillation token, registers
+
+
+def tokens_to_grid(
+    tokens: Tensor, *, grid: tuple[int, int] | None = None, prefix_tokens: int | None = None
+) -> Tensor:
+    """Lay the patch tokens of a vision transformer out on their grid.
+
+    (B, T, C) -> (B, C, h, w): the first `prefix_tokens` tokens (class token, registers) are
+    dropped, the others are read row by row.
+
+    Args:
+        tokens: (B, T, C).
+        grid: (h, w). None infers a square: the largest h with h * h <= T that leaves at most 8
+            prefix tokens. Give it for images that are not square; the tokens do not tell.
+        prefix_tokens: tokens in front of the patches; None takes what the grid leaves over.
+
+    Raises:
+        ValueError: tokens of another shape, or a number of them that fits no grid.
+
+    Use it as a layer method's `reshape_transform`, with `functools.partial` to set its options.
+
+    Example:
+        >>> import torch
+        >>> tokens_to_grid(torch.zeros(2, 197, 768)).shape
+        torch.Size([2, 768, 14, 14])
+    """
+    if tokens.dim() != 3:
+        raise ValueError(f"`tokens` must have the shape (B, T, C), got {tuple(tokens.shape)}.")
+    n = tokens.shape[1]
+    if grid is None:
+        side = isqrt(n if prefix_tokens is None else n - prefix_tokens)
+        grid = (side, side)
+    h, w = grid
+    prefix = n - h * w if prefix_tokens is None else prefix_tokens
+    if prefix + h * w != n or not 0 <= prefix <= max(_MOST_PREFIX_TOKENS, prefix_tokens or 0):
+        raise ValueError(
+            f"{n} tokens (shape {tuple(tokens.shape)}) are not {prefix_tokens or 'a few'} prefix "
+            f"tokens and a {h} x {w} grid: pass `grid=(h, w)`, `prefix_tokens`, or both."
+        )
+    return tokens[:, prefix:].transpose(1, 2).unflatten(2, (h, w))
+
+
+def channels_last_to_first(activations: Tensor) -> Tensor:
+    """(B, h, w, C) -> (B, C, h, w), for Swin and other layers with channels last.
+
+    Raises:
+        ValueError: activations that do not have four dimensions.
+
+    Example:
+        >>> import torch
+        >>> channels_last_to_first(torch.zeros(2, 7, 7, 768)).shape
+        torch.Size([2, 768, 7, 7])
+    """
+    if activations.dim() != 4:
+        raise ValueError(
+            f"`activations` must have the shape (B, h, w, C), got {tuple(activations.shape)}."
+        )
+    return activations.permute(0, 3, 1, 2)
+
+
+def check_not_tokens(activation: Tensor, layer: Module, inputs: Tensors) -> None:
+    """Refuse an activation whose channels are not in dimension 1.
+
+    Three dimensions are (B, C, length) where the model is fed signals, and tokens (B, T, C) where
+    it is fed images, or where a normalisation in the layer is as wide as the last dimension. Four
+    dimensions with such a normalisation are (B, h, w, C).
+    """
+    shape = tuple(activation.shape)
+    if len(shape) < 3:
+        return
+    widths = {
+        tuple(getattr(module, "normalized_shape", ()))[-1:] for module in layer.modules()
+    }  # LayerNorm and RMSNorm have it
+    last_is_width = (shape[-1],) in widths and (shape[1],) not in widths
+    is_signal = any(x.dim() == 3 for x in inputs)
+    if last_is_width or (len(shape) == 3 and not is_signal):
+        raise ValueError(
+            f"`layer` {type(layer).__name__} gives tokens or channels last, of shape {shape}; a "
+            f"map needs channels in dimension 1. Pass `reshape_transform=tokens_to_grid` for "
+            f"(B, T, C), `channels_last_to_first` for (B, h, w, C), or your own callable."
+        )

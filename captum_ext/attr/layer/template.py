@@ -1,0 +1,223 @@
+"""What the layer CAMs share: the constructor, the capture, and the weighted sum.
+
+A new gradient CAM is a subclass of `GradientCam` with one method:
+
+    class LayerMyCam(GradientCam):
+        def weights(self, activations, gradients):
+            return spatial_mean(gradients.abs())
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from captum.attr import GradientAttribution, LayerAttribution
+from torch import Tensor
+from torch.nn import Module
+from torch.nn import functional as F
+
+from captum_ext._compat import (
+    TargetType,
+    _format_additional_forward_args,
+    _format_outputs,
+    _format_tensor_into_tuples,
+    log_usage,
+)
+from captum_ext._model import (
+    Forward,
+    Tensors,
+    find_module,
+    full_precision,
+    layer_activations,
+    layer_gradients,
+    untouched,
+)
+from captum_ext.attr.layer.reshape import check_not_tokens
+
+Layer = Module | str
+Maps = Tensor | Tensors | list[Tensor | Tensors]
+ReshapeTransform = Callable[[Tensor], Tensor]
+
+
+def spatial_sum(x: Tensor) -> Tensor:
+    """Sum over the spatial dimensions, kept with size 1; (B, C) is its own sum."""
+    return x.reshape(*x.shape[:2], -1).sum(2).reshape(x.shape[:2] + (1,) * (x.dim() - 2))
+
+
+def spatial_mean(x: Tensor) -> Tensor:
+    """Mean over the spatial dimensions, kept with size 1; (B, C) is its own mean."""
+    return x.reshape(*x.shape[:2], -1).mean(2).reshape(x.shape[:2] + (1,) * (x.dim() - 2))
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient that is 0 where the denominator is 0; NaN stays NaN."""
+    return torch.where(denominator == 0, 0, numerator / denominator)
+
+
+def weighted_sum(
+    weights: Tensor, activations: Tensor, relu: bool, sum_channels: bool = True
+) -> Tensor:
+    """L = sum_k w_k A_k, rectified on request, in the activations' dtype."""
+    cam = weights * full_precision(activations)
+    if sum_channels:
+        cam = cam.sum(1, keepdim=True)
+    return (F.relu(cam) if relu else cam).to(activations.dtype)
+
+
+class LayerMap(LayerAttribution):
+    """Base of all layer CAMs.
+
+    Args:
+        forward_func: the model, or a function of the inputs that runs it.
+        layer: the layer, or a list of layers: modules, or their dotted names where `forward_func`
+            is a module or its bound method.
+        device_ids: devices of a DataParallel model, needed only when `forward_func` is a function
+            around it (as in Captum).
+        reshape_transform: turns what a layer gives into (B, C, *spatial), for layers whose channels
+            are not in dimension 1; it may move, drop and reorder values, but not change them. See
+            `tokens_to_grid` and `channels_last_to_first`.
+    """
+
+    def __init__(
+        self,
+        forward_func: Forward,
+        layer: Layer | list[Layer],
+        device_ids: list[int] | None = None,
+        *,
+        reshape_transform: ReshapeTransform | None = None,
+    ) -> None:
+        if reshape_transform is not None and not callable(reshape_transform):
+            raise TypeError(f"`reshape_transform` must be callable, got {reshape_transform!r}.")
+        several = isinstance(layer, list | tuple)
+        if several and not layer:
+            raise ValueError("`layer` must name at least one layer, got an empty list.")
+        self.layers = [find_module(forward_func, one) for one in (layer if several else [layer])]
+        super().__init__(forward_func, self.layers if several else self.layers[0], device_ids)
+        self.reshape_transform = reshape_transform
+
+    def _activations(
+        self, inputs: Tensors, target: TargetType, additional_forward_args: Any, at_input: bool
+    ) -> tuple[list[Tensors], Tensor]:
+        """The layers' activations as maps, and the target's scores (so every target is checked)."""
+        activations, score = layer_activations(
+            self.forward_func,
+            self.layers,
+            inputs,
+            target,
+            additional_forward_args,
+            at_input=at_input,
+            device_ids=self.device_ids,
+        )
+        return self._on_grid(activations, inputs), score
+
+    def _gradients(
+        self,
+        inputs: Tensors,
+        target: TargetType,
+        additional_forward_args: Any,
+        at_input: bool,
+        grad_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[list[Tensors], list[Tensors]]:
+        """The layers' activations and the target's gradients there, as maps."""
+        activations, gradients = layer_gradients(
+            self.forward_func,
+            self.layers,
+            inputs,
+            target,
+            additional_forward_args,
+            at_input=at_input,
+            device_ids=self.device_ids,
+            grad_kwargs=grad_kwargs,
+        )
+        return self._on_grid(activations, inputs), self._on_grid(gradients, inputs)
+
+    def _on_grid(
+        self, per_layer: list[Tensors], inputs: Tensors, layers: list[Module] | None = None
+    ) -> list[Tensors]:
+        if self.reshape_transform is not None:
+            return [tuple(self.reshape_transform(t) for t in tensors) for tensors in per_layer]
+        for layer, tensors in zip(layers or self.layers, per_layer, strict=True):
+            for tensor in tensors:
+                check_not_tokens(tensor, layer, inputs)
+        return per_layer
+
+    def _format(self, maps: list[Tensors]) -> Maps:
+        """A list where a list of layers came in; a tuple where a layer has several tensors."""
+        formatted: Maps = _format_outputs(isinstance(self.layer, list), maps)
+        return formatted
+
+
+class GradientCam(LayerMap, GradientAttribution, ABC):
+    r"""Template of the gradient CAMs: a sum of activations, weighted by a rule of their gradients.
+
+    .. math:: L(x) = \sum_k w_k(x) A_k(x)
+
+    A subclass gives `weights`; `attribute` has exactly the arguments of Captum's `LayerGradCam`.
+    """
+
+    @abstractmethod
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """The weights of the activations.
+
+        Args:
+            activations: A, (B, C, *spatial), float32 or better.
+            gradients: dS/dA of the target's score S, likewise.
+
+        Returns:
+            A tensor that broadcasts with the activations: (B, C, 1, ...) or one weight a cell.
+        """
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Tensor | Tensors,
+        target: TargetType = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+        relu_attributions: bool = False,
+        attr_dim_summation: bool = True,
+        grad_kwargs: dict[str, Any] | None = None,
+    ) -> Maps:
+        """The map of each example, raw and signed.
+
+        Args:
+            inputs: a tensor or tuple of tensors, examples in dimension 0.
+            target: what to explain of the output, in any of Captum's forms. Give scores before the
+                softmax: behind it, the classes mix.
+            additional_forward_args: further arguments of `forward_func`, as in Captum.
+            attribute_to_layer_input: take the layer's input instead of its output.
+            relu_attributions: keep the positive part only.
+            attr_dim_summation: sum over the channels; False keeps each channel's share.
+            grad_kwargs: for `torch.autograd.grad`. `{"create_graph": True}` keeps the graph, so
+                that the map can be differentiated.
+
+        Returns:
+            (B, 1, *spatial) of the layer, or (B, C, *spatial) where `attr_dim_summation` is False;
+            a tuple for a layer with several tensors; a list for a list of layers.
+
+        Raises:
+            AssertionError: a target that the output does not have.
+            ValueError: a layer that does not run, runs twice, has tokens instead of a map, or that
+                the target does not depend on.
+            RuntimeError: inside `torch.inference_mode`.
+        """
+        inputs = _format_tensor_into_tuples(inputs)
+        additional_forward_args = _format_additional_forward_args(additional_forward_args)
+        with untouched(self.forward_func):
+            activations, gradients = self._gradients(
+                inputs, target, additional_forward_args, attribute_to_layer_input, grad_kwargs
+            )
+        maps = [
+            tuple(
+                weighted_sum(
+                    self.weights(full_precision(a), full_precision(g)),
+                    a,
+                    relu_attributions,
+                    attr_dim_summation,
+                )
+                for a, g in zip(*pair, strict=True)
+            )
+            for pair in zip(activations, gradients, strict=True)
+        ]
+        return self._format(maps)

@@ -1,0 +1,33 @@
+"""XGrad-CAM (Fu et al., BMVC 2020)."""
+
+from torch import Tensor
+
+from captum_ext.attr.layer.template import GradientCam, divide, spatial_sum
+
+
+class LayerXGradCam(GradientCam):
+    r"""XGrad-CAM: gradients averaged with the activations as weights (eq. 8).
+
+    .. math:: w_k = \frac{\sum_x g_k(x) A_k(x)}{\sum_x A_k(x)}
+
+    so that the map sums to the sum of gradient x activation (sensitivity and conservation). A
+    channel whose activations sum to 0 gets the weight 0.
+
+    Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `LayerMap`).
+
+    Reference:
+        Fu et al., "Axiom-based Grad-CAM: Towards Accurate Visualization and Explanation of CNNs",
+        https://arxiv.org/abs/2008.02312
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from captum_ext.attr import LayerXGradCam
+        >>> conv = nn.Conv2d(3, 4, 3)
+        >>> net = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+        >>> LayerXGradCam(net, conv).attribute(torch.rand(2, 3, 8, 8), target=5).shape
+        torch.Size([2, 1, 6, 6])
+    """
+
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        return divide(spatial_sum(gradients * activations), spatial_sum(activations))

@@ -1,0 +1,5 @@
+"""Wrappers around any Captum attribution."""
+
+from captum_ext.attr.wrappers.upsample import UpsampleWrapper
+
+__all__ = ["UpsampleWrapper"]

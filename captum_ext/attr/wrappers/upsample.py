@@ -1,0 +1,145 @@
+"""Layer maps at the size of the input."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from captum.attr import Attribution
+from torch import Tensor
+
+from captum_ext._compat import _format_output, _format_tensor_into_tuples, _is_tuple, log_usage
+from captum_ext._model import Tensors
+from captum_ext.imaging import min_max, resize
+
+_FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": lambda maps: maps.amax(0),
+    "mean": lambda maps: maps.mean(0),
+}
+_NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "minmax": min_max,
+    "tanh": lambda x: torch.tanh(2 * min_max(x)),
+}
+
+
+class UpsampleWrapper(Attribution):
+    r"""Turn the layer maps of any Captum attribution into attributions of the input's shape.
+
+    Each map (B, C, h, w) is summed over its channels, resized to the input's spatial size, and
+    repeated over the input's channels. Several maps (a list of layers, a layer with several
+    tensors) are fused into one. What already has the input's shape is passed on as it is. So wrapped,
+    a CAM is taken by Captum's `infidelity`, `sensitivity_max`, `NoiseTunnel` and
+    `visualize_image_attr`.
+
+    Args:
+        attribution_method: an instance of any attribution class of Captum or of this package.
+        mode: "bilinear" (linear for signals, trilinear for volumes), "bicubic", "nearest",
+            "nearest-exact" or "area".
+        fuse: "max" or "mean" over several maps, cell by cell.
+        align_corners: see `captum_ext.imaging.resize`.
+        normalize: what is done to each map before the fusion: "none" keeps values raw and signed,
+            as far apart in scale as the layers are; "minmax" scales each to [0, 1]; "tanh" is
+            LayerCAM's, tanh(2 minmax).
+        reshape_transform: for methods that return tokens (Captum's `LayerGradientXActivation` of a
+            ViT): turns their result into (B, C, h, w).
+
+    Raises:
+        ValueError: an unknown option; a map without the spatial dimensions of an input.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from captum.attr import LayerGradCam, NoiseTunnel
+        >>> conv = nn.Conv2d(3, 4, 3)
+        >>> net = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+        >>> cam = UpsampleWrapper(LayerGradCam(net, conv))
+        >>> NoiseTunnel(cam).attribute(torch.rand(2, 3, 8, 8), nt_samples=2, target=5).shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        attribution_method: Attribution,
+        mode: str = "bilinear",
+        fuse: str = "max",
+        *,
+        align_corners: bool = False,
+        normalize: str = "none",
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if not isinstance(attribution_method, Attribution):
+            raise TypeError(
+                f"`attribution_method` must be an instance of a Captum attribution class, got "
+                f"{attribution_method!r}."
+            )
+        if fuse not in _FUSIONS:
+            raise ValueError(f"`fuse` must be one of {sorted(_FUSIONS)}, got {fuse!r}.")
+        if normalize not in _NORMALIZATIONS:
+            raise ValueError(
+                f"`normalize` must be one of {sorted(_NORMALIZATIONS)}, got {normalize!r}."
+            )
+        resize(torch.zeros(1, 1, 1, 1), (1, 1), mode)
+        super().__init__(attribution_method.forward_func)
+        self.attribution_method = attribution_method
+        self.mode, self.fuse, self.align_corners = mode, fuse, align_corners
+        self.normalize, self.reshape_transform = normalize, reshape_transform
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        return bool(self.attribution_method.multiplies_by_inputs)
+
+    def has_convergence_delta(self) -> bool:
+        return bool(self.attribution_method.has_convergence_delta())
+
+    @log_usage()
+    def attribute(self, inputs: Tensor | Tensors, **kwargs: Any) -> Any:
+        """Attributions of exactly the input's shape.
+
+        Args:
+            inputs: a tensor or tuple of tensors, examples in dimension 0.
+            **kwargs: everything else, for the wrapped method.
+
+        Returns:
+            A tensor for a tensor, a tuple for a tuple; with `return_convergence_delta=True`, these
+            and the wrapped method's delta.
+        """
+        is_tuple = _is_tuple(inputs)
+        result = self.attribution_method.attribute(inputs, **kwargs)
+        delta = None
+        if kwargs.get("return_convergence_delta"):
+            result, delta = result
+        inputs = _format_tensor_into_tuples(inputs)
+        maps = _flat(result)
+        if [x.shape for x in maps] == [x.shape for x in inputs]:
+            output: Any = result
+        else:
+            output = _format_output(is_tuple, tuple(self._upsample(maps, x) for x in inputs))
+        return output if delta is None else (output, delta)
+
+    def _upsample(self, maps: list[Tensor], x: Tensor) -> Tensor:
+        if self.reshape_transform is not None:
+            maps = [self.reshape_transform(m) for m in maps]
+        for m in maps:
+            if m.dim() != x.dim() or len(m) != len(x):
+                raise ValueError(
+                    f"A map of shape {tuple(m.shape)} cannot be laid over an input of shape "
+                    f"{tuple(x.shape)}: it needs the same examples and spatial dimensions. Tokens "
+                    f"are turned into a map by `reshape_transform`."
+                )
+        sized = [
+            _NORMALIZATIONS[self.normalize](self._resize(m.sum(1, keepdim=True), x)) for m in maps
+        ]
+        fused = sized[0] if len(sized) == 1 else _FUSIONS[self.fuse](torch.stack(sized))
+        return fused.expand(x.shape).contiguous()
+
+    def _resize(self, m: Tensor, x: Tensor) -> Tensor:
+        if x.dim() < 3:
+            return m
+        return resize(m, x.shape[2:], self.mode, self.align_corners)
+
+
+def _flat(maps: Any) -> list[Tensor]:
+    """The tensors of a map, a tuple of maps (one layer), or a list of either (several layers)."""
+    if isinstance(maps, Tensor):
+        return [maps]
+    return [tensor for each in maps for tensor in _flat(each)]

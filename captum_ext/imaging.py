@@ -1,0 +1,87 @@
+"""Image operations on the device, for signals, images and volumes alike.
+
+Tensors are (B, C, *spatial) with one to three spatial dimensions. Kornia does the filtering; resizing
+is torch's own interpolation, which Kornia calls too and which knows all three cases.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+_MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
+
+
+def resize(
+    x: Tensor, size: Sequence[int], mode: str = "bilinear", align_corners: bool = False
+) -> Tensor:
+    """Resize the spatial dimensions of `x` (B, C, *spatial) to `size`.
+
+    Args:
+        x: a tensor with one to three spatial dimensions.
+        size: the new spatial size, one number for each spatial dimension.
+        mode: "bilinear" (which becomes linear or trilinear as `x` demands), "bicubic" (images
+            only), "nearest", "nearest-exact" or "area".
+        align_corners: whether corner pixels, rather than the edges of the picture, are kept in
+            place by the linear modes.
+
+    Raises:
+        ValueError: an unknown mode, or a size of another number of dimensions.
+
+    Example:
+        >>> resize(torch.tensor([[[0.0, 1.0]]]), (4,))
+        tensor([[[0.0000, 0.2500, 0.7500, 1.0000]]])
+    """
+    n = x.dim() - 2
+    if mode not in _MODES:
+        raise ValueError(f"`mode` must be one of {_MODES}, got {mode!r}.")
+    if n not in _LINEAR or len(size) != n or (mode == "bicubic" and n != 2):
+        raise ValueError(
+            f"A tensor of shape {tuple(x.shape)} cannot be resized to {tuple(size)} by {mode}."
+        )
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    if mode in ("bilinear", "bicubic"):
+        mode = _LINEAR[n] if mode == "bilinear" else mode
+        return F.interpolate(x, size=tuple(size), mode=mode, align_corners=align_corners)
+    return F.interpolate(x, size=tuple(size), mode=mode)
+
+
+def blur(x: Tensor, kernel_size: int = 51, sigma: float = 50.0) -> Tensor:
+    """Gaussian blur of the spatial dimensions of `x` (B, C, *spatial).
+
+    Args:
+        x: a tensor with one to three spatial dimensions.
+        kernel_size: odd, in pixels. The default and that of `sigma` are Group-CAM's.
+        sigma: standard deviation in pixels.
+
+    The border is reflected, and where the tensor is too small for that, repeated.
+    """
+    from kornia.filters import filter2d, get_gaussian_kernel1d
+
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"`kernel_size` must be odd and positive, got {kernel_size}.")
+    kernel = get_gaussian_kernel1d(kernel_size, sigma, device=x.device, dtype=x.dtype)[:, None]
+    for dim in range(2, x.dim()):
+        line = x.movedim(dim, -1)
+        border = "reflect" if line.shape[-1] > kernel_size // 2 else "replicate"
+        flat = line.reshape(x.shape[0], x.shape[1], -1, line.shape[-1])
+        x = filter2d(flat, kernel, border).reshape(line.shape).movedim(-1, dim)
+    return x
+
+
+def min_max(x: Tensor) -> Tensor:
+    """Scale each map of `x` (B, C, *spatial) to [0, 1]; a flat map becomes zeros.
+
+    m = (x - min x) / (max x - min x), over the spatial dimensions.
+
+    Example:
+        >>> min_max(torch.tensor([[[-1.0, 0.0, 3.0], [5.0, 5.0, 5.0]]]))
+        tensor([[[0.0000, 0.2500, 1.0000],
+                 [0.0000, 0.0000, 0.0000]]])
+    """
+    flat = x.flatten(2)
+    low, high = torch.aminmax(flat, dim=2, keepdim=True)
+    return torch.where(high == low, 0, (flat - low) / (high - low)).reshape(x.shape)
