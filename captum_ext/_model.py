@@ -1,16 +1,16 @@
 """Run a model up to, at and after a layer, and leave it exactly as it was found.
 
-Three functions carry every layer method of this package:
+Two functions carry the layer methods of this package:
 
 - `layer_activations`: what the layers put out (or take in), without a graph;
 - `layer_gradients`: the same, and the gradient of each example's target with respect to it. The
   graph starts at the first layer: what lies in front of it runs as under `no_grad`, and gradients
-  of parameters are never computed;
-- `Behind`: run again only what lies behind a layer, on edited activations.
+  of parameters are never computed.
 
-All three hook the layers for the length of one forward pass. The hooks act only in the thread that
-set them, so that several threads may explain one model at once. `untouched` is put around a whole
-call and keeps the buffers of a model that was left in train mode.
+Both hook the layers for the length of one forward pass, through `intercept`, on which `Behind` in
+`_behind.py` stands too. The hooks act only in the thread that set them, so that several threads may
+explain one model at once. `untouched` is put around a whole call and keeps the buffers of a model
+that was left in train mode.
 """
 
 import difflib
@@ -20,19 +20,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import DataParallel, Module
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_ext._compat import (
     TargetType,
-    _expand_additional_forward_args,
-    _expand_target,
     _reduce_list,
     _run_forward,
     _sort_key_list,
@@ -129,6 +126,12 @@ def scored(forward_func: Forward, score: Score) -> Forward:
     return forward
 
 
+def check_count(name: str, value: int) -> None:
+    """Raise a ValueError unless the argument called `name` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+
 def full_precision(tensor: Tensor) -> Tensor:
     """`tensor` in float32 where it has half precision, else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
@@ -142,7 +145,8 @@ def untouched(forward_func: Forward) -> Iterator[None]:
     """Put the buffers of a model in train mode back at the end, and warn once that it is in it.
 
     An evaluated model costs nothing here. For a plain function the modules in train mode are found
-    while they run.
+    while they run. Convolutions, ReLUs and other modules that behave alike in both modes do not
+    count.
     """
     root = root_module(forward_func)
     if root is not None and not any(module.training for module in root.modules()):
@@ -152,8 +156,7 @@ def untouched(forward_func: Forward) -> Iterator[None]:
     kept: dict[int, list[tuple[Module, str, Tensor, Tensor]]] = {}
 
     def keep(module: Module, args: Any) -> None:
-        is_leaf = not module._modules
-        if threading.get_ident() != me or not module.training or not is_leaf or id(module) in kept:
+        if threading.get_ident() != me or id(module) in kept or not _depends_on_mode(module):
             return
         if not kept:
             warnings.warn(
@@ -174,6 +177,14 @@ def untouched(forward_func: Forward) -> Iterator[None]:
             for module, name, buffer, value in (entry for kind in kept.values() for entry in kind):
                 buffer.copy_(value)
                 module._buffers[name] = buffer
+
+
+def _depends_on_mode(module: Module) -> bool:
+    """Whether `module` is in train mode, and may do something else than in eval mode."""
+    if not module.training or module._modules:
+        return False
+    is_foreign = not type(module).__module__.startswith("torch.nn.")
+    return is_foreign or bool(module._buffers) or "Drop" in type(module).__name__
 
 
 @contextmanager
@@ -243,11 +254,12 @@ def intercept(
 # --- at the layer --------------------------------------------------------------------------------
 
 
-class _Seen:
+class Seen:
     """What hooked layers had in hand in one forward pass, by layer and device."""
 
     def __init__(self, forward_func: Forward, layers: Sequence[Module], device_ids: Any) -> None:
-        owner = getattr(forward_func, "__self__", forward_func)
+        owner = inspect.unwrap(forward_func)
+        owner = getattr(owner, "__self__", owner)
         self.parallel = device_ids is not None or isinstance(owner, DataParallel)
         self.device_ids = device_ids or getattr(owner, "device_ids", None)
         self.forward_func, self.layers = forward_func, layers
@@ -283,7 +295,7 @@ def layer_activations(
     Returns:
         One tuple of tensors for each layer, and what `target` selects of the output.
     """
-    seen = _Seen(forward_func, layers, device_ids)
+    seen = Seen(forward_func, layers, device_ids)
 
     def keep(index: int, tensors: Tensors) -> Tensors:
         # Both the kept and the passed-on tensor are copies: the model may go on in place, on the
@@ -327,7 +339,7 @@ def layer_gradients(
         )
     grad_kwargs = grad_kwargs or {}
     keep_graph = bool(grad_kwargs.get("create_graph"))
-    seen = _Seen(forward_func, layers, device_ids)
+    seen = Seen(forward_func, layers, device_ids)
 
     def start_graph(index: int, tensors: Tensors) -> Tensors:
         torch.set_grad_enabled(True)  # the no_grad around the pass restores the caller's mode
@@ -346,7 +358,7 @@ def layer_gradients(
         if score.requires_grad:
             break
     activations = seen.gather()
-    _check_one_score_each(score)
+    check_one_score_each(score)
     keys = [(index, device) for index, on in enumerate(seen.devices()) for device in on]
     held = [seen.by_device[index][device] for index, device in keys]
     flat = [tensor for tensors in held for tensor in tensors]
@@ -376,201 +388,8 @@ def copies(inputs: Tensors) -> Tensors:
     return tuple(tensor.clone() for tensor in inputs)
 
 
-def _check_one_score_each(score: Tensor) -> None:
+def check_one_score_each(score: Tensor) -> None:
+    """Raise the error that Captum raises where `target` leaves several numbers for one example."""
     assert score.dim() == 0 or score[0].numel() == 1, (
         "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
     )
-
-
-# --- behind the layer ----------------------------------------------------------------------------
-
-
-class _Tape(TorchFunctionMode):
-    """Record what every torch function in front of a layer gives, and answer from it later.
-
-    Torch functions of one thread pass through here one by one. Up to the layer, the first pass
-    writes down each result; later passes are handed the results and compute nothing. A function
-    without tensors (a switch of autocast, say) is run each time.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.results: list[tuple[Any, Any, bool]] = []
-        self.position = 0
-        self.recorded = self.behind = False
-        self.versions: list[tuple[Tensor, int]] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.behind:
-            return func(*args, **kwargs)
-        if not self.recorded:
-            result = func(*args, **kwargs)
-            on_tensors = any(isinstance(x, Tensor) for x in tree_leaves((args, kwargs, result)))
-            self.results.append((func, result, on_tensors))
-            return result
-        if self.position == len(self.results) or self.results[self.position][0] != func:
-            raise RuntimeError("its second pass took another path than its first")
-        _, result, on_tensors = self.results[self.position]
-        self.position += 1
-        return result if on_tensors else func(*args, **kwargs)
-
-    def reach_layer(self) -> None:
-        self.behind = True
-        if not self.recorded:
-            leaves = (x for _, result, _ in self.results for x in tree_leaves(result))
-            tensors = [x for x in leaves if isinstance(x, Tensor) and not x.is_inference()]
-            self.versions = [(tensor, tensor._version) for tensor in tensors]
-
-    def rewind(self) -> None:
-        self.recorded, self.behind, self.position = True, False, 0
-
-    def is_intact(self) -> bool:
-        """Whether nothing that lies behind the layer wrote into what came from in front of it."""
-        return all(tensor._version == version for tensor, version in self.versions)
-
-
-class Behind:
-    """Run again only what lies behind a layer, on edited activations.
-
-    The first pass writes down everything in front of the layer; each later pass is answered from
-    that up to the layer and computes only what is behind it, for a whole chunk of edits at once
-    (`torch.vmap`). Skips around the layer and the model's own Python code, shapes included, are
-    as in the first pass, because it *is* the model's code that runs, on the same batch. Kept in
-    memory: the intermediate results in front of the layer, once.
-
-    A model that cannot be run like this falls back, with a warning, to one full forward pass for
-    each edit, in chunks: control flow behind the layer that depends on the activations, in-place
-    writes behind the layer into tensors from in front of it, operations that `vmap` does not know.
-    DataParallel always takes the full passes.
-
-    Args:
-        forward_func: the model.
-        layer: the layer, which must run once.
-        inputs: a batch of B examples.
-        target: as in Captum.
-        additional_forward_args: as in Captum.
-        at_input: edit the layer's inputs instead of its output.
-        device_ids: DataParallel's devices.
-
-    Attributes:
-        activations: the layer's tensors.
-        score: (B,), what `target` selects for the unedited activations.
-    """
-
-    def __init__(
-        self,
-        forward_func: Forward,
-        layer: Module,
-        inputs: Tensors,
-        target: TargetType = None,
-        additional_forward_args: Any = None,
-        *,
-        at_input: bool = False,
-        device_ids: list[int] | None = None,
-    ) -> None:
-        self.forward_func, self.layer, self.at_input = forward_func, layer, at_input
-        self.target, self.additional_forward_args = target, additional_forward_args
-        seen = _Seen(forward_func, [layer], device_ids)
-        self.device_ids = seen.device_ids if seen.parallel else None
-        self.tape: _Tape | None = None if seen.parallel else _Tape()
-
-        def keep(index: int, tensors: Tensors) -> Tensors:
-            if self.tape is not None:
-                self.tape.reach_layer()
-            seen.by_device[0][tensors[0].device] = tuple(t.detach().clone() for t in tensors)
-            return tuple(t.clone() for t in tensors)
-
-        with ExitStack() as modes:
-            # Tensors made in inference mode cannot tell whether they were written to.
-            modes.enter_context(torch.inference_mode(False))
-            modes.enter_context(torch.no_grad())
-            self.inputs = copies(inputs)
-            hooks = intercept([layer], keep, at_input=at_input, every_thread=seen.parallel)
-            modes.enter_context(hooks)
-            if self.tape is not None:
-                modes.enter_context(self.tape)
-            score = _run_forward(forward_func, self.inputs, target, additional_forward_args)
-        self.activations: Tensors = seen.gather()[0]
-        _check_one_score_each(score)
-        self.score = score.reshape(-1)
-        if self.tape is not None:
-            self.tape.rewind()
-
-    def __call__(
-        self, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, which: int = 0
-    ) -> Tensor:
-        """Scores after each of `len(chunk)` edits, (len(chunk), B).
-
-        Args:
-            edit: gives the new activation (B, ...) from the old one and one element of `chunk`,
-                with operations that `torch.vmap` can follow.
-            chunk: the edits to make, along dimension 0.
-            which: the tensor to edit, for a layer with several.
-        """
-        with torch.inference_mode(False), torch.no_grad():
-            if self.tape is not None:
-                reason = "it writes in place into what comes from in front of the layer"
-                try:
-                    if self.tape.is_intact():
-                        scores = self._rerun_behind(self.tape, edit, chunk, which)
-                        if self.tape.is_intact():
-                            return scores
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:  # the full passes below raise what is truly wrong
-                    reason = str(error).partition("\n")[0]
-                self.tape = None
-                warnings.warn(
-                    f"The part of the model behind {module_name(self.forward_func, self.layer)} "
-                    f"cannot be run on its own ({reason}): running the whole model for each edit.",
-                    stacklevel=2,
-                )
-            return self._run_all(edit, chunk, which)
-
-    def _rerun_behind(
-        self, tape: _Tape, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, which: int
-    ) -> Tensor:
-        def score_after(one: Tensor) -> Tensor:
-            def replace(index: int, tensors: Tensors) -> Tensors:
-                tape.reach_layer()
-                new = [t.clone() for t in self.activations]
-                new[which] = edit(new[which], one)
-                return tuple(new)
-
-            tape.rewind()
-            with intercept([self.layer], replace, at_input=self.at_input), tape:
-                score = _run_forward(
-                    self.forward_func, self.inputs, self.target, self.additional_forward_args
-                )
-            return cast(Tensor, score.reshape(-1))
-
-        return cast(Tensor, torch.vmap(score_after, randomness="different")(chunk))
-
-    def _run_all(
-        self, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, which: int
-    ) -> Tensor:
-        n, rows = len(chunk), len(chunk) * len(self.activations[which])
-        edited = torch.vmap(edit, in_dims=(None, 0))(self.activations[which], chunk).flatten(0, 1)
-
-        def replace(index: int, tensors: Tensors) -> Tensors:
-            start = 0
-            if self.device_ids is not None:  # DataParallel gives each device a piece of the batch
-                piece = -(-rows // len(self.device_ids))
-                start = piece * self.device_ids.index(tensors[which].device.index)
-            new = list(tensors)
-            mine = edited[start : start + len(new[which])]
-            new[which] = mine.to(new[which].device, copy=True)
-            return tuple(new)
-
-        parallel = self.device_ids is not None
-        with intercept([self.layer], replace, at_input=self.at_input, every_thread=parallel):
-            scores = _run_forward(
-                self.forward_func,
-                tuple(torch.cat([x] * n) for x in self.inputs),
-                _expand_target(self.target, n),
-                _expand_additional_forward_args(self.additional_forward_args, n),
-            )
-        return cast(Tensor, scores.reshape(n, -1))

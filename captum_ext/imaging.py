@@ -1,7 +1,7 @@
 """Image operations on the device, for signals, images and volumes alike.
 
-Tensors are (B, C, *spatial) with one to three spatial dimensions. Kornia does the filtering; resizing
-is torch's own interpolation, which Kornia calls too and which knows all three cases.
+Tensors are (B, C, *spatial) with one to three spatial dimensions. Kornia does the filtering;
+resizing is torch's own interpolation, which Kornia calls too and which knows all three cases.
 """
 
 from collections.abc import Sequence

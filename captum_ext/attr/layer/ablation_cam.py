@@ -1,11 +1,13 @@
 """Ablation-CAM (Desai and Ramaswamy, WACV 2020)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from captum.attr import PerturbationAttribution
 from torch import Tensor
 
+from captum_ext._behind import Behind
 from captum_ext._compat import (
     TargetType,
     _format_additional_forward_args,
@@ -14,10 +16,10 @@ from captum_ext._compat import (
     progress,
 )
 from captum_ext._model import (
-    Behind,
     Forward,
     Score,
     Tensors,
+    check_count,
     full_precision,
     scored,
     untouched,
@@ -41,7 +43,7 @@ class LayerAblationCam(LayerMap, PerturbationAttribution):
 
     Only the part of the model behind the layer is run for each channel, `perturbations_per_eval`
     at a time; where a model does not allow it, the whole model is, with a warning (see
-    `captum_ext._model.Behind`, which also says what is kept in memory).
+    `captum_ext._behind.Behind`, which also says what is kept in memory).
 
     Args:
         forward_func: the model.
@@ -100,8 +102,8 @@ class LayerAblationCam(LayerMap, PerturbationAttribution):
         Args:
             inputs: a tensor or tuple of tensors, examples in dimension 0.
             layer_baselines: what an ablated channel is set to: None is 0 (the paper), "min" each
-                example's smallest activation (for layers with negative activations, after grad-cam),
-                a number, or a tensor that broadcasts with the layer's activations.
+                example's smallest activation (for layers with negative activations), a number, or
+                a tensor that broadcasts with the layer's activations.
             target: as in Captum.
             additional_forward_args: as in Captum.
             attribute_to_layer_input: take the layer's input instead of its output.
@@ -113,11 +115,9 @@ class LayerAblationCam(LayerMap, PerturbationAttribution):
             (B, 1, *spatial) of the layer; a tuple for a layer with several tensors; a list for a
             list of layers.
         """
-        inputs = _format_tensor_into_tuples(inputs)
+        examples: Tensors = _format_tensor_into_tuples(inputs)
         additional_forward_args = _format_additional_forward_args(additional_forward_args)
-        assert isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1, (
-            f"perturbations_per_eval must be an integer of at least 1, got {perturbations_per_eval}."
-        )
+        check_count("perturbations_per_eval", perturbations_per_eval)
         if isinstance(layer_baselines, str) and layer_baselines != "min":
             raise ValueError(
                 f"`layer_baselines` must be None, 'min', a number or a tensor, got "
@@ -129,23 +129,22 @@ class LayerAblationCam(LayerMap, PerturbationAttribution):
                 behind = Behind(
                     scored(self.forward_func, self.score),
                     layer,
-                    inputs,
+                    examples,
                     target,
                     additional_forward_args,
                     at_input=attribute_to_layer_input,
                     device_ids=self.device_ids,
                 )
                 cams = []
-                for which, a in enumerate(self._on_grid([behind.activations], inputs, [layer])[0]):
+                grids = self._on_grid([behind.activations], examples, [layer])[0]
+                for which, a in enumerate(grids):
                     scores = self._ablated_scores(
                         behind, which, layer_baselines, perturbations_per_eval, show_progress
                     )
                     weights = behind.score - scores
                     if self.divide_by_score:
                         weights = divide(weights, behind.score)
-                    weights = full_precision(weights.T).reshape(
-                        a.shape[:2] + (1,) * (a.dim() - 2)
-                    )
+                    weights = full_precision(weights.T).reshape(a.shape[:2] + (1,) * (a.dim() - 2))
                     cams.append(weighted_sum(weights, a, relu_attributions))
                 maps.append(tuple(cams))
         return self._format(maps)
@@ -195,7 +194,8 @@ class LayerAblationCam(LayerMap, PerturbationAttribution):
             return torch.arange(k, device=activation.device).reshape(shape), k
         with torch.inference_mode(False):
             like = torch.zeros(activation.shape, device=activation.device)
-            grid, transpose = torch.func.vjp(self.reshape_transform, like)
+            transpose: Callable[[Tensor], tuple[Tensor]]
+            grid, transpose = torch.func.vjp(self.reshape_transform, like)  # type: ignore[misc]
             k = grid.shape[1]
             numbers = torch.arange(1.0, k + 1, device=grid.device)
             numbers = numbers.reshape((1, -1) + (1,) * (grid.dim() - 2)).expand_as(grid)

@@ -97,35 +97,23 @@ class LayerClassActivationMap(LayerMap):
         attr_dim_summation: bool = True,
     ) -> Maps:
         """The map of each example, raw and signed. Arguments as in `GradientCam.attribute`."""
-        inputs = _format_tensor_into_tuples(inputs)
+        examples: Tensors = _format_tensor_into_tuples(inputs)
         additional_forward_args = _format_additional_forward_args(additional_forward_args)
         with untouched(self.forward_func), torch.no_grad():
             per_layer, score = self._activations(
-                inputs, target, additional_forward_args, attribute_to_layer_input
+                examples, target, additional_forward_args, attribute_to_layer_input
             )
             rows = _rows(self.head, self.head_name)
-            n_classes = len(rows)
-            examples = len(per_layer[0][0])
-            classes = torch.arange(n_classes, device=score.device).expand(examples, n_classes)
-            if target is not None or n_classes > 1:
-                assert target is not None, "Target not provided when necessary."
-                classes = _select_targets(classes, target)
-            classes = classes.reshape(-1)
+            classes = _classes(len(rows), target, score)
             maps = []
             for tensors in per_layer:
+                cams = []
                 for a in tensors:
                     self._check(a, rows, classes, score)
-                maps.append(
-                    tuple(
-                        weighted_sum(
-                            _like_channels(full_precision(rows[classes]), a),
-                            a,
-                            relu_attributions,
-                            attr_dim_summation,
-                        )
-                        for a in tensors
-                    )
-                )
+                    weights = full_precision(rows[classes])
+                    weights = weights.reshape(weights.shape + (1,) * (a.dim() - 2))
+                    cams.append(weighted_sum(weights, a, relu_attributions, attr_dim_summation))
+                maps.append(tuple(cams))
         return self._format(maps)
 
     def _check(self, activation: Tensor, rows: Tensor, classes: Tensor, score: Tensor) -> None:
@@ -138,8 +126,9 @@ class LayerClassActivationMap(LayerMap):
         if self.head_is_given:
             return
         terms = full_precision(rows[classes]) * spatial_mean(full_precision(activation)).flatten(1)
-        bias = 0 if self.head.bias is None else full_precision(self.head.bias)[classes]
-        off = (terms.sum(1) + bias - full_precision(score).reshape(-1)).abs()
+        bias = cast(Tensor | None, self.head.bias)
+        bias_of_class = 0 if bias is None else full_precision(bias)[classes]
+        off = (terms.sum(1) + bias_of_class - full_precision(score).reshape(-1)).abs()
         tolerance = 1e-3 if activation.dtype in (torch.float32, torch.float64) else 5e-2
         if not bool((off <= tolerance * (1 + terms.abs().sum(1))).all()):
             raise ValueError(
@@ -150,8 +139,12 @@ class LayerClassActivationMap(LayerMap):
             )
 
 
-def _like_channels(weights: Tensor, activation: Tensor) -> Tensor:
-    return weights.reshape(weights.shape + (1,) * (activation.dim() - 2))
+def _classes(n_classes: int, target: TargetType, score: Tensor) -> Tensor:
+    """The class that `target` selects for each example, by selecting from the class numbers."""
+    each = torch.arange(n_classes, device=score.device).expand(len(score), n_classes)
+    assert target is not None or n_classes == 1, "Target not provided when necessary."
+    selected: Tensor = _select_targets(each, target)
+    return selected.reshape(-1)
 
 
 def _last_linear(forward_func: Forward) -> Module:
@@ -168,5 +161,7 @@ def _rows(head: Module, name: str) -> Tensor:
     """The weights of a linear layer or 1 x 1 convolution, (classes, channels)."""
     weight = cast(Tensor, getattr(head, "weight", None))
     if not isinstance(head, (Linear, *_CONVS)) or weight[0].numel() != weight.shape[1]:
-        raise ValueError(f"`head` {name} must be a linear layer or a 1 x 1 convolution, got {head}.")
+        raise ValueError(
+            f"`head` {name} must be a linear layer or a 1 x 1 convolution, got {head}."
+        )
     return weight.detach().flatten(1)

@@ -75,11 +75,11 @@ class LayerEigenCam(LayerMap):
         Raises:
             ValueError: activations that are not finite, which have no singular vectors.
         """
-        inputs = _format_tensor_into_tuples(inputs)
+        examples: Tensors = _format_tensor_into_tuples(inputs)
         additional_forward_args = _format_additional_forward_args(additional_forward_args)
         with untouched(self.forward_func), torch.no_grad():
             per_layer, _ = self._activations(
-                inputs, target, additional_forward_args, attribute_to_layer_input
+                examples, target, additional_forward_args, attribute_to_layer_input
             )
             maps = [tuple(self._project(a) for a in tensors) for tensors in per_layer]
         if relu_attributions:
@@ -96,13 +96,15 @@ class LayerEigenCam(LayerMap):
             a = a - a.mean(1, keepdim=True)
         cam = _first_component(a)
         sign = torch.where((cam * mean_activation).sum(1, keepdim=True) < 0, -1, 1)
-        return (sign * cam).reshape(len(a), 1, *activation.shape[2:]).to(activation.dtype)
+        cam = torch.mul(sign, cam).reshape(len(a), 1, *activation.shape[2:])
+        return cam.to(activation.dtype)
 
 
 def _first_component(a: Tensor) -> Tensor:
-    """a v_1 for matrices (B, n, m), from the smaller of the two Gram matrices."""
+    """A v_1 for matrices (B, n, m), from the smaller of the two Gram matrices."""
     if a.shape[1] <= a.shape[2]:
         values, vectors = torch.linalg.eigh(a @ a.mT)
-        return values[:, -1:, None].clamp_min(0).sqrt() * vectors[:, :, -1:]
+        length = values[:, -1:, None].clamp_min(0).sqrt()
+        return torch.mul(length, vectors[:, :, -1:])
     _, vectors = torch.linalg.eigh(a.mT @ a)
-    return a @ vectors[:, :, -1:]
+    return torch.matmul(a, vectors[:, :, -1:])

@@ -14,7 +14,15 @@ from captum_ext._compat import (
     _format_tensor_into_tuples,
     log_usage,
 )
-from captum_ext._model import Forward, Score, Tensors, full_precision, scored, untouched
+from captum_ext._model import (
+    Forward,
+    Score,
+    Tensors,
+    check_count,
+    full_precision,
+    scored,
+    untouched,
+)
 from captum_ext.attr.layer.masking import MaskingCam, check_perturbable, is_flat
 from captum_ext.attr.layer.template import Layer, Maps, ReshapeTransform, spatial_mean
 from captum_ext.imaging import blur
@@ -71,8 +79,8 @@ class LayerGroupCam(MaskingCam):
         groups: int | Tensor = 32,
         score: Score = "softmax",
     ) -> None:
-        if isinstance(groups, int) and groups < 1:
-            raise ValueError(f"`groups` must be at least 1, got {groups}.")
+        if not isinstance(groups, Tensor):
+            check_count("groups", groups)
         scored(forward_func, score)
         super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
         self.groups, self.score = groups, score
@@ -105,20 +113,21 @@ class LayerGroupCam(MaskingCam):
             (B, 1, *spatial) of the layer; a tuple for a layer with several tensors; a list for a
             list of layers.
         """
-        inputs = _format_tensor_into_tuples(inputs)
+        examples: Tensors = _format_tensor_into_tuples(inputs)
         additional_forward_args = _format_additional_forward_args(additional_forward_args)
+        check_count("perturbations_per_eval", perturbations_per_eval)
         with untouched(self.forward_func), torch.no_grad():
             activations, gradients = self._gradients(
-                inputs, target, additional_forward_args, attribute_to_layer_input
+                examples, target, additional_forward_args, attribute_to_layer_input
             )
             for a in (a for tensors in activations for a in tensors):
-                check_perturbable(inputs, a, perturbations_per_eval)
+                check_perturbable(examples, a)
             if baselines is None:
                 dims = {a.dim() for tensors in activations for a in tensors}
-                baselines = tuple(blur(x) if x.dim() in dims else 0 for x in inputs)
+                baselines = tuple(blur(x) if x.dim() in dims else 0 for x in examples)
             scores_under = partial(
                 self._masked_scores,
-                inputs=inputs,
+                inputs=examples,
                 baselines=baselines,
                 target=target,
                 additional_forward_args=additional_forward_args,
@@ -132,7 +141,7 @@ class LayerGroupCam(MaskingCam):
                     m = self._group_maps(full_precision(a), full_precision(g))
                     # One more mask, flat and so all zero, shows the baseline alone.
                     shown = torch.cat([m, torch.zeros_like(m[:, :1])], 1)
-                    scores = scores_under(lambda i, j, m=shown: m[:, i:j], shown.shape[1])
+                    scores = scores_under(partial(_slice, shown), shown.shape[1])
                     gain = F.relu(scores[:, :-1] - scores[:, -1:]).masked_fill(is_flat(m), 0)
                     cam = torch.einsum("bl,bl...->b...", gain.to(m), m).unsqueeze(1)
                     cams.append(cam.to(a.dtype))
@@ -146,8 +155,8 @@ class LayerGroupCam(MaskingCam):
             group_of = self.groups.to(activations.device)
             if group_of.shape != (k,) or group_of.is_floating_point() or int(group_of.min()) < 0:
                 raise ValueError(
-                    f"`groups` must hold the group of each of the layer's {k} channels, as integers "
-                    f"from 0, got shape {tuple(group_of.shape)} and dtype {group_of.dtype}."
+                    f"`groups` must hold the group of each of the {k} channels of `layer`, as "
+                    f"integers from 0, got {group_of.dtype} of shape {tuple(group_of.shape)}."
                 )
         else:
             n = min(self.groups, k)
@@ -155,3 +164,7 @@ class LayerGroupCam(MaskingCam):
         membership = F.one_hot(group_of).to(activations)
         weighted = spatial_mean(gradients) * activations
         return F.relu(torch.einsum("bk...,kl->bl...", weighted, membership))
+
+
+def _slice(maps: Tensor, start: int, stop: int) -> Tensor:
+    return maps[:, start:stop]

@@ -82,23 +82,20 @@ class MaskingCam(LayerMap, PerturbationAttribution):
 
 
 def _blend(x: Tensor, baseline: Tensor | float, masks: Tensor) -> Tensor:
-    """x m + b (1 - m) for each of n masks (B, n, *spatial), mask after mask: (n * B, ...)."""
+    """X m + b (1 - m) for each of n masks (B, n, *spatial), mask after mask: (n * B, ...)."""
     m = min_max(resize(masks, x.shape[2:])).to(x.dtype).transpose(0, 1).unsqueeze(2)
     if not isinstance(baseline, Tensor) and baseline == 0:
         return (x * m).flatten(0, 1)
     return torch.lerp(torch.as_tensor(baseline, dtype=x.dtype, device=x.device), x, m).flatten(0, 1)
 
 
-def check_perturbable(inputs: Tensors, activation: Tensor, perturbations_per_eval: int) -> None:
-    """Refuse, before any mask is made, what masking cannot do."""
-    assert isinstance(perturbations_per_eval, int) and perturbations_per_eval >= 1, (
-        f"perturbations_per_eval must be an integer of at least 1, got {perturbations_per_eval}."
-    )
+def check_perturbable(inputs: Tensors, activation: Tensor) -> None:
+    """Refuse, before any mask is made, activations that cannot mask an input."""
     if activation.dim() < 3 or all(x.dim() != activation.dim() for x in inputs):
         raise ValueError(
             f"`layer` has the shape {tuple(activation.shape)} and the inputs have "
-            f"{[tuple(x.shape) for x in inputs]}: no input has the spatial dimensions of the layer, "
-            f"so its activations cannot mask one."
+            f"{[tuple(x.shape) for x in inputs]}: no input has the spatial dimensions of the "
+            f"layer, so its activations cannot mask one."
         )
 
 

@@ -47,7 +47,7 @@ def tokens_to_grid(
             f"{n} tokens (shape {tuple(tokens.shape)}) are not {prefix_tokens or 'a few'} prefix "
             f"tokens and a {h} x {w} grid: pass `grid=(h, w)`, `prefix_tokens`, or both."
         )
-    return tokens[:, prefix:].transpose(1, 2).unflatten(2, (h, w))
+    return tokens[:, prefix:].transpose(1, 2).reshape(len(tokens), -1, h, w)
 
 
 def channels_last_to_first(activations: Tensor) -> Tensor:

@@ -14,7 +14,15 @@ from captum_ext._compat import (
     _format_tensor_into_tuples,
     log_usage,
 )
-from captum_ext._model import Forward, Score, Tensors, full_precision, scored, untouched
+from captum_ext._model import (
+    Forward,
+    Score,
+    Tensors,
+    check_count,
+    full_precision,
+    scored,
+    untouched,
+)
 from captum_ext.attr.layer.masking import MaskingCam, check_perturbable, is_flat
 from captum_ext.attr.layer.template import Layer, Maps, ReshapeTransform, weighted_sum
 
@@ -106,17 +114,18 @@ class LayerScoreCam(MaskingCam):
             (B, 1, *spatial) of the layer; a tuple for a layer with several tensors; a list for a
             list of layers.
         """
-        inputs = _format_tensor_into_tuples(inputs)
+        examples: Tensors = _format_tensor_into_tuples(inputs)
         additional_forward_args = _format_additional_forward_args(additional_forward_args)
+        check_count("perturbations_per_eval", perturbations_per_eval)
         with untouched(self.forward_func), torch.no_grad():
             per_layer, _ = self._activations(
-                inputs, target, additional_forward_args, attribute_to_layer_input
+                examples, target, additional_forward_args, attribute_to_layer_input
             )
             for a in (a for tensors in per_layer for a in tensors):
-                check_perturbable(inputs, a, perturbations_per_eval)
+                check_perturbable(examples, a)
             scores_under = partial(
                 self._masked_scores,
-                inputs=inputs,
+                inputs=examples,
                 baselines=baselines,
                 target=target,
                 additional_forward_args=additional_forward_args,
@@ -124,7 +133,10 @@ class LayerScoreCam(MaskingCam):
                 show_progress=show_progress,
             )
             maps = [
-                tuple(weighted_sum(self._weights(a, scores_under), a, relu_attributions) for a in tensors)
+                tuple(
+                    weighted_sum(self._weights(a, scores_under), a, relu_attributions)
+                    for a in tensors
+                )
                 for tensors in per_layer
             ]
         return self._format(maps)

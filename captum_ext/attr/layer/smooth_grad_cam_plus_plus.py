@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from captum_ext._compat import TargetType, _expand_additional_forward_args, _expand_target
-from captum_ext._model import Forward, Tensors, full_precision
+from captum_ext._model import Forward, Tensors, check_count, full_precision
 from captum_ext.attr.layer.template import (
     GradientCam,
     Layer,
@@ -36,8 +36,8 @@ class LayerSmoothGradCamPlusPlus(GradientCam):
         device_ids: as in Captum.
         reshape_transform: see `LayerMap`.
         n_samples: noisy copies.
-        stdev_spread: standard deviation of the noise as a share of each example's range (max - min),
-            as in SmoothGrad; 0.15 is the value in common use.
+        stdev_spread: standard deviation of the noise as a share of each example's range,
+            max - min, as in SmoothGrad; 0.15 is the value in common use.
         generator: of the noise; None takes torch's global one. The noise is drawn once a call and
             shared by the examples of a batch.
         samples_per_eval: noisy copies of the batch in one forward pass.
@@ -72,12 +72,10 @@ class LayerSmoothGradCamPlusPlus(GradientCam):
         generator: Generator | None = None,
         samples_per_eval: int = 1,
     ) -> None:
-        if n_samples < 1:
-            raise ValueError(f"`n_samples` must be at least 1, got {n_samples}.")
+        check_count("n_samples", n_samples)
+        check_count("samples_per_eval", samples_per_eval)
         if not stdev_spread >= 0:
             raise ValueError(f"`stdev_spread` must not be negative, got {stdev_spread}.")
-        if samples_per_eval < 1:
-            raise ValueError(f"`samples_per_eval` must be at least 1, got {samples_per_eval}.")
         super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
         self.n_samples, self.stdev_spread = n_samples, stdev_spread
         self.generator, self.samples_per_eval = generator, samples_per_eval

@@ -82,8 +82,8 @@ def _suggest(model: Forward) -> tuple[str, Callable[[Tensor], Tensor] | None]:
         convolutions = convolutions[:-1]
     if not convolutions:
         raise ValueError(
-            f"No layer to suggest for {type(root).__name__}: its family is not known, and it has no "
-            f"convolution in front of its classifier. Name a layer that has a map."
+            f"No layer to suggest for {type(root).__name__}: its family is not known, and it has "
+            f"no convolution in front of its classifier. Name a layer that has a map."
         )
     return convolutions[-1], None
 

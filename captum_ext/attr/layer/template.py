@@ -89,11 +89,12 @@ class LayerMap(LayerAttribution):
     ) -> None:
         if reshape_transform is not None and not callable(reshape_transform):
             raise TypeError(f"`reshape_transform` must be callable, got {reshape_transform!r}.")
-        several = isinstance(layer, list | tuple)
-        if several and not layer:
-            raise ValueError("`layer` must name at least one layer, got an empty list.")
-        self.layers = [find_module(forward_func, one) for one in (layer if several else [layer])]
-        super().__init__(forward_func, self.layers if several else self.layers[0], device_ids)
+        if isinstance(layer, list) and not layer:
+            raise ValueError("`layer` must hold at least one layer, got an empty list.")
+        several = layer if isinstance(layer, list) else [layer]
+        self.layers = [find_module(forward_func, one) for one in several]
+        shown = self.layers if isinstance(layer, list) else self.layers[0]
+        super().__init__(forward_func, shown, device_ids)
         self.reshape_transform = reshape_transform
 
     def _activations(
@@ -202,11 +203,11 @@ class GradientCam(LayerMap, GradientAttribution, ABC):
                 the target does not depend on.
             RuntimeError: inside `torch.inference_mode`.
         """
-        inputs = _format_tensor_into_tuples(inputs)
+        examples: Tensors = _format_tensor_into_tuples(inputs)
         additional_forward_args = _format_additional_forward_args(additional_forward_args)
         with untouched(self.forward_func):
             activations, gradients = self._gradients(
-                inputs, target, additional_forward_args, attribute_to_layer_input, grad_kwargs
+                examples, target, additional_forward_args, attribute_to_layer_input, grad_kwargs
             )
         maps = [
             tuple(

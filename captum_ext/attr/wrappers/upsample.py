@@ -27,8 +27,8 @@ class UpsampleWrapper(Attribution):
 
     Each map (B, C, h, w) is summed over its channels, resized to the input's spatial size, and
     repeated over the input's channels. Several maps (a list of layers, a layer with several
-    tensors) are fused into one. What already has the input's shape is passed on as it is. So wrapped,
-    a CAM is taken by Captum's `infidelity`, `sensitivity_max`, `NoiseTunnel` and
+    tensors) are fused into one. What already has the input's shape is passed on as it is. So
+    wrapped, a CAM is taken by Captum's `infidelity`, `sensitivity_max`, `NoiseTunnel` and
     `visualize_image_attr`.
 
     Args:

@@ -1,0 +1,62 @@
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(1)
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(1234)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def snapshot(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Any]:
+    """Everything that a call must leave as it was, in values that compare with ==."""
+    state: list[Any] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
+    state += [dict(nn.modules.module._global_forward_pre_hooks)]
+    for name, module in model.named_modules():
+        state += [name, id(module), module.training, *(len(getattr(module, h)) for h in HOOKS)]
+        state += [sorted(vars(module))]
+    tensors = [*model.parameters(), *model.buffers(), *inputs]
+    for t in tensors:
+        grad = None if t.grad is None else t.grad.tolist()
+        state += [id(t), t.requires_grad, t.is_leaf, grad, t.detach().float().nan_to_num().tolist()]
+    return state
+
+
+@pytest.fixture
+def trace_free() -> Callable[..., AbstractContextManager[None]]:
+    """Context manager: the model, the inputs and torch's modes are as before at its end."""
+
+    @contextmanager
+    def check(model: nn.Module, *inputs: Tensor, keeps_rng: bool = True) -> Iterator[None]:
+        before, rng = snapshot(model, inputs), torch.get_rng_state()
+        try:
+            yield
+        finally:
+            assert snapshot(model, inputs) == before
+            if keeps_rng:
+                assert torch.equal(torch.get_rng_state(), rng)
+
+    return check
+
+
+@pytest.fixture
+def no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield

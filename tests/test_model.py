@@ -1,0 +1,337 @@
+"""The layer capture: exact gradients at the layer, and no trace of the call."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import densenet121, resnet18
+
+from captum_ext._model import (
+    find_module,
+    intercept,
+    layer_activations,
+    layer_gradients,
+    root_module,
+    scored,
+    untouched,
+)
+from tests.methods import small_net
+
+
+class Pipe(nn.Module):
+    """A layer between two functions, for every odd way to feed or read a layer."""
+
+    def __init__(self, layer: nn.Module, before: Callable[..., Any], after: Callable[..., Any]):
+        super().__init__()
+        self.layer, self.before, self.after = layer, before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.before(self.layer, x))
+
+
+def autograd_reference(model: nn.Module, layer: nn.Module, x: Tensor, target: Any) -> Any:
+    """Activation and gradient of a layer, by torch's own retained gradient."""
+    kept: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Tensor) -> Tensor:
+        output.retain_grad()
+        kept.append(output)
+        return output.clone()
+
+    handle = layer.register_forward_hook(keep)
+    scores = model(x.clone().requires_grad_())
+    handle.remove()
+    (gradient,) = torch.autograd.grad(scores[range(len(x)), target].sum(), kept[0])
+    return kept[0].detach(), gradient
+
+
+@pytest.mark.parametrize("name", ["conv1", "norm", "relu1", "conv2", "relu2"])
+def test_gradients_equal_autograd_at_every_layer(name: str) -> None:
+    net, x = small_net(dtype=torch.float64), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    layer = net.get_submodule(name)
+    (a,), (g,) = layer_gradients(net, [layer], (x,), [0, 3, 1])
+    if layer is net.relu1 or layer is net.relu2:
+        expected = autograd_reference(net, layer, x, [0, 3, 1])
+    else:  # an in-place ReLU behind the layer: compare with a net that has none
+        net.relu1.inplace = net.relu2.inplace = False
+        expected = autograd_reference(net, layer, x, [0, 3, 1])
+    torch.testing.assert_close((a[0], g[0]), expected, rtol=0, atol=1e-12)
+
+
+def test_several_layers_at_once_equal_each_alone() -> None:
+    net, x = resnet18().eval(), torch.randn(2, 3, 64, 64)
+    layers = [net.layer4, net.layer2, net.layer3[0].conv1, net.layer3]
+    together = layer_gradients(net, layers, (x,), [5, 7])
+    for i, layer in enumerate(layers):
+        alone = layer_gradients(net, [layer], (x,), [5, 7])
+        torch.testing.assert_close(together[0][i], alone[0][0], rtol=0, atol=0)
+        torch.testing.assert_close(together[1][i], alone[1][0], rtol=1e-5, atol=1e-9)
+
+
+def test_functional_in_place_relu_behind_the_layer() -> None:
+    net, x = densenet121().eval(), torch.randn(1, 3, 64, 64)
+    (a,), (g,) = layer_gradients(net, [net.features], (x,), 3)
+    assert (a[0] < 0).any(), "the captured activation must be the one in front of the ReLU"
+    weight = net.classifier.weight[3].detach()[None, :, None, None] / a[0][0, 0].numel()
+    torch.testing.assert_close(g[0], torch.where(a[0] > 0, weight, 0.0))
+
+
+def test_parameters_never_get_gradients_and_may_be_frozen() -> None:
+    net, x = small_net(), torch.randn(2, 3, 8, 8)
+    expected = layer_gradients(net, [net.conv2], (x,), 1)
+    net.requires_grad_(False)
+    with torch.no_grad():
+        frozen = layer_gradients(net, [net.conv2], (x,), 1)
+    torch.testing.assert_close(frozen, expected, rtol=0, atol=0)
+
+
+def test_the_part_in_front_builds_no_graph() -> None:
+    net, modes = small_net(), {}
+    for name, module in net.named_modules():
+        if name:
+            module.register_forward_pre_hook(
+                lambda m, a, name=name: modes.__setitem__(name, torch.is_grad_enabled())
+            )
+    layer_gradients(net, [net.conv2], (torch.randn(1, 3, 8, 8),), 0)
+    in_front = {"conv1", "norm", "relu1", "conv2"}
+    assert modes == {name: name not in in_front for name in modes}
+
+
+def test_a_backbone_that_the_model_runs_without_gradients() -> None:
+    class Probe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.backbone(x).mean((2, 3))
+            return self.head(x)
+
+    net = Probe()
+    (_,), (g,) = layer_gradients(net, [net.backbone], (torch.randn(2, 3, 6, 6),), 2)
+    expected = (net.head.weight[2].detach() / 16)[None, :, None, None].expand_as(g[0])
+    torch.testing.assert_close(g[0], expected)
+
+
+def test_create_graph_makes_the_result_differentiable() -> None:
+    net = small_net(dtype=torch.float64)
+    x = torch.randn(1, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+
+    def gradient_times_activation(x: Tensor) -> Tensor:
+        (a,), (g,) = layer_gradients(
+            net, [net.conv2], (x,), 1, grad_kwargs={"create_graph": True}
+        )
+        return (a[0] * g[0]).sum()
+
+    assert torch.autograd.gradcheck(gradient_times_activation, (x,))
+
+
+@pytest.mark.parametrize(
+    ("give", "take"),
+    [
+        (lambda y: (y, None, 2 * y), lambda out: out[0] + out[2]),
+        (lambda y: [y, 2 * y], lambda out: out[0] + out[1]),
+        (lambda y: {"a": y, "n": 7, "b": 2 * y}, lambda out: out["a"] + out["b"]),
+    ],
+)
+def test_layers_with_several_tensors(give: Any, take: Any) -> None:
+    class Several(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return give(x + 1)
+
+    net = Pipe(Several(), lambda layer, x: take(layer(x)), lambda y: (y**2).sum((2, 3)))
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    (a,), (g,) = layer_gradients(net, [net.layer], (x,), 0)
+    first = torch.zeros_like(x)
+    first[:, 0] = 2 * 3 * (x + 1)[:, 0]
+    torch.testing.assert_close(a, (x + 1, 2 * (x + 1)))
+    torch.testing.assert_close(g, (first, first))
+
+
+def test_a_tensor_that_the_target_ignores_has_zero_gradient() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2, x * 3
+
+    net = Pipe(Two(), lambda layer, x: layer(x)[1], lambda y: y.sum((2, 3)))
+    _, (g,) = layer_gradients(net, [net.layer], (torch.randn(1, 2, 3, 3),), 0)
+    assert g[0].abs().sum() == 0
+    assert g[1].sum() == 9
+
+
+def test_inputs_of_a_layer_positional_and_by_keyword() -> None:
+    class Join(nn.Module):
+        def forward(self, x: Tensor, *, y: Tensor, scale: int) -> Tensor:
+            return scale * x * y
+
+    net = Pipe(Join(), lambda layer, x: layer(x, y=x + 1, scale=2), lambda y: y.sum((2, 3)))
+    x = torch.randn(2, 1, 3, 3)
+    (a,), (g,) = layer_gradients(net, [net.layer], (x,), 0, at_input=True)
+    torch.testing.assert_close(a, (x, x + 1))
+    torch.testing.assert_close(g, (2 * (x + 1), 2 * x))
+
+
+def test_an_alias_that_is_written_to_later_does_not_reach_the_capture() -> None:
+    net = Pipe(nn.Identity(), lambda layer, x: (x, layer(x)), lambda xy: xy[0].mul_(0) + xy[1])
+    x = torch.randn(2, 3)
+    ((a,),), _ = layer_activations(net, [net.layer], (x,), 0)
+    torch.testing.assert_close(a, x, rtol=0, atol=0)
+
+
+def test_the_callers_input_survives_a_model_that_writes_into_it() -> None:
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3), nn.Flatten())
+    x = torch.randn(2, 3, 5, 5)
+    before = x.clone()
+    layer_gradients(net, [net[1]], (x,), 0)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("error_in", ["layer", "behind", "in front", "target"])
+def test_nothing_stays_behind_after_an_error(error_in: str, trace_free: Any) -> None:
+    net, x = small_net(), torch.randn(2, 3, 8, 8, requires_grad=True)
+    x.grad = torch.ones_like(x)
+    broken = {"layer": net.conv2, "behind": net.fc, "in front": net.conv1}.get(error_in)
+    if broken is not None:
+        broken.forward = lambda *args: 1 / 0  # type: ignore[assignment]
+    with (
+        trace_free(net, x),
+        pytest.raises((ZeroDivisionError, AssertionError)),
+    ):
+        layer_gradients(net, [net.conv2], (x,), "class 3" if broken is None else 1)
+
+
+def test_train_mode_is_kept_warned_of_once_and_its_buffers_put_back(trace_free: Any) -> None:
+    net, x = small_net().train(), torch.randn(4, 3, 8, 8)
+    for forward in (net, net.forward, lambda x: net(x)):
+        with trace_free(net), pytest.warns(UserWarning, match="train mode") as caught:  # noqa: SIM117
+            with untouched(forward):
+                for _ in range(3):
+                    layer_activations(forward, [net.conv2], (x,))
+        assert len(caught) == 1
+
+
+def test_eval_mode_and_stateless_train_mode_do_not_warn(no_warnings: None) -> None:
+    for model in (small_net(), nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten())):
+        with untouched(model):
+            model(torch.randn(1, 3, 8, 8))
+
+
+def test_a_layer_that_runs_twice_is_an_error(trace_free: Any) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.conv(self.relu(x))).sum((2, 3))
+
+    net, x = Twice(), torch.randn(1, 3, 4, 4)
+    with trace_free(net, x), pytest.raises(ValueError, match="ReLU runs more than once"):
+        layer_gradients(net, [net.relu], (x,), 0)
+
+
+def test_layers_that_do_not_run_or_do_not_matter() -> None:
+    net, x = small_net(), torch.randn(1, 3, 8, 8)
+    with pytest.raises(ValueError, match="`Conv2d` did not run"):
+        layer_gradients(net, [nn.Conv2d(1, 1, 1)], (x,), 0)
+    side = Pipe(nn.Conv2d(3, 1, 1), lambda layer, x: (layer(x), x)[1], lambda x: x.sum((2, 3)))
+    with pytest.raises(ValueError, match="does not depend on `layer` `layer`"):
+        layer_gradients(side, [side.layer], (x,), 0)
+
+
+def test_inference_mode_is_one_clear_error_for_gradients_and_fine_without() -> None:
+    net, x = small_net(), torch.randn(1, 3, 8, 8)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="inference_mode"):
+            layer_gradients(net, [net.conv2], (x,), 0)
+        ((inside,),), _ = layer_activations(net, [net.conv2], (x,), 0)
+        made_inside = torch.randn(1, 3, 8, 8)
+    ((outside,),), _ = layer_activations(net, [net.conv2], (x,), 0)
+    assert torch.equal(inside, outside)
+    layer_gradients(net, [net.conv2], (made_inside,), 0)
+
+
+def test_names_modules_and_what_is_neither() -> None:
+    net = resnet18()
+    assert find_module(net, "layer4.1.conv2") is net.layer4[1].conv2
+    assert find_module(net.forward, "layer4") is net.layer4
+    assert find_module(nn.DataParallel(net), "layer4") is net.layer4
+    assert root_module(scored(net, "softmax")) is net
+    with pytest.raises(ValueError, match=r"'layer5' is not in the model\. Closest: layer4, layer"):
+        find_module(net, "layer5")
+    with pytest.raises(ValueError, match="pass the module itself"):
+        find_module(lambda x: net(x), "layer4")
+    with pytest.raises(TypeError, match="dotted name"):
+        find_module(net, 4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="eager module"):
+        find_module(torch.compile(net), "layer4")
+
+
+def test_scores() -> None:
+    logits = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.bfloat16)
+    forward = {s: scored(lambda x: x, s)(logits) for s in ("logit", "softmax", "sigmoid")}
+    assert all(value.dtype == torch.float32 for value in forward.values())
+    torch.testing.assert_close(forward["softmax"], logits.float().softmax(1))
+    torch.testing.assert_close(forward["sigmoid"], logits.float().sigmoid())
+    assert scored(lambda x: x, lambda y: y[:, 1:])(logits).tolist() == [[1.0, 3.0]]
+    with pytest.raises(ValueError, match="`score` must be one of"):
+        scored(lambda x: x, "probability")
+
+
+def test_eight_threads_on_one_model_give_exactly_the_serial_answers() -> None:
+    net = resnet18().eval()
+    xs = [torch.randn(1, 3, 64, 64) for _ in range(8)]
+    layers = [net.layer4, net.layer3, net.layer4[1].conv2, net.layer2] * 2
+    serial = [layer_gradients(net, [layers[i]], (xs[i],), i) for i in range(8)]
+    wrong, errors = [], []
+
+    def work(i: int) -> None:
+        torch.set_num_threads(1)
+        try:
+            for _ in range(50):
+                (a,), (g,) = layer_gradients(net, [layers[i]], (xs[i],), i)
+                same = torch.equal(a[0], serial[i][0][0][0]) and torch.equal(g[0], serial[i][1][0][0])
+                wrong.extend([] if same else [i])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (wrong, errors) == ([], [])
+
+
+def test_hooks_of_other_threads_are_passed_by() -> None:
+    net, x = small_net(), torch.randn(1, 3, 8, 8)
+    expected = net(x)
+
+    def ruin(index: int, tensors: Any) -> Any:
+        return tuple(t * 0 for t in tensors)
+
+    seen = []
+    for at_input in (False, True):
+        with intercept([net.conv2], ruin, at_input=at_input):
+            thread = threading.Thread(target=lambda: seen.append(net(x)))
+            thread.start()
+            thread.join()
+            assert not torch.equal(net(x), expected)
+    assert all(torch.equal(y, expected) for y in seen)
+
+
+@pytest.mark.gpu
+def test_data_parallel_gathers_in_the_order_of_the_batch() -> None:
+    n = torch.cuda.device_count()
+    net = small_net().cuda()
+    x = torch.randn(2 * n + 1, 3, 8, 8, device="cuda")
+    target = torch.arange(len(x)) % 4
+    expected = layer_gradients(net, [net.conv2], (x,), target.tolist())
+    order = list(range(n))[::-1]
+    parallel = nn.DataParallel(net.to(f"cuda:{order[0]}"), device_ids=order)
+    found = layer_gradients(parallel, [net.conv2], (x.to(f"cuda:{order[0]}"),), target.tolist())
+    torch.testing.assert_close(found, expected, check_device=False)
