@@ -11,12 +11,7 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from captum_ext._compat import (
-    TargetType,
-    _expand_additional_forward_args,
-    _expand_target,
-    _run_forward,
-)
+from captum_ext._compat import TargetType, _run_forward
 from captum_ext._model import (
     Forward,
     Seen,
@@ -26,6 +21,10 @@ from captum_ext._model import (
     intercept,
     module_name,
 )
+
+
+class TapeError(Exception):
+    """A pass cannot be answered from the tape."""
 
 
 class Tape(TorchFunctionMode):
@@ -55,7 +54,7 @@ class Tape(TorchFunctionMode):
             self.results.append((func, result, on_tensors))
             return result
         if self.position == len(self.results) or self.results[self.position][0] != func:
-            raise RuntimeError("its second pass took another path than its first")
+            raise TapeError("its second pass took another path than its first")
         _, result, on_tensors = self.results[self.position]
         self.position += 1
         return result if on_tensors else func(*args, **kwargs)
@@ -68,26 +67,28 @@ class Tape(TorchFunctionMode):
             self.versions = [(tensor, tensor._version) for tensor in tensors]
 
     def rewind(self) -> None:
+        """Begin another pass, unless the last one spoilt the results that it would be given."""
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise TapeError("it writes in place into what comes from in front of the layer")
         self.recorded, self.behind, self.position = True, False, 0
-
-    def is_intact(self) -> bool:
-        """Whether nothing that lies behind the layer wrote into what came from in front of it."""
-        return all(tensor._version == version for tensor, version in self.versions)
 
 
 class Behind:
     """Run again only what lies behind a layer, on edited activations.
 
     The first pass writes down everything in front of the layer; each later pass is answered from
-    that up to the layer and computes only what is behind it, for a whole chunk of edits at once
-    (`torch.vmap`). Skips around the layer and the model's own Python code, shapes included, are
-    as in the first pass, because it *is* the model's code that runs, on the same batch. Kept in
-    memory: the intermediate results in front of the layer, once.
+    that up to the layer and computes only what is behind it. Skips around the layer and the model's
+    own Python code, shapes included, are as in the first pass, because it *is* the model's code
+    that runs, on the same batch. Kept in memory: the intermediate results in front of the layer,
+    once.
 
-    A model that cannot be run like this falls back, with a warning, to one full forward pass for
-    each edit, in chunks: control flow behind the layer that depends on the activations, in-place
-    writes behind the layer into tensors from in front of it, operations that `vmap` does not know.
-    DataParallel always takes the full passes.
+    There are three ways, from fast to slow, and a warning on leaving the first:
+
+    1. all edits of a chunk at once, by `torch.vmap`;
+    2. one edit after the other, for models that `vmap` cannot follow behind the layer: control flow
+       that depends on the activations, numpy, custom functions;
+    3. the whole model for each edit, where the part behind the layer writes in place into what
+       comes from in front of it, or the second pass takes another path; and for DataParallel.
 
     Args:
         forward_func: the model.
@@ -116,31 +117,23 @@ class Behind:
     ) -> None:
         self.forward_func, self.layer, self.at_input = forward_func, layer, at_input
         self.target, self.additional_forward_args = target, additional_forward_args
-        seen = Seen(forward_func, [layer], device_ids)
-        self.device_ids = seen.device_ids if seen.parallel else None
-        self.tape: Tape | None = None if seen.parallel else Tape()
+        self.seen = Seen(forward_func, [layer], device_ids)
+        self.tape: Tape | None = None if self.seen.parallel else Tape()
+        self.at_once = not self.seen.parallel
 
         def keep(index: int, tensors: Tensors) -> Tensors:
             if self.tape is not None:
                 self.tape.reach_layer()
-            seen.by_device[0][tensors[0].device] = tuple(t.detach().clone() for t in tensors)
+            self.seen.by_device[0][tensors[0].device] = tuple(t.detach().clone() for t in tensors)
             return tuple(t.clone() for t in tensors)
 
-        with ExitStack() as modes:
-            # Tensors made in inference mode cannot tell whether they were written to.
-            modes.enter_context(torch.inference_mode(False))
-            modes.enter_context(torch.no_grad())
+        # Tensors made in inference mode cannot tell whether they were written to: hence its end.
+        with torch.inference_mode(False), torch.no_grad():
             self.inputs = copies(inputs)
-            hooks = intercept([layer], keep, at_input=at_input, every_thread=seen.parallel)
-            modes.enter_context(hooks)
-            if self.tape is not None:
-                modes.enter_context(self.tape)
-            score = _run_forward(forward_func, self.inputs, target, additional_forward_args)
-        self.activations: Tensors = seen.gather()[0]
+            score = self._run(keep, self.tape)
+        self.activations: Tensors = self.seen.gather()[0]
         check_one_score_each(score)
         self.score = score.reshape(-1)
-        if self.tape is not None:
-            self.tape.rewind()
 
     def __call__(
         self, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, which: int = 0
@@ -153,70 +146,71 @@ class Behind:
             chunk: the edits to make, along dimension 0.
             which: the tensor to edit, for a layer with several.
         """
+
+        def score_after(one: Tensor) -> Tensor:
+            return self._score_with(edit(self.activations[which], one), which)
+
         with torch.inference_mode(False), torch.no_grad():
-            if self.tape is not None:
-                reason = "it writes in place into what comes from in front of the layer"
+            if self.at_once:
                 try:
-                    if self.tape.is_intact():
-                        scores = self._rerun_behind(self.tape, edit, chunk, which)
-                        if self.tape.is_intact():
-                            return scores
+                    scores: Tensor = torch.vmap(score_after, randomness="different")(chunk)
+                    return scores
                 except torch.OutOfMemoryError:
                     raise
-                except Exception as error:  # the full passes below raise what is truly wrong
-                    reason = str(error).partition("\n")[0]
+                except Exception as error:  # what is truly wrong is raised again below
+                    warnings.warn(
+                        f"What lies behind {module_name(self.forward_func, self.layer)} cannot be "
+                        f"run for several edits at once ({_first_line(error)}): running one edit "
+                        f"after the other.",
+                        stacklevel=2,
+                    )
+                    self.at_once = False
+            return torch.stack([score_after(one) for one in chunk])
+
+    def _score_with(self, edited: Tensor, which: int) -> Tensor:
+        """The score (B,) with the layer's tensor number `which` replaced."""
+        new = [t.clone() for t in self.activations]
+        new[which] = edited.clone()
+        if self.tape is not None:
+            try:
+                self.tape.rewind()
+                score = self._run(lambda index, tensors: self._behind(tuple(new)), self.tape)
+                return score.reshape(-1)
+            except TapeError:
+                if self.at_once:
+                    raise
                 self.tape = None
-                warnings.warn(
-                    f"The part of the model behind {module_name(self.forward_func, self.layer)} "
-                    f"cannot be run on its own ({reason}): running the whole model for each edit.",
-                    stacklevel=2,
-                )
-            return self._run_all(edit, chunk, which)
+        score = self._run(lambda index, tensors: self._pieces(tuple(new), tensors), None)
+        return score.reshape(-1)
 
-    def _rerun_behind(
-        self, tape: Tape, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, which: int
-    ) -> Tensor:
-        def score_after(one: Tensor) -> Tensor:
-            def replace(index: int, tensors: Tensors) -> Tensors:
-                tape.reach_layer()
-                new = [t.clone() for t in self.activations]
-                new[which] = edit(new[which], one)
-                return tuple(new)
+    def _behind(self, new: Tensors) -> Tensors:
+        assert self.tape is not None
+        self.tape.reach_layer()
+        return new
 
-            tape.rewind()
-            with intercept([self.layer], replace, at_input=self.at_input), tape:
-                score = _run_forward(
-                    self.forward_func, self.inputs, self.target, self.additional_forward_args
-                )
-            flat: Tensor = score.reshape(-1)
-            return flat
+    def _pieces(self, new: Tensors, tensors: Tensors) -> Tensors:
+        """Of the new activations, what DataParallel gives to the device of `tensors`."""
+        start = 0
+        for device in self.seen.devices()[0]:
+            if device == tensors[0].device:
+                break
+            start += len(self.seen.by_device[0][device][0])
+        return tuple(
+            t[start : start + len(old)].to(old.device) for t, old in zip(new, tensors, strict=True)
+        )
 
-        scores: Tensor = torch.vmap(score_after, randomness="different")(chunk)
-        return scores
-
-    def _run_all(
-        self, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, which: int
-    ) -> Tensor:
-        n, rows = len(chunk), len(chunk) * len(self.activations[which])
-        edited = torch.vmap(edit, in_dims=(None, 0))(self.activations[which], chunk).flatten(0, 1)
-
-        def replace(index: int, tensors: Tensors) -> Tensors:
-            start = 0
-            if self.device_ids is not None:  # DataParallel gives each device a piece of the batch
-                piece = -(-rows // len(self.device_ids))
-                start = piece * self.device_ids.index(tensors[which].device.index)
-            new = list(tensors)
-            mine = edited[start : start + len(new[which])]
-            new[which] = mine.to(new[which].device, copy=True)
-            return tuple(new)
-
-        parallel = self.device_ids is not None
-        with intercept([self.layer], replace, at_input=self.at_input, every_thread=parallel):
-            scores = _run_forward(
-                self.forward_func,
-                tuple(torch.cat([x] * n) for x in self.inputs),
-                _expand_target(self.target, n),
-                _expand_additional_forward_args(self.additional_forward_args, n),
+    def _run(self, edit: Callable[[int, Tensors], Tensors], tape: Tape | None) -> Tensor:
+        parallel = self.seen.parallel
+        with ExitStack() as modes:
+            hooks = intercept([self.layer], edit, at_input=self.at_input, every_thread=parallel)
+            modes.enter_context(hooks)
+            if tape is not None:
+                modes.enter_context(tape)
+            score: Tensor = _run_forward(
+                self.forward_func, self.inputs, self.target, self.additional_forward_args
             )
-        by_edit: Tensor = scores.reshape(n, -1)
-        return by_edit
+        return score
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

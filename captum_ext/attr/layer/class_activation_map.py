@@ -161,7 +161,5 @@ def _rows(head: Module, name: str) -> Tensor:
     """The weights of a linear layer or 1 x 1 convolution, (classes, channels)."""
     weight = cast(Tensor, getattr(head, "weight", None))
     if not isinstance(head, (Linear, *_CONVS)) or weight[0].numel() != weight.shape[1]:
-        raise ValueError(
-            f"`head` {name} must be a linear layer or a 1 x 1 convolution, got {head}."
-        )
+        raise ValueError(f"`head` {name} must be linear or a 1 x 1 convolution, got {head}.")
     return weight.detach().flatten(1)

@@ -1,0 +1,201 @@
+"""Running only what lies behind a layer gives what the whole model gives."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torchvision.models import (
+    densenet121,
+    mobilenet_v3_small,
+    resnet18,
+    shufflenet_v2_x0_5,
+    swin_t,
+    vgg11_bn,
+)
+from torchvision.models.vision_transformer import VisionTransformer
+
+from captum_ext._behind import Behind
+from tests.methods import small_net
+
+
+def drop_channel(a: Tensor, channel: Tensor) -> Tensor:
+    numbers = torch.arange(a.shape[1]).reshape((1, -1) + (1,) * (a.dim() - 2))
+    return torch.where(numbers == channel, 0, a)
+
+
+def full_forward(
+    model: nn.Module, layer: nn.Module, x: Tensor, target: Any, channel: int
+) -> Tensor:
+    """The score without one channel, by a hook and a whole forward pass."""
+    handle = layer.register_forward_hook(lambda m, args, y: drop_channel(y, torch.tensor(channel)))
+    with torch.no_grad():
+        scores = model(x)[range(len(x)), target]
+    handle.remove()
+    return scores
+
+
+@contextmanager
+def leaving_the_fast_way() -> Iterator[list[str]]:
+    """The warnings of a model that is not run for several edits at once."""
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield messages
+    messages += [str(w.message) for w in caught if "several edits at once" in str(w.message)]
+
+
+def small_vit() -> nn.Module:
+    model = VisionTransformer(32, 8, 2, 4, 32, 64)
+    nn.init.normal_(model.heads.head.weight)  # torchvision begins with zeros
+    return model
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
+    "ResNet, last stage": (resnet18, "layer4", 64),
+    "ResNet, inside a skip": (resnet18, "layer4.1.conv1", 64),
+    "ResNet, beside a downsampling skip": (resnet18, "layer3.0.conv2", 64),
+    "VGG": (vgg11_bn, "features.22", 64),
+    "DenseNet, between concatenations": (densenet121, "features.denseblock4.denselayer3", 64),
+    "MobileNet, with squeeze and excitation": (mobilenet_v3_small, "features.9.block.0", 64),
+    "ShuffleNet, with channel shuffles": (shufflenet_v2_x0_5, "stage4.1", 64),
+    "ViT": (small_vit, "encoder.layers.encoder_layer_0", 32),
+    "Swin": (swin_t, "features.5.5", 64),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_full_passes(name: str) -> None:
+    build, layer_name, size = CASES[name]
+    torch.manual_seed(0)
+    model = build().eval().double()
+    layer, x = model.get_submodule(layer_name), torch.randn(2, 3, size, size).double()
+    target, chosen = [3, 5], torch.tensor([0, 1, 4])
+    with leaving_the_fast_way() as messages:
+        behind = Behind(model, layer, (x,), target)
+        found = behind(drop_channel, chosen)
+    expected = torch.stack([full_forward(model, layer, x, target, int(k)) for k in chosen])
+    assert messages == []
+    torch.testing.assert_close(behind.score, model(x)[range(2), target].detach())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    effect = (expected - behind.score).abs().max() / behind.score.abs().max()
+    assert effect > 1e-6, "an edit without effect proves nothing"
+
+
+class Executed(TorchFunctionMode):
+    """Count the convolutions that are really computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.convolutions += func is torch.conv2d
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_what_lies_behind_is_computed_again() -> None:
+    net, x = resnet18().eval(), torch.randn(1, 3, 32, 32)
+    with Executed() as executed:
+        behind = Behind(net, net.layer4[0], (x,), 0)
+        assert executed.convolutions == 20
+        for chunk in torch.arange(512).split(128)[:2]:
+            behind(drop_channel, chunk)
+    assert executed.convolutions == 20 + 2 * 2, "layer4[1] has two convolutions; two chunks"
+
+
+class Dynamic(nn.Module):
+    """Control flow that depends on the data, in front of or behind the layer."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.fc, self.where = nn.Linear(4, 3), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        if self.where == "in front" and x.mean().item() < 1e9:
+            x = x * 2
+        y = self.conv2(x)
+        if self.where == "behind" and y[:, 0].abs().sum() > 0:
+            y = y * 3
+        if self.where == "in place":
+            x.add_(1)
+            return self.fc((y + x[:, :, 1:-1, 1:-1]).mean((2, 3)))
+        if self.where == "numpy":
+            return self.fc(torch.as_tensor(y.numpy()).mean((2, 3)))
+        return self.fc(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("where", ["in front", "behind", "in place", "numpy"])
+def test_dynamic_models_are_right_and_say_when_they_are_slow(where: str) -> None:
+    torch.manual_seed(0)
+    model, x = Dynamic(where).eval().double(), torch.randn(1, 3, 8, 8).double()
+    expected = torch.cat([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
+    with leaving_the_fast_way() as messages:
+        behind = Behind(model, model.conv2, (x,), 1)
+        chunks = [behind(drop_channel, chunk) for chunk in torch.arange(4).split(3)]
+    torch.testing.assert_close(torch.cat(chunks)[:, 0], expected, rtol=0, atol=1e-12)
+    assert len(messages) == (where != "in front"), messages
+    assert (behind.tape is None) == (where == "in place"), "the others need no full passes"
+
+
+def test_per_example_arguments_follow_their_image() -> None:
+    class Scaled(Dynamic):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return super().forward(x) * scale[:, None]
+
+    torch.manual_seed(0)
+    model, x = Scaled("behind").eval().double(), torch.randn(2, 3, 8, 8).double()
+    scale = torch.tensor([2.0, 5.0], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="one edit after the other"):
+        found = Behind(model, model.conv2, (x,), [0, 2], (scale,))(drop_channel, torch.arange(1, 4))
+    for i, target in enumerate([0, 2]):
+        for k in range(3):
+            inner = lambda y, i=i: model(y, scale[i : i + 1])  # noqa: E731
+            alone = full_forward(inner, model.conv2, x[i : i + 1], [target], k + 1)  # type: ignore[arg-type]
+            torch.testing.assert_close(found[k, i], alone[0], rtol=0, atol=1e-12)
+
+
+def test_errors_of_the_model_are_not_swallowed(trace_free: Any) -> None:
+    net, x = small_net(), torch.randn(1, 3, 8, 8)
+    behind = Behind(net, net.conv2, (x,), 0)
+    net.fc.forward = lambda *args: 1 / 0  # type: ignore[assignment]
+    with (
+        trace_free(net, x),
+        pytest.warns(UserWarning, match="division by zero"),
+        pytest.raises(ZeroDivisionError),
+    ):
+        behind(drop_channel, torch.arange(2))
+
+
+def test_autocast_inside_the_model_reaches_the_part_behind() -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.net(x).float()
+
+    model, x = Cast().eval(), torch.randn(1, 3, 8, 8)
+    found = Behind(model, model.net.conv2, (x,), 1)(drop_channel, torch.arange(6))
+    for k in range(6):
+        expected = full_forward(model, model.net.conv2, x, [1], k)
+        torch.testing.assert_close(found[k], expected, rtol=1e-2, atol=1e-2)
+    plain = Behind(model.net, model.net.conv2, (x,), 1)(drop_channel, torch.arange(6))
+    assert not torch.equal(found, plain)
+
+
+def test_layer_inputs_and_inference_mode() -> None:
+    net, x = small_net(), torch.randn(2, 3, 8, 8)
+    expected = Behind(net, net.relu1, (x,), 1)(drop_channel, torch.arange(6))
+    with torch.inference_mode():
+        behind = Behind(net, net.conv2, (x,), 1, at_input=True)
+        found = behind(drop_channel, torch.arange(6))
+    torch.testing.assert_close(found, expected)
