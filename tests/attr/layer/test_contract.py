@@ -31,7 +31,7 @@ Entry = dict[str, Any]
 def our_entries() -> list[Entry]:
     """Entries for the masking CAMs and all others, on the ConvNet with weights that differ.
 
-    As Captum ships it, its rows are all alike, its softmax ignores the input, and its maps are zero.
+    As Captum ships it, its rows are all alike, so its softmax ignores the input: zero maps.
     """
     net = BasicModel_ConvNet()
     torch.manual_seed(2)
@@ -392,7 +392,7 @@ def test_bad_arguments_of_the_masking_cams(name: str) -> None:
     broken = nn.Sequential(net, nn.Softmax(1))
     with torch.no_grad():
         net.fc.bias[1] = float("inf")
-    method = EVERY[name](broken, net.relu2, **({} if "increase" in name else {}))
+    method = EVERY[name](broken, net.relu2)
     with pytest.raises(ValueError, match="not finite"):
         method.attribute(x, target=1)
 

@@ -349,8 +349,7 @@ def test_scaled_logits_and_probabilities() -> None:
     net, x = small_net(dtype=D), torch.randn(2, 3, 8, 8, dtype=D)
     for name in ("XGrad-CAM", "LayerCAM", "Sharpen Focus", "HiResCAM"):
         plain, scaled = (
-            GRADIENT[name](f, net.relu1).attribute(x, target=1)
-            for f in (net, lambda y: 7 * net(y))
+            GRADIENT[name](f, net.relu1).attribute(x, target=1) for f in (net, lambda y: 7 * net(y))
         )
         torch.testing.assert_close(scaled, 7 * plain)
     soft = LayerHiResCam(lambda y: net(y).softmax(1), net.relu1).attribute(x, target=1)

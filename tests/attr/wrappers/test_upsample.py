@@ -1,0 +1,174 @@
+"""Layer maps at the size of the input, for all that wants attributions of that shape."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import (
+    Attribution,
+    IntegratedGradients,
+    LayerActivation,
+    LayerGradCam,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+    NoiseTunnel,
+)
+from captum.attr import visualization as viz
+from captum.metrics import infidelity, sensitivity_max
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from captum_ext.attr import LayerCam, LayerGradCamPlusPlus, UpsampleWrapper, tokens_to_grid
+from tests.attr.layer.test_reshape_and_suggest import VIT_LAYER, small_vit
+from tests.methods import EVERY, small_net
+
+
+def test_a_map_of_captums_is_resized_and_repeated_over_the_channels() -> None:
+    net, x = small_net(), torch.randn(2, 3, 12, 10)
+    pooled = nn.Sequential(net.conv1, nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    base = LayerGradCam(pooled, pooled[1])
+    small = base.attribute(x, 4).detach()
+    for mode in ("bilinear", "bicubic"):
+        expected = F.interpolate(small, (12, 10), mode=mode, align_corners=False)
+        found = UpsampleWrapper(base, mode).attribute(x, target=4)
+        assert found.shape == x.shape
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected.expand_as(x))
+        assert (found < 0).any(), "raw and signed"
+    corners = UpsampleWrapper(base, align_corners=True).attribute(x, target=4)
+    expected = F.interpolate(small, (12, 10), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(corners, expected.expand_as(x))
+    nearest = UpsampleWrapper(base, "nearest").attribute(x, target=4)
+    torch.testing.assert_close(nearest[:, :1, ::2, ::2], small)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_signals_images_and_volumes(dims: int) -> None:
+    net, x = small_net(dims), torch.randn(2, 3, *[8, 6, 4][:dims])
+    found = UpsampleWrapper(LayerGradCamPlusPlus(net, "pool")).attribute(x, target=1)
+    single = LayerGradCamPlusPlus(net, "pool").attribute(x, target=1)
+    torch.testing.assert_close(found, single.expand_as(x))
+
+
+def test_channels_are_summed() -> None:
+    net, x = small_net(), torch.randn(2, 3, 8, 8)
+    product = LayerGradientXActivation(net, net.relu2)
+    expected = product.attribute(x, 1).sum(1, keepdim=True).expand_as(x)
+    torch.testing.assert_close(UpsampleWrapper(product).attribute(x, target=1), expected)
+    act = LayerActivation(net, net.relu2)
+    assert UpsampleWrapper(act).attribute(x).shape == x.shape
+
+
+def test_fusion_of_a_list_of_layers() -> None:
+    net, x = small_net(), torch.randn(2, 3, 8, 8)
+    net = nn.Sequential(
+        net.conv1, nn.MaxPool2d(2), net.conv2, nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    base = LayerCam(net, ["0", "1", "2"])
+    maps = [F.interpolate(m, (8, 8), mode="bilinear") for m in base.attribute(x, [1, 3])]
+    low, high = (torch.stack([f(m.flatten(1), 1) for m in maps]) for f in (torch.amin, torch.amax))
+    scaled = [
+        (m - lo[:, None, None, None]) / (hi - lo)[:, None, None, None]
+        for m, lo, hi in zip(maps, low, high, strict=True)
+    ]
+    for options, expected in (
+        ({}, torch.stack(maps).amax(0)),
+        ({"fuse": "mean"}, torch.stack(maps).mean(0)),
+        ({"normalize": "minmax"}, torch.stack(scaled).amax(0)),
+        ({"normalize": "tanh"}, torch.tanh(2 * torch.stack(scaled)).amax(0)),
+    ):
+        found = UpsampleWrapper(base, **options).attribute(x, target=[1, 3])
+        torch.testing.assert_close(found, expected.expand_as(x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_has_the_inputs_shape_passes_and_wrappers_nest() -> None:
+    net, x = small_net(), torch.randn(2, 3, 8, 8)
+    ig = IntegratedGradients(net)
+    expected, delta = ig.attribute(x, target=1, return_convergence_delta=True)
+    wrapped = UpsampleWrapper(UpsampleWrapper(ig))
+    assert wrapped.has_convergence_delta()
+    assert wrapped.multiplies_by_inputs
+    found, found_delta = wrapped.attribute(x, target=1, return_convergence_delta=True)
+    torch.testing.assert_close((found, found_delta), (expected, delta))
+    layer_ig = UpsampleWrapper(LayerIntegratedGradients(net, net.relu2))
+    found, delta = layer_ig.attribute(x, target=1, return_convergence_delta=True)
+    assert found.shape == x.shape
+    assert delta.shape == (2,)
+
+
+class TwoViews(nn.Module):
+    """A network of a picture and of a smaller, grey one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.net = nn.Conv2d(4, 3, 1), small_net()
+
+    def forward(self, x: Tensor, grey: Tensor) -> Tensor:
+        return self.net(self.conv(torch.cat([x, F.interpolate(grey, x.shape[2:])], 1)))
+
+
+def test_tuples_in_tuples_out() -> None:
+    net, x, grey = TwoViews().eval(), torch.randn(2, 3, 8, 8), torch.randn(2, 1, 4, 4)
+    base = LayerGradCam(net, net.net.relu2)
+    maps = UpsampleWrapper(base).attribute((x, grey), target=[1, 3])
+    small = base.attribute((x, grey), [1, 3]).detach()
+    torch.testing.assert_close(maps[0], small.expand_as(x))
+    torch.testing.assert_close(maps[1], F.interpolate(small, (4, 4), mode="bilinear"))
+    (alone,) = UpsampleWrapper(LayerGradCam(net.net, net.net.relu2)).attribute((x,), target=1)
+    assert alone.shape == x.shape
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_captums_metrics_noise_tunnel_and_visualiser_take_it(name: str) -> None:
+    net, x = small_net(), torch.randn(2, 3, 9, 9)
+    options = {"head": "fc"} if name == "CAM" else {}
+    cam = UpsampleWrapper(EVERY[name](net, "relu2", **options))
+    maps = cam.attribute(x, target=[1, 2])
+    assert isinstance(cam, Attribution)
+
+    def perturb(inputs: Any) -> Any:
+        noise = torch.ones_like(inputs) * 0.1
+        return noise, inputs - noise
+
+    assert torch.isfinite(infidelity(net, perturb, x, maps, target=[1, 2])).all()
+    worst = sensitivity_max(cam.attribute, x, target=[1, 2], n_perturb_samples=2)
+    assert worst.shape == (2,)
+    tunnel = NoiseTunnel(cam).attribute(x, stdevs=0.0, nt_samples=2, target=[1, 2])
+    if not name.startswith("Smooth"):  # its generator goes on from call to call
+        torch.testing.assert_close(tunnel, maps, rtol=1e-4, atol=1e-6)
+    image = maps[0].abs().add(1e-3).numpy().transpose(1, 2, 0)
+    figure, _ = viz.visualize_image_attr(image, np.zeros((9, 9, 3)), use_pyplot=False)
+    assert figure.axes
+
+
+def test_tokens_of_captums_methods() -> None:
+    net, x = small_vit(), torch.randn(2, 3, 24, 24)
+    product = LayerGradientXActivation(net, net.get_submodule(VIT_LAYER))
+    with pytest.raises(ValueError, match=r"\(2, 10, 32\) cannot be laid over .*reshape_transform"):
+        UpsampleWrapper(product).attribute(x, target=1)
+    found = UpsampleWrapper(product, reshape_transform=tokens_to_grid).attribute(x, target=1)
+    expected = tokens_to_grid(product.attribute(x, 1)).sum(1, keepdim=True)
+    expected = F.interpolate(expected, (24, 24), mode="bilinear").expand_as(x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_bad_arguments() -> None:
+    net = small_net()
+    base = LayerGradCam(net, net.relu2)
+    with pytest.raises(TypeError, match="`attribution_method` must be an instance"):
+        UpsampleWrapper(LayerGradCam)  # type: ignore[arg-type]
+    for name, value in (("mode", "cubic"), ("fuse", "sum"), ("normalize", "max")):
+        with pytest.raises(ValueError, match=f"`{name}` must be one of .*{value!r}"):
+            UpsampleWrapper(base, **{name: value})
+    with pytest.raises(ValueError, match="cannot be laid over"):
+        UpsampleWrapper(LayerGradCam(net, net.fc)).attribute(torch.randn(2, 3, 8, 8), target=1)
+
+
+def test_the_wrapped_methods_errors_come_through(trace_free: Any) -> None:
+    net, x = small_net(), torch.randn(2, 3, 8, 8)
+    wrapped = UpsampleWrapper(LayerGradCamPlusPlus(net, "relu2"))
+    with trace_free(net, x), pytest.raises(AssertionError):
+        wrapped.attribute(x, target=(1, 2, 3))
+    result: Tensor = wrapped.attribute(x, target=1)
+    assert not result.requires_grad

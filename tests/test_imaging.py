@@ -1,0 +1,74 @@
+"""Image operations against closed forms and against the libraries they stand for."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kornia.filters import gaussian_blur2d
+
+from captum_ext.imaging import blur, min_max, resize
+
+D = torch.float64
+
+
+@settings(max_examples=30, deadline=None)
+@given(dims=st.integers(1, 3), size=st.integers(1, 9), new=st.integers(1, 20))
+def test_resizing_keeps_constants_and_ramps_in_range(dims: int, size: int, new: int) -> None:
+    flat = torch.full((1, 2, *[size] * dims), 3.5, dtype=D)
+    torch.testing.assert_close(
+        resize(flat, [new] * dims), flat.new_full((1, 2, *[new] * dims), 3.5)
+    )
+    x = torch.rand(1, 2, *[size] * dims, dtype=D)
+    y = resize(x, [new] * dims)
+    assert y.min() >= x.min() - 1e-12
+    assert y.max() <= x.max() + 1e-12
+
+
+def test_resize_is_linear_between_pixel_centres() -> None:
+    x = torch.arange(4.0, dtype=D).reshape(1, 1, 4)
+    assert resize(x, [8])[0, 0].tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+    assert resize(x, [7], align_corners=True)[0, 0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3]
+    assert resize(x, [4]) is x
+
+
+def test_resize_refuses() -> None:
+    with pytest.raises(ValueError, match="`mode` must be one of"):
+        resize(torch.zeros(1, 1, 4), [8], "lanczos")
+    for x, size, mode in (
+        (torch.zeros(1, 1, 4), [8], "bicubic"),
+        (torch.zeros(1, 1, 4, 4), [8], "bilinear"),
+        (torch.zeros(1, 1), [], "bilinear"),
+    ):
+        with pytest.raises(ValueError, match="cannot be resized"):
+            resize(x, size, mode)
+
+
+@pytest.mark.parametrize(("kernel", "sigma"), [(51, 50.0), (5, 1.3)])
+def test_blur_is_kornias(kernel: int, sigma: float) -> None:
+    x = torch.randn(2, 3, 60, 40, dtype=D)
+    expected = gaussian_blur2d(x, (kernel, kernel), (sigma, sigma), "reflect")
+    torch.testing.assert_close(blur(x, kernel, sigma), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_blur_keeps_the_mean_of_an_impulse_and_small_inputs(dims: int) -> None:
+    x = torch.zeros(1, 1, *[15] * dims, dtype=D)
+    x[(0, 0, *[7] * dims)] = 1
+    y = blur(x, 7, 1.0)
+    weights = torch.exp(-(torch.arange(-3.0, 4.0, dtype=D) ** 2) / 2)
+    centre = (weights[3] / weights.sum()) ** dims
+    torch.testing.assert_close(y[(0, 0, *[7] * dims)], centre)
+    torch.testing.assert_close(y.sum(), torch.tensor(1.0, dtype=D))
+    tiny = torch.full((1, 2, *[2] * dims), 4.0, dtype=D)
+    torch.testing.assert_close(blur(tiny), tiny)
+    with pytest.raises(ValueError, match="`kernel_size` must be odd"):
+        blur(x, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_min_max(dtype: torch.dtype) -> None:
+    x = torch.tensor([[[-2.0, 0.0, 2.0], [7.0, 7.0, 7.0]]], dtype=dtype)
+    assert min_max(x).tolist() == [[[0, 0.5, 1], [0, 0, 0]]]
+    assert min_max(3 * x + 1).tolist() == [[[0, 0.5, 1], [0, 0, 0]]]
+    nan = torch.tensor([[[float("nan"), 1.0]]], dtype=dtype)
+    assert min_max(nan).isnan().any(), "rubbish in is not turned into a map"
