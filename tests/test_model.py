@@ -123,9 +123,7 @@ def test_create_graph_makes_the_result_differentiable() -> None:
     x = torch.randn(1, 3, 5, 5, dtype=torch.float64, requires_grad=True)
 
     def gradient_times_activation(x: Tensor) -> Tensor:
-        (a,), (g,) = layer_gradients(
-            net, [net.conv2], (x,), 1, grad_kwargs={"create_graph": True}
-        )
+        (a,), (g,) = layer_gradients(net, [net.conv2], (x,), 1, grad_kwargs={"create_graph": True})
         return (a[0] * g[0]).sum()
 
     assert torch.autograd.gradcheck(gradient_times_activation, (x,))
