@@ -124,7 +124,9 @@ class Behind:
         def keep(index: int, tensors: Tensors) -> Tensors:
             if self.tape is not None:
                 self.tape.reach_layer()
-            self.seen.by_device[0][tensors[0].device] = tuple(t.detach().clone() for t in tensors)
+            # vmap has no rule for some operations on channels-last tensors: contiguous copies.
+            kept = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
+            self.seen.by_device[0][tensors[0].device] = kept
             return tuple(t.clone() for t in tensors)
 
         # Tensors made in inference mode cannot tell whether they were written to: hence its end.
@@ -160,8 +162,8 @@ class Behind:
                 except Exception as error:  # what is truly wrong is raised again below
                     warnings.warn(
                         f"What lies behind {module_name(self.forward_func, self.layer)} cannot be "
-                        f"run for several edits at once ({_first_line(error)}): running one edit "
-                        f"after the other.",
+                        f"run for several edits at once ({_first_sentence(error)}): running one "
+                        f"edit after the other.",
                         stacklevel=2,
                     )
                     self.at_once = False
@@ -212,5 +214,5 @@ class Behind:
         return score
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+def _first_sentence(error: Exception) -> str:
+    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__

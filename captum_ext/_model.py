@@ -144,18 +144,13 @@ def full_precision(tensor: Tensor) -> Tensor:
 def untouched(forward_func: Forward) -> Iterator[None]:
     """Put the buffers of a model in train mode back at the end, and warn once that it is in it.
 
-    An evaluated model costs nothing here. For a plain function the modules in train mode are found
-    while they run. Convolutions, ReLUs and other modules that behave alike in both modes do not
-    count.
+    For a plain function, whose modules are not known, those in train mode are found while they run.
+    Convolutions, ReLUs and other modules that behave alike in both modes do not count.
     """
-    root = root_module(forward_func)
-    if root is not None and not any(module.training for module in root.modules()):
-        yield
-        return
     me = threading.get_ident()
     kept: dict[int, list[tuple[Module, str, Tensor, Tensor]]] = {}
 
-    def keep(module: Module, args: Any) -> None:
+    def keep(module: Module, args: Any = None) -> None:
         if threading.get_ident() != me or id(module) in kept or not _depends_on_mode(module):
             return
         if not kept:
@@ -168,15 +163,20 @@ def untouched(forward_func: Forward) -> Iterator[None]:
         named_buffers = module.named_buffers(recurse=False)
         kept[id(module)] = [(module, name, b, b.detach().clone()) for name, b in named_buffers]
 
-    handle = register_module_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
-        with torch.no_grad():
-            for module, name, buffer, value in (entry for kind in kept.values() for entry in kind):
-                buffer.copy_(value)
-                module._buffers[name] = buffer
+    root = root_module(forward_func)
+    with ExitStack() as hooks:
+        if root is None:
+            hooks.callback(register_module_forward_pre_hook(keep).remove)
+        else:
+            for module in root.modules():
+                keep(module)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for module, name, buffer, value in (x for entry in kept.values() for x in entry):
+                    buffer.copy_(value)
+                    module._buffers[name] = buffer
 
 
 def _depends_on_mode(module: Module) -> bool:

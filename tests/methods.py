@@ -18,6 +18,7 @@ from captum_ext.attr import (
     LayerScoreCam,
     LayerSharpenFocus,
     LayerSmoothGradCamPlusPlus,
+    LayerTokenGradCam,
     LayerXGradCam,
 )
 
@@ -32,6 +33,7 @@ def smooth(forward_func: Any, layer: Any, device_ids: Any = None, **options: Any
 
 
 GRADIENT: dict[str, Method] = {
+    "Grad-CAM": LayerTokenGradCam,
     "Grad-CAM++": LayerGradCamPlusPlus,
     "Smooth Grad-CAM++": smooth,
     "XGrad-CAM": LayerXGradCam,

@@ -13,6 +13,7 @@ from captum_ext.attr.layer.sharpen_focus import LayerSharpenFocus
 from captum_ext.attr.layer.smooth_grad_cam_plus_plus import LayerSmoothGradCamPlusPlus
 from captum_ext.attr.layer.suggest import suggest_layer, suggest_reshape_transform
 from captum_ext.attr.layer.template import GradientCam, LayerMap
+from captum_ext.attr.layer.token_grad_cam import LayerTokenGradCam
 from captum_ext.attr.layer.x_grad_cam import LayerXGradCam
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "LayerScoreCam",
     "LayerSharpenFocus",
     "LayerSmoothGradCamPlusPlus",
+    "LayerTokenGradCam",
     "LayerXGradCam",
     "channels_last_to_first",
     "suggest_layer",

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_ext.attr import (
-    GradientCam,
     LayerAblationCam,
     LayerCam,
     LayerClassActivationMap,
@@ -23,6 +22,7 @@ from captum_ext.attr import (
     LayerScoreCam,
     LayerSharpenFocus,
     LayerSmoothGradCamPlusPlus,
+    LayerTokenGradCam,
     LayerXGradCam,
 )
 from captum_ext.imaging import blur, min_max, resize
@@ -288,13 +288,9 @@ def test_gap_and_linear_identities() -> None:
 def test_cross_checks_with_captum() -> None:
     net, x = small_net(dtype=D), torch.randn(2, 3, 8, 8, dtype=D)
 
-    class MeanGradients(GradientCam):
-        def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-            return gradients.mean((2, 3), keepdim=True)
-
     for options in ({}, {"relu_attributions": True}, {"attr_dim_summation": False}):
         for at_input in (False, True):
-            ours = MeanGradients(net, "norm").attribute(
+            ours = LayerTokenGradCam(net, "norm").attribute(
                 x, [1, 2], attribute_to_layer_input=at_input, **options
             )
             captums = LayerGradCam(net, net.norm).attribute(
@@ -347,7 +343,7 @@ def test_score_cam_of_a_constant_model_weighs_all_channels_alike() -> None:
 
 def test_scaled_logits_and_probabilities() -> None:
     net, x = small_net(dtype=D), torch.randn(2, 3, 8, 8, dtype=D)
-    for name in ("XGrad-CAM", "LayerCAM", "Sharpen Focus", "HiResCAM"):
+    for name in ("Grad-CAM", "XGrad-CAM", "LayerCAM", "Sharpen Focus", "HiResCAM"):
         plain, scaled = (
             GRADIENT[name](f, net.relu1).attribute(x, target=1) for f in (net, lambda y: 7 * net(y))
         )

@@ -1,0 +1,34 @@
+"""Grad-CAM (Selvaraju et al., ICCV 2017) where Captum's own cannot read the layer."""
+
+from torch import Tensor
+
+from captum_ext.attr.layer.template import GradientCam, spatial_mean
+
+
+class LayerTokenGradCam(GradientCam):
+    r"""Grad-CAM with a `reshape_transform`, for transformers (eqs. 1 and 2).
+
+    .. math:: w_k = \frac{1}{N} \sum_x g_k(x)
+
+    The same as `captum.attr.LayerGradCam` where dimension 1 is the channels: use that one there. Of
+    (B, T, C), Captum's takes the tokens for channels and gives a map over the features, which
+    explains nothing.
+
+    Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `LayerMap`).
+
+    Reference:
+        Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
+        Localization", https://arxiv.org/abs/1610.02391
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import VisionTransformer
+        >>> from captum_ext.attr import LayerTokenGradCam, suggest_layer, tokens_to_grid
+        >>> vit = VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=10).eval()
+        >>> cam = LayerTokenGradCam(vit, suggest_layer(vit), reshape_transform=tokens_to_grid)
+        >>> cam.attribute(torch.rand(2, 3, 32, 32), target=5).shape
+        torch.Size([2, 1, 4, 4])
+    """
+
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        return spatial_mean(gradients)

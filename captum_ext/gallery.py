@@ -1,0 +1,88 @@
+"""A picture of maps over the image that they explain."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+Array = np.ndarray[Any, Any]
+
+_COLOURS = "inferno"  # perceptually uniform, and readable in grey
+
+
+def overlay(view: Array, attribution: Tensor) -> Array:
+    """The positive part of a map in colour, lit by the image.
+
+    Args:
+        view: the image, (H, W, 3) in [0, 1].
+        attribution: the map, (H, W), raw.
+
+    Returns:
+        (H, W, 3) in [0, 1].
+    """
+    from matplotlib import colormaps
+
+    positive = attribution.detach().float().clamp(min=0).cpu().numpy()
+    heat = (positive / (positive.max() or 1))[..., None]
+    colour = colormaps[_COLOURS](heat[..., 0])[..., :3]
+    grey = (view @ np.array([0.299, 0.587, 0.114]))[..., None]
+    shown: Array = colour * (0.4 + 0.6 * grey) + 0.3 * grey * (1 - heat)
+    return shown.clip(0, 1)
+
+
+def gallery(
+    image: "Image", maps: Mapping[str, Tensor], title: str = "", subtitle: str = ""
+) -> "Figure":
+    """A figure of the image and, panel by panel, of the maps laid over it.
+
+    Args:
+        image: what the network saw.
+        maps: for each panel's title a map (H, W) of the image's size, raw: its positive part is
+            shown, scaled to its own maximum.
+        title: of the figure, one line.
+        subtitle: below it, smaller.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+    view = np.asarray(image.convert("RGB")) / 255
+    panels = {"Image": view, **{name: overlay(view, m) for name, m in maps.items()}}
+    columns = _columns(len(panels))
+    side, gap, caption, head = 2.0, 0.1, 0.28, 0.72  # inches
+    width = gap + columns * (side + gap)
+    height = head + -(-len(panels) // columns) * (side + caption) + gap
+    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
+
+    def axes_at(left: float, top: float, wide: float, high: float) -> "Axes":
+        box = (left / width, 1 - (top + high) / height, wide / width, high / height)
+        return figure.add_axes(box)
+
+    for i, (name, panel) in enumerate(panels.items()):
+        row, column = divmod(i, columns)
+        top = head + row * (side + caption) + caption
+        axes = axes_at(gap + column * (side + gap), top, side, side)
+        axes.imshow(panel, interpolation="bicubic")
+        axes.set_title(name, fontsize=9.5, pad=4)
+        axes.set_axis_off()
+    for text, top, size, color in ((title, 0.13, 15, "black"), (subtitle, 0.46, 10, "0.35")):
+        figure.text(gap / width, 1 - top / height, text, va="top", fontsize=size, color=color)
+    if columns >= 4:
+        bar = axes_at(width - gap - side, 0.2, side, 0.12)
+        figure.colorbar(ScalarMappable(cmap=_COLOURS), bar, orientation="horizontal", ticks=[])
+        for x, align, text in ((0, "left", "0"), (0.5, "center", "map"), (1, "right", "max")):
+            bar.text(x, -0.35, text, ha=align, va="top", fontsize=8.5, transform=bar.transAxes)
+    return figure
+
+
+def _columns(panels: int) -> int:
+    """Three to five columns, those that leave the fewest places empty; the more the better."""
+    if panels <= 5:
+        return panels
+    return min((5, 4, 3), key=lambda columns: math.ceil(panels / columns) * columns - panels)
