@@ -83,5 +83,5 @@ def min_max(x: Tensor) -> Tensor:
                  [0.0000, 0.0000, 0.0000]]])
     """
     flat = x.flatten(2)
-    low, high = torch.aminmax(flat, dim=2, keepdim=True)
+    low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)
     return torch.where(high == low, 0, (flat - low) / (high - low)).reshape(x.shape)

@@ -120,7 +120,8 @@ class LayerSmoothGradCamPlusPlus(GradientCam):
         if x.is_floating_point():
             device = x.device if self.generator is None else self.generator.device
             noise = torch.randn(n, 1, *x.shape[1:], generator=self.generator, device=device)
-            low, high = torch.aminmax(x.reshape(len(x), -1), dim=1)
-            stdev = self.stdev_spread * (high - low).reshape(-1, *[1] * (x.dim() - 1))
+            flat = x.reshape(len(x), -1)
+            spread = self.stdev_spread * (flat.amax(1) - flat.amin(1))
+            stdev = spread.reshape(-1, *[1] * (x.dim() - 1))
             copies = copies + noise.to(x) * stdev
         return copies.flatten(0, 1)
