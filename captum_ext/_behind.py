@@ -1,7 +1,8 @@
 """Run again only what lies behind a layer, on edited activations."""
 
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sized
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +21,7 @@ from captum_ext._model import (
     copies,
     intercept,
     module_name,
+    root_module,
 )
 
 
@@ -32,11 +34,13 @@ class Tape(TorchFunctionMode):
 
     Torch functions of one thread pass through here one by one. Up to the layer, the first pass
     writes down each result; later passes are handed the results and compute nothing. A function
-    without tensors (a switch of autocast, say) is run each time.
+    without tensors (a switch of autocast, say) is run each time. `given` are the model's arguments,
+    which must stay as they are, like the results.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: Any) -> None:
         super().__init__()
+        self.given = given
         self.results: list[tuple[Any, Any, bool]] = []
         self.position = 0
         self.recorded = self.behind = False
@@ -60,17 +64,23 @@ class Tape(TorchFunctionMode):
         return result if on_tensors else func(*args, **kwargs)
 
     def reach_layer(self) -> None:
+        """From here on functions are run; and none that was not taped has run so far."""
         self.behind = True
-        if not self.recorded:
-            leaves = (x for _, result, _ in self.results for x in tree_leaves(result))
+        if self.recorded:
+            self._check_results()
+        else:
+            leaves = tree_leaves((self.given, [result for _, result, _ in self.results]))
             tensors = [x for x in leaves if isinstance(x, Tensor) and not x.is_inference()]
             self.versions = [(tensor, tensor._version) for tensor in tensors]
 
     def rewind(self) -> None:
-        """Begin another pass, unless the last one spoilt the results that it would be given."""
+        """Begin another pass."""
+        self._check_results()
+        self.recorded, self.behind, self.position = True, False, 0
+
+    def _check_results(self) -> None:
         if any(tensor._version != version for tensor, version in self.versions):
             raise TapeError("it writes in place into what comes from in front of the layer")
-        self.recorded, self.behind, self.position = True, False, 0
 
 
 class Behind:
@@ -85,10 +95,11 @@ class Behind:
     There are three ways, from fast to slow, and a warning on leaving the first:
 
     1. all edits of a chunk at once, by `torch.vmap`;
-    2. one edit after the other, for models that `vmap` cannot follow behind the layer: control flow
-       that depends on the activations, numpy, custom functions;
-    3. the whole model for each edit, where the part behind the layer writes in place into what
-       comes from in front of it, or the second pass takes another path; and for DataParallel.
+    2. one edit after the other, for models that `vmap` cannot follow behind the layer (control flow
+       that depends on the activations, numpy, custom functions), or that keep what they compute
+       (in an attribute, by a hook), where its internal tensors must not get to;
+    3. the whole model for each edit, where a second pass, without any edit, does not give what the
+       first gave (in-place writes of any kind, counters, dropout); and for DataParallel.
 
     Args:
         forward_func: the model.
@@ -118,7 +129,7 @@ class Behind:
         self.forward_func, self.layer, self.at_input = forward_func, layer, at_input
         self.target, self.additional_forward_args = target, additional_forward_args
         self.seen = Seen(forward_func, [layer], device_ids)
-        self.tape: Tape | None = None if self.seen.parallel else Tape()
+        self.tape: Tape | None = None
         self.at_once = not self.seen.parallel
 
         def keep(index: int, tensors: Tensors) -> Tensors:
@@ -131,11 +142,40 @@ class Behind:
 
         # Tensors made in inference mode cannot tell whether they were written to: hence its end.
         with torch.inference_mode(False), torch.no_grad():
-            self.inputs = copies(inputs)
+            self.inputs, self.taped_inputs = copies(inputs), copies(inputs)
+            if not self.seen.parallel:
+                self.tape = Tape((self.taped_inputs, additional_forward_args))
             score = self._run(keep, self.tape)
-        self.activations: Tensors = self.seen.gather()[0]
-        check_one_score_each(score)
-        self.score = score.reshape(-1)
+            self.activations: Tensors = self.seen.gather()[0]
+            check_one_score_each(score)
+            self.score: Tensor = score.reshape(-1)
+            if self.tape is not None:
+                self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Run once more without an edit: does it give the same, and keep nothing?"""
+        before, reason = _kept_by(self.forward_func), ""
+        try:
+            again = self._score_with(self.activations[0], 0)
+        except Exception as error:
+            self.tape, reason = None, _first_sentence(error)
+        else:
+            tolerance = 1e-4 * self.score.abs().max()
+            if not bool(((again - self.score).abs() <= tolerance).all()):
+                self.tape, reason = None, "a second pass does not give what the first gave"
+            elif before is None or _kept_by(self.forward_func) != before:
+                reason = "the model or a hook may keep what it computes"
+        if reason:
+            self._leave_the_fast_way(reason)
+
+    def _leave_the_fast_way(self, reason: str) -> None:
+        self.at_once = False
+        name = module_name(self.forward_func, self.layer)
+        warnings.warn(
+            f"What lies behind {name} cannot be run for several edits at once ({reason}): running "
+            f"one edit after the other.",
+            stacklevel=3,
+        )
 
     def __call__(
         self, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, which: int = 0
@@ -160,13 +200,7 @@ class Behind:
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:  # what is truly wrong is raised again below
-                    warnings.warn(
-                        f"What lies behind {module_name(self.forward_func, self.layer)} cannot be "
-                        f"run for several edits at once ({_first_sentence(error)}): running one "
-                        f"edit after the other.",
-                        stacklevel=2,
-                    )
-                    self.at_once = False
+                    self._leave_the_fast_way(_first_sentence(error))
             return torch.stack([score_after(one) for one in chunk])
 
     def _score_with(self, edited: Tensor, which: int) -> Tensor:
@@ -179,9 +213,9 @@ class Behind:
                 score = self._run(lambda index, tensors: self._behind(tuple(new)), self.tape)
                 return score.reshape(-1)
             except TapeError:
+                self.tape = None
                 if self.at_once:
                     raise
-                self.tape = None
         score = self._run(lambda index, tensors: self._pieces(tuple(new), tensors), None)
         return score.reshape(-1)
 
@@ -209,9 +243,44 @@ class Behind:
             if tape is not None:
                 modes.enter_context(tape)
             score: Tensor = _run_forward(
-                self.forward_func, self.inputs, self.target, self.additional_forward_args
+                self.forward_func,
+                copies(self.inputs) if tape is None else self.taped_inputs,
+                self.target,
+                self.additional_forward_args,
             )
         return score
+
+
+_REGISTRIES = frozenset(vars(Module()))
+
+
+class _Same:
+    """A value that equals only itself, at its present length."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.length = value, len(value) if isinstance(value, Sized) else 0
+
+    def __eq__(self, other: object) -> bool:
+        assert isinstance(other, _Same)
+        return self.value is other.value and self.length == other.length
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _kept_by(forward_func: Forward) -> list[tuple[str, _Same]] | None:
+    """Where modules keep tensors beside their parameters and buffers; None if hooks see them."""
+    root = root_module(forward_func)
+    modules = [] if root is None else list(root.modules())
+    registries = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    hooks = [hook for registry in registries for hook in list(registry.values())]
+    if any(getattr(hook, "__module__", None) != intercept.__module__ for hook in hooks):
+        return None  # not one of ours, in another thread
+    return [
+        (name, _Same(value))
+        for module in modules
+        for name, value in vars(module).items()
+        if name not in _REGISTRIES and isinstance(value, Tensor | list | dict | tuple | set | deque)
+    ]
 
 
 def _first_sentence(error: Exception) -> str:

@@ -14,7 +14,6 @@ that was left in train mode.
 """
 
 import difflib
-import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -44,15 +43,23 @@ Score = str | Callable[[Tensor], Tensor]
 
 
 def root_module(forward_func: Forward) -> Module | None:
-    """The module behind `forward_func`, also behind a bound method; None for a plain function."""
-    owner: object = inspect.unwrap(forward_func)
-    while isinstance(owner, partial):
-        owner = owner.func
-    if not isinstance(owner, Module):
-        owner = getattr(owner, "__self__", None)
+    """The module behind `forward_func`, without DataParallel; None for a plain function."""
+    owner = _owner(forward_func)
     if isinstance(owner, DataParallel):
-        owner = owner.module
-    return owner if isinstance(owner, Module) else None
+        inner: Module = owner.module
+        return inner
+    return owner
+
+
+def _owner(forward_func: object) -> Module | None:
+    """The module that `forward_func` is, or is a method, a part or a decoration of."""
+    while forward_func is not None and not isinstance(forward_func, Module):
+        owner = getattr(forward_func, "__self__", None)
+        if isinstance(owner, Module):
+            return owner
+        inner = forward_func.func if isinstance(forward_func, partial) else None
+        forward_func = inner or getattr(forward_func, "__wrapped__", None)
+    return forward_func
 
 
 def closest(name: str, names: Sequence[str], count: int = 3) -> str:
@@ -142,26 +149,30 @@ def full_precision(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def untouched(forward_func: Forward) -> Iterator[None]:
-    """Put the buffers of a model in train mode back at the end, and warn once that it is in it.
+    """Put buffers back at the end, and warn once if the model is in train mode.
 
-    For a plain function, whose modules are not known, those in train mode are found while they run.
-    Convolutions, ReLUs and other modules that behave alike in both modes do not count.
+    Kept are the buffers of modules in train mode, and of modules that are not torch's own. For a
+    plain function, whose modules are not known, they are found while they run.
     """
     me = threading.get_ident()
     kept: dict[int, list[tuple[Module, str, Tensor, Tensor]]] = {}
+    warned = False
 
     def keep(module: Module, args: Any = None) -> None:
-        if threading.get_ident() != me or id(module) in kept or not _depends_on_mode(module):
+        nonlocal warned
+        if threading.get_ident() != me or id(module) in kept:
             return
-        if not kept:
+        if _depends_on_mode(module) and not warned:
+            warned = True
             warnings.warn(
                 f"The model is in train mode ({type(module).__name__} is): it is explained as it "
                 f"stands, with batch statistics and dropout. Call .eval() to explain what it "
                 f"predicts in use.",
-                stacklevel=2,
+                stacklevel=4,
             )
-        named_buffers = module.named_buffers(recurse=False)
-        kept[id(module)] = [(module, name, b, b.detach().clone()) for name, b in named_buffers]
+        if module.training or not type(module).__module__.startswith("torch.nn."):
+            buffers = module.named_buffers(recurse=False)
+            kept[id(module)] = [(module, name, b, b.detach().clone()) for name, b in buffers]
 
     root = root_module(forward_func)
     with ExitStack() as hooks:
@@ -180,11 +191,9 @@ def untouched(forward_func: Forward) -> Iterator[None]:
 
 
 def _depends_on_mode(module: Module) -> bool:
-    """Whether `module` is in train mode, and may do something else than in eval mode."""
-    if not module.training or module._modules:
-        return False
-    is_foreign = not type(module).__module__.startswith("torch.nn.")
-    return is_foreign or bool(module._buffers) or "Drop" in type(module).__name__
+    """Whether `module` is in train mode, and by its looks does something else than in eval mode."""
+    is_random = any(word in type(module).__name__ for word in ("Drop", "Stochastic", "RReLU"))
+    return module.training and not module._modules and (is_random or bool(module._buffers))
 
 
 @contextmanager
@@ -258,8 +267,7 @@ class Seen:
     """What hooked layers had in hand in one forward pass, by layer and device."""
 
     def __init__(self, forward_func: Forward, layers: Sequence[Module], device_ids: Any) -> None:
-        owner = inspect.unwrap(forward_func)
-        owner = getattr(owner, "__self__", owner)
+        owner = _owner(forward_func)
         self.parallel = device_ids is not None or isinstance(owner, DataParallel)
         self.device_ids = device_ids or getattr(owner, "device_ids", None)
         self.forward_func, self.layers = forward_func, layers

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_ext._model import full_precision
+
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
 
@@ -82,6 +84,7 @@ def min_max(x: Tensor) -> Tensor:
         tensor([[[0.0000, 0.2500, 1.0000],
                  [0.0000, 0.0000, 0.0000]]])
     """
-    flat = x.flatten(2)
+    flat = full_precision(x).flatten(2)
     low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)
-    return torch.where(high == low, 0, (flat - low) / (high - low)).reshape(x.shape)
+    scaled = (flat - low) / torch.where(high == low, 1, high - low)
+    return scaled.reshape(x.shape).to(x.dtype)

@@ -27,14 +27,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def snapshot(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Any]:
     """Everything that a call must leave as it was, in values that compare with ==."""
     state: list[Any] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
-    state += [dict(nn.modules.module._global_forward_pre_hooks)]
+    globals_ = vars(nn.modules.module)
+    state += [
+        dict(globals_[name])
+        for name in sorted(globals_)
+        if name.startswith("_global_") and isinstance(globals_[name], dict)
+    ]
+    state += [torch._C._len_torch_function_stack(), torch.get_default_device()]
     for name, module in model.named_modules():
         state += [name, id(module), module.training, *(len(getattr(module, h)) for h in HOOKS)]
-        state += [sorted(vars(module))]
+        state += [[(key, id(value)) for key, value in sorted(vars(module).items())]]
     tensors = [*model.parameters(), *model.buffers(), *inputs]
     for t in tensors:
         grad = None if t.grad is None else t.grad.tolist()
-        state += [id(t), t.requires_grad, t.is_leaf, grad, t.detach().float().nan_to_num().tolist()]
+        state += [id(t), t.requires_grad, t.is_leaf, grad, t.detach().nan_to_num().tolist()]
     return state
 
 

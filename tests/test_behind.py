@@ -102,10 +102,10 @@ def test_only_what_lies_behind_is_computed_again() -> None:
     net, x = resnet18().eval(), torch.randn(1, 3, 32, 32)
     with Executed() as executed:
         behind = Behind(net, net.layer4[0], (x,), 0)
-        assert executed.convolutions == 20
+        assert executed.convolutions == 20 + 2, "the whole, and a rehearsal of what lies behind"
         for chunk in torch.arange(512).split(128)[:2]:
             behind(drop_channel, chunk)
-    assert executed.convolutions == 20 + 2 * 2, "layer4[1] has two convolutions; two chunks"
+    assert executed.convolutions == 22 + 2 * 2, "layer4[1] has two convolutions; two chunks"
 
 
 class Dynamic(nn.Module):
@@ -142,6 +142,146 @@ def test_dynamic_models_are_right_and_say_when_they_are_slow(where: str) -> None
     torch.testing.assert_close(torch.cat(chunks)[:, 0], expected, rtol=0, atol=1e-12)
     assert len(messages) == (where != "in front"), messages
     assert (behind.tape is None) == (where == "in place"), "the others need no full passes"
+
+
+def write_into_the_input(model: Any, x: Tensor) -> Tensor:
+    y = model.conv2(model.conv1(x))
+    x.add_(1)
+    return model.fc(y.mean((2, 3))) + x.mean()
+
+
+def write_into_input_and_result(model: Any, x: Tensor) -> Tensor:
+    x.sub_(0.5)
+    z = model.conv1(x)
+    y = model.conv2(z)
+    z.add_(1)
+    return model.fc(y.mean((2, 3))) + z.mean()
+
+
+def write_through_data(model: Any, x: Tensor) -> Tensor:
+    z = model.conv1(x)
+    y = model.conv2(z)
+    z.data.mul_(2)
+    return model.fc(y.mean((2, 3))) + z.mean()
+
+
+def write_through_numpy(model: Any, x: Tensor) -> Tensor:
+    z = model.conv1(x)
+    numbers = z.detach().numpy()
+    numbers += 1
+    return model.fc(model.conv2(z).mean((2, 3))) + z.mean()
+
+
+def grow_a_list(model: Any, x: Tensor) -> Tensor:
+    z = model.conv1(x)
+    numbers = z.mean((0, 2, 3)).tolist()
+    numbers[0] += 1
+    return model.fc(model.conv2(z).mean((2, 3))) + sum(numbers)
+
+
+def count_calls(model: Any, x: Tensor) -> Tensor:
+    model.calls = getattr(model, "calls", 0) + 1
+    return model.fc(model.conv2(model.conv1(x)).mean((2, 3))) * (1 if model.calls % 2 else 2)
+
+
+class Toy(nn.Module):
+    def __init__(self, body: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.fc, self.body = nn.Linear(4, 3), body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        write_into_the_input,
+        write_into_input_and_result,
+        write_through_data,
+        write_through_numpy,
+        grow_a_list,
+    ],
+)
+def test_what_spoils_a_second_pass_is_noticed(body: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Toy(body).eval().double(), torch.randn(1, 3, 8, 8).double()
+    before = x.clone()
+    run = lambda y: model(y.clone())  # noqa: E731
+    expected = torch.stack([full_forward(run, model.conv2, x, [1], k) for k in range(4)])
+    with leaving_the_fast_way() as messages:
+        behind = Behind(model, model.conv2, (x,), 1)
+        found = torch.cat([behind(drop_channel, chunk) for chunk in torch.arange(4).split(2)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert len(messages) == 1
+    assert torch.equal(x, before)
+
+
+def test_a_model_whose_passes_differ_takes_full_passes() -> None:
+    model, x = Toy(count_calls).eval(), torch.randn(1, 3, 8, 8)
+    with leaving_the_fast_way() as messages:
+        behind = Behind(model, model.conv2, (x,), 1)
+    assert behind.tape is None
+    assert messages
+
+
+def keep_in_an_attribute(model: Any, x: Tensor) -> Tensor:
+    model.last = model.conv2(model.conv1(x))
+    return model.fc(model.last.mean((2, 3)))
+
+
+def keep_in_a_list(model: Any, x: Tensor) -> Tensor:
+    y = model.conv2(model.conv1(x))
+    model.__dict__.setdefault("seen", []).append(y)
+    return model.fc(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("where", ["attribute", "list", "hook"])
+def test_tensors_of_vmap_get_to_nobody(where: str) -> None:
+    bodies = {"attribute": keep_in_an_attribute, "list": keep_in_a_list}
+    plain = lambda m, x: m.fc(m.conv2(m.conv1(x)).mean((2, 3)))  # noqa: E731
+    model, x = Toy(bodies.get(where, plain)).eval(), torch.randn(1, 3, 8, 8)
+    kept: list[Tensor] = []
+    if where == "hook":
+        model.fc.register_forward_hook(lambda m, args, y: kept.append(args[0]))
+    model(x)
+    with leaving_the_fast_way() as messages:
+        behind = Behind(model, model.conv2, (x,), 1)
+        found = behind(drop_channel, torch.arange(4))
+    expected = torch.stack([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
+    torch.testing.assert_close(found, expected)
+    kept += [model.last] if where == "attribute" else []
+    kept += model.seen if where == "list" else []
+    assert all(torch.isfinite(t.sum()) for t in kept)
+    assert len(messages) == 1
+
+
+@torch.jit.script
+def add_in_place(x: Tensor) -> Tensor:
+    return x.add_(1.0)
+
+
+def test_writes_that_no_torch_function_shows_are_noticed() -> None:
+    """Compiled code runs in every pass: adding in place twice would spoil the skip."""
+
+    class Scripted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = add_in_place(self.conv1(x))
+            return (self.conv2(x) * x).mean((2, 3))
+
+    torch.manual_seed(0)
+    model, x = Scripted().eval().double(), torch.randn(1, 3, 8, 8).double()
+    expected = torch.stack([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
+    with leaving_the_fast_way() as messages:
+        behind = Behind(model, model.conv2, (x,), 1)
+        found = torch.cat([behind(drop_channel, chunk) for chunk in torch.arange(4).split(2)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert messages
 
 
 def test_per_example_arguments_follow_their_image() -> None:

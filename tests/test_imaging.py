@@ -70,5 +70,7 @@ def test_min_max(dtype: torch.dtype) -> None:
     x = torch.tensor([[[-2.0, 0.0, 2.0], [7.0, 7.0, 7.0]]], dtype=dtype)
     assert min_max(x).tolist() == [[[0, 0.5, 1], [0, 0, 0]]]
     assert min_max(3 * x + 1).tolist() == [[[0, 0.5, 1], [0, 0, 0]]]
+    if dtype == torch.float16:
+        assert min_max(torch.tensor([[[-6e4, 6e4, 0.0]]], dtype=dtype)).tolist() == [[[0, 1, 0.5]]]
     nan = torch.tensor([[[float("nan"), 1.0]]], dtype=dtype)
     assert min_max(nan).isnan().any(), "rubbish in is not turned into a map"

@@ -1,5 +1,6 @@
 """The layer capture: exact gradients at the layer, and no trace of the call."""
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable
@@ -31,6 +32,16 @@ class Pipe(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after(self.before(self.layer, x))
+
+
+class Quiet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(3, 2, 1)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
 
 
 def autograd_reference(model: nn.Module, layer: nn.Module, x: Tensor, target: Any) -> Any:
@@ -199,6 +210,7 @@ def test_nothing_stays_behind_after_an_error(error_in: str, trace_free: Any) -> 
     with (
         trace_free(net, x),
         pytest.raises((ZeroDivisionError, AssertionError)),
+        untouched(net),
     ):
         layer_gradients(net, [net.conv2], (x,), "class 3" if broken is None else 1)
 
@@ -261,6 +273,9 @@ def test_names_modules_and_what_is_neither() -> None:
     assert find_module(net.forward, "layer4") is net.layer4
     assert find_module(nn.DataParallel(net), "layer4") is net.layer4
     assert root_module(scored(net, "softmax")) is net
+    assert root_module(functools.partial(net.forward)) is net
+    quiet = Quiet()
+    assert find_module(quiet.forward, "inner") is quiet.inner
     with pytest.raises(ValueError, match=r"'layer5' is not in the model\. Closest: layer4, layer"):
         find_module(net, "layer5")
     with pytest.raises(ValueError, match="pass the module itself"):

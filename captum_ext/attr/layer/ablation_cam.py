@@ -118,7 +118,8 @@ class LayerAblationCam(LayerMap, PerturbationAttribution):
         examples: Tensors = _format_tensor_into_tuples(inputs)
         additional_forward_args = _format_additional_forward_args(additional_forward_args)
         check_count("perturbations_per_eval", perturbations_per_eval)
-        if isinstance(layer_baselines, str) and layer_baselines != "min":
+        is_number = isinstance(layer_baselines, int | float | Tensor)
+        if not is_number and layer_baselines not in (None, "min"):
             raise ValueError(
                 f"`layer_baselines` must be None, 'min', a number or a tensor, got "
                 f"{layer_baselines!r}."
@@ -169,6 +170,13 @@ class LayerAblationCam(LayerMap, PerturbationAttribution):
                 dtype=activation.dtype,
                 device=activation.device,
             )
+            try:
+                fill = fill.expand_as(activation)
+            except RuntimeError:
+                raise ValueError(
+                    f"`layer_baselines` has the shape {tuple(fill.shape)}, which does not "
+                    f"broadcast with the {tuple(activation.shape)} of `layer`."
+                ) from None
 
         def ablate(a: Tensor, channel: Tensor) -> Tensor:
             return torch.where(channel_of == channel, fill, a)

@@ -129,7 +129,8 @@ class LayerClassActivationMap(LayerMap):
         bias = cast(Tensor | None, self.head.bias)
         bias_of_class = 0 if bias is None else full_precision(bias)[classes]
         off = (terms.sum(1) + bias_of_class - full_precision(score).reshape(-1)).abs()
-        tolerance = 1e-3 if activation.dtype in (torch.float32, torch.float64) else 5e-2
+        half = {torch.float16, torch.bfloat16} & {activation.dtype, score.dtype, rows.dtype}
+        tolerance = 5e-2 if half else 1e-3
         if not bool((off <= tolerance * (1 + terms.abs().sum(1))).all()):
             raise ValueError(
                 f"The score is not {self.head_name} of the mean of `layer`: something else lies "

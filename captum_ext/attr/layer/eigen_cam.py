@@ -23,7 +23,8 @@ class LayerEigenCam(LayerMap):
 
     .. math:: L = A v_1 = \sigma_1 u_1
 
-    No class enters; `target` is checked as everywhere, and changes nothing. The sign of a singular
+    No class enters; `target` is checked as everywhere, so a classifier needs one, and changes
+    nothing. The sign of a singular
     vector is arbitrary: here it is the one in which the map correlates with the mean activation,
     so that for activations that are nowhere negative the map is not either.
 

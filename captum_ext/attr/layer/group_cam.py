@@ -23,7 +23,7 @@ from captum_ext._model import (
     scored,
     untouched,
 )
-from captum_ext.attr.layer.masking import MaskingCam, check_perturbable, is_flat
+from captum_ext.attr.layer.masking import MaskingCam, check_baselines, check_perturbable, is_flat
 from captum_ext.attr.layer.template import Layer, Maps, ReshapeTransform, spatial_mean
 from captum_ext.imaging import blur
 
@@ -81,6 +81,11 @@ class LayerGroupCam(MaskingCam):
     ) -> None:
         if not isinstance(groups, Tensor):
             check_count("groups", groups)
+        elif groups.is_floating_point() or groups.dim() != 1 or bool((groups < 0).any()):
+            raise ValueError(
+                f"`groups` must be the number of groups, or a vector of integers from 0, the group "
+                f"of each channel; got {groups.dtype} of shape {tuple(groups.shape)}."
+            )
         scored(forward_func, score)
         super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
         self.groups, self.score = groups, score
@@ -99,8 +104,8 @@ class LayerGroupCam(MaskingCam):
         """The map of each example: a forward and backward pass, and groups + 1 masked passes.
 
         Args:
-            inputs: a tensor or tuple of tensors, examples in dimension 0. All with as many spatial
-                dimensions as the layer are masked.
+            inputs: a tensor or tuple of tensors, examples in dimension 0. Those of floats with as
+                many spatial dimensions as the layer are masked.
             baselines: what shows where the mask is 0, in any of Captum's forms; None is the input
                 under the authors' blur (51 pixels, sigma 50).
             target: as in Captum.
@@ -116,6 +121,7 @@ class LayerGroupCam(MaskingCam):
         examples: Tensors = _format_tensor_into_tuples(inputs)
         additional_forward_args = _format_additional_forward_args(additional_forward_args)
         check_count("perturbations_per_eval", perturbations_per_eval)
+        check_baselines(baselines, examples)
         with untouched(self.forward_func), torch.no_grad():
             activations, gradients = self._gradients(
                 examples, target, additional_forward_args, attribute_to_layer_input
@@ -124,7 +130,9 @@ class LayerGroupCam(MaskingCam):
                 check_perturbable(examples, a)
             if baselines is None:
                 dims = {a.dim() for tensors in activations for a in tensors}
-                baselines = tuple(blur(x) if x.dim() in dims else 0 for x in examples)
+                baselines = tuple(
+                    blur(x) if x.is_floating_point() and x.dim() in dims else 0 for x in examples
+                )
             scores_under = partial(
                 self._masked_scores,
                 inputs=examples,
@@ -153,10 +161,10 @@ class LayerGroupCam(MaskingCam):
         k = activations.shape[1]
         if isinstance(self.groups, Tensor):
             group_of = self.groups.to(activations.device)
-            if group_of.shape != (k,) or group_of.is_floating_point() or int(group_of.min()) < 0:
+            if len(group_of) != k:
                 raise ValueError(
-                    f"`groups` must hold the group of each of the {k} channels of `layer`, as "
-                    f"integers from 0, got {group_of.dtype} of shape {tuple(group_of.shape)}."
+                    f"`groups` must hold the group of each of the {k} channels of `layer`, got "
+                    f"{len(group_of)}."
                 )
         else:
             n = min(self.groups, k)

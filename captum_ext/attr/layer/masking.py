@@ -46,8 +46,8 @@ class MaskingCam(LayerMap, PerturbationAttribution):
         Args:
             masks: gives the masks from one index up to another, (B, n, *spatial of the layer).
             n_masks: how many there are.
-            inputs: all those with as many spatial dimensions as the masks are masked, the others
-                are passed on as they are.
+            inputs: all those of floats with as many spatial dimensions as the masks are masked,
+                the others are passed on as they are.
             baselines: numbers or tensors, b.
             target: as in Captum.
             additional_forward_args: as in Captum.
@@ -56,7 +56,6 @@ class MaskingCam(LayerMap, PerturbationAttribution):
         """
         forward = scored(self.forward_func, self.score)
         values = _format_baseline(baselines, inputs)
-        _validate_input(inputs, values)
         starts: Any = range(0, n_masks, perturbations_per_eval)
         if show_progress:
             starts = progress(starts, desc=f"{self.get_name()} attribution")
@@ -65,7 +64,7 @@ class MaskingCam(LayerMap, PerturbationAttribution):
             chunk = masks(start, min(start + perturbations_per_eval, n_masks))
             n = chunk.shape[1]
             masked = tuple(
-                _blend(x, b, chunk) if x.dim() == chunk.dim() else torch.cat([x] * n)
+                _blend(x, b, chunk) if _is_maskable(x, chunk) else torch.cat([x] * n)
                 for x, b in zip(inputs, values, strict=True)
             )
             score = _run_forward(
@@ -89,14 +88,23 @@ def _blend(x: Tensor, baseline: Tensor | float, masks: Tensor) -> Tensor:
     return torch.lerp(torch.as_tensor(baseline, dtype=x.dtype, device=x.device), x, m).flatten(0, 1)
 
 
+def _is_maskable(x: Tensor, maps: Tensor) -> bool:
+    return x.is_floating_point() and x.dim() == maps.dim() >= 3
+
+
 def check_perturbable(inputs: Tensors, activation: Tensor) -> None:
     """Refuse, before any mask is made, activations that cannot mask an input."""
-    if activation.dim() < 3 or all(x.dim() != activation.dim() for x in inputs):
+    if not any(_is_maskable(x, activation) for x in inputs):
         raise ValueError(
-            f"`layer` has the shape {tuple(activation.shape)} and the inputs have "
-            f"{[tuple(x.shape) for x in inputs]}: no input has the spatial dimensions of the "
-            f"layer, so its activations cannot mask one."
+            f"`layer` has the shape {tuple(activation.shape)} and the inputs are "
+            f"{[(tuple(x.shape), x.dtype) for x in inputs]}: its activations can mask only an "
+            f"input of floats with as many spatial dimensions."
         )
+
+
+def check_baselines(baselines: BaselineType, inputs: Tensors) -> None:
+    """Raise Captum's error for baselines that do not go with the inputs."""
+    _validate_input(inputs, _format_baseline(baselines, inputs))
 
 
 def is_flat(maps: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from captum_ext._model import (
     scored,
     untouched,
 )
-from captum_ext.attr.layer.masking import MaskingCam, check_perturbable, is_flat
+from captum_ext.attr.layer.masking import MaskingCam, check_baselines, check_perturbable, is_flat
 from captum_ext.attr.layer.template import Layer, Maps, ReshapeTransform, weighted_sum
 
 _WEIGHTINGS = ("softmax", "increase", "score")
@@ -100,8 +100,8 @@ class LayerScoreCam(MaskingCam):
         """The map of each example: one forward pass, and one for each channel that is not flat.
 
         Args:
-            inputs: a tensor or tuple of tensors, examples in dimension 0. All with as many spatial
-                dimensions as the layer are masked.
+            inputs: a tensor or tuple of tensors, examples in dimension 0. Those of floats with as
+                many spatial dimensions as the layer are masked.
             baselines: what shows where the mask is 0, in any of Captum's forms; None is 0.
             target: as in Captum.
             additional_forward_args: as in Captum.
@@ -117,6 +117,7 @@ class LayerScoreCam(MaskingCam):
         examples: Tensors = _format_tensor_into_tuples(inputs)
         additional_forward_args = _format_additional_forward_args(additional_forward_args)
         check_count("perturbations_per_eval", perturbations_per_eval)
+        check_baselines(baselines, examples)
         with untouched(self.forward_func), torch.no_grad():
             per_layer, _ = self._activations(
                 examples, target, additional_forward_args, attribute_to_layer_input

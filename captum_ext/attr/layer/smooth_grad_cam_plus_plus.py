@@ -94,7 +94,13 @@ class LayerSmoothGradCamPlusPlus(GradientCam):
         at_input: bool,
         grad_kwargs: dict[str, Any] | None = None,
     ) -> tuple[list[Tensors], list[Tensors]]:
-        activations, _ = self._activations(inputs, target, additional_forward_args, at_input)
+        if (grad_kwargs or {}).get("create_graph"):  # the clean activations need a graph, too
+            clean = super()._gradients(
+                inputs, target, additional_forward_args, at_input, grad_kwargs
+            )
+            activations = clean[0]
+        else:
+            activations, _ = self._activations(inputs, target, additional_forward_args, at_input)
         moments = [
             tuple(full_precision(t).new_zeros(3, *t.shape) for t in tensors)
             for tensors in activations

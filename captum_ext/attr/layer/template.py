@@ -7,6 +7,7 @@ A new gradient CAM is a subclass of `GradientCam` with one method:
             return spatial_mean(gradients.abs())
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +28,12 @@ from captum_ext._compat import (
 from captum_ext._model import (
     Forward,
     Tensors,
+    check_one_score_each,
     find_module,
     full_precision,
     layer_activations,
     layer_gradients,
+    root_module,
     untouched,
 )
 from captum_ext.attr.layer.reshape import check_not_tokens
@@ -47,12 +50,13 @@ def spatial_sum(x: Tensor) -> Tensor:
 
 def spatial_mean(x: Tensor) -> Tensor:
     """Mean over the spatial dimensions, kept with size 1; (B, C) is its own mean."""
-    return x.reshape(*x.shape[:2], -1).mean(2).reshape(x.shape[:2] + (1,) * (x.dim() - 2))
+    return spatial_sum(x) / math.prod(x.shape[2:])
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Quotient that is 0 where the denominator is 0; NaN stays NaN."""
-    return torch.where(denominator == 0, 0, numerator / denominator)
+    """Quotient that is 0, with derivative 0, where the denominator is 0; NaN stays NaN."""
+    is_zero = denominator == 0
+    return torch.where(is_zero, 0, numerator / torch.where(is_zero, 1, denominator))
 
 
 def weighted_sum(
@@ -110,6 +114,7 @@ class LayerMap(LayerAttribution):
             at_input=at_input,
             device_ids=self.device_ids,
         )
+        check_one_score_each(score)
         return self._on_grid(activations, inputs), score
 
     def _gradients(
@@ -140,7 +145,7 @@ class LayerMap(LayerAttribution):
             return [tuple(self.reshape_transform(t) for t in tensors) for tensors in per_layer]
         for layer, tensors in zip(layers or self.layers, per_layer, strict=True):
             for tensor in tensors:
-                check_not_tokens(tensor, layer, inputs)
+                check_not_tokens(tensor, layer, inputs, root_module(self.forward_func))
         return per_layer
 
     def _format(self, maps: list[Tensors]) -> Maps:

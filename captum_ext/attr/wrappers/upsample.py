@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from captum.attr import Attribution
+from captum.attr import Attribution, LayerAttribution
 from torch import Tensor
 
 from captum_ext._compat import _format_output, _format_tensor_into_tuples, _is_tuple, log_usage
@@ -27,9 +27,9 @@ class UpsampleWrapper(Attribution):
 
     Each map (B, C, h, w) is summed over its channels, resized to the input's spatial size, and
     repeated over the input's channels. Several maps (a list of layers, a layer with several
-    tensors) are fused into one. What already has the input's shape is passed on as it is. So
-    wrapped, a CAM is taken by Captum's `infidelity`, `sensitivity_max`, `NoiseTunnel` and
-    `visualize_image_attr`.
+    tensors) are fused into one. What an input attribution gives has the input's shape already, and
+    is passed on as it is. So wrapped, a CAM is taken by Captum's `infidelity`, `sensitivity_max`,
+    `NoiseTunnel` and `visualize_image_attr`.
 
     Args:
         attribution_method: an instance of any attribution class of Captum or of this package.
@@ -108,13 +108,21 @@ class UpsampleWrapper(Attribution):
         delta = None
         if kwargs.get("return_convergence_delta"):
             result, delta = result
-        inputs = _format_tensor_into_tuples(inputs)
+        examples: Tensors = _format_tensor_into_tuples(inputs)
         maps = _flat(result)
-        if [x.shape for x in maps] == [x.shape for x in inputs]:
+        if self._is_done(result, is_tuple, examples):
             output: Any = result
         else:
-            output = _format_output(is_tuple, tuple(self._upsample(maps, x) for x in inputs))
+            output = _format_output(is_tuple, tuple(self._upsample(maps, x) for x in examples))
         return output if delta is None else (output, delta)
+
+    def _is_done(self, result: Any, is_tuple: bool, inputs: Tensors) -> bool:
+        """Whether the wrapped method has explained the inputs, and not a layer of their size."""
+        return (
+            not isinstance(self.attribution_method, LayerAttribution)
+            and isinstance(result, tuple if is_tuple else Tensor)
+            and [x.shape for x in _flat(result)] == [x.shape for x in inputs]
+        )
 
     def _upsample(self, maps: list[Tensor], x: Tensor) -> Tensor:
         if self.reshape_transform is not None:

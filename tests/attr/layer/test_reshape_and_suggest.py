@@ -146,6 +146,12 @@ def test_tokens_without_a_transform_are_an_error_that_names_the_shape() -> None:
         LayerGradCamPlusPlus(vit, "encoder.layers.encoder_layer_0.self_attention").attribute(x, 1)
 
 
+@pytest.mark.parametrize("name", ["features.1.0.attn", "features.1.0.mlp", "features.0.1"])
+def test_channels_last_without_a_normalisation_in_the_layer(name: str) -> None:
+    with pytest.raises(ValueError, match=r"of shape \(2, 8, 8, 16\)"):
+        LayerHiResCam(small_swin(), name).attribute(torch.randn(2, 3, 32, 32), 1)
+
+
 def test_signals_and_wide_maps_are_not_taken_for_tokens() -> None:
     signal = small_net(1)
     assert LayerHiResCam(signal, "conv2").attribute(torch.randn(2, 3, 6), 1).shape == (2, 1, 6)

@@ -114,6 +114,18 @@ def test_smooth_without_noise_is_grad_cam_plus_plus_and_chunks_do_not_matter() -
     assert (one - plain).abs().max() > 1e-3
 
 
+def test_smooth_maps_are_differentiated_rightly() -> None:
+    net, x = small_net(dtype=D), torch.randn(1, 3, 6, 6, dtype=D, requires_grad=True)
+    graph = {"create_graph": True}
+    derivatives = []
+    still = smooth(net, "conv2", n_samples=1, stdev_spread=0.0)
+    for method in (still, LayerGradCamPlusPlus(net, "conv2")):
+        cam = method.attribute(x, target=1, grad_kwargs=graph)
+        derivatives += torch.autograd.grad(cam.sum(), x)
+    assert derivatives[0].abs().max() > 1e-3
+    torch.testing.assert_close(derivatives[0], derivatives[1])
+
+
 def test_score_cam_by_hand() -> None:
     """Two channels at the size of the input, so masks are the min-maxed channels themselves."""
     x = torch.tensor([[[[0.0, 2.0], [4.0, 1.0]], [[3.0, 3.0], [0.0, 6.0]]]], dtype=D)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_ext.attr import LayerCam, LayerGradCamPlusPlus, UpsampleWrapper, tokens_to_grid
+from captum_ext.imaging import min_max
 from tests.attr.layer.test_reshape_and_suggest import VIT_LAYER, small_vit
 from tests.methods import EVERY, small_net
 
@@ -140,6 +141,14 @@ def test_captums_metrics_noise_tunnel_and_visualiser_take_it(name: str) -> None:
     image = maps[0].abs().add(1e-3).numpy().transpose(1, 2, 0)
     figure, _ = viz.visualize_image_attr(image, np.zeros((9, 9, 3)), use_pyplot=False)
     assert figure.axes
+
+
+def test_layers_of_the_inputs_own_shape_are_still_layers() -> None:
+    net, x = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten()), torch.randn(2, 1, 4, 4)
+    base = LayerCam(net, ["0"])
+    found = UpsampleWrapper(base, normalize="minmax").attribute(x, target=1)
+    assert isinstance(found, Tensor)
+    torch.testing.assert_close(found, min_max(base.attribute(x, 1)[0]))
 
 
 def test_tokens_of_captums_methods() -> None:
