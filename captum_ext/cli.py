@@ -1,6 +1,6 @@
 """The command line: `captum-ext explain` and `captum-ext methods`.
 
-Without arguments, `captum-ext explain` explains a photograph of a cat by every layer method. What
+Without arguments, `captum-ext explain` explains a photograph by every layer method. What
 takes long to import is imported only where it is used, so that `--help` and `methods` are quick.
 """
 
@@ -407,9 +407,11 @@ def _parser() -> argparse.ArgumentParser:
         "explain",
         help="explain an image by layer methods, as a picture",
         description="Explain what an image classifier saw in an image, by one or many methods. "
-        "Without arguments: a photograph of a cat, a trained network, and every method.",
+        "Without arguments: a photograph of a cup of coffee, a trained network, and every method.",
     )
-    one.add_argument("image", nargs="?", metavar="IMAGE", help="an image file (default: a cat)")
+    one.add_argument(
+        "image", nargs="?", metavar="IMAGE", help="an image file (default: a cup of coffee)"
+    )
     one.add_argument(
         "--model",
         default="efficientnet-lite0",

@@ -53,7 +53,7 @@ class InputError(ValueError):
 
 
 def load_image(path: str | Path | None = None) -> "Image":
-    """The image at `path`, upright and in RGB; None is scikit-image's photograph of a cat.
+    """The image at `path`, upright and in RGB; None is scikit-image's cup of coffee.
 
     Every mode that Pillow reads is converted: transparency is laid on white, 16 bits become 8, and
     other integers and floats are stretched from their smallest to their largest value.
@@ -65,7 +65,7 @@ def load_image(path: str | Path | None = None) -> "Image":
     from PIL import Image, ImageOps
 
     if path is None:
-        return Image.fromarray(_chelsea())
+        return Image.fromarray(_photograph())
     if not Path(path).is_file():
         raise InputError(f"the image {str(path)!r} does not exist or is not a file")
     try:
@@ -85,13 +85,13 @@ def load_image(path: str | Path | None = None) -> "Image":
         ) from error
 
 
-def _chelsea() -> Array:
+def _photograph() -> Array:
     try:
         import skimage.data
     except ImportError:
         raise InputError(f"the photograph {_NOT_INSTALLED}; or give an IMAGE") from None
-    chelsea: Callable[[], Array] = skimage.data.chelsea
-    return chelsea()
+    coffee: Callable[[], Array] = skimage.data.coffee
+    return coffee()
 
 
 def _check_size(path: str | Path, pixels: int) -> None:
