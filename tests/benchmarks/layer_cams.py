@@ -69,6 +69,10 @@ def ours(method: Callable[..., Any], model: nn.Module, x: Tensor, **kwargs: Any)
     return lambda: method(model, model.layer4).attribute(x, target=TARGET, **kwargs)
 
 
+def smooth(model: nn.Module, layer: nn.Module) -> attr.LayerSmoothGradCamPlusPlus:
+    return attr.LayerSmoothGradCamPlusPlus(model, layer, n_samples=4)
+
+
 def by_grad_cam(name: str, model: nn.Module, x: Tensor, **options: Any) -> Any:
     targets = [ClassifierOutputTarget(TARGET)] * len(x)
 
@@ -120,6 +124,8 @@ def gradient_calls(device: torch.device) -> Calls:
         "LayerCam": ours(attr.LayerCam, mine, x),
         "LayerHiResCam": ours(attr.LayerHiResCam, mine, x),
         "LayerSharpenFocus": ours(attr.LayerSharpenFocus, mine, x),
+        "LayerTokenGradCam": ours(attr.LayerTokenGradCam, mine, x),
+        "LayerSmoothGradCamPlusPlus, 1 + 4 passes": ours(smooth, mine, x),
         "captum LayerGradCam": ours(LayerGradCam, captums, x),
         "grad-cam GradCAM": by_grad_cam("GradCAM", pgcs, x),
         "grad-cam GradCAMPlusPlus": by_grad_cam("GradCAMPlusPlus", pgcs, x),
