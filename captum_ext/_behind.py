@@ -1,14 +1,16 @@
 """Run again only what lies behind a layer, on edited activations."""
 
+import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Sized
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -145,7 +147,8 @@ class Behind:
             self.inputs, self.taped_inputs = copies(inputs), copies(inputs)
             if not self.seen.parallel:
                 self.tape = Tape((self.taped_inputs, additional_forward_args))
-            score = self._run(keep, self.tape)
+            with _running(forward_func) as self.modules:
+                score = self._run(keep, self.tape)
             self.activations: Tensors = self.seen.gather()[0]
             check_one_score_each(score)
             self.score: Tensor = score.reshape(-1)
@@ -154,7 +157,7 @@ class Behind:
 
     def _rehearse(self) -> None:
         """Run once more without an edit: does it give the same, and keep nothing?"""
-        before, reason = _kept_by(self.forward_func), ""
+        before, reason = _kept_by(self.modules), ""
         try:
             again = self._score_with(self.activations[0], 0)
         except Exception as error:
@@ -163,7 +166,7 @@ class Behind:
             tolerance = 1e-4 * self.score.abs().max()
             if not bool(((again - self.score).abs() <= tolerance).all()):
                 self.tape, reason = None, "a second pass does not give what the first gave"
-            elif before is None or _kept_by(self.forward_func) != before:
+            elif before is None or _kept_by(self.modules) != before:
                 reason = "the model or a hook may keep what it computes"
         if reason:
             self._leave_the_fast_way(reason)
@@ -258,7 +261,7 @@ class _Same:
     """A value that equals only itself, at its present length."""
 
     def __init__(self, value: Any) -> None:
-        self.value, self.length = value, len(value) if isinstance(value, Sized) else 0
+        self.value, self.length = value, 0 if isinstance(value, Tensor) else len(value)
 
     def __eq__(self, other: object) -> bool:
         assert isinstance(other, _Same)
@@ -267,10 +270,24 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _kept_by(forward_func: Forward) -> list[tuple[str, _Same]] | None:
-    """Where modules keep tensors beside their parameters and buffers; None if hooks see them."""
-    root = root_module(forward_func)
+@contextmanager
+def _running(forward_func: Forward) -> Iterator[list[Module]]:
+    """The modules of a model; for a plain function, those that run inside this context."""
+    root, me = root_module(forward_func), threading.get_ident()
     modules = [] if root is None else list(root.modules())
+
+    def note(module: Module, args: Any) -> None:
+        if threading.get_ident() == me:
+            modules.append(module)
+
+    with ExitStack() as hooks:
+        if root is None:
+            hooks.callback(register_module_forward_pre_hook(note).remove)
+        yield modules
+
+
+def _kept_by(modules: list[Module]) -> list[tuple[str, _Same]] | None:
+    """Where modules keep tensors beside their parameters and buffers; None if hooks see them."""
     registries = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
     hooks = [hook for registry in registries for hook in list(registry.values())]
     if any(getattr(hook, "__module__", None) != intercept.__module__ for hook in hooks):
@@ -278,7 +295,7 @@ def _kept_by(forward_func: Forward) -> list[tuple[str, _Same]] | None:
     return [
         (name, _Same(value))
         for module in modules
-        for name, value in vars(module).items()
+        for name, value in list(vars(module).items())
         if name not in _REGISTRIES and isinstance(value, Tensor | list | dict | tuple | set | deque)
     ]
 

@@ -237,17 +237,20 @@ def keep_in_a_list(model: Any, x: Tensor) -> Tensor:
     return model.fc(y.mean((2, 3)))
 
 
+@pytest.mark.parametrize("root", ["module", "function"])
 @pytest.mark.parametrize("where", ["attribute", "list", "hook"])
-def test_tensors_of_vmap_get_to_nobody(where: str) -> None:
+def test_tensors_of_vmap_get_to_nobody(where: str, root: str) -> None:
     bodies = {"attribute": keep_in_an_attribute, "list": keep_in_a_list}
     plain = lambda m, x: m.fc(m.conv2(m.conv1(x)).mean((2, 3)))  # noqa: E731
     model, x = Toy(bodies.get(where, plain)).eval(), torch.randn(1, 3, 8, 8)
+    model.scale = torch.tensor(1.0)  # a tensor without a length
+    forward = model if root == "module" else lambda y: model(y)
     kept: list[Tensor] = []
     if where == "hook":
         model.fc.register_forward_hook(lambda m, args, y: kept.append(args[0]))
     model(x)
     with leaving_the_fast_way() as messages:
-        behind = Behind(model, model.conv2, (x,), 1)
+        behind = Behind(forward, model.conv2, (x,), 1)
         found = behind(drop_channel, torch.arange(4))
     expected = torch.stack([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
     torch.testing.assert_close(found, expected)
