@@ -267,8 +267,6 @@ class _Same:
         assert isinstance(other, _Same)
         return self.value is other.value and self.length == other.length
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 @contextmanager
 def _running(forward_func: Forward) -> Iterator[list[Module]]:
