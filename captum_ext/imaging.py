@@ -4,6 +4,7 @@ Tensors are (B, C, *spatial) with one to three spatial dimensions. Kornia does t
 resizing is torch's own interpolation, which Kornia calls too and which knows all three cases.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,11 @@ _MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
 
 
 def resize(
-    x: Tensor, size: Sequence[int], mode: str = "bilinear", align_corners: bool = False
+    x: Tensor,
+    size: Sequence[int],
+    mode: str = "bilinear",
+    align_corners: bool = False,
+    antialias: bool = False,
 ) -> Tensor:
     """Resize the spatial dimensions of `x` (B, C, *spatial) to `size`.
 
@@ -28,6 +33,8 @@ def resize(
             only), "nearest", "nearest-exact" or "area".
         align_corners: whether corner pixels, rather than the edges of the picture, are kept in
             place by the linear modes.
+        antialias: whether images are smoothed where they shrink, as torchvision and Pillow do;
+            only for "bilinear" and "bicubic".
 
     Raises:
         ValueError: an unknown mode, or a size of another number of dimensions.
@@ -47,8 +54,37 @@ def resize(
         return x
     if mode in ("bilinear", "bicubic"):
         mode = _LINEAR[n] if mode == "bilinear" else mode
-        return F.interpolate(x, size=tuple(size), mode=mode, align_corners=align_corners)
+        return F.interpolate(
+            x, size=tuple(size), mode=mode, align_corners=align_corners, antialias=antialias
+        )
     return F.interpolate(x, size=tuple(size), mode=mode)
+
+
+def lay_over(x: Tensor, size: tuple[int, int], offset: tuple[float, float] = (0.0, 0.0)) -> Tensor:
+    """Upsample maps (B, C, h, w) bilinearly, with their cells' centres off by `offset` pixels.
+
+    Cell (i, j) stands at ((i + 1/2) H / h - 1/2 + offset_y, (j + 1/2) W / w - 1/2 + offset_x);
+    beyond the outermost centres the map goes on as it ends. Without an offset this is `resize`.
+
+    Args:
+        x: the maps.
+        size: (H, W).
+        offset: (y, x), in pixels, down and right positive. In a ResNet the units of layer4 are
+            centred 15.5 pixels up and left of their cells: (-15.5, -15.5).
+
+    Example:
+        >>> lay_over(torch.tensor([[[[0.0, 1.0]]]]), (1, 4), (0.0, 1.0))
+        tensor([[[[0.0000, 0.0000, 0.2500, 0.7500]]]])
+    """
+    if offset == (0.0, 0.0):
+        return resize(x, size)
+    lines = [
+        (torch.arange(n, device=x.device, dtype=x.dtype) + 0.5 - off) * 2 / n - 1
+        for n, off in zip(size, offset, strict=True)
+    ]
+    rows, columns = torch.meshgrid(*lines, indexing="ij")
+    grid = torch.stack([columns, rows], -1).expand(len(x), -1, -1, -1)
+    return F.grid_sample(x, grid, "bilinear", "border", align_corners=False)
 
 
 def blur(x: Tensor, kernel_size: int = 51, sigma: float = 50.0) -> Tensor:
@@ -72,6 +108,23 @@ def blur(x: Tensor, kernel_size: int = 51, sigma: float = 50.0) -> Tensor:
         flat = line.reshape(x.shape[0], x.shape[1], -1, line.shape[-1])
         x = filter2d(flat, kernel, border).reshape(line.shape).movedim(-1, dim)
     return x
+
+
+def percentile(x: Tensor, q: float) -> Tensor:
+    """The q-th percentile of each map of `x` (B, C, *spatial), kept with spatial size 1.
+
+    Between two values it is interpolated linearly, as in NumPy. Unlike `torch.quantile` it knows no
+    largest size.
+
+    Example:
+        >>> percentile(torch.tensor([[[4.0, 1.0, 2.0, 3.0]]]), 50)
+        tensor([[[2.5000]]])
+    """
+    flat = full_precision(x).flatten(2)
+    rank = q / 100 * (flat.shape[2] - 1)
+    low = flat.kthvalue(math.floor(rank) + 1, dim=2).values
+    high = flat.kthvalue(math.ceil(rank) + 1, dim=2).values
+    return torch.lerp(low, high, rank % 1).reshape(x.shape[:2] + (1,) * (x.dim() - 2)).to(x.dtype)
 
 
 def min_max(x: Tensor) -> Tensor:

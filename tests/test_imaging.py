@@ -1,12 +1,13 @@
 """Image operations against closed forms and against the libraries they stand for."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kornia.filters import gaussian_blur2d
 
-from captum_ext.imaging import blur, min_max, resize
+from captum_ext.imaging import blur, lay_over, min_max, percentile, resize
 
 D = torch.float64
 
@@ -29,6 +30,36 @@ def test_resize_is_linear_between_pixel_centres() -> None:
     assert resize(x, [8])[0, 0].tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
     assert resize(x, [7], align_corners=True)[0, 0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3]
     assert resize(x, [4]) is x
+
+
+def test_antialias_is_torchvisions() -> None:
+    from torchvision.transforms.functional import resize as theirs
+
+    x = torch.rand(1, 3, 40, 30, dtype=D)
+    torch.testing.assert_close(resize(x, (13, 11), antialias=True), theirs(x, [13, 11]))
+
+
+def test_maps_are_laid_over_with_their_units_off_centre() -> None:
+    x = torch.rand(2, 1, 4, 3, dtype=D)
+    torch.testing.assert_close(lay_over(x, (12, 9), (1e-12, 0.0)), resize(x, (12, 9)))
+    # A whole pixel moves the map, and its edge goes on as it ends.
+    moved = lay_over(x, (12, 9), (2.0, -1.0))
+    torch.testing.assert_close(moved[..., 2:, :-1], resize(x, (12, 9))[..., :-2, 1:])
+    torch.testing.assert_close(moved[..., :2, :-1], moved[..., 2:3, :-1].expand(-1, -1, 2, -1))
+    # A ramp over units at 32 i, as in a ResNet, is the ramp of the pixels between them.
+    ramp = torch.arange(7, dtype=D).reshape(1, 1, 1, 7) * 32
+    found = lay_over(ramp, (1, 224), (0.0, -15.5))[0, 0, 0]
+    torch.testing.assert_close(found[:193], torch.arange(193, dtype=D))
+    assert (found[193:] == 192).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 40), q=st.floats(0, 100), ties=st.booleans())
+def test_percentiles_are_numpys(size: int, q: float, ties: bool) -> None:
+    x = torch.rand(2, 1, size, 3, dtype=D)
+    x = (x * 4).round() if ties else x
+    expected = np.percentile(x.numpy(), q, axis=(2, 3), keepdims=True)
+    torch.testing.assert_close(percentile(x, q), torch.from_numpy(expected))
 
 
 def test_resize_refuses() -> None:

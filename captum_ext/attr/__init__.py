@@ -20,7 +20,7 @@ from captum_ext.attr.layer import (
     suggest_reshape_transform,
     tokens_to_grid,
 )
-from captum_ext.attr.wrappers import UpsampleWrapper
+from captum_ext.attr.wrappers import SESSWrapper, UpsampleWrapper
 
 __all__ = [
     "GradientCam",
@@ -37,6 +37,7 @@ __all__ = [
     "LayerSmoothGradCamPlusPlus",
     "LayerTokenGradCam",
     "LayerXGradCam",
+    "SESSWrapper",
     "UpsampleWrapper",
     "channels_last_to_first",
     "suggest_layer",

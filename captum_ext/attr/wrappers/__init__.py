@@ -1,5 +1,6 @@
 """Wrappers around any Captum attribution."""
 
+from captum_ext.attr.wrappers.sess import SESSWrapper
 from captum_ext.attr.wrappers.upsample import UpsampleWrapper
 
-__all__ = ["UpsampleWrapper"]
+__all__ = ["SESSWrapper", "UpsampleWrapper"]

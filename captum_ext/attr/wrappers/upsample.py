@@ -91,6 +91,12 @@ class UpsampleWrapper(Attribution):
     def has_convergence_delta(self) -> bool:
         return bool(self.attribution_method.has_convergence_delta())
 
+    @property
+    def only_resizes(self) -> bool:
+        """Whether one map is only resized, bilinearly, as other wrappers do by themselves."""
+        plain = (self.mode, self.align_corners, self.normalize) == ("bilinear", False, "none")
+        return plain and self.reshape_transform is None
+
     @log_usage()
     def attribute(self, inputs: Tensor | Tensors, **kwargs: Any) -> Any:
         """Attributions of exactly the input's shape.
@@ -109,11 +115,10 @@ class UpsampleWrapper(Attribution):
         if kwargs.get("return_convergence_delta"):
             result, delta = result
         examples: Tensors = _format_tensor_into_tuples(inputs)
-        maps = _flat(result)
         if self._is_done(result, is_tuple, examples):
             output: Any = result
         else:
-            output = _format_output(is_tuple, tuple(self._upsample(maps, x) for x in examples))
+            output = _format_output(is_tuple, tuple(self.upsample(result, x) for x in examples))
         return output if delta is None else (output, delta)
 
     def _is_done(self, result: Any, is_tuple: bool, inputs: Tensors) -> bool:
@@ -124,7 +129,9 @@ class UpsampleWrapper(Attribution):
             and [x.shape for x in _flat(result)] == [x.shape for x in inputs]
         )
 
-    def _upsample(self, maps: list[Tensor], x: Tensor) -> Tensor:
+    def upsample(self, maps: Any, x: Tensor) -> Tensor:
+        """Maps (a tensor, a tuple, a list of either) at the size of x, fused, in its shape."""
+        maps = _flat(maps)
         if self.reshape_transform is not None:
             maps = [self.reshape_transform(m) for m in maps]
         for m in maps:
