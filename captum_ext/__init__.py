@@ -5,7 +5,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("attr", "cli", "demo", "gallery", "imaging")
+_SUBPACKAGES = ("attr", "cli", "datasets", "demo", "gallery", "imaging", "metrics")
 
 __all__ = ["__version__", *_SUBPACKAGES]
 

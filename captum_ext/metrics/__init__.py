@@ -1,0 +1,19 @@
+"""Metrics of attributions: plain functions, and torchmetrics classes over them."""
+
+from captum_ext.metrics.localization import (
+    EnergyPointingGame,
+    PointingGame,
+    boxes_to_masks,
+    energy_pointing_game,
+    masks_to_boxes,
+    pointing_game,
+)
+
+__all__ = [
+    "EnergyPointingGame",
+    "PointingGame",
+    "boxes_to_masks",
+    "energy_pointing_game",
+    "masks_to_boxes",
+    "pointing_game",
+]

@@ -1,0 +1,364 @@
+"""Does an attribution lie on the object? The pointing game, by point and by mass, and boxes.
+
+Attributions are (B, C, H, W) or (B, H, W). Channels that are all equal count as one map, others are
+summed. Regions are masks, (B, H, W) or (B, 1, H, W), bool; `boxes_to_masks` makes them from boxes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from captum_ext._model import full_precision
+
+AVERAGES = ("micro", "macro", "none")
+
+
+# --- functions -----------------------------------------------------------------------------------
+
+
+def pointing_game(attributions: Tensor, masks: Tensor, tolerance: float = 15) -> Tensor:
+    """Whether the largest value of each map is on the object, or nearly: (B,), bool.
+
+    A hit is a pixel of the mask at a distance of less than `tolerance` from the map's maximum
+    (Zhang et al., "Top-down Neural Attention by Excitation Backprop", 2016; so counted by
+    TorchRay). Of several maxima the first in row-major order is taken. A flat map, which points
+    nowhere, is a miss.
+
+    Args:
+        attributions: (B, C, H, W) or (B, H, W), of any scale and sign.
+        masks: (B, H, W) or (B, 1, H, W), bool, none of them empty.
+        tolerance: in pixels; 15 is the authors'. At 0 the maximum must be in the mask.
+
+    Raises:
+        ValueError: shapes that do not fit, values that are not finite, an empty mask, a negative
+            tolerance.
+        TypeError: masks that are not bool.
+
+    Example:
+        >>> attributions = torch.zeros(1, 1, 8, 8)
+        >>> attributions[0, 0, 2, 6] = 1
+        >>> masks = boxes_to_masks([torch.tensor([[0, 0, 4, 4]])], (8, 8))
+        >>> pointing_game(attributions, masks, tolerance=3)  # the mask's (2, 3) is 3 away
+        tensor([False])
+        >>> pointing_game(attributions, masks, tolerance=4)
+        tensor([True])
+    """
+    _check_tolerance(tolerance)
+    maps, masks = _maps_and_masks(attributions, masks)
+    flat = maps.flatten(1)
+    width = maps.shape[2]
+    first = flat.argmax(1)[:, None, None]
+    rows = torch.arange(maps.shape[1], device=maps.device)[:, None] - first // width
+    columns = torch.arange(width, device=maps.device) - first % width
+    # Below 1 there is only the maximum itself.
+    near = rows**2 + columns**2 < max(tolerance**2, 1)
+    hits: Tensor = (near & masks).flatten(1).any(1) & (flat.amax(1) > flat.amin(1))
+    return hits
+
+
+def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
+    """The share of each map's positive mass that lies in the region: (B,), in [0, 1].
+
+    sum_p [p in mask] max(a_p, 0) / sum_p max(a_p, 0) (Wang et al., "Score-CAM", 2020, who take the
+    object's box). A map without a positive value has 0. Expected of a constant positive map is the
+    region's share of the area.
+
+    Args:
+        attributions: (B, C, H, W) or (B, H, W).
+        masks: (B, H, W) or (B, 1, H, W), bool, none of them empty.
+
+    Raises:
+        ValueError: shapes that do not fit, values that are not finite, an empty mask.
+        TypeError: masks that are not bool.
+
+    Example:
+        >>> attributions = torch.tensor([[[3.0, 1.0], [-5.0, 0.0]]])
+        >>> masks = torch.tensor([[[True, False], [True, True]]])
+        >>> energy_pointing_game(attributions, masks)
+        tensor([0.7500])
+    """
+    maps, masks = _maps_and_masks(attributions, masks)
+    # Divided by its maximum first, a map of any scale has a sum that is finite and no subnormal.
+    positive = maps.flatten(1).clamp(min=0)
+    largest = positive.amax(1, keepdim=True)
+    positive = positive / torch.where(largest > 0, largest, 1)
+    inside = (positive * masks.flatten(1)).sum(1)
+    return inside / positive.sum(1).clamp(min=1)
+
+
+def boxes_to_masks(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """The pixels in any of an image's boxes: (B, H, W), bool.
+
+    Args:
+        boxes: for each image (n, 4): (x1, y1, x2, y2) in pixels, half-open: pixel (x, y) is in a
+            box where x1 <= x < x2 and y1 <= y < y2. Parts outside the image are cut off.
+        size: (H, W).
+
+    Raises:
+        ValueError: no image, boxes of another shape, not finite, or with x2 < x1 or y2 < y1.
+
+    Example:
+        >>> boxes_to_masks([torch.tensor([[1, 0, 3, 1]])], (2, 4)).int()
+        tensor([[[0, 1, 1, 0],
+                 [0, 0, 0, 0]]], dtype=torch.int32)
+    """
+    if not boxes or any(b.dim() != 2 or b.shape[1] != 4 for b in boxes):
+        shapes = [tuple(b.shape) for b in boxes]
+        raise ValueError(f"`boxes` must be a tensor (n, 4) for each image, got {shapes}.")
+    height, width = size
+    every = full_precision(torch.cat(list(boxes)))
+    ordered = every[:, 2:] >= every[:, :2]
+    if not bool(ordered.all() & torch.isfinite(every).all()):
+        raise ValueError("`boxes` must be finite and have x1 <= x2 and y1 <= y2.")
+    x1, y1, x2, y2 = (
+        every[:, i].ceil().clamp(0, side).long() for i, side in enumerate((width, height) * 2)
+    )
+    counts = torch.tensor([len(b) for b in boxes], device=every.device)
+    image = torch.arange(len(boxes), device=every.device).repeat_interleave(counts)
+    # Summed along both axes, +1 and -1 at the corners of a box are 1 in it and 0 outside.
+    edges = torch.zeros(len(boxes), height + 1, width + 1, dtype=torch.int32, device=every.device)
+    one = edges.new_ones(len(every))
+    for y, x, sign in ((y1, x1, one), (y1, x2, -one), (y2, x1, -one), (y2, x2, one)):
+        edges.index_put_((image, y, x), sign, accumulate=True)
+    return edges.cumsum(1).cumsum(2)[:, :height, :width] > 0
+
+
+def masks_to_boxes(masks: Tensor) -> Tensor:
+    """The smallest box around each mask: (B, 4), int64, (x1, y1, x2, y2) in pixels, half-open.
+
+    Args:
+        masks: (B, H, W) or (B, 1, H, W), bool. Of an empty one the box is (0, 0, 0, 0).
+
+    Raises:
+        ValueError: another shape.
+        TypeError: masks that are not bool.
+
+    Example:
+        >>> masks_to_boxes(torch.tensor([[[False, True, True], [False, False, False]]]))
+        tensor([[1, 0, 3, 1]])
+    """
+    masks = _checked_masks(masks)
+    (x1, x2), (y1, y2) = _ends(masks.any(1)), _ends(masks.any(2))
+    return torch.stack((x1, y1, x2, y2), 1)
+
+
+def _ends(occupied: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of (B, n), the first true cell and the one after the last; 0 and 0 if none is."""
+    cells = occupied.int()
+    last = cells.shape[1] - cells.flip(1).argmax(1)
+    return cells.argmax(1), last * cells.amax(1)
+
+
+def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as (B, H, W), the maps in float32 or better."""
+    masks = _checked_masks(masks)
+    maps = _maps(attributions)
+    if maps.shape != masks.shape:
+        raise ValueError(
+            f"`attributions` {tuple(attributions.shape)} and `masks` {tuple(masks.shape)} must "
+            f"agree in their number and in height and width."
+        )
+    if not bool(torch.isfinite(maps).all()):
+        raise ValueError("`attributions` has values that are not finite.")
+    filled = masks.flatten(1).any(1)
+    if not bool(filled.all()):
+        empty = (~filled).nonzero().flatten().tolist()
+        raise ValueError(f"`masks` {empty} are empty: there is nothing to point at.")
+    return maps, masks
+
+
+def _maps(attributions: Tensor) -> Tensor:
+    if attributions.dim() not in (3, 4) or 0 in attributions.shape[1:]:
+        raise ValueError(
+            f"`attributions` must be (B, C, H, W) or (B, H, W), got {tuple(attributions.shape)}."
+        )
+    values = attributions.detach()
+    values = full_precision(values) if values.is_floating_point() else values.float()
+    if values.dim() == 3:
+        return values
+    equal = (values == values[:, :1]).flatten(1).all(1)
+    return torch.where(equal[:, None, None], values[:, 0], values.sum(1))
+
+
+def _checked_masks(masks: Tensor) -> Tensor:
+    if masks.dtype != torch.bool:
+        raise TypeError(f"`masks` must be bool, got {masks.dtype}.")
+    if masks.dim() == 4 and masks.shape[1] == 1:
+        masks = masks[:, 0]
+    if masks.dim() != 3 or 0 in masks.shape[1:]:
+        raise ValueError(f"`masks` must be (B, H, W) or (B, 1, H, W), got {tuple(masks.shape)}.")
+    return masks
+
+
+def _check_tolerance(tolerance: float) -> None:
+    if not 0 <= tolerance < float("inf"):
+        raise ValueError(f"`tolerance` must be a number of pixels, 0 or more, got {tolerance}.")
+
+
+# --- torchmetrics --------------------------------------------------------------------------------
+
+
+class _RegionScore(Metric):
+    """The mean of a score of map and region, over all examples and over the difficult ones."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        average: str = "micro",
+        ignore_empty: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if average not in AVERAGES:
+            raise ValueError(f"`average` must be one of {AVERAGES}, got {average!r}.")
+        if num_classes is None and average != "micro":
+            raise ValueError(f'`num_classes` must be given with average="{average}".')
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"`num_classes` must be positive, got {num_classes}.")
+        self.num_classes, self.average, self.ignore_empty = num_classes, average, ignore_empty
+        cells = (2, num_classes or 1)  # all and difficult, by class
+        self.add_state("total", torch.zeros(cells), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(cells, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def _score(self, attributions: Tensor, masks: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def update(
+        self,
+        attributions: Tensor,
+        masks: Tensor,
+        target: Tensor | None = None,
+        difficult: Tensor | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            attributions: (B, C, H, W) or (B, H, W).
+            masks: (B, H, W) or (B, 1, H, W), bool. An image with objects of several classes is as
+                many examples.
+            target: (B,), integers: the class of each; needed if `num_classes` is given.
+            difficult: (B,), bool: which examples the second figure is about; None is none. In the
+                pointing game of the literature, those where the boxes of the class cover less than
+                a quarter of the image and another class is there too.
+        """
+        n = len(attributions)
+        target, difficult = self._labels(n, target, difficult, attributions.device)
+        if self.ignore_empty:
+            kept = _checked_masks(masks).flatten(1).any(1)
+            if len(kept) != n:
+                raise ValueError(f"`masks` must be {n}, one for each example, got {len(kept)}.")
+            attributions, masks = attributions[kept], masks[kept]
+            target, difficult = target[kept], difficult[kept]
+        scores = self._score(attributions, masks).to(self.total.dtype)
+        chosen = torch.stack((torch.ones_like(difficult), difficult))
+        self.total = self.total.index_add(1, target, scores * chosen)
+        self.count = self.count.index_add(1, target, chosen.long())
+
+    def compute(self) -> dict[str, Tensor]:
+        """{"all": ..., "difficult": ...}; NaN where there was no example."""
+        total, count = self.total, self.count
+        if self.average == "micro":
+            total, count = total.sum(1), count.sum(1)
+        shares = torch.where(count > 0, total / count, torch.nan)
+        if self.average == "macro":
+            shares = shares.nanmean(1)
+        return {"all": shares[0], "difficult": shares[1]}
+
+    def _labels(
+        self, n: int, target: Tensor | None, difficult: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        if difficult is None:
+            difficult = torch.zeros(n, dtype=torch.bool, device=device)
+        if difficult.dtype != torch.bool or difficult.shape != (n,):
+            raise ValueError(
+                f"`difficult` must be bool, ({n},), got {difficult.dtype}, "
+                f"{tuple(difficult.shape)}."
+            )
+        if self.num_classes is None:
+            return torch.zeros(n, dtype=torch.int64, device=device), difficult
+        if target is None or target.shape != (n,) or target.is_floating_point():
+            got = None if target is None else (target.dtype, tuple(target.shape))
+            raise ValueError(f"`target` must be integers, ({n},), got {got}.")
+        if bool(((target < 0) | (target >= self.num_classes)).any()):
+            raise ValueError(f"`target` must be in [0, {self.num_classes}), the `num_classes`.")
+        return target.long(), difficult
+
+
+class PointingGame(_RegionScore):
+    """The accuracy of `pointing_game`: hits / (hits + misses).
+
+    `compute` gives it over all examples and over those marked as difficult, by the names "all" and
+    "difficult".
+
+    Args:
+        tolerance: see `pointing_game`.
+        num_classes: how many classes `target` has; needed by "macro" and "none".
+        average: "micro", over the examples; "macro", over the classes that occur, each with the
+            mean of its examples, as the figures for VOC and COCO are in the literature; "none", of
+            each class.
+        ignore_empty: whether examples with an empty mask are left out; else they raise.
+        **kwargs: see `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: an argument out of range; see `pointing_game` for those of `update`.
+
+    Example:
+        >>> game = PointingGame(tolerance=0)
+        >>> attributions = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[1.0, 0.0]]])
+        >>> masks = torch.tensor([[[True, False]], [[True, True]], [[False, True]]])
+        >>> game(attributions, masks, difficult=torch.tensor([False, True, True]))
+        {'all': tensor(0.6667), 'difficult': tensor(0.5000)}
+    """
+
+    def __init__(
+        self,
+        tolerance: float = 15,
+        num_classes: int | None = None,
+        average: str = "micro",
+        ignore_empty: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, average, ignore_empty, **kwargs)
+        _check_tolerance(tolerance)
+        self.tolerance = tolerance
+
+    def _score(self, attributions: Tensor, masks: Tensor) -> Tensor:
+        return pointing_game(attributions, masks, self.tolerance)
+
+
+class EnergyPointingGame(_RegionScore):
+    """The mean of `energy_pointing_game`: the share of positive mass in the region.
+
+    `compute` gives it over all examples and over those marked as difficult, by the names "all" and
+    "difficult".
+
+    Args:
+        num_classes: see `PointingGame`, as for the rest.
+        average: "micro", "macro" or "none".
+        ignore_empty: whether examples with an empty mask are left out; else they raise.
+        **kwargs: see `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: an argument out of range; see `energy_pointing_game` for those of `update`.
+
+    Example:
+        >>> game = EnergyPointingGame()
+        >>> _ = game(torch.tensor([[[3.0, 1.0]]]), torch.tensor([[[True, False]]]))
+        >>> game.compute()["all"]
+        tensor(0.7500)
+    """
+
+    def _score(self, attributions: Tensor, masks: Tensor) -> Tensor:
+        return energy_pointing_game(attributions, masks)
