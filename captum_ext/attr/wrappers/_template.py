@@ -20,13 +20,16 @@ from captum.attr import (
     LayerGradientShap,
 )
 from torch import Tensor
+from torch.nn import Module
 from torch.nn import functional as F
 
 from captum_ext._model import Forward, Tensors, full_precision
+from captum_ext._receptive_field import receptive_field, unit_offset
 from captum_ext.attr.wrappers.upsample import UpsampleWrapper
 
 Place = TypeVar("Place")
 Arguments = dict[str, Any]
+Offset = tuple[float, float]
 
 _DRAW_BASELINES = (GradientShap, DeepLiftShap, LayerGradientShap, LayerDeepLiftShap)
 
@@ -165,6 +168,32 @@ class ImageWrapper(Attribution):
             )
         is_map = equal & (result.shape[1] > 1)
         return torch.where(is_map, one, self._reduce(result)), is_map
+
+    def _check_align(self, align: Any) -> None:
+        pair = isinstance(align, tuple) and len(align) == 2
+        if not pair and (isinstance(align, tuple) or align not in ("cell", "rf")):
+            raise ValueError(f"`align` must be 'cell', 'rf' or an offset (y, x), got {align!r}.")
+        layers = [m.layer for m in chain(self._base) if isinstance(m, LayerAttribution)]
+        if align == "rf" and not (layers and isinstance(layers[0], Module)):
+            raise ValueError(
+                "`align`='rf' is of the units of one layer, and `attribution_method` has none."
+            )
+
+    def _offset(
+        self, align: str | Offset, picture: Tensor, cells: Sequence[int], arguments: Arguments
+    ) -> Offset:
+        """How far the units of a map of `cells` over `picture` (1, C, h, w) are off their cells."""
+        if isinstance(align, tuple):
+            return align
+        if align == "cell":
+            return (0.0, 0.0)
+        if arguments.get("attribute_to_layer_input"):
+            raise ValueError("`align`='rf' is of a layer's output, not of its input.")
+        (method,) = (m for m in chain(self._base) if isinstance(m, LayerAttribution))
+        extra = arguments.get("additional_forward_args")
+        field = receptive_field(method.forward_func, method.layer, picture, extra)
+        height, width = picture.shape[2:]
+        return unit_offset(field, (height, width), (cells[0], cells[1]))
 
     def _reduce(self, result: Tensor) -> Tensor:
         reduction = self.channel_reduction

@@ -28,6 +28,7 @@ from captum_ext.attr.wrappers._template import (
     SIGNS,
     Following,
     ImageWrapper,
+    Offset,
     check_choice,
 )
 from captum_ext.attr.wrappers._windows import (
@@ -104,8 +105,9 @@ class SESSWrapper(ImageWrapper):
         smooth_kernel: of the Gaussian, in pixels.
         smooth_sigma: in pixels.
         antialias: whether images are smoothed where they are made smaller; the authors do not.
-        align: where a unit of the layer is centred: "cell" (in the middle of its cell), or the
-            offset (y, x) from there in pixels. ResNets have (-15.5, -15.5) in layer4.
+        align: where a unit of the layer is centred: "cell", in the middle of its cell, as everyone
+            takes it; "rf", where its receptive field is (in layer4 of a ResNet 15.5 pixels up and
+            left of that, in VGG in the same place); or an offset (y, x) from there in pixels.
         final_norm: whether the result is scaled to [0, 1] (in the paper, not in its code).
         max_patches: more windows for one image than this are an error. Elongated images have many.
         internal_batch_size: windows in one call of the model or the wrapped method.
@@ -150,7 +152,7 @@ class SESSWrapper(ImageWrapper):
         smooth_kernel: int = 11,
         smooth_sigma: float = 5.0,
         antialias: bool = False,
-        align: str | tuple[float, float] = "cell",
+        align: str | Offset = "cell",
         final_norm: bool = False,
         max_patches: int = 4096,
         internal_batch_size: int = 64,
@@ -188,8 +190,7 @@ class SESSWrapper(ImageWrapper):
                 f"`step` {self.step} is larger than the `window` {self.window}: what lies between "
                 f"two windows would never be seen."
             )
-        if align != "cell" and not (isinstance(align, tuple) and len(align) == 2):
-            raise ValueError(f"`align` must be 'cell' or an offset (y, x), got {align!r}.")
+        self._check_align(align)
         if smooth:
             blur(torch.zeros(1, 1, 1, 1), smooth_kernel, smooth_sigma)
         self.n_scales, self.scales = n_scales, _check_scales(scales, self.window)
@@ -197,8 +198,8 @@ class SESSWrapper(ImageWrapper):
         self.pool, self.fusion, self.score, self.sign = pool, fusion, score, sign
         self.percentile, self.antialias, self.final_norm = percentile, antialias, final_norm
         self.smooth, self.smooth_kernel, self.smooth_sigma = smooth, smooth_kernel, smooth_sigma
-        self.offset: tuple[float, float] = (0.0, 0.0) if isinstance(align, str) else align
-        self.max_patches, self.internal_batch_size = max_patches, internal_batch_size
+        self.align, self.max_patches = align, max_patches
+        self.internal_batch_size = internal_batch_size
         self.show_progress = show_progress
 
     @log_usage()
@@ -306,6 +307,7 @@ class SESSWrapper(ImageWrapper):
         peak = None if scores is None else scores.amax(1)
         options = (self.window, self.pool, self.fusion, self.theta)
         fusion = Fusion(images, sizes, *options, peak, wants_coverage)
+        offset: Offset | None = None
         for examples, places in self._chunks(pairs, following.one_place, "attribution"):
             arguments = following.at(examples, places)
             pictures = following.move(images, examples, places, False)
@@ -316,7 +318,10 @@ class SESSWrapper(ImageWrapper):
             else:
                 maps, is_map = self._maps(pictures, images, arguments)
                 logs = scores[examples, [place.number for place in places]]
-            fusion.add(self._calibrated(maps, is_map), logs, examples, places)
+            if offset is None:
+                first = following.at(examples[:1], places[:1])
+                offset = self._offset(self.align, pictures[:1], maps.shape[2:], first)
+            fusion.add(self._calibrated(maps, is_map, offset), logs, examples, places)
         if detector.found():
             warn(
                 "`score`='softmax', but the model's output is a probability already, so that all "
@@ -382,9 +387,9 @@ class SESSWrapper(ImageWrapper):
             raise ValueError("`score`: the model's scores of the windows are not finite.")
         return found.reshape(-1)
 
-    def _calibrated(self, maps: Tensor, is_map: Tensor) -> Tensor:
+    def _calibrated(self, maps: Tensor, is_map: Tensor, offset: Offset) -> Tensor:
         """The maps (n, 1, h', w') at the window's size, in [0, 1] or, signed, in [-1, 1]."""
-        maps = lay_over(SIGNS[self.sign](maps), self.window, self.offset)
+        maps = lay_over(SIGNS[self.sign](maps), self.window, offset)
         limit = maps.abs().amax((2, 3), keepdim=True)
         if not self._is_spatial:
             limit = torch.where(is_map, limit, percentile(maps.abs(), self.percentile))

@@ -428,6 +428,40 @@ def test_maps_among_input_attributions_stay_signed() -> None:
     torch.testing.assert_close(found, min_max(F.relu(occluded)).to(x), rtol=1e-5, atol=1e-6)
 
 
+class Strided(nn.Module):
+    """Finds the one bright pixel; its units look at every fourth pixel, the first at pixel 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 1, 5, stride=4, padding=2, bias=False)
+        tent = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0])
+        self.layer.weight.data = (tent[:, None] * tent).expand(1, 3, 5, 5).clone()
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        score = self.layer(x).sum((1, 2, 3)) * gain
+        return torch.stack([score * 0, score], 1)
+
+
+def test_units_off_the_centres_of_their_cells() -> None:
+    """The maximum lies on the object with "rf", and 1.5 pixels down and right of it without."""
+    net = Strided().double()
+    x = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+    x[..., 12, 20] = 1
+    side = torch.arange(32, dtype=torch.float64)
+    for align, off in (("cell", 1.5), ("rf", 0.0), ((-1.5, -1.5), 0.0), ((-0.5, 1.5), None)):
+        sess = SESSWrapper(
+            LayerGradCam(net, net.layer), scales=[32], window=32, align=align, smooth=False
+        )
+        found = sess.attribute(x, target=1, additional_forward_args=torch.ones(1))[0, 0]
+        centre = [float((found * g).sum() / found.sum()) for g in (side[:, None], side)]
+        offset = (off, off) if off is not None else (1.0, 3.0)
+        assert centre == pytest.approx([12 + offset[0], 20 + offset[1]], abs=1e-9)
+    with pytest.raises(ValueError, match="of a layer's output"):
+        SESSWrapper(LayerGradCam(net, net.layer), window=32, align="rf").attribute(
+            x, target=1, attribute_to_layer_input=True
+        )
+
+
 def test_upsample_wrapper_inside_is_no_difference() -> None:
     x = torch.randn(2, 3, 20, 30, dtype=torch.float64)
     options: Any = {"n_scales": 3, "window": 12}
@@ -784,7 +818,9 @@ def test_elongated_images_are_told_of_before_the_model_runs() -> None:
         ({"sign": "signed", "pool": "max"}, "`sign`='signed' goes with"),
         ({"channel_reduction": "mean"}, "`channel_reduction` must be one of"),
         ({"smooth_kernel": 10}, "`kernel_size` must be odd"),
-        ({"align": "rf"}, "`align` must be"),
+        ({"align": "rf"}, "`align`='rf' is of the units of one layer"),
+        ({"align": "corner"}, "`align` must be"),
+        ({"align": (1.0,)}, "`align` must be"),
         ({"internal_batch_size": 0}, "`internal_batch_size`"),
         ({"max_patches": 0}, "`max_patches`"),
     ],

@@ -1,0 +1,239 @@
+"""Where in the image the units of a convolutional layer look.
+
+Each axis of a convolution or pooling with kernel k, dilation d, stride s and padding p in front
+turns units of receptive field r, jump j and first centre c into
+
+    r' = r + (k - 1) d j,        j' = s j,        c' = c + ((k - 1) d / 2 - p) j
+
+(Araujo et al., "Computing receptive fields of convolutional neural networks", Distill 2019). The
+model is run once, and every function that it calls on the way to the layer is followed.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
+
+from captum_ext._compat import _run_forward
+from captum_ext._model import Forward, module_name, untouched
+
+
+class Axis(NamedTuple):
+    """The units along one axis, in pixels: unit i is centred at `start` + i `stride`."""
+
+    size: float
+    stride: float
+    start: float
+
+
+class Field(NamedTuple):
+    """The receptive fields of the units of a layer."""
+
+    rows: Axis
+    columns: Axis
+
+
+class _Spot(NamedTuple):
+    """A tensor that comes from the image, and where its height and width are."""
+
+    tensor: Tensor
+    field: Field
+    dims: tuple[int, int]
+
+
+def receptive_field(
+    forward_func: Forward, layer: Module, image: Tensor, additional_forward_args: Any = None
+) -> Field:
+    """The receptive fields of the units of `layer`, for images like `image`.
+
+    Where branches meet it is the union of theirs. What a branch gets by global pooling (squeeze and
+    excitation) or by functions that move values (attention) is left aside.
+
+    Args:
+        forward_func: the model.
+        layer: a module that puts out (B, C, h, w) or (B, h, w, C).
+        image: (1, C, H, W).
+        additional_forward_args: as in Captum.
+
+    Raises:
+        ValueError: the layer's output cannot be followed back to the image.
+    """
+    tracer = _Tracer(image)
+    found: list[_Spot | None] = []
+
+    def keep(module: Module, args: Any, output: Any) -> None:
+        found.extend(tracer.spots.get(id(x)) for x in tree_leaves(output))
+
+    with ExitStack() as stack:
+        stack.enter_context(untouched(forward_func))
+        stack.callback(layer.register_forward_hook(keep).remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(tracer)
+        _run_forward(forward_func, tracer.image, None, additional_forward_args)
+    if not found or found[0] is None:
+        raise ValueError(
+            f"Where the units of `layer` {module_name(forward_func, layer)} are centred is not "
+            f"known: there is more than convolution and pooling on the way from the image."
+        )
+    return found[0].field
+
+
+def unit_offset(field: Field, size: tuple[int, int], cells: tuple[int, int]) -> tuple[float, float]:
+    """How far units stand off the centres of their cells (y, x), in pixels.
+
+    A map of n cells over an image of S pixels is laid over it with cell i centred at
+    (i + 1/2) S / n - 1/2. The middle of the units' centres is that much below or right of the
+    middle of the image: 0 for VGG, -15.5 for layer4 of a ResNet.
+    """
+    y, x = (
+        axis.start + axis.stride * (n - 1) / 2 - (side - 1) / 2
+        for axis, side, n in zip(field, size, cells, strict=True)
+    )
+    return y, x
+
+
+class _Tracer(TorchFunctionMode):
+    """Follows what becomes of the image's pixels."""
+
+    def __init__(self, image: Tensor) -> None:
+        self.image = image.clone()
+        first = Field(Axis(1, 1, 0), Axis(1, 1, 0))
+        # The tensors are kept, so that no other gets the identity of one that is gone.
+        self.spots = {id(self.image): _Spot(self.image, first, (2, 3))}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        spots = [self.spots[id(x)] for x in leaves if id(x) in self.spots]
+        shapes = [spot.tensor.shape for spot in spots]
+        output = func(*args, **kwargs)
+        if spots:
+            name = (resolve_name(func) or "").rpartition(".")[2]
+            for x in tree_leaves(output):
+                if isinstance(x, Tensor):
+                    self.spots.pop(id(x), None)
+                    after = _after(name, args, kwargs, spots, shapes, x.shape)
+                    if after is not None:
+                        self.spots[id(x)] = _Spot(x, *after)
+        return output
+
+
+def _after(
+    name: str,
+    args: Any,
+    kwargs: dict[str, Any],
+    spots: list[_Spot],
+    shapes: list[torch.Size],
+    shape: torch.Size,
+) -> tuple[Field, tuple[int, int]] | None:
+    """The field of what a function gave of `spots`, and where height and width are; or None."""
+    field, dims = spots[0].field, spots[0].dims
+    if name in _ARGUMENTS:
+        if dims != (2, 3) or len(shape) != 4:
+            return None
+        return _slid(field, *_ARGUMENTS[name](args, kwargs)), dims
+    if name == "pad":
+        sides = args[1] if len(args) > 1 else kwargs["pad"]
+        left = {len(shape) - 1 - i: sides[2 * i] for i in range(len(sides) // 2)}
+        moved = (
+            axis._replace(start=axis.start - left.get(dim, 0) * axis.stride)
+            for axis, dim in zip(field, dims, strict=True)
+        )
+        return Field(*moved), dims
+    if name == "permute":
+        order = args[1:] if len(args) > 2 else (args[1] if len(args) > 1 else kwargs["dims"])
+        order = [i % len(shape) for i in order]
+        return field, (order.index(dims[0]), order.index(dims[1]))
+    if name in _MOVING:
+        return None
+    # Whatever else keeps height and width is taken to work unit by unit.
+    kept = [
+        spot.field
+        for spot, before in zip(spots, shapes, strict=True)
+        if spot.dims == dims
+        and len(before) == len(shape)
+        and all(before[d] == shape[d] for d in dims)
+        and spot.field.rows.stride == field.rows.stride
+        and spot.field.columns.stride == field.columns.stride
+    ]
+    if not kept:
+        return None
+    return Field(_union([f.rows for f in kept]), _union([f.columns for f in kept])), dims
+
+
+_MOVING = {
+    "reshape",
+    "view",
+    "transpose",
+    "matmul",
+    "bmm",
+    "einsum",
+    "roll",
+    "flip",
+    "interpolate",
+    "grid_sample",
+    "scaled_dot_product_attention",
+}
+
+
+def _convolution(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    kernel, dilation = given["weight"].shape[2:], _two(given.get("dilation", 1))
+    padding = given.get("padding", 0)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":  # what is odd goes to the end
+        padding = [(k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True)]
+    return kernel, given.get("stride", 1), padding, dilation
+
+
+def _pooling(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    names = ("input", "kernel_size", "stride", "padding", "dilation")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    stride = given.get("stride")
+    # A pooling that leaves its stride out has that of its kernel.
+    stride = given["kernel_size"] if stride is None or stride == [] else stride
+    return given["kernel_size"], stride, given.get("padding", 0), given.get("dilation", 1)
+
+
+def _average(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    return _pooling(args[:4], {k: v for k, v in kwargs.items() if k != "dilation"})
+
+
+_ARGUMENTS: dict[str, Callable[[Any, dict[str, Any]], tuple[Any, ...]]] = {
+    "conv2d": _convolution,
+    "max_pool2d": _pooling,
+    "max_pool2d_with_indices": _pooling,
+    "avg_pool2d": _average,
+}
+
+
+def _slid(field: Field, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Field:
+    options = (_two(option) for option in (kernel, stride, padding, dilation))
+    rows, columns = (
+        Axis(
+            axis.size + (k - 1) * d * axis.stride,
+            axis.stride * s,
+            axis.start + ((k - 1) * d / 2 - p) * axis.stride,
+        )
+        for axis, k, s, p, d in zip(field, *options, strict=True)
+    )
+    return Field(rows, columns)
+
+
+def _two(option: Any) -> Any:
+    if isinstance(option, int):
+        return option, option
+    return tuple(option) * (2 // len(option))
+
+
+def _union(axes: list[Axis]) -> Axis:
+    low = min(axis.start - (axis.size - 1) / 2 for axis in axes)
+    high = max(axis.start + (axis.size - 1) / 2 for axis in axes)
+    return Axis(high - low + 1, axes[0].stride, (low + high) / 2)
