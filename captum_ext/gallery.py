@@ -56,8 +56,9 @@ def gallery(
     panels = {"Image": view, **{name: overlay(view, m) for name, m in maps.items()}}
     columns = _columns(len(panels))
     side, gap, caption, head = 2.0, 0.1, 0.28, 0.72  # inches
+    tall = side * view.shape[0] / view.shape[1]
     width = gap + columns * (side + gap)
-    height = head + -(-len(panels) // columns) * (side + caption) + gap
+    height = head + -(-len(panels) // columns) * (tall + caption) + gap
     figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
 
     def axes_at(left: float, top: float, wide: float, high: float) -> "Axes":
@@ -66,8 +67,8 @@ def gallery(
 
     for i, (name, panel) in enumerate(panels.items()):
         row, column = divmod(i, columns)
-        top = head + row * (side + caption) + caption
-        axes = axes_at(gap + column * (side + gap), top, side, side)
+        top = head + row * (tall + caption) + caption
+        axes = axes_at(gap + column * (side + gap), top, side, tall)
         axes.imshow(panel, interpolation="bicubic")
         axes.set_title(name, fontsize=9.5, pad=4)
         axes.set_axis_off()

@@ -590,6 +590,15 @@ def test_gallery_has_a_panel_for_each_map(n, columns):
     assert ((boxes >= 0) & (boxes <= 1)).all()
 
 
+def test_gallery_keeps_the_shape_of_the_image():
+    image = Image.fromarray(np.zeros((30, 60, 3), np.uint8))
+    figure = gallery.gallery(image, {f"method {i}": torch.rand(30, 60) for i in range(6)})
+    boxes = np.array([axes.get_position().bounds for axes in figure.axes if axes.get_title()])
+    wide, high = (boxes[:, 2:] * figure.get_size_inches()).T
+    assert np.allclose(wide, 2 * high)
+    assert ((boxes >= 0) & (boxes <= 1)).all()
+
+
 def test_overlay_shows_the_positive_part():
     white = np.ones((1, 4, 3))
     shown = gallery.overlay(white, torch.tensor([[-5.0, 0.0, 1.0, 2.0]]))[0]
