@@ -15,6 +15,7 @@ from captum_ext._model import full_precision
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
+_PADDINGS = ("zeros", "border", "reflection")
 
 
 def resize(
@@ -85,6 +86,38 @@ def lay_over(x: Tensor, size: tuple[int, int], offset: tuple[float, float] = (0.
     rows, columns = torch.meshgrid(*lines, indexing="ij")
     grid = torch.stack([columns, rows], -1).expand(len(x), -1, -1, -1)
     return F.grid_sample(x, grid, "bilinear", "border", align_corners=False)
+
+
+def warp(
+    x: Tensor, matrices: Tensor, mode: str = "bilinear", fill: str | float | Tensor = "zeros"
+) -> Tensor:
+    """Move images by affine maps: what was at p = (x, y, 1) comes to M p. Kornia's `warp_affine`.
+
+    Args:
+        x: images (N, C, H, W), of any dtype.
+        matrices: M, (N, 3, 3) or (1, 3, 3), in pixels whose centres are whole numbers.
+        mode: "bilinear" or "nearest".
+        fill: what comes in from outside: "zeros", "border" (the nearest pixel), "reflection", a
+            number, or a tensor that broadcasts to `x`.
+
+    Example:
+        >>> right = torch.tensor([[[1.0, 0, 1], [0, 1, 0], [0, 0, 1]]])
+        >>> warp(torch.tensor([[[[1.0, 2.0, 3.0]] * 2]]), right, fill=9.0)[0, 0]
+        tensor([[9., 1., 2.],
+                [9., 1., 2.]])
+    """
+    from kornia.geometry.transform import warp_affine
+
+    if isinstance(fill, str) and fill not in _PADDINGS:
+        raise ValueError(f"`fill` must be one of {_PADDINGS}, a number or a tensor, got {fill!r}.")
+    floats = full_precision(x) if x.is_floating_point() else x.double()
+    size, affine = (x.shape[2], x.shape[3]), matrices[:, :2].to(floats)
+    padding = fill if isinstance(fill, str) else "zeros"
+    moved = warp_affine(floats, affine, size, mode, padding, align_corners=True)
+    if not isinstance(fill, str):
+        ones = floats.new_ones(len(moved), 1, *size)
+        moved = moved + fill * (1 - warp_affine(ones, affine, size, mode, align_corners=True))
+    return moved.to(x.dtype) if x.is_floating_point() else moved.round().to(x.dtype)
 
 
 def blur(x: Tensor, kernel_size: int = 51, sigma: float = 50.0) -> Tensor:

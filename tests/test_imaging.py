@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kornia.filters import gaussian_blur2d
 
-from captum_ext.imaging import blur, lay_over, min_max, percentile, resize
+from captum_ext.imaging import blur, lay_over, min_max, percentile, resize, warp
 
 D = torch.float64
 
@@ -60,6 +60,44 @@ def test_percentiles_are_numpys(size: int, q: float, ties: bool) -> None:
     x = (x * 4).round() if ties else x
     expected = np.percentile(x.numpy(), q, axis=(2, 3), keepdims=True)
     torch.testing.assert_close(percentile(x, q), torch.from_numpy(expected))
+
+
+def test_warp_moves_a_point_to_where_the_matrix_says() -> None:
+    x = torch.zeros(1, 1, 7, 9, dtype=D)
+    x[0, 0, 2, 3] = 1  # (x, y) = (3, 2)
+    quarter = torch.tensor([[[0.0, 1, 1], [-1, 0, 7], [0, 0, 1]]], dtype=D)  # to (3, 4)
+    for mode in ("bilinear", "nearest"):
+        moved = warp(x, quarter, mode)
+        torch.testing.assert_close(moved.nonzero()[:, 2:], torch.tensor([[4, 3]]))
+        torch.testing.assert_close(moved.sum(), torch.tensor(1.0, dtype=D))
+    half = torch.eye(3, dtype=D)[None].clone()
+    half[0, 0, 2] = 0.5
+    assert warp(x, half)[0, 0, 2, 3:5].tolist() == pytest.approx([0.5, 0.5])
+    inverse = warp(warp(x, quarter), torch.linalg.inv(quarter))
+    torch.testing.assert_close(inverse, x)
+
+
+def test_warp_fills() -> None:
+    x = torch.arange(1.0, 9.0, dtype=D).reshape(1, 2, 2, 2)
+    right = torch.eye(3)[None].clone()
+    right[0, 0, 2] = 1.5
+    assert warp(x, right)[0, 0].tolist() == [[0, 0.5], [0, 1.5]]
+    assert warp(x, right, fill="border")[0, 0].tolist() == [[1, 1], [3, 3]]
+    colour = torch.tensor([10.0, 20.0], dtype=D).reshape(2, 1, 1)
+    assert warp(x, right, fill=colour)[0, 1].tolist() == [[20, 12.5], [20, 13.5]]
+    assert warp(x, right, fill=4.0)[0, 0].tolist() == [[4, 2.5], [4, 3.5]]
+    with pytest.raises(ValueError, match="`fill` must be one of"):
+        warp(x, right, fill="mirror")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.long, torch.bool])
+@pytest.mark.parametrize("shape", [(2, 1, 5, 6), (2, 3, 1, 4), (1, 1, 4, 1)])
+def test_warp_by_the_identity_changes_nothing(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = (torch.rand(shape) * 1000).to(dtype)
+    for mode in ("bilinear", "nearest"):
+        moved = warp(x, torch.eye(3, dtype=D)[None], mode)
+        assert moved.dtype == dtype
+        assert torch.equal(moved, x)
 
 
 def test_resize_refuses() -> None:

@@ -20,9 +20,10 @@ from captum_ext.attr.layer import (
     suggest_reshape_transform,
     tokens_to_grid,
 )
-from captum_ext.attr.wrappers import SESSWrapper, UpsampleWrapper
+from captum_ext.attr.wrappers import AugmentedSR, SESSWrapper, UpsampleWrapper
 
 __all__ = [
+    "AugmentedSR",
     "GradientCam",
     "LayerAblationCam",
     "LayerCam",

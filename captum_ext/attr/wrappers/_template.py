@@ -15,6 +15,7 @@ from captum.attr import (
     DeepLiftShap,
     GradientAttribution,
     GradientShap,
+    GuidedGradCam,
     LayerAttribution,
     LayerDeepLiftShap,
     LayerGradientShap,
@@ -361,7 +362,7 @@ def with_forward(method: Attribution, forward_func: Forward) -> Attribution:
     Raises:
         ValueError: a method of a layer, or one that needs the module itself.
     """
-    if isinstance(method, LayerAttribution) or hasattr(method, "model"):
+    if isinstance(method, LayerAttribution | GuidedGradCam) or hasattr(method, "model"):
         raise ValueError(
             f"`attribution_method` {type(method).__name__} needs the module itself, so it cannot "
             f"explain a function of it."

@@ -1,0 +1,476 @@
+"""Augmented Grad-CAM: one fine map from the coarse maps of transformed copies of an image."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, reduce
+from itertools import groupby
+from typing import Any
+from warnings import warn
+
+import torch
+from captum.attr import Attribution
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from captum_ext._compat import _format_output, log_usage, progress
+from captum_ext._model import Forward, Tensors, check_count, untouched
+from captum_ext.attr.wrappers._copies import Average, Fill, Mover, Solved
+from captum_ext.attr.wrappers._template import (
+    SIGNS,
+    Arguments,
+    Following,
+    ImageWrapper,
+    Offset,
+    check_choice,
+    with_forward,
+)
+from captum_ext.attr.wrappers.super_resolution import (
+    SOLVERS,
+    Downsample,
+    Observation,
+    Size,
+    cell_weights,
+    euclidean,
+)
+
+_MODES = ("auto", "sr", "mean", "max", "single", "tta")
+_NORMALIZATIONS = ("global", "per_map", "none")
+_FILLS = ("zeros", "border", "reflection")
+_PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {
+        "n_augmentations": 32,
+        "max_angle": 0.3,
+        "max_shift": 0.13,
+        "mode": "auto",
+        "solver": "mfista",
+        "tv": 2e-4,
+        "l2": 2e-5,
+        "downsample": "area",
+        "normalize": "global",
+    },
+    "official": {
+        "n_augmentations": 100,
+        "max_angle": 0.5,
+        "max_shift": 30 / 224,
+        "mode": "sr",
+        "solver": "adam",
+        "tv": 1e-3,
+        "l2": 1e-4,
+        "downsample": "legacy",
+        "normalize": "per_map",
+    },
+}
+_LARGEST_GAIN = 32  # pixels of h for a cell; finer than that there is nothing but the prior
+
+
+class AugmentedSR(ImageWrapper):
+    r"""Make the maps of any Captum attribution finer, by explaining moved copies of the images.
+
+    L copies of each image are rotated and shifted, and the wrapped method explains each. What its
+    coarse maps :math:`g_l` have in common is one fine map h, of which they are moved and lowered
+    versions:
+
+    .. math::
+        \min_h \tfrac12 \sum_{l=1}^L \|D A_l h - g_l\|^2 + \lambda L \, TV(h)
+            + \tfrac{\mu}{2} L \|h\|^2
+
+    :math:`A_l` moves h as the copy was moved, D lowers it to the cells of a map, TV is anisotropic.
+    Cells that saw what is outside the image do not count. Maps are solved with their sign and
+    rectified afterwards, unlike in the paper: a ReLU before would cut each copy differently.
+
+    Each argument of the wrapped method follows its image: targets and tensors with one entry for
+    each example by example; `baselines`, a `feature_mask` and whatever else has the images' height
+    and width are moved as the images are. The copies are drawn once, here, and are the same for all
+    images and calls.
+
+    Args:
+        attribution_method: an instance of any attribution class of Captum or of this package.
+        n_augmentations: L; the first copy is the image itself. 32, with the preset 100.
+        max_angle: rotations are uniform in +- this, in radians. 0.3, with the preset 0.5; beyond
+            0.3 networks see something else.
+        max_shift: shifts are uniform in +- this fraction of the sides. 0.13; with the preset
+            30 / 224.
+        mode: "sr" is the above; "mean" and "max" are of the maps, upsampled and moved back, where
+            they see the image; "single" is the upsampled map of the image; "tta" explains the mean
+            of the model over the copies, mean_l f(A_l x), with the gradients' proper way back (the
+            adjoint of A_l): that is the one for signed attributions of pixels, which "mean" would
+            smear, and IntegratedGradients stays complete. It gives what the wrapped method gives,
+            without `sign` and `channel_reduction`. "auto", the default, is "sr" where cells are at
+            least 2 x 2 pixels, and "mean" otherwise.
+        solver: "mfista", "condat-vu" or "adam" (the preset's); see `super_resolution.solve`.
+        tv: lambda, for maps in [0, 1]. 2e-4, with the preset 1e-3.
+        l2: mu. 2e-5, with the preset 1e-4.
+        downsample: D: "area" (the mean over the cell, the default), "bilinear", "gaussian",
+            "legacy" (the preset's: TensorFlow 1 reads each cell at its upper left corner); an
+            integer s or (n, m): the maps are averaged over cells of s x s pixels, or over n x m
+            cells, first (for methods of the input whose maps have blocks, like `Occlusion` with
+            strides); or a linear callable (N, 1, H, W) -> (N, 1, n, m), for maps of either size.
+        align: where a unit of the layer is centred: "cell", in the middle of its cell; "rf", where
+            its receptive field is; or an offset (y, x) from the middle of the cell in pixels.
+        normalize: maps are divided by the largest magnitude in all copies of an image, and h
+            multiplied by it ("global", the default); by their own, without a way back ("per_map",
+            the preset's); or by nothing ("none").
+        sign: "positive", "negative", "absolute" or "signed", of the result.
+        channel_reduction: of input attributions: "abs_sum", "sum", "max_abs" or a callable.
+        fill: what comes into the copies from outside: "zeros" (with normalised images, the mean
+            colour), "border", "reflection", a number, or a tensor that broadcasts to the images.
+            A colour fills baselines too, but not what has other channels.
+        sr_size: size of h: one number or (height, width). By default that of the image, but at most
+            32 pixels for a cell. The result is resized to the image.
+        max_iterations: of the solver; see `super_resolution.SOLVERS`.
+        tolerance: "mfista" ends where the objective falls by less than this fraction of itself.
+        preset: "official" are the authors' settings: those named above, Adam with a learning rate
+            of 1e-3 for 200 steps from 0, two interpolations (rotation, then shift) instead of one,
+            a ReLU (or what `sign` says) before, none after, and cells outside the image count.
+            What is passed explicitly goes before the preset.
+        generator: of the random transforms.
+        internal_batch_size: copies in one call of the wrapped method; on a CPU at most 16 of a
+            method with gradients, which is faster.
+        show_progress: whether to draw a bar.
+
+    Raises:
+        TypeError: `attribution_method` is not an attribution.
+        ValueError: an unknown option; "tta" with a method that needs the module or a layer.
+
+    Source: P. Morbidelli, D. Carrera, B. Rossi, P. Fragneto, G. Boracchi, Augmented Grad-CAM:
+    Heat-Maps Super Resolution Through Augmentation, ICASSP 2020.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from captum.attr import LayerGradCam
+        >>> conv = nn.Conv2d(3, 4, 3, stride=4)
+        >>> net = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+        >>> sr = AugmentedSR(LayerGradCam(net, conv), n_augmentations=8)
+        >>> sr.attribute(torch.rand(2, 3, 32, 32), target=5).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        attribution_method: Attribution,
+        *,
+        n_augmentations: int | None = None,
+        max_angle: float | None = None,
+        max_shift: float | None = None,
+        mode: str | None = None,
+        solver: str | None = None,
+        tv: float | None = None,
+        l2: float | None = None,
+        downsample: Downsample | int | Size | None = None,
+        align: str | Offset = "cell",
+        normalize: str | None = None,
+        sign: str = "positive",
+        channel_reduction: str | Callable[[Tensor], Tensor] = "abs_sum",
+        fill: Fill = "zeros",
+        sr_size: int | Size | None = None,
+        max_iterations: int | None = None,
+        tolerance: float = 1e-4,
+        preset: str | None = None,
+        generator: torch.Generator | None = None,
+        internal_batch_size: int = 64,
+        show_progress: bool = False,
+    ) -> None:
+        super().__init__(attribution_method, channel_reduction)
+        check_choice("preset", preset, _PRESETS)
+
+        def chosen(name: str, value: Any) -> Any:
+            return _PRESETS[preset][name] if value is None else value
+
+        self.n_augmentations: int = chosen("n_augmentations", n_augmentations)
+        self.max_angle: float = chosen("max_angle", max_angle)
+        self.max_shift: float = chosen("max_shift", max_shift)
+        self.mode: str = chosen("mode", mode)
+        self.solver: str = chosen("solver", solver)
+        self.tv: float = chosen("tv", tv)
+        self.l2: float = chosen("l2", l2)
+        self.downsample: Downsample | int | Size = chosen("downsample", downsample)
+        self.normalize: str = chosen("normalize", normalize)
+        self.max_iterations = SOLVERS.get(self.solver) if max_iterations is None else max_iterations
+        self.align, self.sign, self.fill, self.tolerance = align, sign, fill, tolerance
+        self.sr_size = (sr_size, sr_size) if isinstance(sr_size, int) else sr_size
+        self.internal_batch_size, self.show_progress = internal_batch_size, show_progress
+        self.preset = preset
+        self._check_options()
+        if self.mode == "tta":
+            with_forward(attribution_method, attribution_method.forward_func)
+        device = None if generator is None else generator.device
+        draws = torch.rand(
+            self.n_augmentations, 3, generator=generator, device=device, dtype=torch.float64
+        )
+        draws = draws.cpu() * 2 - 1
+        draws[0] = 0
+        self.angles, self.shifts = draws[:, 0] * self.max_angle, draws[:, 1:] * self.max_shift
+
+    def _check_options(self) -> None:
+        check_choice("mode", self.mode, _MODES)
+        check_choice("solver", self.solver, SOLVERS)
+        check_choice("normalize", self.normalize, _NORMALIZATIONS)
+        check_choice("sign", self.sign, SIGNS)
+        self._check_align(self.align)
+        check_count("n_augmentations", self.n_augmentations)
+        check_count("internal_batch_size", self.internal_batch_size)
+        check_count("max_iterations", self.max_iterations or 0)
+        if not 0 <= self.max_angle <= math.pi:
+            raise ValueError(
+                f"`max_angle` must be from 0 to pi: it is in radians. Got {self.max_angle!r}."
+            )
+        if not 0 <= self.max_shift < 1:
+            raise ValueError(
+                f"`max_shift` must be at least 0 and below 1: it is a fraction of the image's "
+                f"side. Got {self.max_shift!r}."
+            )
+        for name in ("tv", "l2", "tolerance"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be at least 0 and finite, got {value!r}.")
+        if isinstance(self.fill, str):
+            check_choice("fill", self.fill, _FILLS)
+        for name, sides in (("sr_size", self.sr_size), ("downsample", self.downsample)):
+            if isinstance(sides, tuple) and len(sides) != 2:
+                raise ValueError(f"`{name}` must be one number or two, got {sides!r}.")
+            for side in sides if isinstance(sides, tuple) else ():
+                check_count(name, side)
+        if isinstance(self.downsample, str):
+            cell_weights(self.downsample, 1, 1)
+        elif not callable(self.downsample) and not isinstance(self.downsample, tuple):
+            check_count("downsample", self.downsample)
+
+    @log_usage()
+    def attribute(
+        self, inputs: Tensor | Tensors, return_history: bool = False, **kwargs: Any
+    ) -> Any:
+        """The map of each image, repeated over its channels; in mode "tta", its attributions.
+
+        Args:
+            inputs: images (B, C, H, W) of any size, normalised as the model wants them.
+            return_history: whether to return, too, the solver's objective for each image: (B, n),
+                before and after every iteration; None where "auto" came to be "mean".
+            **kwargs: everything else, for the wrapped method.
+
+        Returns:
+            A tensor of the input's shape (a tuple of one for a tuple of one); with
+            `return_history`, this and the history.
+
+        Raises:
+            AssertionError: a target that the output does not have, or none where it needs one.
+            ValueError: inputs that are not images; attributions that are not finite, or cannot be
+                laid over an image; arguments that are not shaped as the images are.
+        """
+        if return_history and self.mode not in ("sr", "auto"):
+            raise ValueError(f"`return_history`: mode {self.mode!r} has no objective.")
+        images = self._check(inputs, kwargs)
+        mover = Mover(self._steps(images), self._filling(images), images.shape[1])
+        history = None
+        with untouched(self.forward_func):
+            if self.mode == "tta":
+                result = self._of_the_mean(images, mover, kwargs)
+            else:
+                result, history = self._explain(images, mover, kwargs)
+        empty = int((result == 0).flatten(1).all(1).sum())
+        if empty:
+            sign = "" if self.mode == "tta" else f" of the sign {self.sign!r}"
+            warn(
+                f"The map of {empty} of {len(images)} images is zero everywhere: the wrapped "
+                f"method found no evidence{sign} in any copy.",
+                stacklevel=3,
+            )
+        output = _format_output(isinstance(inputs, tuple), (self._shaped(result, images),))
+        return (output, history) if return_history else output
+
+    def _steps(self, images: Tensor) -> list[Tensor]:
+        """The matrices (L, 3, 3) of the copies, one for each interpolation."""
+        size = (images.shape[2], images.shape[3])
+        shifts = self.shifts * self.shifts.new_tensor([size[1], size[0]])
+        if self.preset != "official":
+            return [euclidean(self.angles, shifts, size)]
+        still = torch.zeros_like(self.angles), torch.zeros_like(shifts)
+        return [euclidean(self.angles, still[1], size), euclidean(still[0], shifts, size)]
+
+    def _filling(self, images: Tensor) -> Fill:
+        fill = self.fill
+        if not isinstance(fill, Tensor):
+            return fill
+        fill = fill.reshape(-1, 1, 1) if fill.dim() == 1 else fill
+        shape = images[:1].shape
+        try:
+            fits = torch.broadcast_shapes(fill.shape, shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"`fill` of shape {tuple(fill.shape)} does not broadcast to an image of "
+                f"shape {tuple(shape)}."
+            )
+        return fill.to(images)
+
+    # --- maps of copies --------------------------------------------------------------------------
+
+    def _explain(
+        self, images: Tensor, mover: Mover, arguments: Arguments
+    ) -> tuple[Tensor, Tensor | None]:
+        following = Following(self._base, images, arguments, mover)
+        copies = 1 if self.mode == "single" else self.n_augmentations
+        pairs = [(copy, example) for copy in range(copies) for example in range(len(images))]
+        gathered: Solved | Average | None = None
+        for examples, places in self._chunks(pairs, images, following.one_place):
+            pictures = mover(images, examples, places, False)
+            maps, _ = self._maps(pictures, images, following.at(examples, places))
+            if self.preset == "official":
+                maps = SIGNS[self.sign](maps)
+            maps = self._lowered(maps, images)
+            if gathered is None:
+                cells = (maps.shape[2], maps.shape[3])
+                first = following.at(examples[:1], places[:1])
+                offset = self._offset(self.align, pictures[:1].detach(), cells, first)
+                if self._solves(cells, images):
+                    gathered = self._solved(images, mover.steps, offset, maps)
+                else:
+                    gathered = Average(images, mover.steps, offset, self.mode == "max")
+            gathered.add(maps, examples, places)
+        assert gathered is not None
+        result, history = gathered.result()
+        return (result if self.preset == "official" else SIGNS[self.sign](result)), history
+
+    def _chunks(
+        self, pairs: list[tuple[int, int]], images: Tensor, one_place: bool
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """The pairs (copy, example), some at a time, as examples and copies."""
+        size = self.internal_batch_size
+        if self._needs_gradients and images.device.type == "cpu":
+            size = min(size, 16)
+        chunks = [
+            run[start : start + size]
+            for _, group in groupby(pairs, lambda pair: pair[0] if one_place else 0)
+            for run in [list(group)]
+            for start in range(0, len(run), size)
+        ]
+        for chunk in progress(chunks, desc=self.get_name()) if self.show_progress else chunks:
+            yield [example for _, example in chunk], [copy for copy, _ in chunk]
+
+    def _lowered(self, maps: Tensor, images: Tensor) -> Tensor:
+        """The maps (n, 1, h, w), on the grid that `downsample` asks for."""
+        if isinstance(self.downsample, str):
+            return maps
+        if callable(self.downsample):
+            cells = self.downsample(maps.new_zeros(1, 1, *self._fine(images, None))).shape[2:]
+            if maps.shape[2:] == cells:
+                return maps
+            pooled = self.downsample(maps)
+            if pooled.shape != (len(maps), 1, *cells) or len(cells) != 2:
+                raise ValueError(
+                    f"`downsample` makes {tuple(cells)} cells of an image, and "
+                    f"{tuple(pooled.shape)} of maps of shape {tuple(maps.shape)}."
+                )
+            return pooled
+        asked = self.downsample
+        if isinstance(asked, tuple):
+            n, m = asked
+        else:
+            n, m = (max(1, round(side / asked)) for side in images.shape[2:])
+        rows = cell_weights("area", maps.shape[2], n).to(maps)
+        columns = cell_weights("area", maps.shape[3], m).to(maps)
+        lowered: Tensor = rows @ maps @ columns.mT
+        return lowered
+
+    def _fine(self, images: Tensor, cells: Size | None) -> Size:
+        """The size of h: for a callable D, which may know no other, that of the image."""
+        height, width = images.shape[2:]
+        if self.sr_size is not None:
+            return self.sr_size
+        if cells is None or callable(self.downsample):
+            return height, width
+        return min(height, _LARGEST_GAIN * cells[0]), min(width, _LARGEST_GAIN * cells[1])
+
+    def _solved(
+        self, images: Tensor, steps: Sequence[Tensor], offset: Offset, maps: Tensor
+    ) -> Solved:
+        frame, cells = (images.shape[2], images.shape[3]), (maps.shape[2], maps.shape[3])
+        d = self.downsample
+        observe = Observation(
+            steps,
+            frame,
+            self._fine(images, cells),
+            cells,
+            downsample="area" if isinstance(d, int | tuple) else d,
+            offset=offset,
+            mask=self.preset != "official",
+            like=maps,
+        )
+        options = {
+            "tv": self.tv * self.n_augmentations,
+            "l2": self.l2 * self.n_augmentations,
+            "solver": self.solver,
+            "max_iterations": self.max_iterations,
+            "tolerance": self.tolerance,
+        }
+        return Solved(images, observe, self.normalize, options)
+
+    def _solves(self, cells: Size, images: Tensor) -> bool:
+        height, width = images.shape[2:]
+        if self.mode == "sr" and cells == (height, width):
+            warn(
+                "`mode`='sr', but the maps are as fine as the images: there is no resolution to "
+                "gain. Mode 'mean' gives nearly the same; where the maps have blocks, pass their "
+                "size as `downsample`.",
+                stacklevel=5,
+            )
+        return self.mode == "sr" or (
+            self.mode == "auto" and height * width >= 4 * cells[0] * cells[1]
+        )
+
+    # --- the mean of the model -------------------------------------------------------------------
+
+    def _of_the_mean(self, images: Tensor, mover: Mover, arguments: Arguments) -> Tensor:
+        averaged = with_forward(self.attribution_method, self._mean_over_copies(images, mover))
+        x = images.clone().requires_grad_(self._needs_gradients)
+        result = averaged.attribute(x, **arguments)
+        while isinstance(result, tuple) and len(result) == 1:
+            result = result[0]
+        name = type(self.attribution_method).__name__
+        if not isinstance(result, Tensor) or result.shape != images.shape:
+            shown = tuple(result.shape) if isinstance(result, Tensor) else repr(type(result))
+            raise ValueError(
+                f"`attribution_method` {name} gave {shown} for images of shape "
+                f"{tuple(images.shape)}: mode 'tta' is for attributions of the input."
+            )
+        if not bool(torch.isfinite(result).all()):
+            raise ValueError(f"`attribution_method` {name} gave attributions that are not finite.")
+        return result.detach()
+
+    def _mean_over_copies(self, images: Tensor, mover: Mover) -> Forward:
+        """The function 1/L sum_l f(A_l x) of x.
+
+        Chunks of copies are run again in the backward pass, so that its memory is that of one.
+        """
+        size, n = images.shape[2:], self.n_augmentations
+
+        def forward(x: Tensor, *extra: Any) -> Tensor:
+            at_once = max(1, self.internal_batch_size // len(x))
+
+            def moved(value: Any, copies: Sequence[int]) -> Any:
+                if not isinstance(value, Tensor) or not value.dim() or len(value) != len(x):
+                    return value
+                examples = list(range(len(x))) * len(copies)
+                if value.dim() != 4 or value.shape[2:] != size:
+                    return value[examples]
+                places = [copy for copy in copies for _ in range(len(x))]
+                return mover(value, examples, places, not value.is_floating_point())
+
+            def run(x: Tensor, *copies: int) -> Tensor:
+                output = self.forward_func(*(moved(value, copies) for value in (x, *extra)))
+                if not isinstance(output, Tensor) or output.shape[:1] != (len(copies) * len(x),):
+                    raise ValueError(
+                        "`mode`='tta' averages outputs with one entry for each image in dimension "
+                        "0; the model gives something else."
+                    )
+                total: Tensor = output.unflatten(0, (len(copies), len(x))).sum(0)
+                return total
+
+            chunks = [range(n)[i : i + at_once] for i in range(0, n, at_once)]
+            again = len(chunks) > 1 and torch.is_grad_enabled()
+            call = partial(checkpoint, run, use_reentrant=False) if again else run
+            total: Tensor = reduce(torch.add, (call(x, *chunk) for chunk in chunks))
+            return total / n
+
+        return forward

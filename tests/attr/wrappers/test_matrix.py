@@ -1,0 +1,196 @@
+"""Every base in every wrapper and nesting: it runs, it is finite, and a batch is its images.
+
+What a later step adds to `BASES` goes through all of it.
+"""
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from captum._utils.models.linear_model import SkLearnLasso
+from captum.attr import (
+    Attribution,
+    Deconvolution,
+    DeepLift,
+    FeatureAblation,
+    GradientShap,
+    GuidedBackprop,
+    InputXGradient,
+    IntegratedGradients,
+    KernelShap,
+    LayerGradCam,
+    Lime,
+    NoiseTunnel,
+    Occlusion,
+    Saliency,
+)
+from torch import Tensor, nn
+
+import captum_ext.attr
+from captum_ext.attr import AugmentedSR, SESSWrapper, UpsampleWrapper
+from tests.methods import EVERY
+
+SIDE, CHANNELS = 16, 3
+TARGETS = [1, 2]
+
+
+def network() -> nn.Sequential:
+    """Each ReLU of its own and not in place, as Captum's hooks need it."""
+    torch.manual_seed(0)
+    layers = {
+        "conv1": nn.Conv2d(CHANNELS, 6, 3, padding=1),
+        "relu1": nn.ReLU(),
+        "pool1": nn.MaxPool2d(2),
+        "conv2": nn.Conv2d(6, 6, 3, padding=1),
+        "relu2": nn.ReLU(),
+        "gap": nn.AdaptiveAvgPool2d(1),
+        "flat": nn.Flatten(),
+        "fc": nn.Linear(6, 4),
+    }
+    net = nn.Sequential()
+    for name, layer in layers.items():
+        net.add_module(name, layer)
+    nn.init.normal_(net.fc.weight)
+    return net.eval()
+
+
+def quadrants(x: Tensor) -> Tensor:
+    """A feature mask of four squares."""
+    high = (torch.arange(SIDE) >= SIDE // 2).long()
+    return (2 * high[:, None] + high).expand(1, 1, SIDE, SIDE)
+
+
+class Base(NamedTuple):
+    build: Callable[[nn.Module], Attribution]
+    arguments: Callable[[Tensor], dict[str, Any]] = lambda x: {}
+    is_random: bool = False
+
+
+def masked(x: Tensor) -> dict[str, Any]:
+    return {"feature_mask": quadrants(x)}
+
+
+def sampled(x: Tensor) -> dict[str, Any]:
+    return {**masked(x), "n_samples": 12}
+
+
+INPUT = {
+    "IntegratedGradients": Base(IntegratedGradients, lambda x: {"n_steps": 3, "baselines": x * 0}),
+    "Saliency": Base(Saliency),
+    "InputXGradient": Base(InputXGradient),
+    "GuidedBackprop": Base(GuidedBackprop),
+    "Deconvolution": Base(Deconvolution),
+    "DeepLift": Base(DeepLift, lambda x: {"baselines": x * 0.5}),
+    "GradientShap": Base(
+        GradientShap, lambda x: {"baselines": torch.cat([x, -x]), "n_samples": 2}, True
+    ),
+    "Occlusion": Base(
+        Occlusion,
+        lambda x: {"sliding_window_shapes": (CHANNELS, 4, 4), "strides": (CHANNELS, 4, 4)},
+    ),
+    "FeatureAblation": Base(FeatureAblation, masked),
+    "Lime": Base(lambda net: Lime(net, SkLearnLasso(alpha=1e-4)), sampled, True),
+    "KernelShap": Base(KernelShap, sampled, True),
+}
+LAYER = {"LayerGradCam": Base(lambda net: LayerGradCam(net, net.relu2))} | {
+    name: Base(
+        lambda net, method=method, name=name: method(
+            net, "relu2", **({"head": "fc"} if name == "CAM" else {})
+        ),
+        is_random=name.startswith("Smooth"),
+    )
+    for name, method in EVERY.items()
+}
+BASES = INPUT | LAYER
+
+
+def sess(base: Attribution) -> SESSWrapper:
+    """Of the absolute values: on random weights many maps have no positive part."""
+    return SESSWrapper(base, scales=[12, 16], window=12, pre_filter_ratio=0.4, sign="absolute")
+
+
+def augmented(base: Attribution) -> AugmentedSR:
+    generator = torch.Generator().manual_seed(0)
+    return AugmentedSR(base, n_augmentations=3, sign="absolute", generator=generator)
+
+
+WRAPPED: dict[str, Callable[[Attribution], Attribution]] = {
+    "SESS(x)": sess,
+    "SR(x)": augmented,
+    "SESS(SR(x))": lambda x: sess(augmented(x)),
+    "SR(SESS(x))": lambda x: augmented(sess(x)),
+    "Noise(SESS(x))": lambda x: NoiseTunnel(sess(x)),
+    "SESS(Noise(x))": lambda x: sess(NoiseTunnel(x)),
+    "Noise(SR(x))": lambda x: NoiseTunnel(augmented(x)),
+    "SR(Noise(x))": lambda x: augmented(NoiseTunnel(x)),
+    "SESS(Upsample(x))": lambda x: sess(UpsampleWrapper(x)),
+    "SR(Upsample(x))": lambda x: augmented(UpsampleWrapper(x)),
+    "Upsample(SESS(x))": lambda x: UpsampleWrapper(sess(x)),
+    "Upsample(SR(x))": lambda x: UpsampleWrapper(augmented(x)),
+}
+
+
+def run(name: str, wrapping: str, x: Tensor, target: list[int]) -> Tensor:
+    """One call on a new network and a new base, so that random bases begin alike."""
+    base = BASES[name]
+    arguments = base.arguments(x)
+    if "Noise" in wrapping:
+        drawn = {"draw_baseline_from_distrib": True} if name == "GradientShap" else {}
+        arguments = {**arguments, **drawn, "nt_samples": 2, "stdevs": 0.0}
+    torch.manual_seed(7)
+    np.random.seed(7)  # Captum's GradientShap and NoiseTunnel draw baselines with NumPy
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Captum's, of hooks, and ours, of what is zero
+        method = WRAPPED[wrapping](base.build(network()))
+        found = method.attribute(x, target=target, **arguments)
+    assert isinstance(found, Tensor)
+    return found
+
+
+@pytest.mark.parametrize("wrapping", WRAPPED)
+@pytest.mark.parametrize("name", BASES)
+def test_every_base_in_every_wrapper(name: str, wrapping: str) -> None:
+    x = torch.rand(2, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
+    found = run(name, wrapping, x, TARGETS)
+    assert found.shape == x.shape
+    assert found.dtype == x.dtype
+    assert torch.isfinite(found).all()
+    assert not found.requires_grad
+    assert (found == found[:, :1]).all()
+    assert (found.flatten(1).amax(1) > found.flatten(1).amin(1)).all(), "a map, not a constant"
+    if not BASES[name].is_random:
+        alone = [run(name, wrapping, x[i : i + 1], TARGETS[i : i + 1]) for i in range(2)]
+        torch.testing.assert_close(found, torch.cat(alone), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapper", ["SESS", "SR"])
+@pytest.mark.parametrize("name", BASES)
+def test_upsampling_inside_or_outside_is_no_difference(name: str, wrapper: str) -> None:
+    x = torch.rand(2, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
+    bare = run(name, f"{wrapper}(x)", x, TARGETS)
+    for wrapping in (f"{wrapper}(Upsample(x))", f"Upsample({wrapper}(x))"):
+        assert torch.equal(run(name, wrapping, x, TARGETS), bare)
+
+
+def test_the_matrix_is_the_readmes() -> None:
+    """The README's table has a row for each base and a column for each nesting."""
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    table = readme.partition("<!-- matrix -->")[2].partition("<!-- end of matrix -->")[0]
+    header, _, *rows = [line.strip("| \n").split("|") for line in table.strip().splitlines()]
+    assert [cell.strip().strip("`") for cell in header[1:]] == list(WRAPPED)
+    named: dict[str, str] = {}
+    for first, *marks in rows:
+        (mark,) = {cell.strip() for cell in marks}
+        assert len(marks) == len(WRAPPED)
+        named |= dict.fromkeys(re.findall(r"`(\w+)`", first), mark)
+    ours = {name for name in captum_ext.attr.__all__ if name.startswith("Layer")} - {"LayerMap"}
+    assert named.keys() == set(INPUT) | {"LayerGradCam"} | ours
+    for name, base in INPUT.items():
+        assert named[name] == ("~" if base.is_random else "✓")
+    drawing = {name for name in ours if named[name] == "~"}
+    assert drawing == {"LayerSmoothGradCamPlusPlus"}
