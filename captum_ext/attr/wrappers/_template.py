@@ -73,6 +73,11 @@ class ImageWrapper(Attribution):
         self.channel_reduction = channel_reduction
 
     @property
+    def gives_maps(self) -> bool:
+        """Whether the result is a map that is repeated over the channels."""
+        return True
+
+    @property
     def multiplies_by_inputs(self) -> bool:
         return bool(self.attribution_method.multiplies_by_inputs)
 
@@ -93,7 +98,10 @@ class ImageWrapper(Attribution):
     @property
     def _is_spatial(self) -> bool:
         """Whether the wrapped method's channels are those of a map, not of the input."""
-        return any(isinstance(m, LayerAttribution | ImageWrapper) for m in chain(self._base))
+        return any(
+            isinstance(m, LayerAttribution) or (isinstance(m, ImageWrapper) and m.gives_maps)
+            for m in chain(self._base)
+        )
 
     def _check(self, inputs: Tensor | Tensors, arguments: Arguments) -> Tensor:
         """The images (B, C, H, W), if all is well."""

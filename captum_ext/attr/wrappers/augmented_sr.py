@@ -202,6 +202,10 @@ class AugmentedSR(ImageWrapper):
         draws[0] = 0
         self.angles, self.shifts = draws[:, 0] * self.max_angle, draws[:, 1:] * self.max_shift
 
+    @property
+    def gives_maps(self) -> bool:
+        return self.mode != "tta"
+
     def _check_options(self) -> None:
         check_choice("mode", self.mode, _MODES)
         check_choice("solver", self.solver, SOLVERS)

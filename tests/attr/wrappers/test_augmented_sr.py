@@ -308,6 +308,19 @@ def test_tta_of_gradients_is_the_gradient_of_the_mean() -> None:
     torch.testing.assert_close(ablated[:, 0, 0, 0], mean[:, 1].detach())
 
 
+def test_what_tta_gives_is_no_map_yet() -> None:
+    """Around it, channels are reduced as those of the wrapped method are, also of grey images."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 3)).to(D)
+    x = torch.randn(1, 1, 12, 12, dtype=D)
+    tta = augmented(IntegratedGradients(net), mode="tta")
+    assert (tta.attribute(x, target=1, n_steps=4) < 0).any()
+    sess = SESSWrapper(tta, scales=[12], window=12, percentile=100, smooth=False)
+    found = sess.attribute(x, target=1, n_steps=4)
+    size = tta.attribute(x, target=1, n_steps=4).abs()
+    torch.testing.assert_close(found, (size - size.min()) / (size.max() - size.min()))
+
+
 def test_tta_needs_a_function() -> None:
     calls = []
     net = pooled_net()
