@@ -54,7 +54,7 @@ SMALL = 224
 # activations malloc takes from the kernel and gives back each time.
 SESS = {"n_scales": 12, "window": 224, "pre_filter_ratio": 0.9, "internal_batch_size": 4}
 AUGMENTED = {"n_augmentations": 8, "max_angle": 0.3, "max_shift": 0.13}
-FEW = AUGMENTED | {"n_augmentations": 4}
+FEW = AUGMENTED | {"n_augmentations": 3}
 
 CHANCE, AT_224, NATIVE = "Chance", "Grad-CAM at 224 px", "Grad-CAM at native size"
 # Each wrapper around Grad-CAM with its options, the innermost first.
