@@ -21,6 +21,7 @@ from captum._utils.common import (
 )
 from captum._utils.progress import progress
 from captum._utils.typing import BaselineType, TargetType
+from captum.attr._utils.common import _format_callable_baseline
 from captum.log import log_usage
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "_expand_target",
     "_format_additional_forward_args",
     "_format_baseline",
+    "_format_callable_baseline",
     "_format_output",
     "_format_outputs",
     "_format_tensor_into_tuples",

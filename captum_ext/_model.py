@@ -17,7 +17,7 @@ import difflib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -142,6 +142,12 @@ def check_count(name: str, value: int) -> None:
 def full_precision(tensor: Tensor) -> Tensor:
     """`tensor` in float32 where it has half precision, else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """A context in which autocast, if it is on, does not reach what is computed of `tensor`."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 # --- leaving no trace ----------------------------------------------------------------------------

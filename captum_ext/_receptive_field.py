@@ -9,6 +9,7 @@ turns units of receptive field r, jump j and first centre c into
 model is run once, and every function that it calls on the way to the layer is followed.
 """
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -65,9 +66,11 @@ def receptive_field(
     """
     tracer = _Tracer(image)
     found: list[_Spot | None] = []
+    me = threading.get_ident()
 
     def keep(module: Module, args: Any, output: Any) -> None:
-        found.extend(tracer.spots.get(id(x)) for x in tree_leaves(output))
+        if threading.get_ident() == me:
+            found.extend(tracer.spots.get(id(x)) for x in tree_leaves(output))
 
     with ExitStack() as stack:
         stack.enter_context(untouched(forward_func))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_ext._model import full_precision
+from captum_ext._model import full_precision, without_autocast
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
@@ -55,9 +55,10 @@ def resize(
         return x
     if mode in ("bilinear", "bicubic"):
         mode = _LINEAR[n] if mode == "bilinear" else mode
+        values = full_precision(x) if antialias else x  # a CPU antialiases no halves
         return F.interpolate(
-            x, size=tuple(size), mode=mode, align_corners=align_corners, antialias=antialias
-        )
+            values, size=tuple(size), mode=mode, align_corners=align_corners, antialias=antialias
+        ).to(x.dtype)
     return F.interpolate(x, size=tuple(size), mode=mode)
 
 
@@ -113,10 +114,11 @@ def warp(
     floats = full_precision(x) if x.is_floating_point() else x.double()
     size, affine = (x.shape[2], x.shape[3]), matrices[:, :2].to(floats)
     padding = fill if isinstance(fill, str) else "zeros"
-    moved = warp_affine(floats, affine, size, mode, padding, align_corners=True)
-    if not isinstance(fill, str):
-        ones = floats.new_ones(len(moved), 1, *size)
-        moved = moved + fill * (1 - warp_affine(ones, affine, size, mode, align_corners=True))
+    with without_autocast(floats):
+        moved = warp_affine(floats, affine, size, mode, padding, align_corners=True)
+        if not isinstance(fill, str):
+            ones = floats.new_ones(len(moved), 1, *size)
+            moved = moved + fill * (1 - warp_affine(ones, affine, size, mode, align_corners=True))
     return moved.to(x.dtype) if x.is_floating_point() else moved.round().to(x.dtype)
 
 
@@ -139,7 +141,8 @@ def blur(x: Tensor, kernel_size: int = 51, sigma: float = 50.0) -> Tensor:
         line = x.movedim(dim, -1)
         border = "reflect" if line.shape[-1] > kernel_size // 2 else "replicate"
         flat = line.reshape(x.shape[0], x.shape[1], -1, line.shape[-1])
-        x = filter2d(flat, kernel, border).reshape(line.shape).movedim(-1, dim)
+        with without_autocast(flat):
+            x = filter2d(flat, kernel, border).reshape(line.shape).movedim(-1, dim)
     return x
 
 

@@ -69,7 +69,7 @@ class Fusion:
             if key != self.key:
                 self._flush()
                 self.key = key
-            self._draw(maps[part], weights[part], index[part], here)
+            self._draw(maps[part], weights[part], logs[part], index[part], here)
             start += len(here)
 
     def result(self) -> Tensor:
@@ -86,12 +86,19 @@ class Fusion:
             if tensor is not None:
                 tensor.mul_(ratio)
 
-    def _draw(self, maps: Tensor, weights: Tensor, index: Tensor, places: list[Window]) -> None:
+    def _draw(
+        self, maps: Tensor, weights: Tensor, logs: Tensor, index: Tensor, places: list[Window]
+    ) -> None:
         f, fusion = maps * weights, self.fusion if self.votes is not None else "max"
+        # Whether a map votes must not hang on how far its weight has sunk by now: without theta,
+        # it is asked of the map itself.
+        speaks = logs[:, None, None, None] > -math.inf
         if fusion == "soft":
-            votes = (f > self.theta).to(f.dtype)
-            self._put("votes", votes, index, places)
+            votes = f > self.theta if self.theta else (maps > 0) & speaks
+            self._put("votes", votes.to(f.dtype), index, places)
             f = f * votes
+        elif fusion == "reference" and not self.theta:
+            self._put("votes", maps * speaks, index, places)
         elif fusion == "weighted":
             self._put("votes", weights.expand_as(f), index, places)
         elif fusion == "coverage":
@@ -121,7 +128,7 @@ class Fusion:
         if self.votes is None:
             torch.maximum(self.total, f, out=self.total)
         elif self.fusion == "reference":
-            is_vote = f > self.theta
+            is_vote = f > self.theta if self.theta else sized["votes"] > 0
             self.total += f * is_vote
             self.votes += is_vote
         else:

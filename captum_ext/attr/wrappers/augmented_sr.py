@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from captum_ext._compat import _format_output, log_usage, progress
-from captum_ext._model import Forward, Tensors, check_count, untouched
+from captum_ext._model import Forward, Tensors, check_count, untouched, without_autocast
 from captum_ext.attr.wrappers._copies import Average, Fill, Mover, Solved
 from captum_ext.attr.wrappers._template import (
     SIGNS,
@@ -22,6 +22,7 @@ from captum_ext.attr.wrappers._template import (
     ImageWrapper,
     Offset,
     check_choice,
+    is_finite,
     with_forward,
 )
 from captum_ext.attr.wrappers.super_resolution import (
@@ -125,7 +126,9 @@ class AugmentedSR(ImageWrapper):
             What is passed explicitly goes before the preset.
         generator: of the random transforms.
         internal_batch_size: copies in one call of the wrapped method; on a CPU at most 16 of a
-            method with gradients, which is faster.
+            method with gradients, which is faster, and fewer of one that takes samples
+            (NoiseTunnel, GradientShap). A method that has an `internal_batch_size` of its own gets
+            this one, if none is passed.
         show_progress: whether to draw a bar.
 
     Raises:
@@ -194,6 +197,8 @@ class AugmentedSR(ImageWrapper):
         self._check_options()
         if self.mode == "tta":
             with_forward(attribution_method, attribution_method.forward_func)
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"`generator` must be a torch.Generator, got {generator!r}.")
         device = None if generator is None else generator.device
         draws = torch.rand(
             self.n_augmentations, 3, generator=generator, device=device, dtype=torch.float64
@@ -215,34 +220,38 @@ class AugmentedSR(ImageWrapper):
         check_count("n_augmentations", self.n_augmentations)
         check_count("internal_batch_size", self.internal_batch_size)
         check_count("max_iterations", self.max_iterations or 0)
-        if not 0 <= self.max_angle <= math.pi:
+        if not is_finite(self.max_angle) or not 0 <= self.max_angle <= math.pi:
             raise ValueError(
                 f"`max_angle` must be from 0 to pi: it is in radians. Got {self.max_angle!r}."
             )
-        if not 0 <= self.max_shift < 1:
+        if not is_finite(self.max_shift) or not 0 <= self.max_shift < 1:
             raise ValueError(
                 f"`max_shift` must be at least 0 and below 1: it is a fraction of the image's "
                 f"side. Got {self.max_shift!r}."
             )
         for name in ("tv", "l2", "tolerance"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
+            if not is_finite(value) or value < 0:
                 raise ValueError(f"`{name}` must be at least 0 and finite, got {value!r}.")
-        if isinstance(self.fill, str):
+        if isinstance(self.fill, Tensor):
+            if not bool(torch.isfinite(self.fill).all()):
+                raise ValueError("`fill` must be finite.")
+        elif not is_finite(self.fill):
             check_choice("fill", self.fill, _FILLS)
-        for name, sides in (("sr_size", self.sr_size), ("downsample", self.downsample)):
-            if isinstance(sides, tuple) and len(sides) != 2:
-                raise ValueError(f"`{name}` must be one number or two, got {sides!r}.")
-            for side in sides if isinstance(sides, tuple) else ():
-                check_count(name, side)
         if isinstance(self.downsample, str):
             cell_weights(self.downsample, 1, 1)
-        elif not callable(self.downsample) and not isinstance(self.downsample, tuple):
-            check_count("downsample", self.downsample)
+        for name, sides in (("sr_size", self.sr_size), ("downsample", self.downsample)):
+            if sides is None or isinstance(sides, str) or callable(sides):
+                continue
+            pair = sides if isinstance(sides, tuple) else (sides, sides)
+            if len(pair) != 2:
+                raise ValueError(f"`{name}` must be one number or two, got {sides!r}.")
+            for side in pair:
+                check_count(name, side)
 
     @log_usage()
     def attribute(
-        self, inputs: Tensor | Tensors, return_history: bool = False, **kwargs: Any
+        self, inputs: Tensor | Tensors, *, return_history: bool = False, **kwargs: Any
     ) -> Any:
         """The map of each image, repeated over its channels; in mode "tta", its attributions.
 
@@ -257,7 +266,7 @@ class AugmentedSR(ImageWrapper):
             `return_history`, this and the history.
 
         Raises:
-            AssertionError: a target that the output does not have, or none where it needs one.
+            AssertionError: a target that does not fit, or none where one is needed (as in Captum).
             ValueError: inputs that are not images; attributions that are not finite, or cannot be
                 laid over an image; arguments that are not shaped as the images are.
         """
@@ -317,9 +326,10 @@ class AugmentedSR(ImageWrapper):
         copies = 1 if self.mode == "single" else self.n_augmentations
         pairs = [(copy, example) for copy in range(copies) for example in range(len(images))]
         gathered: Solved | Average | None = None
-        for examples, places in self._chunks(pairs, images, following.one_place):
+        size = self._at_once(images, following.arguments, self.internal_batch_size)
+        for examples, places in self._chunks(pairs, size, following.one_place):
             pictures = mover(images, examples, places, False)
-            maps, _ = self._maps(pictures, images, following.at(examples, places))
+            maps, _ = self._maps(pictures, images, following.at(examples, places), size)
             if self.preset == "official":
                 maps = SIGNS[self.sign](maps)
             maps = self._lowered(maps, images)
@@ -337,12 +347,9 @@ class AugmentedSR(ImageWrapper):
         return (result if self.preset == "official" else SIGNS[self.sign](result)), history
 
     def _chunks(
-        self, pairs: list[tuple[int, int]], images: Tensor, one_place: bool
+        self, pairs: list[tuple[int, int]], size: int, one_place: bool
     ) -> Iterator[tuple[list[int], list[int]]]:
         """The pairs (copy, example), some at a time, as examples and copies."""
-        size = self.internal_batch_size
-        if self._needs_gradients and images.device.type == "cpu":
-            size = min(size, 16)
         chunks = [
             run[start : start + size]
             for _, group in groupby(pairs, lambda pair: pair[0] if one_place else 0)
@@ -372,9 +379,15 @@ class AugmentedSR(ImageWrapper):
             n, m = asked
         else:
             n, m = (max(1, round(side / asked)) for side in images.shape[2:])
+        if n > maps.shape[2] or m > maps.shape[3]:
+            raise ValueError(
+                f"`downsample` asks for {n} x {m} cells, but the maps have only {maps.shape[2]} x "
+                f"{maps.shape[3]}."
+            )
         rows = cell_weights("area", maps.shape[2], n).to(maps)
         columns = cell_weights("area", maps.shape[3], m).to(maps)
-        lowered: Tensor = rows @ maps @ columns.mT
+        with without_autocast(maps):
+            lowered: Tensor = rows @ maps @ columns.mT
         return lowered
 
     def _fine(self, images: Tensor, cells: Size | None) -> Size:
@@ -428,7 +441,8 @@ class AugmentedSR(ImageWrapper):
     def _of_the_mean(self, images: Tensor, mover: Mover, arguments: Arguments) -> Tensor:
         averaged = with_forward(self.attribution_method, self._mean_over_copies(images, mover))
         x = images.clone().requires_grad_(self._needs_gradients)
-        result = averaged.attribute(x, **arguments)
+        size = max(self._at_once(images, arguments, self.internal_batch_size), len(images))
+        result = averaged.attribute(x, **self._completed(arguments, size))
         while isinstance(result, tuple) and len(result) == 1:
             result = result[0]
         name = type(self.attribution_method).__name__
@@ -447,22 +461,24 @@ class AugmentedSR(ImageWrapper):
 
         Chunks of copies are run again in the backward pass, so that its memory is that of one.
         """
-        size, n = images.shape[2:], self.n_augmentations
+        n, movers = self.n_augmentations, {images.shape[2:]: mover}
 
         def forward(x: Tensor, *extra: Any) -> Tensor:
             at_once = max(1, self.internal_batch_size // len(x))
+            size = x.shape[2:]
+            if size not in movers:  # the method that wraps the mean cuts windows out of the images
+                movers[size] = Mover(self._steps(x), self._filling(x), x.shape[1])
 
             def moved(value: Any, copies: Sequence[int]) -> Any:
-                if not isinstance(value, Tensor) or not value.dim() or len(value) != len(x):
-                    return value
                 examples = list(range(len(x))) * len(copies)
-                if value.dim() != 4 or value.shape[2:] != size:
-                    return value[examples]
                 places = [copy for copy in copies for _ in range(len(x))]
-                return mover(value, examples, places, not value.is_floating_point())
+                following = Following(
+                    self._base, x, {"additional_forward_args": value}, movers[size]
+                )
+                return following.at(examples, places)["additional_forward_args"]
 
             def run(x: Tensor, *copies: int) -> Tensor:
-                output = self.forward_func(*(moved(value, copies) for value in (x, *extra)))
+                output = self.forward_func(moved(x, copies), *(moved(e, copies) for e in extra))
                 if not isinstance(output, Tensor) or output.shape[:1] != (len(copies) * len(x),):
                     raise ValueError(
                         "`mode`='tta' averages outputs with one entry for each image in dimension "

@@ -30,6 +30,8 @@ from captum_ext.attr.wrappers._template import (
     ImageWrapper,
     Offset,
     check_choice,
+    check_range,
+    is_finite,
 )
 from captum_ext.attr.wrappers._windows import (
     Cutter,
@@ -85,8 +87,9 @@ class SESSWrapper(ImageWrapper):
             The last window of a row is moved back to the image's edge.
         pre_filter_ratio: r in [0, 1), the share of windows that is not explained: those of the
             lowest scores. Of P windows, P - int(P r), and at least one, are kept.
-        theta: what is not above it does not count as a vote.
-        pool: "mean" or "max" over the maps.
+        theta: below 1; what is not above it does not count as a vote in "soft" and "reference"
+            fusion.
+        pool: "mean" or "max" over the maps. The maximum knows neither `theta` nor `fusion`.
         fusion: what the sum of the maps is divided by.
             "soft": by the votes, each resized as its map is. The default; without seams.
             "reference": by the number of resized maps above theta, the authors' code to rounding.
@@ -111,7 +114,9 @@ class SESSWrapper(ImageWrapper):
         final_norm: whether the result is scaled to [0, 1] (in the paper, not in its code).
         max_patches: more windows for one image than this are an error. Elongated images have many.
         internal_batch_size: windows in one call of the model or the wrapped method; on a CPU at
-            most 16 of a method with gradients, which is faster.
+            most 16 of a method with gradients, which is faster, and fewer of one that takes samples
+            (NoiseTunnel, GradientShap). A method that has an `internal_batch_size` of its own gets
+            this one, if none is passed.
         show_progress: whether to draw a bar.
 
     Raises:
@@ -178,12 +183,11 @@ class SESSWrapper(ImageWrapper):
             ("internal_batch_size", internal_batch_size),
         ):
             check_count(name, count)
-        if not 0 <= pre_filter_ratio < 1:
-            raise ValueError(
-                f"`pre_filter_ratio` must be at least 0 and below 1, got {pre_filter_ratio!r}."
-            )
-        _check_range("theta", theta, 1)
-        _check_range("percentile", percentile, 100)
+        check_range("pre_filter_ratio", pre_filter_ratio, 0, 1, below=True)
+        check_range("theta", theta, 0, 1, below=True)
+        check_range("percentile", percentile, 0, 100)
+        if theta and pool == "mean" and fusion not in ("soft", "reference"):
+            raise ValueError(f"`theta` has no meaning in `fusion`={fusion!r}: leave it at 0.")
         self.window = _pair("window", window)
         self.step = self.window if step is None else _pair("step", step)
         if self.step[0] > self.window[0] or self.step[1] > self.window[1]:
@@ -192,8 +196,11 @@ class SESSWrapper(ImageWrapper):
                 f"two windows would never be seen."
             )
         self._check_align(align)
-        if smooth:
-            blur(torch.zeros(1, 1, 1, 1), smooth_kernel, smooth_sigma)
+        check_count("smooth_kernel", smooth_kernel)
+        if smooth_kernel % 2 == 0:
+            raise ValueError(f"`smooth_kernel` must be odd, got {smooth_kernel}.")
+        if not is_finite(smooth_sigma) or smooth_sigma <= 0:
+            raise ValueError(f"`smooth_sigma` must be a positive number, got {smooth_sigma!r}.")
         self.n_scales, self.scales = n_scales, _check_scales(scales, self.window)
         self.pre_filter_ratio, self.theta = pre_filter_ratio, theta
         self.pool, self.fusion, self.score, self.sign = pool, fusion, score, sign
@@ -205,7 +212,7 @@ class SESSWrapper(ImageWrapper):
 
     @log_usage()
     def attribute(
-        self, inputs: Tensor | Tensors, return_coverage: bool = False, **kwargs: Any
+        self, inputs: Tensor | Tensors, *, return_coverage: bool = False, **kwargs: Any
     ) -> Any:
         """The fused map of each image, repeated over its channels.
 
@@ -220,7 +227,7 @@ class SESSWrapper(ImageWrapper):
             window has a vote; with `return_coverage`, this and a tensor (B, 1, H, W).
 
         Raises:
-            AssertionError: a target that the output does not have, or none where it needs one.
+            AssertionError: a target that does not fit, or none where one is needed (as in Captum).
             ValueError: inputs that are not images; more than `max_patches` windows; scores or
                 attributions that are not finite; attributions that cannot be laid over an image;
                 arguments that are not shaped as the images are.
@@ -240,7 +247,8 @@ class SESSWrapper(ImageWrapper):
         if empty:
             warn(
                 f"The map of {empty} of {len(images)} images is zero everywhere: no explained "
-                f"window has a positive score and evidence of the sign {self.sign!r}.",
+                f"window has a positive score, and a map that is not flat and has values of the "
+                f"sign {self.sign!r} above `theta`.",
                 stacklevel=3,
             )
         output = _format_output(isinstance(inputs, tuple), (self._shaped(fused, images),))
@@ -289,7 +297,7 @@ class SESSWrapper(ImageWrapper):
         kept = max(1, n - int(n * self.pre_filter_ratio))
         pairs = [(example, window) for example in range(len(images)) for window in windows]
         scores = None
-        if kept < n or self.theta > 0:
+        if kept < n or (self.theta > 0 and self.pool == "mean"):
             found = [
                 self._log_scores(images, examples, places, following, detector)
                 for examples, places in self._chunks(
@@ -311,20 +319,16 @@ class SESSWrapper(ImageWrapper):
         options = (self.window, self.pool, self.fusion, self.theta)
         fusion = Fusion(images, sizes, *options, peak, wants_coverage)
         offset: Offset | None = None
-        # A CPU gains nothing from larger graphs, and loses much to the kernel, which has to clear
-        # their memory: Grad-CAM of 39 windows by a ResNet-50 takes 3.5 s by 16 and 14 s at once.
-        size = self.internal_batch_size
-        if self._needs_gradients and images.device.type == "cpu":
-            size = min(size, 16)
+        size = self._at_once(images, following.arguments, self.internal_batch_size)
         for examples, places in self._chunks(pairs, size, following.one_place, "attribution"):
             arguments = following.at(examples, places)
             pictures = following.move(images, examples, places, False)
             if scores is None:
                 with _first_output(self.forward_func, pictures) as outputs:
-                    maps, is_map = self._maps(pictures.clone(), images, arguments)
+                    maps, is_map = self._maps(pictures.clone(), images, arguments, size)
                 logs = self._log_scores(images, examples, places, following, detector, outputs)
             else:
-                maps, is_map = self._maps(pictures, images, arguments)
+                maps, is_map = self._maps(pictures, images, arguments, size)
                 logs = scores[examples, [place.number for place in places]]
             if offset is None:
                 first = following.at(examples[:1], places[:1])
@@ -376,6 +380,12 @@ class SESSWrapper(ImageWrapper):
                 except Exception as error:
                     self._check_the_model_takes(pictures, images, arguments, error)
                     raise
+            if not isinstance(output, Tensor) or output.shape[:1] != (len(places),):
+                shown = tuple(output.shape) if isinstance(output, Tensor) else repr(type(output))
+                raise ValueError(
+                    f"`attribution_method` explains a model that gives {shown} for {len(places)} "
+                    f"windows: scores need one entry for each in dimension 0."
+                )
             output = full_precision(output)
             if self.score == "softmax":
                 if output.dim() < 2 or output.shape[1] < 2:
@@ -454,18 +464,16 @@ def _pair(name: str, value: int | Size) -> Size:
     return pair
 
 
-def _check_range(name: str, value: float, high: float) -> None:
-    if not 0 <= value <= high:
-        raise ValueError(f"`{name}` must be from 0 to {high}, got {value!r}.")
-
-
-def _check_scales(scales: Sequence[int] | str | None, window: Size) -> Sequence[int] | str | None:
-    if scales is None or scales == "sqrt2":
+def _check_scales(scales: Any, window: Size) -> list[int] | str | None:
+    if scales is None or (isinstance(scales, str) and scales == "sqrt2"):
         return scales
-    if isinstance(scales, str) or not len(scales):
+    if isinstance(scales, str) or not isinstance(scales, Iterable):
         raise ValueError(f"`scales` must be integers, 'sqrt2' or None, got {scales!r}.")
-    for scale in scales:
+    found = [scale.item() if hasattr(scale, "item") else scale for scale in scales]
+    if not found:
+        raise ValueError("`scales` must be at least one, got none.")
+    for scale in found:
         check_count("scales", scale)
         if scale < max(window):
             raise ValueError(f"`scales` must not be smaller than the `window` {window}: {scale}.")
-    return tuple(scales)
+    return found

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_ext._model import without_autocast
+
 Downsample = str | Callable[[Tensor], Tensor]
 Size = tuple[int, int]
 Edges = tuple[Tensor, Tensor]
@@ -133,7 +135,7 @@ class Observation:
         chunk = max(1, (_CPU_CHUNK if like.device.type == "cpu" else _CHUNK) // pixels)
         self.size, self.cells, self.downsample = size, cells, downsample
         self.copies = len(steps[0])
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(like):
             thetas = (_sampling(step, frame).to(like).split(chunk) for step in steps)
             self._thetas = list(zip(*thetas, strict=True))
             self._grids: list[list[Tensor]] | None = None
@@ -342,7 +344,7 @@ def solve(
     if gap and solver != "mfista":
         raise ValueError(f"`gap` is known to solver 'mfista' only, not to {solver!r}.")
     n = SOLVERS[solver] if max_iterations is None else max_iterations
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(maps):
         problem = _Problem(observation, maps.clone(), tv, l2)
         h = maps.new_zeros(maps.shape[1], *observation.size) if start is None else start.clone()
         if solver == "mfista":

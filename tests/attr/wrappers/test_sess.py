@@ -502,13 +502,24 @@ def test_score_and_map_of_one_pass_are_those_of_two(score: str, fusion: str) -> 
     target = [0, 2, 3]
     one = SESSWrapper(base, internal_batch_size=3, **options).attribute(x, target=target)
     # A threshold has the scores come first; this one is below every vote.
-    two = SESSWrapper(base, theta=1e-300, **options).attribute(x, target=target)
-    torch.testing.assert_close(one, two)
-    pooled = SESSWrapper(base, pool="max", internal_batch_size=2, **options)
-    expected = SESSWrapper(base, pool="max", theta=1e-300, **options)
-    torch.testing.assert_close(
-        pooled.attribute(x, target=target), expected.attribute(x, target=target)
-    )
+    scored_first = SESSWrapper(base, **options)
+    scored_first.theta = 1e-300
+    torch.testing.assert_close(one, scored_first.attribute(x, target=target))
+
+
+@pytest.mark.parametrize("fusion", ["soft", "reference", "coverage", "weighted"])
+def test_scores_that_lie_far_apart(fusion: str) -> None:
+    """A window that is forgotten later votes as one that was negligible from the start."""
+    x = torch.linspace(1, 0, 30).expand(1, 3, 20, 30)
+    counting = Counting()
+    base = Constant(lambda x: 2000 * counting(x), torch.rand(3, 3))
+    options: Any = {"scales": [20], "window": 10, "step": 5, "fusion": fusion, "smooth": False}
+    maps = [
+        SESSWrapper(base, internal_batch_size=n, **options).attribute(x, target=1)
+        for n in (1, 4, 64)
+    ]
+    for found in maps[1:]:
+        torch.testing.assert_close(found, maps[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -805,10 +816,12 @@ def test_elongated_images_are_told_of_before_the_model_runs() -> None:
         ({"window": 0}, "`window` must be an integer"),
         ({"window": (2, 3, 4)}, "`window` must be one number or"),
         ({"step": 300}, "`step` .* is larger than the `window`"),
-        ({"pre_filter_ratio": 1.0}, "`pre_filter_ratio` must be at least 0 and below 1"),
+        ({"pre_filter_ratio": 1.0}, "`pre_filter_ratio` must be a number, at least 0 and below 1"),
         ({"pre_filter_ratio": -0.1}, "`pre_filter_ratio`"),
         ({"pre_filter_ratio": math.nan}, "`pre_filter_ratio`"),
-        ({"theta": 2.0}, "`theta` must be from 0 to 1"),
+        ({"pre_filter_ratio": None}, "`pre_filter_ratio`"),
+        ({"theta": 1.0}, "`theta` must be a number, at least 0 and below 1"),
+        ({"theta": 0.1, "fusion": "coverage"}, "`theta` has no meaning"),
         ({"percentile": 101}, "`percentile` must be"),
         ({"pool": "sum"}, "`pool` must be one of"),
         ({"fusion": "exact"}, "`fusion` must be one of"),
@@ -817,7 +830,12 @@ def test_elongated_images_are_told_of_before_the_model_runs() -> None:
         ({"sign": "signed", "fusion": "soft"}, "`sign`='signed' goes with"),
         ({"sign": "signed", "pool": "max"}, "`sign`='signed' goes with"),
         ({"channel_reduction": "mean"}, "`channel_reduction` must be one of"),
-        ({"smooth_kernel": 10}, "`kernel_size` must be odd"),
+        ({"smooth_kernel": 10}, "`smooth_kernel` must be odd"),
+        ({"smooth_kernel": 3.0}, "`smooth_kernel` must be an integer"),
+        ({"smooth_sigma": math.nan}, "`smooth_sigma` must be a positive number"),
+        ({"align": (math.nan, 1.0)}, "`align` must be"),
+        ({"align": ("a", 1)}, "`align` must be"),
+        ({"scales": 24}, "`scales` must be integers"),
         ({"align": "rf"}, "`align`='rf' is of the units of one layer"),
         ({"align": "corner"}, "`align` must be"),
         ({"align": (1.0,)}, "`align` must be"),
