@@ -13,7 +13,9 @@ are what keeps the run short; none was chosen by its results on these scenes.
 Means are over scenes, their intervals the central 95% of 10,000 bootstrap samples of the scenes,
 the same samples for each method. The columns of differences are paired: method minus Grad-CAM at
 native size, scene by scene. "Chance" is the exact expectation for a point, and for mass, spread
-evenly over the picture. Seconds are medians, after one untimed call on another scene.
+evenly over the picture. "Units in place" lays the map over the image where the receptive fields of
+its units are centred (`align="rf"`), in this network 15.5 pixels down and right of the cells'
+centres. Seconds are medians, after one untimed call on another scene.
 
 Each finished scene and method is a line of FILE's neighbour with the ending .partial; a run that
 was killed goes on from there if its scenes and options are the same.
@@ -57,11 +59,13 @@ AUGMENTED = {"n_augmentations": 8, "max_angle": 0.3, "max_shift": 0.13}
 FEW = AUGMENTED | {"n_augmentations": 3}
 
 CHANCE, AT_224, NATIVE = "Chance", "Grad-CAM at 224 px", "Grad-CAM at native size"
+ALIGNED = "Grad-CAM at native size, units in place"
 # Each wrapper around Grad-CAM with its options, the innermost first.
 METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     CHANCE: [],
     AT_224: [],
     NATIVE: [],
+    ALIGNED: [("AugmentedSR", {"mode": "single", "n_augmentations": 1, "align": "rf"})],
     "SESS(Grad-CAM)": [("SESSWrapper", SESS)],
     "AugmentedSR(Grad-CAM)": [("AugmentedSR", AUGMENTED)],
     "SESS(AugmentedSR(Grad-CAM))": [("AugmentedSR", FEW), ("SESSWrapper", SESS)],
