@@ -83,3 +83,20 @@ def small_net(dims: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) 
     net.norm.running_mean.normal_()
     net.norm.running_var.uniform_(0.5, 2.0)
     return net.to(dtype)
+
+
+def pooled_net(dtype: torch.dtype = torch.float64, side: int = 4) -> nn.Sequential:
+    """A network whose map is `side` times smaller than its input."""
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(side),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    ).eval()
+    nn.init.normal_(net[-1].weight)
+    return net.to(dtype)

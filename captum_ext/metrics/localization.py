@@ -4,6 +4,7 @@ Attributions are (B, C, H, W) or (B, H, W). Channels that are all equal count as
 summed. Regions are masks, (B, H, W) or (B, 1, H, W), bool; `boxes_to_masks` makes them from boxes.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -232,8 +233,9 @@ class _RegionScore(Metric):
         self.add_state("total", torch.zeros(cells), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(cells, dtype=torch.int64), dist_reduce_fx="sum")
 
+    @abstractmethod
     def _score(self, attributions: Tensor, masks: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of each example, (B,)."""
 
     def update(
         self,

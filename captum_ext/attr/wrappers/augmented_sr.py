@@ -1,9 +1,8 @@
 """Augmented Grad-CAM: one fine map from the coarse maps of transformed copies of an image."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from itertools import groupby
 from typing import Any
 from warnings import warn
 
@@ -12,13 +11,12 @@ from captum.attr import Attribution
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from captum_ext._compat import _format_output, log_usage, progress
+from captum_ext._compat import _format_output, log_usage
 from captum_ext._model import Forward, Tensors, check_count, untouched, without_autocast
 from captum_ext.attr.wrappers._copies import Average, Fill, Mover, Solved
+from captum_ext.attr.wrappers._following import Arguments, Following
 from captum_ext.attr.wrappers._template import (
     SIGNS,
-    Arguments,
-    Following,
     ImageWrapper,
     Offset,
     check_choice,
@@ -324,10 +322,10 @@ class AugmentedSR(ImageWrapper):
     ) -> tuple[Tensor, Tensor | None]:
         following = Following(self._base, images, arguments, mover)
         copies = 1 if self.mode == "single" else self.n_augmentations
-        pairs = [(copy, example) for copy in range(copies) for example in range(len(images))]
+        pairs = [(example, copy) for copy in range(copies) for example in range(len(images))]
         gathered: Solved | Average | None = None
         size = self._at_once(images, following.arguments, self.internal_batch_size)
-        for examples, places in self._chunks(pairs, size, following.one_place):
+        for examples, places in self._chunks(pairs, size, following.one_place, "attribution"):
             pictures = mover(images, examples, places, False)
             maps, _ = self._maps(pictures, images, following.at(examples, places), size)
             if self.preset == "official":
@@ -345,19 +343,6 @@ class AugmentedSR(ImageWrapper):
         assert gathered is not None
         result, history = gathered.result()
         return (result if self.preset == "official" else SIGNS[self.sign](result)), history
-
-    def _chunks(
-        self, pairs: list[tuple[int, int]], size: int, one_place: bool
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        """The pairs (copy, example), some at a time, as examples and copies."""
-        chunks = [
-            run[start : start + size]
-            for _, group in groupby(pairs, lambda pair: pair[0] if one_place else 0)
-            for run in [list(group)]
-            for start in range(0, len(run), size)
-        ]
-        for chunk in progress(chunks, desc=self.get_name()) if self.show_progress else chunks:
-            yield [example for _, example in chunk], [copy for copy, _ in chunk]
 
     def _lowered(self, maps: Tensor, images: Tensor) -> Tensor:
         """The maps (n, 1, h, w), on the grid that `downsample` asks for."""

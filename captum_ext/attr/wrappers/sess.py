@@ -4,7 +4,6 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any
 from warnings import warn
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from captum_ext._compat import _format_output, _run_forward, _select_targets, log_usage, progress
+from captum_ext._compat import _format_output, _run_forward, _select_targets, log_usage
 from captum_ext._model import (
     Score,
     Tensors,
@@ -23,10 +22,10 @@ from captum_ext._model import (
     full_precision,
     untouched,
 )
+from captum_ext.attr.wrappers._following import Following
 from captum_ext.attr.wrappers._fusion import Fusion, canvas_of
 from captum_ext.attr.wrappers._template import (
     SIGNS,
-    Following,
     ImageWrapper,
     Offset,
     check_choice,
@@ -341,22 +340,6 @@ class SESSWrapper(ImageWrapper):
                 stacklevel=4,
             )
         return fusion.result(), fusion.coverage
-
-    def _chunks(
-        self, pairs: list[tuple[int, Window]], size: int, one_place: bool, what: str
-    ) -> Iterator[tuple[list[int], list[Window]]]:
-        """The pairs (example, window), some at a time, as examples and windows."""
-        chunks = [
-            run[start : start + size]
-            for _, group in groupby(pairs, lambda pair: pair[1].number if one_place else 0)
-            for run in [list(group)]
-            for start in range(0, len(run), size)
-        ]
-        shown: Any = chunks
-        if self.show_progress:
-            shown = progress(chunks, desc=f"{self.get_name()} {what}")
-        for chunk in shown:
-            yield [example for example, _ in chunk], [window for _, window in chunk]
 
     def _log_scores(
         self,

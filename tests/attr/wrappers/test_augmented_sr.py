@@ -31,7 +31,7 @@ from captum_ext.attr import SESSWrapper, UpsampleWrapper
 from captum_ext.attr.wrappers.augmented_sr import AugmentedSR
 from captum_ext.attr.wrappers.super_resolution import Observation, euclidean, solve
 from captum_ext.imaging import warp
-from tests.methods import small_net
+from tests.methods import pooled_net, small_net
 
 D = torch.float64
 
@@ -42,23 +42,6 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def augmented(base: Attribution, **options: Any) -> AugmentedSR:
     return AugmentedSR(base, **{"n_augmentations": 6, "generator": seeded(), **options})
-
-
-def pooled_net(dtype: torch.dtype = D, side: int = 4) -> nn.Sequential:
-    """A network whose map is `side` times smaller than its input."""
-    torch.manual_seed(3)
-    net = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(side),
-        nn.Conv2d(6, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 4),
-    ).eval()
-    nn.init.normal_(net[-1].weight)
-    return net.to(dtype)
 
 
 def sight(side: int = 16, *, up: int = 0, left: int = 0) -> LayerActivation:

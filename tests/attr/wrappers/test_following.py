@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from captum_ext.attr import AugmentedSR, LayerCam, SESSWrapper
 from captum_ext.imaging import resize
-from tests.attr.wrappers.test_sess import pooled_net
-from tests.methods import small_net
+from tests.methods import pooled_net, small_net
 
 D = torch.float64
 

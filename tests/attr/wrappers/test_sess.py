@@ -27,24 +27,7 @@ from torch.nn import functional as F
 from captum_ext.attr import LayerCam, SESSWrapper, UpsampleWrapper
 from captum_ext.attr.wrappers._windows import all_windows, scaled_size
 from captum_ext.imaging import blur, min_max
-from tests.methods import small_net
-
-
-def pooled_net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """A network whose last map is a quarter of its input."""
-    torch.manual_seed(3)
-    net = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(4),
-        nn.Conv2d(6, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 4),
-    ).eval()
-    nn.init.normal_(net[-1].weight)
-    return net.to(dtype)
+from tests.methods import pooled_net, small_net
 
 
 def starts(length: int, window: int, step: int) -> list[int]:
