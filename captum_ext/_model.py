@@ -133,12 +133,6 @@ def scored(forward_func: Forward, score: Score) -> Forward:
     return forward
 
 
-def check_count(name: str, value: int) -> None:
-    """Raise a ValueError unless the argument called `name` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-
-
 def full_precision(tensor: Tensor) -> Tensor:
     """`tensor` in float32 where it has half precision, else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -8,6 +8,7 @@ from captum.attr import PerturbationAttribution
 from torch import Tensor
 
 from captum_ext._behind import Behind
+from captum_ext._checks import check_count
 from captum_ext._compat import (
     TargetType,
     _format_additional_forward_args,
@@ -19,7 +20,6 @@ from captum_ext._model import (
     Forward,
     Score,
     Tensors,
-    check_count,
     full_precision,
     scored,
     untouched,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_ext._checks import check_count
 from captum_ext._compat import (
     BaselineType,
     TargetType,
@@ -18,7 +19,6 @@ from captum_ext._model import (
     Forward,
     Score,
     Tensors,
-    check_count,
     full_precision,
     scored,
     untouched,

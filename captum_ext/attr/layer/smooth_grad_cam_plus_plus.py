@@ -6,8 +6,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from captum_ext._checks import check_count
 from captum_ext._compat import TargetType, _expand_additional_forward_args, _expand_target
-from captum_ext._model import Forward, Tensors, check_count, full_precision
+from captum_ext._model import Forward, Tensors, full_precision
 from captum_ext.attr.layer.template import (
     GradientCam,
     Layer,

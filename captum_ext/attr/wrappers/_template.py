@@ -6,7 +6,6 @@ it gives to one map for each. It knows nothing of where the pictures come from.
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
+from captum_ext._checks import check_choice, is_finite, one_batch_of_images
 from captum_ext._compat import progress
 from captum_ext._model import Forward, Tensors, full_precision
 from captum_ext._receptive_field import receptive_field, unit_offset
@@ -112,16 +112,13 @@ class ImageWrapper(Attribution):
 
     def _check(self, inputs: Tensor | Tensors, arguments: Arguments) -> Tensor:
         """The images (B, C, H, W), if all is well."""
-        if isinstance(inputs, tuple) and len(inputs) != 1:
-            raise ValueError(
-                f"`inputs` must be one tensor of images, got a tuple of {len(inputs)}: hand what "
-                f"else the model takes to `additional_forward_args`."
-            )
-        x = inputs[0] if isinstance(inputs, tuple) else inputs
-        if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point() or not x.numel():
-            shown = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else repr(type(x))
-            raise ValueError(f"`inputs` must be images (B, C, H, W) of floats, got {shown}.")
-        for flag in ("return_convergence_delta", "return_history", "return_coverage"):
+        x = one_batch_of_images(inputs)
+        for flag in (
+            "return_convergence_delta",
+            "return_history",
+            "return_coverage",
+            "return_masks",
+        ):
             if arguments.get(flag):
                 raise ValueError(f"`{flag}`: {self.get_name()} has none to return.")
         if torch.is_inference_mode_enabled() and self._needs_gradients:
@@ -129,9 +126,7 @@ class ImageWrapper(Attribution):
                 "Gradients do not exist inside torch.inference_mode(): use torch.no_grad() around "
                 "a gradient-based attribution, or none."
             )
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError("`inputs` are not finite.")
-        return x.detach()
+        return x
 
     @property
     def _needs_gradients(self) -> bool:
@@ -322,23 +317,3 @@ def with_forward(method: Attribution, forward_func: Forward) -> Attribution:
     if isinstance(inner, Attribution):
         copied.attribution_method = with_forward(inner, forward_func)
     return copied
-
-
-def is_finite(value: Any) -> bool:
-    """Whether `value` is a number, and neither infinite nor NaN."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def check_range(name: str, value: Any, low: float, high: float, *, below: bool = False) -> None:
-    """Raise a ValueError unless the argument called `name` is a number from `low` to `high`."""
-    if not is_finite(value) or not low <= value <= high or (below and value == high):
-        end = "below" if below else "at most"
-        raise ValueError(
-            f"`{name}` must be a number, at least {low:g} and {end} {high:g}, got {value!r}."
-        )
-
-
-def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise a ValueError unless the argument called `name` is one of the choices."""
-    if not isinstance(value, str | None) or value not in tuple(choices):
-        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")

@@ -11,16 +11,15 @@ from captum.attr import Attribution
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from captum_ext._checks import check_choice, check_count, is_finite
 from captum_ext._compat import _format_output, log_usage
-from captum_ext._model import Forward, Tensors, check_count, untouched, without_autocast
+from captum_ext._model import Forward, Tensors, untouched, without_autocast
 from captum_ext.attr.wrappers._copies import Average, Fill, Mover, Solved
 from captum_ext.attr.wrappers._following import Arguments, Following
 from captum_ext.attr.wrappers._template import (
     SIGNS,
     ImageWrapper,
     Offset,
-    check_choice,
-    is_finite,
     with_forward,
 )
 from captum_ext.attr.wrappers.super_resolution import (

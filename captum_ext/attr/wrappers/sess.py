@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
+from captum_ext._checks import check_choice, check_count, check_range, is_finite
 from captum_ext._compat import _format_output, _run_forward, _select_targets, log_usage
 from captum_ext._model import (
     Score,
     Tensors,
-    check_count,
     check_one_score_each,
     full_precision,
     untouched,
@@ -28,9 +28,6 @@ from captum_ext.attr.wrappers._template import (
     SIGNS,
     ImageWrapper,
     Offset,
-    check_choice,
-    check_range,
-    is_finite,
 )
 from captum_ext.attr.wrappers._windows import (
     Cutter,

@@ -1,0 +1,68 @@
+"""Checks of arguments, each a clear error before any model call."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number, and neither infinite nor NaN."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise a ValueError unless the argument called `name` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+
+def check_range(name: str, value: Any, low: float, high: float, *, below: bool = False) -> None:
+    """Raise a ValueError unless the argument called `name` is a number from `low` to `high`."""
+    if not is_finite(value) or not low <= value <= high or (below and value == high):
+        end = "below" if below else "at most"
+        raise ValueError(
+            f"`{name}` must be a number, at least {low:g} and {end} {high:g}, got {value!r}."
+        )
+
+
+def check_size(name: str, value: Any, *, positive: bool = False) -> None:
+    """Raise a ValueError unless the argument called `name` is a number of 0 or more."""
+    if isinstance(value, bool) or not is_finite(value) or value < 0 or (positive and value == 0):
+        allowed = "greater than 0" if positive else "0 or more"
+        raise ValueError(f"`{name}` must be a number, {allowed}, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise a ValueError unless the argument called `name` is one of the choices."""
+    if not isinstance(value, str | None) or value not in tuple(choices):
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+
+
+def check_generator(generator: Any, device: torch.device) -> None:
+    """Raise an error unless `generator` is None or draws numbers on `device`."""
+    if generator is None:
+        return
+    if not isinstance(generator, Generator):
+        raise TypeError(f"`generator` must be a torch.Generator, got {type(generator)}.")
+    if generator.device.type != device.type:
+        raise ValueError(
+            f"`generator` must be on the device of the inputs, {device}, got {generator.device}."
+        )
+
+
+def one_batch_of_images(inputs: Any) -> Tensor:
+    """The images of `inputs`, one tensor (B, C, H, W) of finite floats, or a tuple of one."""
+    if isinstance(inputs, tuple) and len(inputs) != 1:
+        raise ValueError(
+            f"`inputs` must be one tensor of images, got a tuple of {len(inputs)}: hand what else "
+            f"the model takes to `additional_forward_args`."
+        )
+    x = inputs[0] if isinstance(inputs, tuple) else inputs
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point() or not x.numel():
+        shown = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else repr(type(x))
+        raise ValueError(f"`inputs` must be images (B, C, H, W) of floats, got {shown}.")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("`inputs` are not finite.")
+    return x.detach()
