@@ -5,7 +5,17 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("attr", "cli", "datasets", "demo", "gallery", "imaging", "metrics")
+_SUBPACKAGES = (
+    "attr",
+    "cli",
+    "datasets",
+    "demo",
+    "gallery",
+    "imaging",
+    "infill",
+    "metrics",
+    "tta",
+)
 
 __all__ = ["__version__", *_SUBPACKAGES]
 

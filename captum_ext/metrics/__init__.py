@@ -8,12 +8,15 @@ from captum_ext.metrics.localization import (
     masks_to_boxes,
     pointing_game,
 )
+from captum_ext.metrics.masks import mask_iou, total_variation
 
 __all__ = [
     "EnergyPointingGame",
     "PointingGame",
     "boxes_to_masks",
     "energy_pointing_game",
+    "mask_iou",
     "masks_to_boxes",
     "pointing_game",
+    "total_variation",
 ]

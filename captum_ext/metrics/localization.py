@@ -141,7 +141,7 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
         >>> masks_to_boxes(torch.tensor([[[False, True, True], [False, False, False]]]))
         tensor([[1, 0, 3, 1]])
     """
-    masks = _checked_masks(masks)
+    masks = checked_masks(masks)
     (x1, x2), (y1, y2) = _ends(masks.any(1)), _ends(masks.any(2))
     return torch.stack((x1, y1, x2, y2), 1)
 
@@ -155,15 +155,13 @@ def _ends(occupied: Tensor) -> tuple[Tensor, Tensor]:
 
 def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Both as (B, H, W), the maps in float32 or better."""
-    masks = _checked_masks(masks)
-    maps = _maps(attributions)
+    masks = checked_masks(masks)
+    maps = checked_maps(attributions)
     if maps.shape != masks.shape:
         raise ValueError(
             f"`attributions` {tuple(attributions.shape)} and `masks` {tuple(masks.shape)} must "
             f"agree in their number and in height and width."
         )
-    if not bool(torch.isfinite(maps).all()):
-        raise ValueError("`attributions` has values that are not finite.")
     filled = masks.flatten(1).any(1)
     if not bool(filled.all()):
         empty = (~filled).nonzero().flatten().tolist()
@@ -171,26 +169,28 @@ def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
     return maps, masks
 
 
-def _maps(attributions: Tensor) -> Tensor:
-    if attributions.dim() not in (3, 4) or 0 in attributions.shape[1:]:
-        raise ValueError(
-            f"`attributions` must be (B, C, H, W) or (B, H, W), got {tuple(attributions.shape)}."
-        )
-    values = attributions.detach()
+def checked_maps(maps: Tensor, name: str = "attributions") -> Tensor:
+    """One finite map for each image, (B, H, W), in float32 or better."""
+    if maps.dim() not in (3, 4) or 0 in maps.shape[1:]:
+        raise ValueError(f"`{name}` must be (B, C, H, W) or (B, H, W), got {tuple(maps.shape)}.")
+    values = maps.detach()
     values = full_precision(values) if values.is_floating_point() else values.float()
-    if values.dim() == 3:
-        return values
-    equal = (values == values[:, :1]).flatten(1).all(1)
-    return torch.where(equal[:, None, None], values[:, 0], values.sum(1))
+    if values.dim() == 4:
+        equal = (values == values[:, :1]).flatten(1).all(1)
+        values = torch.where(equal[:, None, None], values[:, 0], values.sum(1))
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"`{name}` has values that are not finite.")
+    return values
 
 
-def _checked_masks(masks: Tensor) -> Tensor:
+def checked_masks(masks: Tensor, name: str = "masks") -> Tensor:
+    """Masks as (B, H, W)."""
     if masks.dtype != torch.bool:
-        raise TypeError(f"`masks` must be bool, got {masks.dtype}.")
+        raise TypeError(f"`{name}` must be bool, got {masks.dtype}.")
     if masks.dim() == 4 and masks.shape[1] == 1:
         masks = masks[:, 0]
     if masks.dim() != 3 or 0 in masks.shape[1:]:
-        raise ValueError(f"`masks` must be (B, H, W) or (B, 1, H, W), got {tuple(masks.shape)}.")
+        raise ValueError(f"`{name}` must be (B, H, W) or (B, 1, H, W), got {tuple(masks.shape)}.")
     return masks
 
 
@@ -258,7 +258,7 @@ class _RegionScore(Metric):
         n = len(attributions)
         target, difficult = self._labels(n, target, difficult, attributions.device)
         if self.ignore_empty:
-            kept = _checked_masks(masks).flatten(1).any(1)
+            kept = checked_masks(masks).flatten(1).any(1)
             if len(kept) != n:
                 raise ValueError(f"`masks` must be {n}, one for each example, got {len(kept)}.")
             attributions, masks = attributions[kept], masks[kept]

@@ -32,7 +32,7 @@ from captum.attr import (
 from torch import Tensor, nn
 
 import captum_ext.attr
-from captum_ext.attr import AugmentedSR, SESSWrapper, UpsampleWrapper
+from captum_ext.attr import FIDO, AugmentedSR, SESSWrapper, UpsampleWrapper
 from tests.methods import EVERY
 
 SIDE, CHANNELS = 16, 3
@@ -96,6 +96,7 @@ INPUT = {
     "FeatureAblation": Base(FeatureAblation, masked),
     "Lime": Base(lambda net: Lime(net, SkLearnLasso(alpha=1e-4)), sampled, True),
     "KernelShap": Base(KernelShap, sampled, True),
+    "FIDO": Base(FIDO, lambda x: {"n_steps": 2, "n_masks": 2, "baselines": 0.0}, True),
 }
 LAYER = {"LayerGradCam": Base(lambda net: LayerGradCam(net, net.relu2))} | {
     name: Base(

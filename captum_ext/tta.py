@@ -1,0 +1,312 @@
+"""Test-time augmentation by the crop that a mask points at.
+
+A mask of what matters to a classifier also says where to look again, closer: `mask_boxes` turns it
+into a box, `crop_tta` averages the prediction of the image and that of the crop.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_ext._checks import check_count, check_size, is_finite
+from captum_ext._compat import _format_additional_forward_args
+from captum_ext._model import Forward, Score, scored, untouched
+from captum_ext.imaging import blur, resize
+from captum_ext.metrics.localization import checked_maps, masks_to_boxes
+
+Box = tuple[int, int, int, int]
+
+
+def mask_boxes(
+    masks: Tensor,
+    threshold: float = 0.5,
+    *,
+    sigma: float = 0.0,
+    margin: int = 0,
+    min_size: int = 1,
+    square: bool = False,
+) -> Tensor:
+    """The box of what lies above the threshold: (N, 4), int64, (x1, y1, x2, y2), half-open.
+
+    The defaults are the paper's: the tightest box around mask > 0.5 (Korsch et al., "Simplified
+    Concrete Dropout", 2023, section 3.3). The code that its authors published crops by about
+    `sigma=3, margin=5, min_size=64, square=True`; where nothing is above 0.5 its threshold is the
+    mean of the mask.
+
+    What grows keeps its centre, to half a pixel; at a border of the mask it moves inside, and it
+    never gets larger than the mask. Where nothing is above the threshold the box is (0, 0, 0, 0).
+
+    Args:
+        masks: (N, C, H, W) or (N, H, W), of any scale, or bool. Channels that are all equal count
+            as one map, others are summed.
+        threshold: pixels strictly above it count.
+        sigma: standard deviation, in pixels, of a Gaussian blur before the threshold.
+        margin: pixels added on each side of the tight box.
+        min_size: the smallest width and height, in pixels.
+        square: whether the shorter side grows to the longer one.
+
+    Raises:
+        ValueError: another shape, values that are not finite, an option out of range.
+
+    Example:
+        >>> masks = torch.zeros(1, 1, 8, 8)
+        >>> masks[0, 0, 2:4, 5] = 0.9
+        >>> mask_boxes(masks)
+        tensor([[5, 2, 6, 4]])
+        >>> mask_boxes(masks, margin=1, square=True)
+        tensor([[4, 1, 8, 5]])
+    """
+    _check_box_options(threshold, sigma, margin, min_size)
+    maps = checked_maps(masks, "masks")
+    if sigma > 0:
+        maps = blur(maps[:, None], 2 * math.ceil(4 * sigma) + 1, sigma)[:, 0]
+    boxes = masks_to_boxes(maps > threshold)
+    low, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    grown = (sides + 2 * margin).clamp(min=min_size)
+    if square:
+        grown = grown.amax(1, keepdim=True).expand(-1, 2)
+    limit = grown.new_tensor([maps.shape[2], maps.shape[1]])
+    grown = torch.minimum(grown, limit)
+    low = torch.minimum((low - (grown - sides) // 2).clamp(min=0), limit - grown)
+    return torch.where(sides[:, :1] > 0, torch.cat((low, low + grown), 1), 0)
+
+
+def crop_tta(
+    model: Forward,
+    images: Tensor,
+    masks: Tensor,
+    *,
+    originals: Tensor | Sequence[Tensor] | None = None,
+    views: Tensor | None = None,
+    score: Score = "softmax",
+    threshold: float = 0.5,
+    sigma: float = 0.0,
+    margin: int = 0,
+    min_size: int = 1,
+    square: bool = False,
+    size: tuple[int, int] | None = None,
+    additional_forward_args: Any = None,
+    internal_batch_size: int | None = None,
+) -> Tensor:
+    """The mean of the predictions of each image and of its crop by the box of its mask: (N, K).
+
+    (p(image) + p(crop)) / 2 (Korsch et al., "Simplified Concrete Dropout", 2023, sections 3.3 and
+    4.3, with the joint mask of FIDO). The crop is a plain part of the image, resized to the model's
+    input (bilinear, antialiased where it shrinks), whatever its shape. An image whose mask is
+    nowhere above the threshold has p(image) alone.
+
+    The masks must be those of the class that the model predicts. Masks made for the true label
+    tell the model what it is asked, and any gain in accuracy with them means nothing.
+
+    A box is carried over to the original and widened there to whole pixels. The part of it that
+    lies outside the original, where a view does, is cut off.
+
+    Args:
+        model: gives (N, K), or (N, 1) or (N,) where it has one logit.
+        images: (N, C, H, W), as the model takes them.
+        masks: see `mask_boxes`. Of any height and width: they lie over the image, edge to edge.
+            `boxes_to_masks` of `captum_ext.metrics` makes them from boxes of any other origin.
+        originals: what to crop from, for crops sharper than the images: (N, C, H', W'), or N
+            tensors (C, H', W') of any sizes, normalised as the images are. None are the images.
+        views: (N, 4), (x1, y1, x2, y2) in pixels of the original: the part of it that the image
+            shows, where it was cut out in preprocessing. None is all of it.
+        score: what is averaged: "softmax", "sigmoid" (for one logit, or labels that do not exclude
+            each other), "logit", or a callable of the output.
+        threshold: see `mask_boxes`, as for the next four. They are in pixels of the masks.
+        sigma: Gaussian blur of the masks.
+        margin: added on each side.
+        min_size: of the box.
+        square: whether the box is made square.
+        size: (height, width) of the crop as the model gets it; None is that of the images.
+        additional_forward_args: as in Captum; of tensors with N entries, a crop has its image's.
+        internal_batch_size: the largest batch that the model gets; None is all at once. A second
+            batch has the crops, only of those images that have a box.
+
+    Returns:
+        Of the output's shape, in float32 or better.
+
+    Raises:
+        ValueError: shapes that do not fit, values that are not finite, an option out of range; an
+            output that is not one row for each image, or the softmax of a single logit.
+        TypeError: images or originals that are not tensors of floats.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        >>> images, masks = torch.zeros(1, 2, 8, 8), torch.zeros(1, 1, 8, 8)
+        >>> images[0, 1, 2:4, 2:4], masks[0, 0, 2:4, 2:4] = 1, 1
+        >>> model(images), crop_tta(model, images, masks, score="logit")
+        (tensor([[0.0000, 0.0625]]), tensor([[0.0000, 0.5312]]))
+    """
+    _check_images(images, masks)
+    sources = _checked_originals(originals, images)
+    windows = _checked_views(views, originals is not None, sources)
+    size = (images.shape[2], images.shape[3]) if size is None else _checked_size(size)
+    if internal_batch_size is not None:
+        check_count("internal_batch_size", internal_batch_size)
+    boxes = mask_boxes(
+        masks, threshold, sigma=sigma, margin=margin, min_size=min_size, square=square
+    )
+    # Each crop has a size of its own: they are cut and resized one by one, by numbers that the CPU
+    # must know. The boxes of all images come over in one go.
+    shape = (masks.shape[-1], masks.shape[-2])
+    places = [
+        _in_original(box, shape, window, source)
+        for box, window, source in zip(boxes.tolist(), windows, sources, strict=True)
+    ]
+    n, found = len(images), scored(_checked_output(model, score), score)
+    arguments = _format_additional_forward_args(additional_forward_args) or ()
+
+    def whole(chunk: list[int]) -> Tensor:
+        return images[chunk]  # a copy, which a model may change
+
+    def crops(chunk: list[int]) -> Tensor:
+        return torch.cat([cut(sources[i], places[i] or (0, 0, 0, 0)) for i in chunk])
+
+    def cut(source: Tensor, place: Box) -> Tensor:
+        x1, y1, x2, y2 = place
+        crop = source[None, :, y1:y2, x1:x2].to(images.device)
+        return resize(crop, size, antialias=True).to(images.dtype)
+
+    def predictions(look: Callable[[list[int]], Tensor], which: list[int]) -> Tensor:
+        step = internal_batch_size or n
+        chunks = [which[i : i + step] for i in range(0, len(which), step)]
+        return torch.cat([found(look(c), *(_of(c, n, a) for a in arguments)) for c in chunks])
+
+    with torch.no_grad(), untouched(model):
+        mean = predictions(whole, list(range(n)))
+        boxed = [i for i, place in enumerate(places) if place]
+        if boxed:
+            mean[boxed] = (mean[boxed] + predictions(crops, boxed)) / 2
+    return mean
+
+
+# --- boxes ---------------------------------------------------------------------------------------
+
+
+def _in_original(
+    box: Sequence[int], shape: tuple[int, int], view: Sequence[float], original: Tensor
+) -> Box | None:
+    """The whole pixels of the original that a box touches; None where there are none.
+
+    Args:
+        box: in pixels of a mask.
+        shape: (width, height) of the mask.
+        view: what of the original lies under the mask.
+        original: (C, H', W').
+    """
+    edges = [
+        view[i % 2] + edge * (view[2 + i % 2] - view[i % 2]) / shape[i % 2]
+        for i, edge in enumerate(box)
+    ]
+    height, width = original.shape[1:]
+    x1, y1 = (max(math.floor(edge), 0) for edge in edges[:2])
+    x2, y2 = min(math.ceil(edges[2]), width), min(math.ceil(edges[3]), height)
+    return (x1, y1, x2, y2) if any(box) and x1 < x2 and y1 < y2 else None
+
+
+def _check_box_options(threshold: float, sigma: float, margin: int, min_size: int) -> None:
+    if not is_finite(threshold):
+        raise ValueError(f"`threshold` must be a finite number, got {threshold!r}.")
+    check_size("sigma", sigma)
+    if isinstance(margin, bool) or not isinstance(margin, int) or margin < 0:
+        raise ValueError(f"`margin` must be an integer of at least 0, got {margin!r}.")
+    check_count("min_size", min_size)
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def _check_images(images: Tensor, masks: Tensor) -> None:
+    _check_floats("images", images)
+    if images.dim() != 4 or 0 in images.shape:
+        raise ValueError(f"`images` must be (N, C, H, W), got {tuple(images.shape)}.")
+    if not isinstance(masks, Tensor):
+        raise TypeError(f"`masks` must be a tensor, got {type(masks)}.")
+    if masks.dim() == 0 or len(masks) != len(images):
+        raise ValueError(
+            f"`masks` must be {len(images)}, one for each image, got {tuple(masks.shape)}."
+        )
+
+
+def _check_floats(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value)
+        raise TypeError(f"`{name}` must be tensors of floats, as the model takes them, got {got}.")
+
+
+def _checked_originals(
+    originals: Tensor | Sequence[Tensor] | None, images: Tensor
+) -> Sequence[Tensor]:
+    sources = list(images if originals is None else originals)
+    for source in sources:
+        _check_floats("originals", source)
+    shapes = [tuple(source.shape) for source in sources]
+    good = all(len(s) == 3 and s[0] == images.shape[1] and 0 not in s for s in shapes)
+    if len(sources) != len(images) or not good:
+        raise ValueError(
+            f"`originals` must be {len(images)} tensors ({images.shape[1]}, H', W'), one for each "
+            f"image, got {shapes}."
+        )
+    return sources
+
+
+def _checked_views(
+    views: Tensor | None, has_originals: bool, sources: Sequence[Tensor]
+) -> list[list[float]]:
+    if views is None:
+        return [[0, 0, source.shape[2], source.shape[1]] for source in sources]
+    if not has_originals:
+        raise ValueError("`views` are parts of `originals`, which were not given.")
+    if not isinstance(views, Tensor) or views.shape != (len(sources), 4):
+        got = tuple(views.shape) if isinstance(views, Tensor) else type(views)
+        raise ValueError(f"`views` must be a tensor ({len(sources)}, 4), got {got}.")
+    windows: list[list[float]] = views.double().tolist()
+    for (x1, y1, x2, y2), source in zip(windows, sources, strict=True):
+        height, width = source.shape[1:]
+        finite = all(math.isfinite(edge) for edge in (x1, y1, x2, y2))
+        if not (finite and x1 < x2 and y1 < y2 and x1 < width and y1 < height and min(x2, y2) > 0):
+            raise ValueError(
+                f"`views` must be (x1, y1, x2, y2) with x1 < x2 and y1 < y2, in pixels of the "
+                f"original, got {(x1, y1, x2, y2)} for one of {height} x {width}."
+            )
+    return windows
+
+
+def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"`size` must be (height, width), got {size!r}.")
+    for side in size:
+        check_count("size", side)
+    return (size[0], size[1])
+
+
+def _of(chunk: list[int], n: int, argument: Any) -> Any:
+    """The entries of these images, where an argument of the model has one for each image."""
+    each = isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) == n
+    return argument[chunk] if each else argument
+
+
+def _checked_output(model: Forward, score: Score) -> Forward:
+    """`model`, with an error where its output is not a prediction for each image."""
+
+    def forward(images: Tensor, *arguments: Any) -> Tensor:
+        output = model(images, *arguments)
+        if not isinstance(output, Tensor) or output.dim() not in (1, 2):
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output)
+            raise ValueError(f"`model` must give (N, K) or (N,), but gave {got}.")
+        if len(output) != len(images):
+            raise ValueError(
+                f"`model` must give one row for each of {len(images)} images, but gave "
+                f"{tuple(output.shape)}."
+            )
+        if score == "softmax" and output.numel() == len(output):
+            raise ValueError(
+                f'`score` is "softmax", but `model` gives one logit for each image, '
+                f'{tuple(output.shape)}: choose "sigmoid".'
+            )
+        return output
+
+    return forward

@@ -1,0 +1,138 @@
+"""What shows where images are masked."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from captum_ext.infill import Infill, gaussian, local_mean
+
+ALL = slice(None)
+
+
+def fill(images: Tensor, baselines: Any, keep: Tensor | None = None) -> Tensor:
+    """The infill for one mask each, (N, C, H, W)."""
+    if keep is None:
+        keep = torch.ones(len(images), 1, 1, *images.shape[2:])
+    infill = Infill(images, baselines)
+    infill.draw(torch.Generator().manual_seed(0))
+    return infill(ALL, keep)[:, 0].expand_as(images)
+
+
+def test_constants() -> None:
+    x = torch.randn(2, 3, 5, 7)
+    assert torch.equal(fill(x, 0.25), torch.full_like(x, 0.25))
+    assert torch.equal(fill(x, "zeros"), torch.zeros_like(x))
+    each = torch.randn(2, 3, 1, 1)
+    assert torch.equal(fill(x, each), each.expand_as(x))
+    assert torch.equal(fill(x, (x[:1],)), x[:1].expand_as(x))
+    torch.testing.assert_close(fill(x, "mean"), x.mean((2, 3), keepdim=True).expand_as(x))
+
+
+def test_blur_scales_with_the_image() -> None:
+    """A point becomes a Gaussian of 10 pixels at 224, and of 5 at 112."""
+    for side in (224, 112):
+        x = torch.zeros(1, 1, side, side, dtype=torch.float64)
+        x[..., side // 2, side // 2] = 1
+        row = fill(x, None)[0, 0].sum(0)
+        at = torch.arange(side) - side // 2
+        deviation = (row * at**2).sum().sqrt().item()
+        assert row.sum().item() == pytest.approx(1)
+        assert deviation == pytest.approx(10 * side / 224, rel=0.01), "cut off at 3.2 deviations"
+        torch.testing.assert_close(fill(x, "blur"), fill(x, None), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (1, 64)])
+def test_blur_of_tiny_images(size: tuple[int, int]) -> None:
+    x = torch.randn(1, 3, *size)
+    assert torch.isfinite(fill(x, None)).all()
+    torch.testing.assert_close(fill(torch.ones_like(x), None), torch.ones_like(x))
+    assert torch.isfinite(gaussian(x, 11.6, 75)).all()
+
+
+def test_blur_is_the_same_in_normalised_space() -> None:
+    x = torch.rand(1, 3, 30, 30, dtype=torch.float64)
+    mean, std = torch.rand(3, 1, 1).double(), torch.rand(3, 1, 1).double() + 0.1
+    torch.testing.assert_close(fill((x - mean) / std, None), (fill(x, None) - mean) / std)
+
+
+def test_local_mean_is_of_what_is_kept() -> None:
+    """By hand: at 224 pixels, the mean over the 15 x 15 around, without what is masked."""
+    x = torch.randn(1, 2, 224, 60)
+    x = F.interpolate(x, (224, 224))
+    keep = (torch.rand(1, 1, 224, 224) > 0.3).float()
+    keep[..., 100:140, 100:140] = 0
+    found = local_mean(x, keep)
+    for row, column in ((0, 0), (50, 111), (223, 100)):
+        rows, columns = slice(max(0, row - 7), row + 8), slice(max(0, column - 7), column + 8)
+        kept = keep[0, 0, rows, columns]
+        expected = (x[0, :, rows, columns] * kept).sum((1, 2)) / kept.sum()
+        torch.testing.assert_close(found[0, :, row, column], expected, rtol=1e-4, atol=1e-4)
+    assert (found[..., 110:130, 110:130] == 0).all(), "nothing is kept around"
+    torch.testing.assert_close(fill(x, "local", keep[:, None]), found)
+
+
+def test_noise_stays_in_the_images_range_and_is_shared() -> None:
+    x = torch.rand(2, 3, 64, 64) * torch.tensor([1.0, 5.0])[:, None, None, None] - 2
+    found = fill(x, "noise")
+    low, high = x.amin((2, 3)), x.amax((2, 3))
+    assert (found.amin((2, 3)) >= low - 1e-5).all()
+    assert (found.amax((2, 3)) <= high + 1e-5).all()
+    unit = [(found[i] - low[i, :, None, None]) / (high - low)[i, :, None, None] for i in range(2)]
+    torch.testing.assert_close(*unit, rtol=1e-4, atol=1e-4)
+    infill, generator = Infill(x, "noise"), torch.Generator().manual_seed(0)
+    keep = torch.ones(2, 1, 1, 64, 64)
+    infill.draw(generator)
+    first = infill(ALL, keep)
+    infill.draw(generator)
+    assert not torch.equal(infill(ALL, keep), first)
+
+
+def test_callables() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    calls: list[tuple[int, ...]] = []
+
+    def of_images(images: Tensor) -> Tensor:
+        calls.append(tuple(images.shape))
+        return images.flip(3)
+
+    def of_masks(images: Tensor, keep: Tensor) -> Tensor:
+        calls.append(tuple(keep.shape))
+        assert not keep.requires_grad
+        return images * keep + 9
+
+    infill = Infill(x, of_images)
+    keep = torch.rand(2, 3, 1, 4, 4).requires_grad_()
+    for _ in range(2):
+        torch.testing.assert_close(infill(ALL, keep).expand(2, 3, 3, 4, 4)[:, 1], x.flip(3))
+    assert calls == [(2, 3, 4, 4)], "once"
+    found = Infill(x, of_masks)(slice(1, 2), keep[1:])
+    torch.testing.assert_close(found, (x[1:, None] * keep[1:].detach() + 9))
+    assert calls[1:] == [(3, 1, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("baselines", "error", "message"),
+    [
+        ("blurr", ValueError, "blurr"),
+        (float("nan"), ValueError, "not finite"),
+        (torch.zeros(5, 1, 1), ValueError, r"broadcast to the images \(2, 3, 4, 4\)"),
+        (torch.zeros(1, 2, 3, 4, 4), ValueError, "broadcast"),
+        ((0.0, 0.0), ValueError, "got 2"),
+        (True, TypeError, "bool"),
+        ({"blur": 1}, TypeError, "dict"),
+        (lambda images: images[:, :1, :2], ValueError, "broadcast"),
+        (lambda images: None, ValueError, "NoneType"),
+    ],
+)
+def test_bad_infills(baselines: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"`baselines`.*{message}"):
+        Infill(torch.randn(2, 3, 4, 4), baselines)
+
+
+def test_a_callable_of_masks_that_gives_another_shape() -> None:
+    infill = Infill(torch.randn(2, 3, 4, 4), lambda images, keep: keep)
+    with pytest.raises(ValueError, match=r"`baselines` must give images of shape \(2, 3, 4, 4\)"):
+        infill(ALL, torch.ones(2, 1, 1, 4, 4))

@@ -1,0 +1,401 @@
+"""Boxes of masks and the crops they make, by hand and against a few lines of plain torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import resized_crop
+
+from captum_ext.metrics import boxes_to_masks
+from captum_ext.tta import crop_tta, mask_boxes
+
+D = torch.float64
+
+
+def means(x: Tensor) -> Tensor:
+    """A linear model: its logits are the means of the channels."""
+    return x.mean((2, 3))
+
+
+def at(*boxes: list[int], size: tuple[int, int] = (12, 10)) -> Tensor:
+    """Masks (N, 1, H, W): 0.9 in the boxes, 0.5 elsewhere."""
+    inside = boxes_to_masks([torch.tensor([box]) for box in boxes], size)
+    return 0.5 + 0.4 * inside[:, None].to(D)
+
+
+# --- boxes ---------------------------------------------------------------------------------------
+
+
+def test_the_box_is_tight_half_open_and_strictly_above_the_threshold() -> None:
+    masks = at([2, 3, 7, 4], [0, 0, 10, 12], [9, 11, 10, 12], [4, 4, 4, 4])
+    expected = [[2, 3, 7, 4], [0, 0, 10, 12], [9, 11, 10, 12], [0, 0, 0, 0]]
+    assert mask_boxes(masks).tolist() == expected
+    assert mask_boxes(masks[:, 0]).tolist() == expected
+    assert mask_boxes(masks.repeat(1, 3, 1, 1)).tolist() == expected  # an attribution's channels
+    assert mask_boxes(masks > 0.5).tolist() == expected
+    assert mask_boxes(masks, 0.9).tolist() == [[0, 0, 0, 0]] * 4
+    assert mask_boxes(masks, 0.4).tolist() == [[0, 0, 10, 12]] * 4
+    assert mask_boxes(masks).dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"margin": 1}, [3, 4, 8, 7]),
+        ({"margin": 3}, [1, 2, 10, 9]),
+        ({"margin": 4}, [0, 1, 10, 10]),  # 11 wide would be wider than the mask
+        ({"min_size": 2}, [4, 5, 7, 7]),
+        ({"min_size": 5}, [3, 3, 8, 8]),
+        ({"min_size": 6}, [3, 3, 9, 9]),  # 3 more to the left and right: 1 and 2
+        ({"square": True}, [4, 4, 7, 7]),
+        ({"square": True, "margin": 1, "min_size": 7}, [2, 2, 9, 9]),
+        ({"min_size": 99}, [0, 0, 10, 12]),
+    ],
+)
+def test_what_grows_keeps_its_centre(options: dict[str, Any], expected: list[int]) -> None:
+    assert mask_boxes(at([4, 5, 7, 6]), **options).tolist() == [expected]
+
+
+def test_at_a_border_a_box_moves_inside() -> None:
+    corners = at([0, 0, 2, 1], [8, 11, 10, 12])
+    assert mask_boxes(corners, margin=2).tolist() == [[0, 0, 6, 5], [4, 7, 10, 12]]
+    assert mask_boxes(corners, square=True).tolist() == [[0, 0, 2, 2], [8, 10, 10, 12]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    margin=st.integers(0, 9),
+    min_size=st.integers(1, 20),
+    square=st.booleans(),
+)
+def test_a_grown_box_holds_the_tight_one(
+    seed: int, margin: int, min_size: int, square: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(6, 13, 9, generator=generator) < 0.03
+    tight = mask_boxes(masks)
+    grown = mask_boxes(masks, margin=margin, min_size=min_size, square=square)
+    for (x1, y1, x2, y2), (a1, b1, a2, b2) in zip(tight.tolist(), grown.tolist(), strict=True):
+        if x2 == 0:
+            assert (a1, b1, a2, b2) == (0, 0, 0, 0)
+            continue
+        assert 0 <= a1 <= x1 < x2 <= a2 <= 9
+        assert 0 <= b1 <= y1 < y2 <= b2 <= 13
+        sides = [max(side + 2 * margin, min_size) for side in (x2 - x1, y2 - y1)]
+        sides = [max(sides)] * 2 if square else sides
+        assert [a2 - a1, b2 - b1] == [min(sides[0], 9), min(sides[1], 13)]
+
+
+def test_the_blur_comes_before_the_threshold() -> None:
+    masks = torch.zeros(1, 1, 40, 40)
+    masks[0, 0, 10:30, 10:30] = 1
+    masks[0, 0, 2, 2] = 1  # a speck, which the blur removes
+    assert mask_boxes(masks).tolist() == [[2, 2, 30, 30]]
+    x1, y1, x2, y2 = mask_boxes(masks, sigma=2.0)[0].tolist()
+    assert (x1, y1) == (10, 10)
+    assert (x2, y2) == (30, 30)  # half of a blurred edge is at the edge
+
+
+def test_wrong_masks_and_options_are_named() -> None:
+    good = at([1, 1, 3, 3])
+    for shape in ((3, 4), (1, 0, 4), (1, 1, 1, 3, 4)):
+        with pytest.raises(ValueError, match=r"`masks` must be \(B, C, H, W\)"):
+            mask_boxes(torch.zeros(shape))
+    with pytest.raises(ValueError, match="`masks` has values that are not finite"):
+        mask_boxes(torch.full((1, 3, 4), torch.nan))
+    for name, wrong in (
+        ("threshold", float("nan")),
+        ("threshold", "half"),
+        ("sigma", -1.0),
+        ("sigma", float("inf")),
+        ("margin", -1),
+        ("margin", 0.5),
+        ("min_size", 0),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            mask_boxes(good, **{name: wrong})
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            crop_tta(means, torch.rand(1, 3, 12, 10), good, **{name: wrong})
+
+
+# --- predictions ---------------------------------------------------------------------------------
+
+
+def test_the_mean_of_two_predictions_by_hand() -> None:
+    # One bright channel in a twelfth of the image, all of the crop.
+    images, masks = torch.zeros(1, 2, 6, 8, dtype=D), torch.zeros(1, 1, 6, 8, dtype=D)
+    images[0, 1, 2:4, 3:5], masks[0, 0, 2:4, 3:5] = 12, 1
+    logits = crop_tta(means, images, masks, score="logit")
+    assert logits.tolist() == [[0, (1 + 12) / 2]]
+    sigmoids = crop_tta(means, images, masks, score="sigmoid")
+    torch.testing.assert_close(
+        sigmoids, torch.tensor([[0.0, 1.0], [0.0, 12.0]], dtype=D).sigmoid().mean(0)[None]
+    )
+    softmax = crop_tta(means, images, masks)
+    torch.testing.assert_close(
+        softmax, torch.tensor([[0.0, 1.0], [0.0, 12.0]], dtype=D).softmax(1).mean(0)[None]
+    )
+    own = crop_tta(means, images, masks, score=lambda output: output[:, 1])
+    assert own.tolist() == [6.5]
+
+
+def test_without_a_box_the_image_alone_counts() -> None:
+    network, images = small_net(), torch.randn(3, 3, 12, 10, dtype=D)
+    masks = at([1, 2, 5, 6], [0, 0, 0, 0], [3, 3, 9, 11])
+    alone = network(images).softmax(1)
+    found = crop_tta(network, images, masks)
+    assert torch.equal(found[1], alone[1])
+    assert not torch.isclose(found[[0, 2]], alone[[0, 2]]).any()
+    assert torch.equal(crop_tta(network, images, torch.full((3, 12, 10), 0.5)), alone)
+
+
+@pytest.mark.parametrize(
+    "box", [[0, 0, 3, 2], [6, 7, 10, 12], [9, 0, 10, 1], [0, 0, 10, 12], [2, 5, 9, 6]]
+)
+def test_the_crop_is_torchvisions(box: list[int]) -> None:
+    network, images = small_net(), torch.randn(1, 3, 12, 10, dtype=D)
+    x1, y1, x2, y2 = box
+    crop = resized_crop(images, y1, x1, y2 - y1, x2 - x1, [12, 10])
+    expected = (network(images) + network(crop)) / 2
+    torch.testing.assert_close(crop_tta(network, images, at(box), score="logit"), expected)
+    # The box of the same mask at half the size: no pixel is lost.
+    if all(edge % 2 == 0 for edge in box):
+        half = at([edge // 2 for edge in box], size=(6, 5))
+        torch.testing.assert_close(crop_tta(network, images, half, score="logit"), expected)
+
+
+def test_box_options_and_the_size_reach_the_crop() -> None:
+    network, images = small_net(), torch.randn(1, 3, 12, 10, dtype=D)
+    crop = resized_crop(images, 3, 2, 5, 5, [7, 9])
+    expected = (network(images) + network(crop)) / 2
+    found = crop_tta(
+        network,
+        images,
+        at([3, 5, 6, 6]) - 0.2,
+        score="logit",
+        threshold=0.5,
+        margin=1,
+        square=True,
+        size=(7, 9),
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_it_crops_from_larger_originals() -> None:
+    network = small_net()
+    originals = [torch.randn(3, 48, 30, dtype=D), torch.randn(3, 25, 7, dtype=D)]
+    images = torch.cat([F.interpolate(o[None], (12, 10), mode="bilinear") for o in originals])
+    masks = at([2, 3, 7, 6], [2, 3, 7, 6])
+    # 3 x 4 times, and 0.7 x 25 / 12 times: 1.4 to 4.9, and 6.25 to 12.5, widened to whole pixels.
+    crops = [
+        resized_crop(originals[0][None], 12, 6, 12, 15, [12, 10], antialias=True),
+        resized_crop(originals[1][None], 6, 1, 7, 4, [12, 10], antialias=True),
+    ]
+    expected = (network(images) + network(torch.cat(crops))) / 2
+    found = crop_tta(network, images, masks, originals=originals, score="logit")
+    torch.testing.assert_close(found, expected)
+    for source in (originals[0][None], tuple(originals[:1])):
+        one = crop_tta(network, images[:1], masks[:1], originals=source, score="logit")
+        torch.testing.assert_close(one, expected[:1])
+
+
+def test_a_view_says_which_part_of_the_original_the_image_shows() -> None:
+    network = small_net()
+    original = torch.randn(1, 3, 60, 50, dtype=D)
+    view = torch.tensor([[20, 10, 40, 34]])  # twice the image
+    images = original[:, :, 10:34:2, 20:40:2]
+    crop = resized_crop(original, 10 + 6, 20 + 4, 6, 10, [12, 10], antialias=True)
+    expected = (network(images) + network(crop)) / 2
+    options: dict[str, Any] = {"originals": original, "score": "logit"}
+    found = crop_tta(network, images, at([2, 3, 7, 6]), views=view, **options)
+    torch.testing.assert_close(found, expected)
+    # A view that reaches outside (padding): what is outside is cut off, or there is no crop.
+    outside = torch.tensor([[-20.0, -24.0, 20.0, 24.0]])
+    crop = resized_crop(original, 0, 0, 12, 12, [12, 10], antialias=True)
+    found = crop_tta(network, images, at([2, 3, 8, 9]), views=outside, **options)
+    torch.testing.assert_close(found, (network(images) + network(crop)) / 2)
+    nothing = crop_tta(network, images, at([0, 0, 5, 12]), views=outside, **options)
+    assert torch.equal(nothing, network(images))
+
+
+def test_a_batch_equals_its_images_and_each_crop_has_the_arguments_of_its_image() -> None:
+    images = torch.randn(5, 3, 12, 10, dtype=D)
+    masks = at([0, 0, 3, 2], [0, 0, 0, 0], [4, 4, 9, 9], [9, 11, 10, 12], [2, 0, 3, 12])
+    scale = torch.rand(5, 1, dtype=D)
+    shared = torch.rand(7, dtype=D)
+    network, sizes = small_net(), []
+
+    def model(x: Tensor, scale: Tensor, shared: Tensor, sign: int) -> Tensor:
+        sizes.append(len(x))
+        assert len(scale) == len(x)
+        assert len(shared) == 7
+        return network(x) * scale * sign
+
+    extra = (scale, shared, -1)
+    together = crop_tta(model, images, masks, additional_forward_args=extra)
+    assert sizes == [5, 4]
+    each = [
+        crop_tta(model, x[None], m[None], additional_forward_args=(s[None], shared, -1))
+        for x, m, s in zip(images, masks, scale, strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat(each))
+    sizes.clear()
+    chunks = crop_tta(model, images, masks, additional_forward_args=extra, internal_batch_size=3)
+    assert sizes == [3, 2, 3, 1]
+    torch.testing.assert_close(chunks, together)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_models_with_one_logit(flat: bool) -> None:
+    def model(x: Tensor) -> Tensor:
+        logit = x.mean((1, 2, 3))
+        return logit if flat else logit[:, None]
+
+    images, masks = torch.randn(2, 3, 12, 10, dtype=D), at([0, 0, 3, 2], [4, 4, 9, 9])
+    crops = torch.stack([images[0, :, 0:2, 0:3].mean(), images[1, :, 4:9, 4:9].mean()])
+    found = crop_tta(model, images, masks, score="sigmoid", size=(2, 3))
+    exact = crop_tta(model, images[:1], masks[:1], score="sigmoid", size=(2, 3))
+    assert found.shape == model(images).shape
+    expected = (images[0].mean().sigmoid() + crops[0].sigmoid()) / 2
+    assert exact.item() == pytest.approx(expected.item())
+    torch.testing.assert_close(found[:1], exact)
+    with pytest.raises(ValueError, match='`score` is "softmax", but `model` gives one logit'):
+        crop_tta(model, images, masks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    network, images = small_net().to(dtype), torch.randn(2, 3, 12, 10).to(dtype)
+    masks = at([0, 0, 7, 8], [4, 4, 9, 9]).to(dtype)
+    kinds = []
+
+    def model(x: Tensor) -> Tensor:
+        kinds.append(x.dtype)
+        return network(x)
+
+    found = crop_tta(model, images, masks, originals=images.float())
+    assert kinds == [dtype, dtype]
+    assert found.dtype == torch.float32
+    full = crop_tta(network.double(), images.double(), masks)
+    torch.testing.assert_close(found.double(), full, atol=1e-2, rtol=0)
+
+
+# --- no trace ------------------------------------------------------------------------------------
+
+
+def small_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True)]
+    return (
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4)).eval().to(D)
+    )
+
+
+def test_nothing_is_left_behind(trace_free: Callable[..., Any]) -> None:
+    network, images = small_net().train(), torch.randn(2, 3, 12, 10, dtype=D, requires_grad=True)
+    masks = at([0, 0, 3, 2], [4, 4, 9, 9])
+    originals = torch.randn(2, 3, 24, 20, dtype=D)
+    with (
+        trace_free(network, images, masks, originals),
+        pytest.warns(UserWarning, match="train mode"),
+    ):
+        found = crop_tta(network, images, masks, originals=originals)
+    assert not found.requires_grad
+    network.eval()
+    network.add_module("broken", Broken(at_call=2))
+    with (
+        trace_free(network, images, masks, originals),
+        pytest.raises(RuntimeError, match="in the middle"),
+    ):
+        crop_tta(network, images, masks, originals=originals)
+
+
+class Broken(nn.Module):
+    """Raises at the n-th call."""
+
+    def __init__(self, at_call: int) -> None:
+        super().__init__()
+        self.calls = iter(range(1, at_call))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if next(self.calls, None) is None:
+            raise RuntimeError("in the middle")
+        return x
+
+
+def test_a_model_that_works_in_place_does_not_reach_the_images() -> None:
+    images, masks = torch.rand(2, 3, 12, 10), at([0, 0, 3, 2], [0, 0, 10, 12])
+    before = images.clone()
+    changed = crop_tta(lambda x: x.mul_(2).mean((2, 3)), images, masks, score="logit")
+    assert torch.equal(images, before)
+    torch.testing.assert_close(changed, crop_tta(means, images, masks, score="logit") * 2)
+    with torch.inference_mode():
+        inside = crop_tta(means, images, masks, score="logit")
+    torch.testing.assert_close(inside * 2, changed)
+
+
+# --- wrong arguments -----------------------------------------------------------------------------
+
+
+def never(x: Tensor) -> Tensor:
+    raise AssertionError("the model was called")
+
+
+def test_wrong_arguments_are_named_before_the_model_is_called() -> None:
+    images, masks = torch.rand(2, 3, 12, 10), at([0, 0, 3, 2], [4, 4, 9, 9])
+
+    def refused(message: str, error: type[Exception] = ValueError, **changed: Any) -> None:
+        arguments: dict[str, Any] = {"images": images, "masks": masks, **changed}
+        with pytest.raises(error, match=message):
+            crop_tta(never, **arguments)
+
+    refused("`images` must be tensors of floats", TypeError, images=(images * 255).byte())
+    refused("`images` must be tensors of floats", TypeError, images=images.numpy())
+    refused(r"`images` must be \(N, C, H, W\)", images=images[0])
+    refused(r"`images` must be \(N, C, H, W\)", images=images[:0], masks=masks[:0])
+    refused("`masks` must be a tensor", TypeError, masks=masks.numpy())
+    refused("`masks` must be 2, one for each image", masks=masks[:1])
+    refused("`masks` has values that are not finite", masks=masks * torch.inf)
+    refused(r"`originals` must be 2 tensors \(3, H', W'\)", originals=images[:1])
+    refused(r"`originals` must be 2 tensors \(3, H', W'\)", originals=images[:, :1])
+    refused(r"`originals` must be 2 tensors \(3, H', W'\)", originals=[images[:1], images[:1]])
+    refused("`originals` must be tensors of floats", TypeError, originals=images.byte())
+    refused("`originals` must be tensors of floats", TypeError, originals=[images[0], "a.png"])
+    refused("`views` are parts of `originals`", views=torch.zeros(2, 4))
+    view = torch.tensor([[0.0, 0, 5, 5]] * 2)
+    refused(r"`views` must be a tensor \(2, 4\)", originals=images, views=view[0])
+    refused(r"`views` must be a tensor \(2, 4\)", originals=images, views=view.tolist())
+    for wrong in ([5, 0, 5, 5], [0, 6, 5, 5], [0, 0, torch.nan, 5], [10, 0, 15, 5], [-5, 0, 0, 5]):
+        views = torch.stack((view[0], torch.tensor(wrong)))
+        refused("`views` must be .* of the original", originals=images, views=views)
+    refused("`score` must be one of", score="logits")
+    refused("`size` must be", size=5)
+    refused("`size` must be", size=(5, 0))
+    refused("`size` must be", size=(5.0, 5))
+    refused("`internal_batch_size` must be an integer", internal_batch_size=0)
+
+
+def test_an_output_that_is_no_prediction_is_named() -> None:
+    images, masks = torch.rand(2, 3, 12, 10), at([0, 0, 3, 2], [4, 4, 9, 9])
+    for model in (lambda x: x, lambda x: x.mean(), lambda x: {"logits": means(x)}):
+        with pytest.raises(ValueError, match=r"`model` must give \(N, K\) or \(N,\)"):
+            crop_tta(model, images, masks)
+    with pytest.raises(ValueError, match="`model` must give one row for each of 2 images"):
+        crop_tta(lambda x: means(x)[:1], images, masks)
+
+
+@pytest.mark.gpu
+def test_on_the_device() -> None:
+    network, images = small_net(), torch.randn(2, 3, 12, 10, dtype=D)
+    masks, originals = at([0, 0, 3, 2], [4, 4, 9, 9]), torch.randn(2, 3, 48, 40, dtype=D)
+    expected = crop_tta(network, images, masks, originals=originals)
+    for source in (originals, originals.cuda()):
+        found = crop_tta(network.cuda(), images.cuda(), masks.cuda(), originals=source)
+        assert found.is_cuda
+        torch.testing.assert_close(found.cpu(), expected)
