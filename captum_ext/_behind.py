@@ -1,7 +1,6 @@
 """Run again only what lies behind a layer, on edited activations."""
 
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from captum_ext._checks import warn
 from captum_ext._compat import TargetType, _run_forward
 from captum_ext._model import (
     Forward,
@@ -174,10 +174,9 @@ class Behind:
     def _leave_the_fast_way(self, reason: str) -> None:
         self.at_once = False
         name = module_name(self.forward_func, self.layer)
-        warnings.warn(
+        warn(
             f"What lies behind {name} cannot be run for several edits at once ({reason}): running "
-            f"one edit after the other.",
-            stacklevel=3,
+            f"one edit after the other."
         )
 
     def __call__(

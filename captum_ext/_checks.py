@@ -1,6 +1,8 @@
-"""Checks of arguments, each a clear error before any model call."""
+"""Checks of arguments, each a clear error before any model call; and warnings."""
 
 import math
+import sys
+import warnings
 from typing import Any
 
 import torch
@@ -46,7 +48,7 @@ def check_generator(generator: Any, device: torch.device) -> None:
         return
     if not isinstance(generator, Generator):
         raise TypeError(f"`generator` must be a torch.Generator, got {type(generator)}.")
-    if generator.device.type != device.type:
+    if generator.device != torch.empty(0, device=device).device:
         raise ValueError(
             f"`generator` must be on the device of the inputs, {device}, got {generator.device}."
         )
@@ -66,3 +68,12 @@ def one_batch_of_images(inputs: Any) -> Tensor:
     if not bool(torch.isfinite(x).all()):
         raise ValueError("`inputs` are not finite.")
     return x.detach()
+
+
+def warn(message: str) -> None:
+    """Warn, with the line outside of this package, Captum and torch that led here."""
+    inside = ("captum_ext", "captum", "torch", "contextlib")
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in inside:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

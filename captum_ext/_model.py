@@ -15,7 +15,6 @@ that was left in train mode.
 
 import difflib
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -27,6 +26,7 @@ from torch.nn import DataParallel, Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from captum_ext._checks import warn
 from captum_ext._compat import (
     TargetType,
     _reduce_list,
@@ -147,32 +147,44 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
 # --- leaving no trace ----------------------------------------------------------------------------
 
 
+_Buffer = tuple[Module, str, Tensor, Tensor]
+
+_keeping = threading.Lock()
+_kept: dict[int, tuple[int, list[_Buffer]]] = {}  # by module: calls under way, and its buffers
+
+
 @contextmanager
 def untouched(forward_func: Forward) -> Iterator[None]:
     """Put buffers back at the end, and warn once if the model is in train mode.
 
     Kept are the buffers of modules in train mode, and of modules that are not torch's own. For a
-    plain function, whose modules are not known, they are found while they run.
+    plain function, whose modules are not known, they are found while they run. Where several
+    threads explain one model, the first that comes keeps them, and the last that goes puts them
+    back.
     """
     me = threading.get_ident()
-    kept: dict[int, list[tuple[Module, str, Tensor, Tensor]]] = {}
+    mine: set[int] = set()
     warned = False
 
     def keep(module: Module, args: Any = None) -> None:
         nonlocal warned
-        if threading.get_ident() != me or id(module) in kept:
+        if threading.get_ident() != me or id(module) in mine:
             return
         if _depends_on_mode(module) and not warned:
             warned = True
-            warnings.warn(
+            warn(
                 f"The model is in train mode ({type(module).__name__} is): it is explained as it "
                 f"stands, with batch statistics and dropout. Call .eval() to explain what it "
-                f"predicts in use.",
-                stacklevel=4,
+                f"predicts in use."
             )
         if module.training or not type(module).__module__.startswith("torch.nn."):
-            buffers = module.named_buffers(recurse=False)
-            kept[id(module)] = [(module, name, b, b.detach().clone()) for name, b in buffers]
+            mine.add(id(module))
+            with _keeping:
+                count, buffers = _kept.get(id(module), (0, None))
+                if buffers is None:
+                    named = module.named_buffers(recurse=False)
+                    buffers = [(module, name, b, b.detach().clone()) for name, b in named]
+                _kept[id(module)] = (count + 1, buffers)
 
     root = root_module(forward_func)
     with ExitStack() as hooks:
@@ -184,10 +196,20 @@ def untouched(forward_func: Forward) -> Iterator[None]:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for module, name, buffer, value in (x for entry in kept.values() for x in entry):
-                    buffer.copy_(value)
-                    module._buffers[name] = buffer
+            for key in mine:
+                with _keeping:
+                    count, buffers = _kept.pop(key)
+                    if count > 1:
+                        _kept[key] = (count - 1, buffers)
+                    else:
+                        _put_back(buffers)
+
+
+def _put_back(buffers: list[_Buffer]) -> None:
+    for module, name, buffer, value in buffers:
+        with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+            buffer.copy_(value)
+        module._buffers[name] = buffer
 
 
 def _depends_on_mode(module: Module) -> bool:

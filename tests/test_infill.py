@@ -1,10 +1,12 @@
 """What shows where images are masked."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from kornia.filters import GaussianBlur2d
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_ext.infill import Infill, gaussian, local_mean
@@ -42,6 +44,10 @@ def test_blur_scales_with_the_image() -> None:
         assert row.sum().item() == pytest.approx(1)
         assert deviation == pytest.approx(10 * side / 224, rel=0.01), "cut off at 3.2 deviations"
         torch.testing.assert_close(fill(x, "blur"), fill(x, None), rtol=0, atol=0)
+        wide = torch.nn.functional.pad(x, (side, side, 0, 0))
+        row = fill(wide, None)[0, 0, :, side:-side].sum(0)
+        deviation = (row * at**2).sum().sqrt().item()
+        assert deviation == pytest.approx(10 * side / 224, rel=0.01), "of the shorter side"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 9), (1, 64)])
@@ -62,12 +68,12 @@ def test_local_mean_is_of_what_is_kept() -> None:
     """By hand: at 224 pixels, the mean over the 15 x 15 around, without what is masked."""
     x = torch.randn(1, 2, 224, 60)
     x = F.interpolate(x, (224, 224))
-    keep = (torch.rand(1, 1, 224, 224) > 0.3).float()
-    keep[..., 100:140, 100:140] = 0
+    keep = torch.rand(1, 1, 224, 224)
+    keep[..., 100:140, 100:140] = 0.4
     found = local_mean(x, keep)
     for row, column in ((0, 0), (50, 111), (223, 100)):
         rows, columns = slice(max(0, row - 7), row + 8), slice(max(0, column - 7), column + 8)
-        kept = keep[0, 0, rows, columns]
+        kept = keep[0, 0, rows, columns] > 0.5
         expected = (x[0, :, rows, columns] * kept).sum((1, 2)) / kept.sum()
         torch.testing.assert_close(found[0, :, row, column], expected, rtol=1e-4, atol=1e-4)
     assert (found[..., 110:130, 110:130] == 0).all(), "nothing is kept around"
@@ -82,6 +88,8 @@ def test_noise_stays_in_the_images_range_and_is_shared() -> None:
     assert (found.amax((2, 3)) <= high + 1e-5).all()
     unit = [(found[i] - low[i, :, None, None]) / (high - low)[i, :, None, None] for i in range(2)]
     torch.testing.assert_close(*unit, rtol=1e-4, atol=1e-4)
+    grain = unit[0][:, 1:-1, 1:-1].flatten(1)
+    assert 0.1 < grain.std(1).max() < 0.25, "a fifth of the range, less what is cut off"
     infill, generator = Infill(x, "noise"), torch.Generator().manual_seed(0)
     keep = torch.ones(2, 1, 1, 64, 64)
     infill.draw(generator)
@@ -100,8 +108,11 @@ def test_callables() -> None:
 
     def of_masks(images: Tensor, keep: Tensor) -> Tensor:
         calls.append(tuple(keep.shape))
-        assert not keep.requires_grad
-        return images * keep + 9
+        assert not torch.is_grad_enabled()
+        filled = images * keep + 9
+        images.zero_()
+        keep.zero_()  # both are the callable's own
+        return filled
 
     infill = Infill(x, of_images)
     keep = torch.rand(2, 3, 1, 4, 4).requires_grad_()
@@ -111,6 +122,35 @@ def test_callables() -> None:
     found = Infill(x, of_masks)(slice(1, 2), keep[1:])
     torch.testing.assert_close(found, (x[1:, None] * keep[1:].detach() + 9))
     assert calls[1:] == [(3, 1, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        nn.Identity(),
+        nn.Conv2d(3, 3, 3, padding=1),
+        GaussianBlur2d((3, 3), (1.0, 1.0)),
+        torch.zeros_like,
+        partial(torch.full_like, fill_value=0.3),
+        partial(torch.flip, dims=(3,)),
+        lambda images, strength=0.5: images * strength,
+        lambda *images: images[0],
+    ],
+)
+def test_callables_of_images_in_every_form(function: Any) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    found = fill(x, function)
+    assert torch.equal(found, function(x))
+    assert not found.requires_grad
+
+
+def test_a_module_of_images_and_masks() -> None:
+    class Inpaint(nn.Module):
+        def forward(self, images: Tensor, keep: Tensor) -> Tensor:
+            return images * keep
+
+    x, keep = torch.randn(2, 3, 4, 4), torch.rand(2, 1, 1, 4, 4)
+    torch.testing.assert_close(fill(x, Inpaint(), keep), x * keep[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -135,4 +175,10 @@ def test_bad_infills(baselines: Any, error: type[Exception], message: str) -> No
 def test_a_callable_of_masks_that_gives_another_shape() -> None:
     infill = Infill(torch.randn(2, 3, 4, 4), lambda images, keep: keep)
     with pytest.raises(ValueError, match=r"`baselines` must give images of shape \(2, 3, 4, 4\)"):
+        infill(ALL, torch.ones(2, 1, 1, 4, 4))
+
+
+def test_a_callable_of_masks_that_gives_nan() -> None:
+    infill = Infill(torch.randn(2, 3, 4, 4), lambda images, keep: images * float("nan"))
+    with pytest.raises(ValueError, match="`baselines` are not finite"):
         infill(ALL, torch.ones(2, 1, 1, 4, 4))

@@ -33,25 +33,18 @@ def log_odds(output: Tensor, target: TargetType, outputs: str = "logits") -> Ten
         return _of_one(values, target, outputs)
     if outputs == "probabilities":
         values = values.clamp(min=torch.finfo(values.dtype).tiny).log()
-    chosen = _positions(values, target)
     n, classes, places = len(values), values.shape[1], values[0, 0].numel()
-    rows = values.reshape(n, classes, places)
-    first = torch.arange(n, device=values.device)
-    inside = chosen % (classes * places)
-    at_class, at_place = inside // places, inside % places
-    picked = rows[first, :, at_place]
+    # Where Captum finds the target of each example.
+    numbers = torch.arange(classes * places, device=values.device)
+    chosen = _select_targets(numbers.reshape(1, *values.shape[1:]).expand_as(values), target)
+    check_one_score_each(chosen)
+    at_class, at_place = chosen.reshape(-1) // places, chosen.reshape(-1) % places
+    every = torch.arange(n, device=values.device)
+    logits = values.reshape(n, classes, places)[every, :, at_place]
     is_target = torch.arange(classes, device=values.device) == at_class[:, None]
-    others = picked.masked_fill(is_target, -torch.inf).logsumexp(1)
-    odds: Tensor = picked[first, at_class] - others
+    others = logits.masked_fill(is_target, -torch.inf).logsumexp(1)
+    odds: Tensor = logits[every, at_class] - others
     return odds
-
-
-def _positions(values: Tensor, target: TargetType) -> Tensor:
-    """Where in the flattened output Captum finds the target of each example."""
-    numbers = torch.arange(values.numel(), device=values.device).reshape(values.shape)
-    selected: Tensor = _select_targets(numbers, target)
-    check_one_score_each(selected)
-    return selected.reshape(-1)
 
 
 def _of_one(values: Tensor, target: TargetType, outputs: str) -> Tensor:

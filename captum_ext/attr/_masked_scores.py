@@ -1,6 +1,6 @@
 """The terms of FIDO's loss, and the gradient of the one that needs the model."""
 
-import warnings
+import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -8,13 +8,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from captum_ext._compat import (
-    ExpansionTypes,
-    TargetType,
-    _expand_additional_forward_args,
-    _expand_target,
-    _format_additional_forward_args,
-)
+from captum_ext._checks import warn
+from captum_ext._compat import TargetType, _format_additional_forward_args
 from captum_ext._model import Forward, full_precision, without_autocast
 from captum_ext.attr._concrete_dropout import draw_uniform
 from captum_ext.attr._log_odds import log_odds
@@ -22,63 +17,90 @@ from captum_ext.imaging import resize
 from captum_ext.infill import Infill
 
 SSR, SDR = 0, 1
+SCALE = 1024  # of the loss in the backward pass: fp16 has no numbers for a pixel's share of it
 
 
 class Score:
-    """Log-odds of the target, for some of the images, each under several masks."""
+    """Log-odds of the target for masked images.
+
+    Args:
+        forward_func: the model.
+        outputs: "logits" or "probabilities".
+        target: in any of Captum's forms, for all images.
+        additional_forward_args: tensors with an entry for each image follow it, anything else is
+            handed on.
+        images: (N, C, H, W).
+
+    Raises:
+        AssertionError: targets that are not one for each image.
+    """
 
     def __init__(
-        self, forward_func: Forward, outputs: str, target: TargetType, additional_forward_args: Any
+        self,
+        forward_func: Forward,
+        outputs: str,
+        target: TargetType,
+        additional_forward_args: Any,
+        images: Tensor,
     ) -> None:
-        self.forward_func, self.outputs, self.target = forward_func, outputs, target
-        self.extra = _format_additional_forward_args(additional_forward_args)
+        self.forward_func, self.outputs, self.n_images = forward_func, outputs, len(images)
+        self.target = _one_target_each(target, images)
+        extra = _format_additional_forward_args(additional_forward_args) or ()
+        # No graph may hold a tensor that inference_mode made.
+        self.extra = [e.clone() if isinstance(e, Tensor) and e.is_inference() else e for e in extra]
+        self.channels_last = not images.is_contiguous() and images.is_contiguous(
+            memory_format=torch.channels_last
+        )
         self.checked = False
 
-    def __call__(self, composites: Tensor, examples: slice, n_images: int) -> Tensor:
-        """Log-odds (n, p), of composites (n, p, C, H, W) of the examples of `n_images`."""
+    def __call__(self, composites: Tensor, examples: slice) -> Tensor:
+        """Log-odds (n, p), of composites (n, p, C, H, W) of these examples."""
         n, p = composites.shape[:2]
-        repeat = ExpansionTypes.repeat_interleave
-        target = _of_examples(self.target, examples, n_images)
-        extra = self.extra and tuple(_of_examples(e, examples, n_images) for e in self.extra)
-        args = _expand_additional_forward_args(extra, p, repeat)
-        output = self.forward_func(composites.flatten(0, 1), *(args or ()))
-        self._check(output, n * p)
-        with without_autocast(output):
-            return log_odds(output, _expand_target(target, p, repeat), self.outputs).reshape(n, p)
-
-    def _check(self, output: Any, count: int) -> None:
-        """Refuse what is no score. Values are looked at once: it waits for the device."""
+        numbers = torch.arange(self.n_images, device=composites.device)
+        each = numbers[examples].repeat_interleave(p)
+        target = self.target
+        if isinstance(target, Tensor):
+            target = target[each]
+        elif isinstance(target, list):
+            target = [t for t in target[examples] for _ in range(p)]
+        flat = composites.flatten(0, 1)
+        if self.channels_last:
+            flat = flat.contiguous(memory_format=torch.channels_last)
+        output = self.forward_func(flat, *(self._of(each, e) for e in self.extra))
         if not isinstance(output, Tensor) or not output.is_floating_point():
             shown = output.dtype if isinstance(output, Tensor) else type(output)
             raise TypeError(f"`forward_func` must give a tensor of floats, got {shown}.")
-        if output.dim() == 0 or len(output) != count:
+        if output.dim() == 0 or len(output) != n * p:
             raise ValueError(
-                f"`forward_func` must give scores for each of {count} images, got "
+                f"`forward_func` must give scores for each of {n * p} images, got "
                 f"{tuple(output.shape)}."
             )
-        if not output.requires_grad:
-            raise ValueError(
-                "`forward_func` gives scores that have no gradient with respect to its input."
-            )
-        if self.checked:
-            return
+        with without_autocast(output):
+            odds = log_odds(output, target, self.outputs)
+        if not self.checked:
+            self._check(output.detach(), odds.detach())
+        return odds.reshape(n, p)
+
+    def _of(self, each: Tensor, value: Any) -> Any:
+        is_each = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.n_images
+        return value[each.to(value.device)] if is_each else value
+
+    def _check(self, output: Tensor, odds: Tensor) -> None:
+        """Look at the first values; to look at all would wait for the device each time."""
         self.checked = True
-        values = output.detach()
-        if bool(torch.isnan(values).any()):
+        if not bool(torch.isfinite(odds).all()):
             raise ValueError("`forward_func` gives scores that are not finite.")
-        in_range = bool(((values >= 0) & (values <= 1)).all())
-        if self.outputs == "probabilities" and not in_range:
+        of_shares = bool(((output >= 0) & (output <= 1 + 1e-3)).all())
+        if self.outputs == "probabilities" and not of_shares:
             raise ValueError(
-                "`outputs` is 'probabilities', but those that `forward_func` gives are not all in "
-                "[0, 1]."
+                "`outputs` is 'probabilities', but `forward_func` gives values beyond [0, 1]."
             )
-        if self.outputs == "logits" and in_range and values.dim() > 1 and values.shape[1] > 1:
-            sums = full_precision(values).sum(1)
+        if self.outputs == "logits" and of_shares and output.dim() > 1 and output.shape[1] > 1:
+            sums = full_precision(output).sum(1)
             if bool(((sums - 1).abs() < 1e-3).all()):
-                warnings.warn(
+                warn(
                     "`outputs` is 'logits', but what `forward_func` gives looks like "
-                    "probabilities: say outputs='probabilities'.",
-                    stacklevel=6,
+                    "probabilities: say outputs='probabilities'."
                 )
 
 
@@ -92,7 +114,7 @@ class MaskedScores:
         sample: z of logits and uniform noise.
         rows: which of SSR and SDR.
         n_masks: for each.
-        internal_batch_size: composites in one pass.
+        internal_batch_size: the most composites in one pass. Passes are made about equal.
     """
 
     def __init__(
@@ -107,36 +129,39 @@ class MaskedScores:
     ) -> None:
         self.score, self.images, self.infill, self.sample = score, images, infill, sample
         self.rows, self.n_masks = rows, n_masks
-        self.images_at_once = min(len(images), internal_batch_size)
-        self.masks_at_once = max(1, internal_batch_size // len(images))
+        n_planes = n_masks * len(rows)
+        self.images_at_once = _evenly(len(images), internal_batch_size)
+        self.planes_at_once = _evenly(n_planes, internal_batch_size // len(images))
+        kind = full_precision(images).dtype
+        signs = torch.tensor([-1.0 if row == SSR else 1.0 for row in rows], dtype=kind)
+        self.signs = signs.repeat(n_masks).to(images.device)
 
     def __call__(self, logits: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         """The term of each image (N,), and its gradient by the logits (N, rows, h, w)."""
-        n_images = len(self.images)
-        total, gradient = logits.new_zeros(n_images), torch.zeros_like(logits)
+        total, gradient = torch.zeros_like(logits[:, 0, 0, 0]), torch.zeros_like(logits)
         self.infill.draw(generator)
-        noise = self._noise(logits, generator)
-        while some := list(islice(noise, self.masks_at_once)):
-            at = [self.rows.index(row) for row, _ in some]
-            sign = logits.new_tensor([-1.0 if row == SSR else 1.0 for row, _ in some])
+        planes, first = self._planes(logits, generator), 0
+        while some := list(islice(planes, self.planes_at_once)):
             uniform = torch.stack([u for _, u in some])
-            for start in range(0, n_images, self.images_at_once):
+            signs = self.signs[first : first + len(some)]
+            first += len(some)
+            for start in range(0, len(self.images), self.images_at_once):
                 examples = slice(start, start + self.images_at_once)
                 leaf = logits[examples].detach().requires_grad_()
-                z = self.sample(leaf[:, at], uniform)
-                composites = self._composites(examples, z)
-                terms = self.score(composites, examples, n_images) * sign / self.n_masks
-                gradient[examples] += torch.autograd.grad(terms.sum(), leaf)[0]
-                total[examples] += terms.detach().sum(1)
-        return total, gradient
+                by_row = leaf.unbind(1)
+                z = self.sample(torch.stack([by_row[row] for row, _ in some], 1), uniform)
+                odds = self.score(self._composites(examples, z), examples) * signs
+                gradient[examples] += _gradient(odds, leaf)
+                total[examples] += odds.detach().sum(1)
+        return total / self.n_masks, gradient / self.n_masks
 
-    def _noise(self, logits: Tensor, generator: Generator | None) -> Iterator[tuple[int, Tensor]]:
-        """A mask's noise (h, w) after the other; that of both objectives is always drawn."""
+    def _planes(self, logits: Tensor, generator: Generator | None) -> Iterator[tuple[int, Tensor]]:
+        """One mask's noise (h, w) after the other; that of both objectives is always drawn."""
         size = (logits.shape[2], logits.shape[3])
         for _ in range(self.n_masks):
             both = draw_uniform((2, *size), logits, generator)
-            for row in self.rows:
-                yield row, both[row]
+            for i, row in enumerate(self.rows):
+                yield i, both[row]
 
     def _composites(self, examples: slice, z: Tensor) -> Tensor:
         """X kept where z is 0 and replaced where it is 1: (n, p, C, H, W)."""
@@ -154,14 +179,40 @@ def regulariser(
     difference: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """What sizes and edges add to the loss of each image: (N,), of theta (N, rows, h, w)."""
-    kept = theta.new_tensor([row == SSR for row in rows])[:, None, None]
-    size = (kept + (1 - 2 * kept) * theta).sum((1, 2, 3))  # 1 - theta of SSR, theta of SDR
+    by_row = zip(rows, theta.unbind(1), strict=True)
+    size = sum((1 - t if row == SSR else t).sum((1, 2)) for row, t in by_row)
     down = difference(theta[..., 1:, :] - theta[..., :-1, :]).sum((1, 2, 3))
     right = difference(theta[..., 1:] - theta[..., :-1]).sum((1, 2, 3))
     return l1 * size + tv * (down + right)
 
 
-def _of_examples(value: Any, examples: slice, n_images: int) -> Any:
-    """The part of a target or an argument that has an entry for each image."""
-    is_list = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
-    return value[examples] if is_list and len(value) == n_images else value
+def _gradient(odds: Tensor, leaf: Tensor) -> Tensor:
+    """The gradient of the sum of `odds`, by the logits alone."""
+    found: Tensor | None = None
+    if odds.requires_grad:
+        (found,) = torch.autograd.grad(odds.sum() * SCALE, leaf, allow_unused=True)
+    if found is None:
+        raise ValueError(
+            "`forward_func` gives scores that have no gradient with respect to its input."
+        )
+    return found / SCALE
+
+
+def _evenly(count: int, most: int) -> int:
+    """The size of as few chunks of at most `most` as there can be, about equal."""
+    return math.ceil(count / math.ceil(count / max(most, 1)))
+
+
+def _one_target_each(target: TargetType, images: Tensor) -> Any:
+    """The target as None, an int, a tuple, a tensor (N,) on the device or a list of N tuples."""
+    n = len(images)
+    if isinstance(target, list):
+        assert len(target) == n, f"Target list length {len(target)} is not that of inputs, {n}."
+        if all(isinstance(t, int) for t in target):
+            return torch.tensor(target, device=images.device)
+    if isinstance(target, Tensor):
+        if target.numel() == 1 and not target.is_floating_point():
+            return int(target.item())
+        assert target.shape == (n,), f"Tensor target dimension {tuple(target.shape)} is not valid."
+        return target.to(images.device)
+    return target

@@ -152,8 +152,9 @@ class FIDO(PerturbationAttribution):
     def multiplies_by_inputs(self) -> bool:
         return False
 
-    def has_convergence_delta(self) -> bool:
-        return False
+    @classmethod
+    def get_name(cls) -> str:
+        return cls.__name__
 
     def attribute_future(self) -> None:
         raise NotImplementedError(f"attribute_future is not implemented for {self.get_name()}.")
@@ -245,13 +246,14 @@ class FIDO(PerturbationAttribution):
         check_generator(generator, images.device)
         size = _checked_size(mask_size, images)
         rows = OBJECTIVES[objective]
+        if callback is not None and not callable(callback):
+            raise TypeError(f"`callback` must be callable or None, got {type(callback)}.")
+        shape = (images.shape[2], images.shape[3])
         with torch.inference_mode(False), untouched(self.forward_func), torch.enable_grad():
-            images = images.clone()
-            score = Score(self.forward_func, self.outputs, target, _usable(additional_forward_args))
-            term = MaskedScores(
-                score,
+            scores = MaskedScores(
+                Score(self.forward_func, self.outputs, target, additional_forward_args, images),
                 images,
-                Infill(images, _usable(baselines)),
+                Infill(images, baselines),
                 partial(DROPOUTS[dropout], temperature=temperature),
                 rows,
                 n_masks,
@@ -259,7 +261,7 @@ class FIDO(PerturbationAttribution):
             )
             penalty = partial(regulariser, rows=rows, l1=l1, tv=tv, difference=TV_NORMS[tv_norm])
             kind = full_precision(images).dtype
-            logits = images.new_zeros(len(images), len(rows), *size, dtype=kind)
+            logits = torch.zeros(len(images), len(rows), *size, dtype=kind, device=images.device)
             optimiser = torch.optim.AdamW([logits], lr=lr, eps=eps, weight_decay=0.0)
             losses = logits.new_zeros(n_steps, len(images))
             steps: Any = range(n_steps)
@@ -267,28 +269,26 @@ class FIDO(PerturbationAttribution):
                 steps = progress(steps, desc=f"{self.get_name()} attribution")
             for step in steps:
                 weight = min(1.0, step / warmup) if warmup else 1.0
-                values, gradient = term(logits, generator)
+                values, gradient = scores(logits, generator)
                 leaf = logits.clone().requires_grad_()
                 penalties = weight * penalty(torch.sigmoid(leaf))
-                gradient += torch.autograd.grad(penalties.sum(), leaf)[0]
+                logits.grad = gradient + torch.autograd.grad(penalties.sum(), leaf)[0]
                 losses[step] = values + penalties.detach()
-                logits.grad = gradient
                 optimiser.step()
                 if callback is not None:
-                    with torch.no_grad():
-                        shape = (images.shape[2], images.shape[3])
-                        callback(step + 1, _masks(logits.clone(), losses[: step + 1], rows, shape))
-            with torch.no_grad():
-                masks = _masks(logits, losses, rows, (images.shape[2], images.shape[3]))
-        if not bool(torch.isfinite(logits).all()):
-            raise ValueError("`forward_func` has scores or gradients that are not finite.")
+                    done = step + 1
+                    callback(done, _masks(logits.clone(), losses[:done].clone(), rows, shape))
+        if not bool(torch.isfinite(logits).all() & torch.isfinite(losses).all()):
+            raise ValueError("`forward_func` gave scores or gradients that are not finite.")
+        masks = _masks(logits.detach(), losses, rows, shape)
         found = {"joint": masks.joint, "ssr": masks.ssr, "sdr": masks.sdr}[objective]
         assert found is not None
-        whole = found.to(images.dtype).expand(images.shape).contiguous()
+        whole = found.to(images.dtype).repeat(1, images.shape[1], 1, 1)
         attributions = (whole,) if isinstance(inputs, tuple) else whole
         return (attributions, masks) if return_masks else attributions
 
 
+@torch.no_grad()
 def _masks(
     logits: Tensor, losses: Tensor, rows: tuple[int, ...], size: tuple[int, int]
 ) -> FIDOMasks:
@@ -301,14 +301,14 @@ def _masks(
     }
     ssr, sdr = found.get(SSR), found.get(SDR)
     joint = None if ssr is None or sdr is None else ssr.sqrt() * sdr.sqrt()
-    return FIDOMasks(ssr, sdr, joint, logits.detach(), losses)
+    return FIDOMasks(ssr, sdr, joint, logits, losses)
 
 
 def _checked_size(mask_size: Any, images: Tensor) -> tuple[int, int]:
     height, width = images.shape[2:]
     if mask_size is None:
         return height, width
-    pair = mask_size if isinstance(mask_size, tuple) else (mask_size, mask_size)
+    pair = tuple(mask_size) if isinstance(mask_size, tuple | list) else (mask_size, mask_size)
     whole = all(isinstance(side, int) and not isinstance(side, bool) for side in pair)
     if len(pair) != 2 or not whole or not (1 <= pair[0] <= height and 1 <= pair[1] <= width):
         raise ValueError(
@@ -316,10 +316,3 @@ def _checked_size(mask_size: Any, images: Tensor) -> tuple[int, int]:
             f"{width}, got {mask_size!r}."
         )
     return pair
-
-
-def _usable(value: Any) -> Any:
-    """`value` without tensors that `inference_mode` made, which no graph may hold."""
-    if isinstance(value, tuple):
-        return tuple(_usable(v) for v in value)
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

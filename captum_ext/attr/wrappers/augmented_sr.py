@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any
-from warnings import warn
 
 import torch
 from captum.attr import Attribution
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from captum_ext._checks import check_choice, check_count, is_finite
+from captum_ext._checks import check_choice, check_count, is_finite, warn
 from captum_ext._compat import _format_output, log_usage
 from captum_ext._model import Forward, Tensors, untouched, without_autocast
 from captum_ext.attr.wrappers._copies import Average, Fill, Mover, Solved
@@ -282,8 +281,7 @@ class AugmentedSR(ImageWrapper):
             sign = "" if self.mode == "tta" else f" of the sign {self.sign!r}"
             warn(
                 f"The map of {empty} of {len(images)} images is zero everywhere: the wrapped "
-                f"method found no evidence{sign} in any copy.",
-                stacklevel=3,
+                f"method found no evidence{sign} in any copy."
             )
         output = _format_output(isinstance(inputs, tuple), (self._shaped(result, images),))
         return (output, history) if return_history else output
@@ -413,8 +411,7 @@ class AugmentedSR(ImageWrapper):
             warn(
                 "`mode`='sr', but the maps are as fine as the images: there is no resolution to "
                 "gain. Mode 'mean' gives nearly the same; where the maps have blocks, pass their "
-                "size as `downsample`.",
-                stacklevel=5,
+                "size as `downsample`."
             )
         return self.mode == "sr" or (
             self.mode == "auto" and height * width >= 4 * cells[0] * cells[1]

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from warnings import warn
 
 import torch
 from captum.attr import Attribution
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from captum_ext._checks import check_choice, check_count, check_range, is_finite
+from captum_ext._checks import check_choice, check_count, check_range, is_finite, warn
 from captum_ext._compat import _format_output, _run_forward, _select_targets, log_usage
 from captum_ext._model import (
     Score,
@@ -244,8 +243,7 @@ class SESSWrapper(ImageWrapper):
             warn(
                 f"The map of {empty} of {len(images)} images is zero everywhere: no explained "
                 f"window has a positive score, and a map that is not flat and has values of the "
-                f"sign {self.sign!r} above `theta`.",
-                stacklevel=3,
+                f"sign {self.sign!r} above `theta`."
             )
         output = _format_output(isinstance(inputs, tuple), (self._shaped(fused, images),))
         return (output, coverage) if return_coverage else output
@@ -333,8 +331,7 @@ class SESSWrapper(ImageWrapper):
         if detector.found():
             warn(
                 "`score`='softmax', but the model's output is a probability already, so that all "
-                "windows weigh nearly the same: take score='logit', or leave the softmax away.",
-                stacklevel=4,
+                "windows weigh nearly the same: take score='logit', or leave the softmax away."
             )
         return fusion.result(), fusion.coverage
 
