@@ -1,8 +1,4 @@
-"""Data sets whose objects are known to the pixel.
-
-`PastedScenes` needs scikit-image's photographs, which the extra `demo` installs:
-`pip install "captum_ext[demo]"`. Nothing is downloaded.
-"""
+"""Photographed objects on photographs, with masks and boxes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

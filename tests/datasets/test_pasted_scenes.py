@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import normalize, to_tensor
 
-from captum_ext import datasets
-from captum_ext.datasets import KINDS, PastedScenes, Scene
+from captum_ext.datasets import KINDS, PastedScenes, Scene, pasted_scenes
 from captum_ext.demo import LoadedModel, load_model
 
 
@@ -172,9 +171,9 @@ def test_the_network_names_each_object_when_it_is_shown_alone(network: LoadedMod
 
 def test_the_classes_are_not_in_the_backgrounds(network: LoadedModel) -> None:
     random = np.random.RandomState(0)
-    for background in datasets._BACKGROUNDS:
+    for background in pasted_scenes._BACKGROUNDS:
         for _ in range(3):
-            image = datasets._background(random, background, (480, 640))
+            image = pasted_scenes._background(random, background, (480, 640))
             small = image.resize((224, 224), Image.Resampling.BICUBIC)
             for view in (image, small):
                 assert probabilities(network, view)[[285, 967, 812, 872]].max() < 0.03
@@ -208,8 +207,8 @@ def test_there_are_n_scenes(index: int) -> None:
 
 
 def test_without_the_photographs_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets._photograph.cache_clear()
-    datasets._cut.cache_clear()
+    pasted_scenes._photograph.cache_clear()
+    pasted_scenes._cut.cache_clear()
     monkeypatch.setitem(sys.modules, "skimage.data", None)
     with pytest.raises(ImportError, match=r"captum_ext\[demo\]"):
         PastedScenes()[0]

@@ -1,0 +1,21 @@
+"""Data sets whose objects or parts are known to the pixel. Nothing is downloaded.
+
+`PastedScenes` needs scikit-image's photographs, which the extra `demo` installs:
+`pip install "captum_ext[demo]"`.
+"""
+
+from captum_ext.datasets.classifiers import SmallCNN, train_classifier
+from captum_ext.datasets.fine_grained import PATTERNS, Batch, FineGrainedParts, Specimen
+from captum_ext.datasets.pasted_scenes import KINDS, PastedScenes, Scene
+
+__all__ = [
+    "KINDS",
+    "PATTERNS",
+    "Batch",
+    "FineGrainedParts",
+    "PastedScenes",
+    "Scene",
+    "SmallCNN",
+    "Specimen",
+    "train_classifier",
+]

@@ -1,0 +1,117 @@
+"""Small networks for the synthetic data, trained in a minute or two on a CPU."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from captum_ext.datasets.fine_grained import PATTERNS, FineGrainedParts, normalized, stacked
+
+
+class SmallCNN(nn.Module):
+    """Four convolutions, global average pooling and a linear layer.
+
+    At 224 px the maps are 56, 28, 14 and 14 units wide, of 16, 32, 32 and 64 channels: small enough
+    for a CPU to run it and to find the gradient by its input in about 1.2 ms per picture and core.
+    Every convolution is followed by batch normalisation and a ReLU. `last` is the last of these
+    blocks, the layer for CAMs.
+
+    Args:
+        n_classes: how many logits.
+
+    Shape:
+        - images: (N, 3, H, W), normalised as `FineGrainedParts.batch` gives them.
+        - logits: (N, n_classes).
+
+    Example:
+        >>> logits = SmallCNN(8).eval()(torch.zeros(2, 3, 224, 224))
+        >>> logits.shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            _block(3, 16, kernel_size=5, stride=4),
+            _block(16, 32, kernel_size=3, stride=2),
+            _block(32, 32, kernel_size=3, stride=2),
+        )
+        self.last = _block(32, 64, kernel_size=3, stride=1)
+        self.head = nn.Linear(64, n_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.last(self.features(images)).mean((2, 3)))
+        return logits
+
+
+def _block(inputs: int, outputs: int, kernel_size: int, stride: int) -> nn.Sequential:
+    convolution = nn.Conv2d(
+        inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False
+    )
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def train_classifier(
+    data: FineGrainedParts,
+    *,
+    n_epochs: int = 10,
+    batch_size: int = 16,
+    lr: float = 5e-3,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> SmallCNN:
+    """Trains a `SmallCNN` to tell the species apart: AdamW, one cycle of the learning rate.
+
+    The pictures are kept as bytes (150 kB each at 224 px). Global random state stays as it was.
+
+    Args:
+        data: what to train on.
+        n_epochs: how often each picture is seen.
+        batch_size: pictures a step; what is left over at the end of an epoch is not seen in it.
+        lr: the highest learning rate.
+        seed: of the weights and of the order.
+        show_progress: one bar for drawing the pictures and one for the steps.
+
+    Returns:
+        The network, in eval mode.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> network = train_classifier(FineGrainedParts(4000, seed=0))  # doctest: +SKIP
+        >>> test = FineGrainedParts(400, seed=1).batch()  # doctest: +SKIP
+        >>> (network(test.images).argmax(1) == test.targets).float().mean()  # doctest: +SKIP
+        tensor(0.9975)
+    """
+    if n_epochs < 1:
+        raise ValueError(f"`n_epochs` must be positive, got {n_epochs}.")
+    if not 2 <= batch_size <= len(data):
+        raise ValueError(
+            f"`batch_size` must be in [2, {len(data)}], the number of pictures, got {batch_size}."
+        )
+    pixels = torch.empty((len(data), 3, *data.size), dtype=torch.uint8)
+    targets = torch.empty(len(data), dtype=torch.int64)
+    for i, specimen in enumerate(tqdm(data, desc="drawing", disable=not show_progress)):
+        pixels[i], targets[i] = stacked([specimen.image])[0], specimen.target
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = SmallCNN(len(PATTERNS))
+    optimizer = torch.optim.AdamW(network.parameters(), lr)
+    n_steps = n_epochs * (len(data) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=n_steps)
+    with tqdm(total=n_steps, desc="training", disable=not show_progress) as bar:
+        for _ in range(n_epochs):
+            order = torch.randperm(len(data), generator=generator)
+            for chosen in order.split(batch_size):
+                if len(chosen) < batch_size:
+                    continue
+                loss = cross_entropy(network(normalized(pixels[chosen])), targets[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.update()
+    return network.eval()
