@@ -209,7 +209,7 @@ def _one_target_each(target: TargetType, images: Tensor) -> Any:
     if isinstance(target, list):
         assert len(target) == n, f"Target list length {len(target)} is not that of inputs, {n}."
         if all(isinstance(t, int) for t in target):
-            return torch.tensor(target, device=images.device)
+            return torch.tensor(target, dtype=torch.int64, device=images.device)
     if isinstance(target, Tensor):
         if target.numel() == 1 and not target.is_floating_point():
             return int(target.item())

@@ -60,14 +60,15 @@ class FIDO(PerturbationAttribution):
     of a replacement), the smallest sufficient and the smallest destroying region are
 
     .. math::
-        \mathrm{SSR} &= \min_\theta E_z[-s_c(x(z))]
+        \theta_{SSR} &= \arg\min_\theta E_z[-s_c(x(z))]
             + w (\lambda_1 \textstyle\sum (1 - \theta) + \lambda_{TV} TV(\theta)) \\
-        \mathrm{SDR} &= \min_\theta E_z[+s_c(x(z))]
+        \theta_{SDR} &= \arg\min_\theta E_z[+s_c(x(z))]
             + w (\lambda_1 \textstyle\sum \theta + \lambda_{TV} TV(\theta))
 
-    The maps are 1 - theta of SSR, theta of SDR, and jointly their geometric mean (Eq. 9). The two
-    problems share nothing, and one run solves both. In a batch, each image has its own problem,
-    with the same random numbers, and the result of a run by itself.
+    with w = 1 after a warm-up. The maps are 1 - theta of SSR, theta of SDR, and jointly their
+    geometric mean (Eq. 9). The two problems share nothing, and one run solves both. In a batch,
+    each image has its own problem, with the same random numbers, and the result of a run by itself,
+    up to rounding (which the l1 form of TV, whose slope jumps between equal neighbours, amplifies).
 
     The sums are over pixels, and the learning rate is for logits that weigh on the score as the
     pixels of a 224-pixel image do: these numbers mean what they meant at about that size. On much
@@ -78,7 +79,7 @@ class FIDO(PerturbationAttribution):
     differ where \|logit\| is beyond 8 or so. What differs is the temperature, and 1.0 is the
     default because of what `python -m tests.benchmarks.fido_ablation` shows.
 
-    Named settings, for ``attribute(x, target=3, **FIDO.RELEASED)``:
+    Named settings, for ``attribute(x, target=3, **{**FIDO.RELEASED, "n_steps": 30})``:
 
     - `FIDO.RELEASED`: the code published with the paper (its simplified dropout, at t = 1; for its
       original one add ``dropout="cd", temperature=0.1``): half of `l1`, a blur of 11.6 pixels. Its
@@ -193,9 +194,11 @@ class FIDO(PerturbationAttribution):
         Args:
             inputs: images (N, C, H, W), or a tuple of one such tensor.
             baselines: the infill: None or "blur", a number, a tensor, "mean", "zeros", "local",
-                "noise", or a callable; see `captum_ext.infill.Infill`.
+                "noise", or a callable; see `captum_ext.infill.Infill`. `NoiseTunnel` knows None,
+                numbers and tensors only.
             target: the class, as in Captum; one for each image.
-            additional_forward_args: as in Captum; tensors have an entry for each image.
+            additional_forward_args: as in Captum. Tensors with an entry for each image follow
+                it, all else is handed on as it is.
             objective: "joint", "ssr" or "sdr". One alone costs half, and is what it is in "joint".
             n_steps: of the optimisation. 100 (paper; 30 in its first figure).
             n_masks: random masks for each objective, image and step. 8 (paper).
@@ -210,7 +213,8 @@ class FIDO(PerturbationAttribution):
                 (published code).
             warmup: w = min(1, step / warmup), step from 0. 5 (published code).
             mask_size: (h, w), or one number for both: masks are drawn at this size and upsampled
-                bilinearly, and `l1` and `tv` count its pixels. None is the image's.
+                bilinearly, and `l1` and `tv` count its pixels. None is the image's. On a GPU the
+                gradient of the upsampling is not deterministic.
             generator: of all random numbers; None takes torch's global one. They are shared by the
                 images of a batch.
             internal_batch_size: masked images in one pass of the model. None is 16 on a CPU and 64

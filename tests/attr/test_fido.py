@@ -545,6 +545,19 @@ def test_it_leaves_no_trace(
                 fido(x, net, n_steps=9)
 
 
+def test_an_interrupt_in_the_callback_leaves_no_trace(trace_free: TraceFree) -> None:
+    def interrupt(step: int, masks: FIDOMasks) -> None:
+        raise KeyboardInterrupt
+
+    net, x = small_net().train(), images()
+    warned, stopped = (
+        pytest.warns(UserWarning, match="train mode"),
+        pytest.raises(KeyboardInterrupt),
+    )
+    with warned, trace_free(net, x), stopped:
+        fido(x, net, callback=interrupt)
+
+
 def test_train_mode_is_run_as_it_stands_with_one_warning(trace_free: TraceFree) -> None:
     """Flags are the user's: batch statistics are used, warned of, and the running ones put back."""
     net = small_net().train()
