@@ -3,6 +3,7 @@
 import math
 import sys
 import warnings
+from types import FrameType
 from typing import Any
 
 import torch
@@ -74,6 +75,10 @@ def warn(message: str) -> None:
     """Warn, with the line outside of this package, Captum and torch that led here."""
     inside = ("captum_ext", "captum", "torch", "contextlib")
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in inside:
+    while frame.f_back is not None and _package(frame) in inside:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]

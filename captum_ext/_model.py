@@ -147,10 +147,31 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
 # --- leaving no trace ----------------------------------------------------------------------------
 
 
-_Buffer = tuple[Module, str, Tensor, Tensor]
+class _Buffers:
+    """The buffers of a module as they are now."""
+
+    def __init__(self, module: Module) -> None:
+        self.module, self.named = module, dict(module._buffers)
+        self.values = {n: b.detach().clone() for n, b in self.named.items() if b is not None}
+
+    def put_back(self) -> None:
+        for name in self.module._buffers.keys() - self.named.keys():
+            del self.module._buffers[name]
+        self.module._buffers.update(self.named)
+        for name, value in self.values.items():
+            buffer = self.named[name]
+            assert buffer is not None
+            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                try:
+                    buffer.copy_(value)
+                except RuntimeError:  # an expanded buffer cannot be written to, nor was it
+                    if not torch.equal(buffer, value):
+                        raise
+
 
 _keeping = threading.Lock()
-_kept: dict[int, tuple[int, list[_Buffer]]] = {}  # by module: calls under way, and its buffers
+# By module: its buffers before any call that is under way, and the threads of these calls.
+_kept: dict[int, tuple[_Buffers, list[int]]] = {}
 
 
 @contextmanager
@@ -159,11 +180,10 @@ def untouched(forward_func: Forward) -> Iterator[None]:
 
     Kept are the buffers of modules in train mode, and of modules that are not torch's own. For a
     plain function, whose modules are not known, they are found while they run. Where several
-    threads explain one model, the first that comes keeps them, and the last that goes puts them
-    back.
+    threads explain one model, the last that goes puts back what the first found.
     """
     me = threading.get_ident()
-    mine: set[int] = set()
+    mine: dict[int, _Buffers | None] = {}  # None: another thread was here before
     warned = False
 
     def keep(module: Module, args: Any = None) -> None:
@@ -178,38 +198,39 @@ def untouched(forward_func: Forward) -> Iterator[None]:
                 f"predicts in use."
             )
         if module.training or not type(module).__module__.startswith("torch.nn."):
-            mine.add(id(module))
             with _keeping:
-                count, buffers = _kept.get(id(module), (0, None))
-                if buffers is None:
-                    named = module.named_buffers(recurse=False)
-                    buffers = [(module, name, b, b.detach().clone()) for name, b in named]
-                _kept[id(module)] = (count + 1, buffers)
+                first, threads = _kept.get(id(module)) or (_Buffers(module), [])
+                alone = all(thread == me for thread in threads)
+                own = (_Buffers(module) if threads else first) if alone else None
+                _kept[id(module)] = (first, [*threads, me])
+                mine[id(module)] = own
 
     root = root_module(forward_func)
     with ExitStack() as hooks:
-        if root is None:
-            hooks.callback(register_module_forward_pre_hook(keep).remove)
-        else:
-            for module in root.modules():
-                keep(module)
         try:
+            if root is None:
+                hooks.callback(register_module_forward_pre_hook(keep).remove)
+            else:
+                for module in root.modules():
+                    keep(module)
             yield
         finally:
-            for key in mine:
-                with _keeping:
-                    count, buffers = _kept.pop(key)
-                    if count > 1:
-                        _kept[key] = (count - 1, buffers)
-                    else:
-                        _put_back(buffers)
+            with ExitStack() as each:  # also where one of them raises
+                for key, own in mine.items():
+                    each.callback(_let_go, key, own)
 
 
-def _put_back(buffers: list[_Buffer]) -> None:
-    for module, name, buffer, value in buffers:
-        with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-            buffer.copy_(value)
-        module._buffers[name] = buffer
+def _let_go(key: int, own: _Buffers | None) -> None:
+    with _keeping:
+        me = threading.get_ident()
+        first, threads = _kept.pop(key)
+        threads.remove(me)
+        if threads:
+            _kept[key] = (first, threads)
+        if not threads:
+            first.put_back()
+        elif own is not None and all(thread == me for thread in threads):
+            own.put_back()
 
 
 def _depends_on_mode(module: Module) -> bool:

@@ -156,7 +156,7 @@ def crop_tta(
         _in_original(box, shape, window, source)
         for box, window, source in zip(boxes.tolist(), windows, sources, strict=True)
     ]
-    n, found = len(images), scored(_checked_output(model, score), score)
+    n, found = len(images), _checked(model, score)
     arguments = _format_additional_forward_args(additional_forward_args) or ()
 
     def whole(chunk: list[int]) -> Tensor:
@@ -235,6 +235,8 @@ def _check_floats(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value)
         raise TypeError(f"`{name}` must be tensors of floats, as the model takes them, got {got}.")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"`{name}` are not finite.")
 
 
 def _checked_originals(
@@ -289,24 +291,29 @@ def _of(chunk: list[int], n: int, argument: Any) -> Any:
     return argument[chunk] if each else argument
 
 
-def _checked_output(model: Forward, score: Score) -> Forward:
-    """`model`, with an error where its output is not a prediction for each image."""
+def _checked(model: Forward, score: Score) -> Forward:
+    """`model`, scored, with an error where that is not a prediction for each image."""
+    scored(model, score)  # an unknown score is refused before any call
 
     def forward(images: Tensor, *arguments: Any) -> Tensor:
         output = model(images, *arguments)
-        if not isinstance(output, Tensor) or output.dim() not in (1, 2):
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output)
-            raise ValueError(f"`model` must give (N, K) or (N,), but gave {got}.")
-        if len(output) != len(images):
-            raise ValueError(
-                f"`model` must give one row for each of {len(images)} images, but gave "
-                f"{tuple(output.shape)}."
-            )
-        if score == "softmax" and output.numel() == len(output):
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            got = output.dtype if isinstance(output, Tensor) else type(output)
+            raise TypeError(f"`model` must give a tensor of floats, got {got}.")
+        if score == "softmax" and output.dim() and output.numel() == len(output):
             raise ValueError(
                 f'`score` is "softmax", but `model` gives one logit for each image, '
                 f'{tuple(output.shape)}: choose "sigmoid".'
             )
-        return output
+        found = scored(lambda: output, score)()
+        if not isinstance(found, Tensor) or found.dim() not in (1, 2) or len(found) != len(images):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found)
+            raise ValueError(
+                f"`model` must give, and `score` leave, (N, K) or (N,), a row for each of "
+                f"{len(images)} images, got {shape}."
+            )
+        if not bool(torch.isfinite(found).all()):
+            raise ValueError("`model` gives predictions that are not finite.")
+        return found
 
     return forward

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import densenet121, resnet18
 
+from captum_ext._checks import warn
 from captum_ext._model import (
+    _kept,
     find_module,
     intercept,
     layer_activations,
@@ -350,3 +352,85 @@ def test_data_parallel_gathers_in_the_order_of_the_batch() -> None:
     parallel = nn.DataParallel(net.to(f"cuda:{order[0]}"), device_ids=order)
     found = layer_gradients(parallel, [net.conv2], (x.to(f"cuda:{order[0]}"),), target.tolist())
     torch.testing.assert_close(found, expected, check_device=False)
+
+
+# --- leaving no trace, all the same --------------------------------------------------------------
+
+
+class Stateful(nn.Module):
+    """Its output depends on how often it has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.norm = nn.BatchNorm1d(2)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("cache", None)
+        self.register_buffer("wide", torch.ones(()).expand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.cache = torch.ones(1)
+        self.register_buffer("new", torch.ones(1))
+        return self.norm(self.linear(x)) * self.calls
+
+
+def test_buffers_that_come_and_go(trace_free: Any) -> None:
+    net, x = Stateful().eval(), torch.rand(2, 3)
+    with trace_free(net), untouched(net):
+        net(x)
+    assert net.cache is None
+    assert "new" not in net.state_dict()
+
+
+def test_a_call_within_a_call_puts_back_its_own() -> None:
+    net, x = Stateful().eval(), torch.rand(2, 3)
+    with untouched(net):
+        net(x)
+        with untouched(net):
+            net(x)
+            net(x)
+        assert net.calls == 1
+    assert net.calls == 0
+
+
+def test_nothing_is_held_when_the_warning_is_an_error() -> None:
+    net = Stateful().train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for forward in (net, lambda x: net(x)):
+            with pytest.raises(UserWarning, match="train mode"), untouched(forward):
+                forward(torch.rand(2, 3))
+    assert not _kept
+    net.eval()
+    with untouched(net):
+        net(torch.rand(2, 3))
+    assert net.calls == 0
+
+
+def test_the_last_thread_puts_back_what_the_first_found() -> None:
+    net, x = Stateful().eval(), torch.rand(2, 3)
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with untouched(net):
+            net(x)
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with untouched(net):
+        net(x)
+        thread.start()
+        inside.wait(60)
+    assert net.calls == 2, "the other one is still at it"
+    leave.set()
+    thread.join()
+    assert net.calls == 0
+    assert not _kept
+
+
+def test_a_warning_from_code_without_a_module() -> None:
+    """Code run by `exec` has no `__name__`."""
+    with pytest.warns(UserWarning, match="hello"):
+        exec("warn('hello')", {"warn": warn})

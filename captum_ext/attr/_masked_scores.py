@@ -17,7 +17,7 @@ from captum_ext.imaging import resize
 from captum_ext.infill import Infill
 
 SSR, SDR = 0, 1
-SCALE = 1024  # of the loss in the backward pass: fp16 has no numbers for a pixel's share of it
+SCALE = 1024  # of fp16's loss in the backward pass: it has no numbers for a pixel's share
 
 
 class Score:
@@ -151,7 +151,7 @@ class MaskedScores:
                 by_row = leaf.unbind(1)
                 z = self.sample(torch.stack([by_row[row] for row, _ in some], 1), uniform)
                 odds = self.score(self._composites(examples, z), examples) * signs
-                gradient[examples] += _gradient(odds, leaf)
+                gradient[examples] += self._gradient(odds, leaf)
                 total[examples] += odds.detach().sum(1)
         return total / self.n_masks, gradient / self.n_masks
 
@@ -170,6 +170,26 @@ class MaskedScores:
         fill = self.infill(examples, keep)
         return torch.addcmul(fill, keep, x - fill)
 
+    def _gradient(self, odds: Tensor, leaf: Tensor) -> Tensor:
+        """The gradient of the sum of `odds`, by the logits alone."""
+        kind = self.images.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        scale = SCALE if torch.float16 in (self.images.dtype, autocast) else 1
+        found: Tensor | None = None
+        if odds.requires_grad:
+            again = scale > 1
+            (found,) = torch.autograd.grad(
+                odds.sum() * scale, leaf, allow_unused=True, retain_graph=again
+            )
+            if again and found is not None and not bool(torch.isfinite(found).all()):
+                scale = 1
+                (found,) = torch.autograd.grad(odds.sum(), leaf)
+        if found is None:
+            raise ValueError(
+                "`forward_func` gives scores that have no gradient with respect to its input."
+            )
+        return found / scale
+
 
 def regulariser(
     theta: Tensor,
@@ -184,18 +204,6 @@ def regulariser(
     down = difference(theta[..., 1:, :] - theta[..., :-1, :]).sum((1, 2, 3))
     right = difference(theta[..., 1:] - theta[..., :-1]).sum((1, 2, 3))
     return l1 * size + tv * (down + right)
-
-
-def _gradient(odds: Tensor, leaf: Tensor) -> Tensor:
-    """The gradient of the sum of `odds`, by the logits alone."""
-    found: Tensor | None = None
-    if odds.requires_grad:
-        (found,) = torch.autograd.grad(odds.sum() * SCALE, leaf, allow_unused=True)
-    if found is None:
-        raise ValueError(
-            "`forward_func` gives scores that have no gradient with respect to its input."
-        )
-    return found / SCALE
 
 
 def _evenly(count: int, most: int) -> int:

@@ -96,7 +96,7 @@ def train_classifier(
         pixels[i], targets[i] = stacked([specimen.image])[0], specimen.target
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network = SmallCNN(len(PATTERNS))
     optimizer = torch.optim.AdamW(network.parameters(), lr)
     n_steps = n_epochs * (len(data) // batch_size)

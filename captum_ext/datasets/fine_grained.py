@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from captum_ext._checks import check_count
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -60,15 +62,16 @@ class FineGrainedParts(Dataset[Specimen]):
 
     A beetle of random pose, size, colours and texture, mirrored or not, sits on a textured
     background (soft noise, a coarse grating, or grass). On its back, anywhere, is an elliptic mark
-    of two random colours, 30 to 46 pixels across in a picture of 224: about 2% of the picture. A
-    pattern of 8 to 12 pixels a period fills the mark, and the pattern is the class: horizontal,
+    of two random colours, 30 to 46 pixels across in a picture of 224: 1.6% to 3.4% of the
+    picture. A pattern fills the mark, most of them of 8 to 12 pixels a period (the checker board
+    half as much more, seven rays a turn), and the pattern is the class: horizontal,
     vertical, rising or falling stripes, a checker board, rings, dots or rays. Beside the beetle lie
     up to three distractors of the mark's sizes and colours, plain, in two halves, graded or
     blotched, which tell nothing of the class. All of it scales with the picture's shorter side.
 
     Specimen i depends on `seed`, i and `size` alone. All its random numbers (NumPy's frozen
     `RandomState`) are drawn without a look at the class, so the pictures that `variant` gives for
-    other classes are equal outside the mark. Eight specimens in a row are of the eight classes.
+    other classes are equal outside the mark. Specimens 8 k to 8 k + 7 are of the eight classes.
 
     Args:
         n: how many specimens.
@@ -88,11 +91,10 @@ class FineGrainedParts(Dataset[Specimen]):
     """
 
     def __init__(self, n: int = 40, seed: int = 0, size: tuple[int, int] = (224, 224)) -> None:
-        if n < 1:
-            raise ValueError(f"`n` must be positive, got {n}.")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"`seed` must be in [0, 2**32), got {seed}.")
-        if len(size) != 2 or min(size) < _SMALLEST_SIDE:
+        check_count("n", n)
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"`seed` must be an integer in [0, 2**32), got {seed!r}.")
+        if not isinstance(size, tuple) or len(size) != 2 or min(size) < _SMALLEST_SIDE:
             raise ValueError(
                 f"`size` must be (height, width) of at least {_SMALLEST_SIDE} pixels, got {size}."
             )
@@ -158,7 +160,7 @@ def stacked(images: "Sequence[Image]") -> Tensor:
 
 def normalized(pixels: Tensor) -> Tensor:
     """What a network of these data takes, of bytes: (value / 255 - `MEAN`) / `STD` in float32."""
-    return pixels.float().sub_(255 * MEAN).div_(255 * STD)
+    return (pixels.float() - 255 * MEAN) / (255 * STD)
 
 
 # --- a picture -----------------------------------------------------------------------------------

@@ -171,6 +171,8 @@ def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
 
 def checked_maps(maps: Tensor, name: str = "attributions") -> Tensor:
     """One finite map for each image, (B, H, W), in float32 or better."""
+    if not isinstance(maps, Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type(maps)}.")
     if maps.dim() not in (3, 4) or 0 in maps.shape[1:]:
         raise ValueError(f"`{name}` must be (B, C, H, W) or (B, H, W), got {tuple(maps.shape)}.")
     values = maps.detach()
@@ -185,8 +187,9 @@ def checked_maps(maps: Tensor, name: str = "attributions") -> Tensor:
 
 def checked_masks(masks: Tensor, name: str = "masks") -> Tensor:
     """Masks as (B, H, W)."""
-    if masks.dtype != torch.bool:
-        raise TypeError(f"`{name}` must be bool, got {masks.dtype}.")
+    if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+        shown = masks.dtype if isinstance(masks, Tensor) else type(masks)
+        raise TypeError(f"`{name}` must be bool, got {shown}.")
     if masks.dim() == 4 and masks.shape[1] == 1:
         masks = masks[:, 0]
     if masks.dim() != 3 or 0 in masks.shape[1:]:

@@ -6,6 +6,7 @@ Nothing is thresholded here: `mask_iou(masks.joint > 0.5, parts)` says itself wh
 import torch
 from torch import Tensor
 
+from captum_ext._checks import check_choice
 from captum_ext.metrics.localization import checked_maps, checked_masks
 
 NORMS = ("squared", "absolute")
@@ -63,8 +64,7 @@ def total_variation(maps: Tensor, norm: str = "squared") -> Tensor:
         >>> total_variation(maps), total_variation(maps, "absolute")
         (tensor([14.]), tensor([6.]))
     """
-    if norm not in NORMS:
-        raise ValueError(f"`norm` must be one of {NORMS}, got {norm!r}.")
+    check_choice("norm", norm, NORMS)
     values = checked_maps(maps, "maps")
     steps = torch.cat((values.diff(dim=1).flatten(1), values.diff(dim=2).flatten(1)), 1)
     return (steps.square() if norm == "squared" else steps.abs()).sum(1)

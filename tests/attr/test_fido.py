@@ -467,6 +467,13 @@ def test_dtypes(dtype: torch.dtype) -> None:
         assert apart(half, logits_of(small_net(), rounded.float())) < 0.05
 
 
+def test_large_gradients_do_not_overflow_in_fp16() -> None:
+    """Where 1024 times the gradient, which keeps small ones from vanishing, is infinite."""
+    x = images(1).half()
+    found = logits_of(lambda x: 1000 * x.mean((2, 3)), x)
+    assert apart(found, logits_of(lambda x: 1000 * x.mean((2, 3)), x.float())) < 0.05
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_under_autocast_the_model_alone_is_in_half_precision(dtype: torch.dtype) -> None:
     x, net = images(1, 64, 64), small_net()

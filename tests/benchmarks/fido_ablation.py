@@ -5,20 +5,24 @@
         [--threads N] [--output FILE] [--figure FILE]
 
 The pictures are held-out specimens of `captum_ext.datasets.FineGrainedParts` (224 px; the truth is
-the mark, about 2% of the picture), and the network is its `SmallCNN`, trained here first. Neither
+the mark, 2% to 3% of the picture), and the network is its `SmallCNN`, trained here first. Neither
 was chosen by what any method of explanation makes of it. The target is the label.
 
 The grid: concrete dropout ("cd") or the simplified one ("scd") x temperature x masks a step, with
 as many seeds as asked for at 8 masks and one elsewhere; everything else as in `COMMON`. Fewer steps
-are read within the run of most steps. Beside the grid, simplified dropout at t = 1 and 8 masks, one
-seed: what `BESIDE` changes, one thing at a time. For each of them and for SSR, SDR and joint maps:
+are read within the run of most steps. Beside the grid, at 8 masks and with one seed, is simplified
+dropout at t = 1 with one thing changed, and `FIDO.PAPER`. For each of them and for SSR, SDR and
+joint maps:
 
 - IoU with the mark of the map above 0.5, and above the one threshold that is best for all images;
 - TV (Eq. 10 of the paper): squared differences of neighbours in the soft map, summed;
-- the share of the picture above 0.5.
+- the share of the picture above 0.5;
+- for joint maps, how much the IoU above 0.5 is more than Grad-CAM's at its best threshold, image by
+  image.
 
-Beside them Grad-CAM of the last convolution (positive part, bilinear, min-max) at 0.5 and at its
-best single threshold, and chance: the whole picture.
+Grad-CAM of the last convolution (positive part, bilinear, min-max) is at 0.5 and at its best single
+threshold: as Captum's users upsample it, and with the units in place, where the receptive fields of
+the layer are centred. Chance is the whole picture.
 
 The variance of the gradient: logits are fixed as they were at some steps of two runs at 8 masks,
 and the gradient of the mean scores is taken again and again, with fresh noise, the same for all
@@ -28,8 +32,10 @@ variance adds to it. So 1 means as much noise as signal. For one draw of the noi
 error of float32 against float64 (SCD), relative to the length of the gradient.
 
 Means are over images, after those over seeds; intervals are the central 95% of 10,000 bootstrap
-samples of the images, the same for all. Seconds are those of workers that run side by side, for an
-image and a step, and contain the maps that are made for the callback at each step.
+samples of the images, the same for all. The images share their random masks, so the intervals are
+given these masks. Seconds are those of workers that run side by side, for an image and a step, and
+contain the maps that are made for the callback at each step. In concrete dropout, log theta is
+taken anew for each mask: of the two dropouts' seconds, the difference is a matter of programming.
 
 Each finished part is a line of FILE's neighbour with the ending .partial; a run that was killed
 goes on from there, with the network that is beside it, if its settings are the same.
@@ -38,7 +44,6 @@ goes on from there, with the network that is beside it, if its settings are the 
 import argparse
 import importlib.metadata
 import json
-import math
 import multiprocessing
 import platform
 import time
@@ -55,12 +60,13 @@ from captum.attr import LayerGradCam
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from captum_ext._receptive_field import receptive_field, unit_offset
 from captum_ext.attr import FIDO, FIDOMasks
 from captum_ext.attr._concrete_dropout import DROPOUTS
 from captum_ext.attr._masked_scores import SDR, SSR, MaskedScores, Score
 from captum_ext.datasets import PATTERNS, FineGrainedParts, SmallCNN, train_classifier
 from captum_ext.datasets.fine_grained import Batch, normalized, stacked
-from captum_ext.imaging import min_max, resize
+from captum_ext.imaging import lay_over, min_max
 from captum_ext.infill import Infill
 from captum_ext.metrics import mask_iou, total_variation
 
@@ -76,6 +82,7 @@ TEST_SEED = 1
 GROUP, BATCH = 10, 20  # images of a part, and masked images in a pass
 SEEDED = 8  # masks
 MAPS = ("ssr", "sdr", "joint")
+CAMS = ("grad_cam", "grad_cam in place")
 THRESHOLDS = [round(0.05 * i, 2) for i in range(1, 20)]
 SAMPLES = 10_000
 # The weights, norm and optimiser that the paper and its published code name.
@@ -120,7 +127,9 @@ def trained(path: Path, settings: Row, threads: int) -> tuple[SmallCNN, Row]:
     about = {"seconds": time.perf_counter() - start, "threads": threads}
     about |= accuracy(network, FineGrainedParts(800, TEST_SEED))
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"settings": settings, "state": network.state_dict(), "about": about}, path)
+    unfinished = path.with_suffix(".unfinished.partial")
+    torch.save({"settings": settings, "state": network.state_dict(), "about": about}, unfinished)
+    unfinished.replace(path)
     return network, about
 
 
@@ -236,20 +245,18 @@ def measures(maps: Tensor, parts: Tensor) -> Row:
 
 def grad_cam(path: Path, n_images: int) -> Row:
     network, batch = loaded(path, n_images)
-    coarse = LayerGradCam(network, network.last).attribute(
-        batch.images, target=batch.targets, relu_attributions=True
+    images, layer = batch.images, network.last
+    coarse = LayerGradCam(network, layer).attribute(
+        images, target=batch.targets, relu_attributions=True
     )
-    maps = min_max(resize(coarse.detach(), (batch.images.shape[2], batch.images.shape[3])))[:, 0]
-    shares = batch.parts.float().mean((1, 2))
-    with torch.no_grad():
-        right = network(batch.images).argmax(1) == batch.targets
-    return {
-        "kind": "beside",
-        "grad_cam": measures(maps, batch.parts),
-        "grad_cam_ious": {f"{t:g}": mask_iou(maps > t, batch.parts).tolist() for t in THRESHOLDS},
-        "chance": shares.tolist(),
-        "right": right.tolist(),
-    }
+    size, cells = (images.shape[2], images.shape[3]), (coarse.shape[2], coarse.shape[3])
+    offset = unit_offset(receptive_field(network, layer, images[:1], None), size, cells)
+    row: Row = {"kind": "beside", "offset": offset}
+    row["chance"] = batch.parts.float().mean((1, 2)).tolist()
+    for name, shift in (("grad_cam", (0.0, 0.0)), ("grad_cam in place", offset)):
+        maps = min_max(lay_over(coarse.detach(), size, shift))[:, 0]
+        row[name] = {f"{t:g}": mask_iou(maps > t, batch.parts).tolist() for t in THRESHOLDS}
+    return row
 
 
 # --- the variance of the gradient ----------------------------------------------------------------
@@ -334,7 +341,7 @@ def variance(
     return {
         "signal": signal,
         "variance": {str(n): spreads[n] for n in masks},
-        "ratio": {str(n): spreads[n] / signal if signal > 0 else math.nan for n in masks},
+        "ratio": {str(n): spreads[n] / signal if signal > 0 else None for n in masks},
     }
 
 
@@ -365,21 +372,15 @@ def summarise(rows: list[Row], variants: list[Variant], masks: list[int], steps:
     beside = next(row for row in rows if row["kind"] == "beside")
     n_images = len(beside["chance"])
     samples = np.random.RandomState(0).randint(n_images, size=(SAMPLES, n_images))
-    best = int(np.argmax(beside["grad_cam"]["iou_at"]))
-    summary: Row = {
-        "chance": interval(np.array(beside["chance"]), samples),
-        "accuracy": float(np.mean(beside["right"])),
-        "grad_cam": {
-            "iou": interval(np.array(beside["grad_cam"]["iou"]), samples),
-            "iou_best": interval(
-                np.array(beside["grad_cam_ious"][f"{THRESHOLDS[best]:g}"]), samples
-            ),
-            "threshold": THRESHOLDS[best],
-            "tv": interval(np.array(beside["grad_cam"]["tv"]), samples),
-        },
-        "cells": [],
-        "beside": [],
-    }
+    summary: Row = {"chance": interval(np.array(beside["chance"]), samples), "cells": []}
+    summary["beside"] = []
+    cams: dict[str, np.ndarray] = {}
+    for name in CAMS:
+        ious = {t: np.array(values) for t, values in beside[name].items()}
+        best = max(ious, key=lambda t: ious[t].mean())
+        cams[name] = ious[best]
+        summary[name] = {"threshold": float(best), "iou_best": interval(ious[best], samples)}
+        summary[name]["iou"] = interval(ious["0.5"], samples)
     grid = [
         {"dropout": dropout, "temperature": temperature, "n_masks": n_masks}
         for dropout, temperature in variants
@@ -398,12 +399,18 @@ def summarise(rows: list[Row], variants: list[Variant], masks: list[int], steps:
                 continue
             n_seeds = len({row["seed"] for row in cell})
             seconds = sum(row["seconds"] for row in cell)
-            found: Row = key | {
-                "steps": step,
-                "seeds": n_seeds,
-                "seconds_per_image_and_step": seconds / (n_seeds * n_images * max(steps)),
-                "largest_logit": max(r["found"][str(step)]["largest_logit"] for r in cell),
-            }
+            options = BESIDE.get(key.get("beside", ""), {})
+            ran = {k: options.get(k, key[k]) for k in ("dropout", "temperature", "n_masks")}
+            found: Row = (
+                key
+                | ran
+                | {
+                    "steps": step,
+                    "seeds": n_seeds,
+                    "seconds_per_image_and_step": seconds / (n_seeds * n_images * max(steps)),
+                    "largest_logit": max(r["found"][str(step)]["largest_logit"] for r in cell),
+                }
+            )
             for name in MAPS:
                 values = {k: gathered(cell, step, name, k) for k in ("iou", "tv", "area")}
                 at = np.array([row["found"][str(step)][name]["iou_at"] for row in cell])
@@ -413,6 +420,8 @@ def summarise(rows: list[Row], variants: list[Variant], masks: list[int], steps:
                     "iou_best": float(at.max()),
                     "threshold": THRESHOLDS[int(at.argmax())],
                 }
+                if name == "joint":
+                    found["over"] = {c: interval(values["iou"] - cams[c], samples) for c in CAMS}
                 if reference is not None:
                     found[name]["tv_ratio"] = ratio(values["tv"], reference[name], samples)
             summary["beside" if "beside" in key else "cells"].append(found)
@@ -459,8 +468,9 @@ def ratio(values: np.ndarray, by: np.ndarray, samples: np.ndarray) -> dict[str, 
 def markdown(summary: Row) -> str:
     head = ["variant", "masks", "steps"]
     head += [f"{name} {what}" for name in MAPS for what in ("IoU", "TV")]
-    head += ["joint TV ratio", "joint area, %", "joint IoU, best threshold", "ms a step"]
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    head += ["joint TV ratio", "joint area, %", "joint IoU, best threshold"]
+    head += ["joint over Grad-CAM", "in place", "ms a step"]
+    table = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for cell in summary["cells"] + summary["beside"]:
         joint = cell["joint"]
         name = cell.get("beside") or title((cell["dropout"], cell["temperature"]))
@@ -470,13 +480,22 @@ def markdown(summary: Row) -> str:
         shown += [ranged(joint["tv_ratio"]) if "tv_ratio" in joint else ""]
         shown += [f"{100 * joint['area']['mean']:.1f}"]
         shown += [f"{joint['iou_best']:.3f} at {joint['threshold']:g}"]
+        shown += [signed(cell["over"][c]) for c in CAMS]
         shown += [f"{1000 * cell['seconds_per_image_and_step']:.1f}"]
-        lines.append("| " + " | ".join(map(str, shown)) + " |")
-    cam = summary["grad_cam"]
-    lines += ["", f"Grad-CAM: IoU {ranged(cam['iou_best'])} at its best threshold, "]
-    lines[-1] += f"{cam['threshold']:g}; {ranged(cam['iou'])} at 0.5. "
-    lines[-1] += f"Chance, the whole picture: {ranged(summary['chance'])}."
-    return "\n".join(lines)
+        table.append("| " + " | ".join(map(str, shown)) + " |")
+    table += [""]
+    for name in CAMS:
+        cam = summary[name]
+        table[-1] += (
+            f"{name.replace('grad_cam', 'Grad-CAM')}: IoU {ranged(cam['iou_best'])} at its "
+        )
+        table[-1] += f"best threshold, {cam['threshold']:g}; {ranged(cam['iou'])} at 0.5. "
+    table[-1] += f"Chance, the whole picture: {ranged(summary['chance'])}."
+    return "\n".join(table)
+
+
+def signed(found: dict[str, float]) -> str:
+    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
 
 
 def variance_markdown(rows: list[Row]) -> str:
@@ -490,7 +509,7 @@ def variance_markdown(rows: list[Row]) -> str:
         for found in stage["variants"]:
             shown = [name, f"{stage['largest_logit']:.1f}"]
             shown += [title((found["dropout"], found["temperature"]))]
-            shown += [f"{value:.3g}" for value in found["ratio"].values()]
+            shown += ["" if r is None else f"{r:.3g}" for r in found["ratio"].values()]
             lines.append("| " + " | ".join([*shown, f"{found['error']:.1e}"]) + " |")
     return "\n".join(lines)
 
@@ -521,16 +540,17 @@ def figure(found: Row) -> "Figure":
     axes = drawing.subplots(2, max(len(steps), 2), squeeze=False)
     for axis, step in zip(axes[0], steps, strict=False):
         lines(axis, summary, step, "iou")
-        cam = summary["grad_cam"]
-        axis.axhline(cam["iou_best"]["mean"], color="grey", linestyle=":")
-        axis.annotate(
-            f"Grad-CAM above {cam['threshold']:g}",
-            (0.99, cam["iou_best"]["mean"]),
-            xycoords=("axes fraction", "data"),
-            va="bottom",
-            ha="right",
-            color="grey",
-        )
+        for name in CAMS:
+            cam = summary[name]
+            axis.axhline(cam["iou_best"]["mean"], color="grey", linestyle=":")
+            axis.annotate(
+                f"{name.replace('grad_cam', 'Grad-CAM')} above {cam['threshold']:g}",
+                (0.99, cam["iou_best"]["mean"]),
+                xycoords=("axes fraction", "data"),
+                va="bottom",
+                ha="right",
+                color="grey",
+            )
         axis.set(title=f"Joint mask above 0.5, {step} steps", ylabel="IoU with the part")
         axis.legend(fontsize="small")
         if axis is not axes[0, 0]:
@@ -585,8 +605,8 @@ def look(variant: Variant) -> Row:
 
 def resume(partial_file: Path, settings: Row) -> list[Row]:
     """The finished rows of an earlier run with the same settings; else a fresh file."""
-    lines = partial_file.read_text().splitlines(keepends=True) if partial_file.is_file() else []
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]
+    text = partial_file.read_text() if partial_file.is_file() else ""
+    whole = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     if not whole or whole[0] != settings:
         whole = [settings]
     partial_file.write_text("".join(json.dumps(row) + "\n" for row in whole))
@@ -653,6 +673,7 @@ def main() -> None:
     partial_file = arguments.output.with_suffix(".partial")
     rows = resume(partial_file, settings)
     done = {identity(row) for row in rows}
+    before = max((row.get("elapsed", 0.0) for row in rows), default=0.0)  # earlier runs' time
 
     jobs: list[tuple[Row, Callable[[], Row]]] = []
     for cell in cells(variants, masks, arguments.seeds) + cells_beside():
@@ -677,13 +698,14 @@ def main() -> None:
     ):
         futures = [processes.submit(call) for call in left]
         for future in tqdm(as_completed(futures), total=len(futures), unit="part"):
-            rows.append(future.result())
+            elapsed = before + time.perf_counter() - begin
+            rows.append(future.result() | {"elapsed": elapsed})
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
 
     summary = summarise(rows, variants, masks, steps)
     found = settings | {
-        "seconds": time.perf_counter() - begin,
+        "seconds": before + time.perf_counter() - begin,
         "seconds_of_parts": sum(row.get("seconds", 0) for row in rows),
         "summary": summary,
         "rows": rows,
