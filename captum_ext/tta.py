@@ -13,7 +13,7 @@ from torch import Tensor
 
 from captum_ext._checks import check_count, check_size, is_finite
 from captum_ext._compat import _format_additional_forward_args
-from captum_ext._model import Forward, Score, scored, untouched
+from captum_ext._model import Forward, Score, full_precision, scored, untouched
 from captum_ext.imaging import blur, resize
 from captum_ext.metrics.localization import checked_maps, masks_to_boxes
 
@@ -300,20 +300,22 @@ def _checked(model: Forward, score: Score) -> Forward:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             got = output.dtype if isinstance(output, Tensor) else type(output)
             raise TypeError(f"`model` must give a tensor of floats, got {got}.")
-        if score == "softmax" and output.dim() and output.numel() == len(output):
+        _check_rows("`model` must give", output, len(images))
+        if score == "softmax" and output.numel() == len(output):
             raise ValueError(
                 f'`score` is "softmax", but `model` gives one logit for each image, '
                 f'{tuple(output.shape)}: choose "sigmoid".'
             )
-        found = scored(lambda: output, score)()
-        if not isinstance(found, Tensor) or found.dim() not in (1, 2) or len(found) != len(images):
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found)
-            raise ValueError(
-                f"`model` must give, and `score` leave, (N, K) or (N,), a row for each of "
-                f"{len(images)} images, got {shape}."
-            )
+        found: Any = score(output) if callable(score) else scored(lambda: output, score)()
+        _check_rows("`score` must leave", found, len(images))
         if not bool(torch.isfinite(found).all()):
             raise ValueError("`model` gives predictions that are not finite.")
-        return found
+        return full_precision(found)
 
     return forward
+
+
+def _check_rows(what: str, found: Any, n: int) -> None:
+    if not isinstance(found, Tensor) or found.dim() not in (1, 2) or len(found) != n:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found)
+        raise ValueError(f"{what} (N, K) or (N,), a row for each of {n} images, got {got}.")

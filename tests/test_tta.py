@@ -384,13 +384,13 @@ def test_wrong_arguments_are_named_before_the_model_is_called() -> None:
 def test_an_output_that_is_no_prediction_is_named() -> None:
     images, masks = torch.rand(2, 3, 12, 10), at([0, 0, 3, 2], [4, 4, 9, 9])
     for model in (lambda x: x, lambda x: x.mean(), lambda x: means(x)[:1]):
-        with pytest.raises(ValueError, match=r"`model` must give, .* each of 2 images, got \("):
+        with pytest.raises(ValueError, match=r"`model` must give .* each of 2 images, got \("):
             crop_tta(model, images, masks)
     for model in (lambda x: {"logits": means(x)}, lambda x: means(x).argmax(1)):
         with pytest.raises(TypeError, match="`model` must give a tensor of floats, got"):
             crop_tta(model, images, masks)
     for score in (lambda p: p.mean(), lambda p: (p,), lambda p: p[0]):
-        with pytest.raises(ValueError, match="`score` leave"):
+        with pytest.raises(ValueError, match="`score` must leave"):
             crop_tta(means, images, masks, score=score)
     with pytest.raises(ValueError, match="`model` gives predictions that are not finite"):
         crop_tta(lambda x: means(x) / 0, images, masks)
