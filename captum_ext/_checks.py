@@ -72,13 +72,17 @@ def one_batch_of_images(inputs: Any) -> Tensor:
 
 
 def warn(message: str) -> None:
-    """Warn, with the line outside of this package, Captum and torch that led here."""
-    inside = ("captum_ext", "captum", "torch", "contextlib")
+    """Warn, with the line outside of this package, Captum and torch that led here.
+
+    The command line is a caller like any other, and tells our warnings by that.
+    """
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _package(frame) in inside:
+    while frame.f_back is not None and _is_inside(frame):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
 
-def _package(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__")).partition(".")[0]
+def _is_inside(frame: FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__"))
+    inside = ("captum_ext", "captum", "torch", "contextlib")
+    return name != "captum_ext.cli" and name.partition(".")[0] in inside

@@ -250,7 +250,7 @@ def run_methods(
     bar = tqdm(methods, unit="method", leave=False, disable=None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", category=UserWarning, module="captum_ext")
+        warnings.filterwarnings("always", category=UserWarning, module="captum_ext|__main__")
         for method in bar:
             bar.set_description(method.title)
             try:
