@@ -330,7 +330,7 @@ def test_named_settings() -> None:
     assert released == common | {"temperature": 1.0, "l1": 5e-4, "tv_norm": "l1", "warmup": 5}
     parameters = inspect.signature(FIDO.attribute).parameters
     defaults = {name: parameters[name].default for name in FIDO.PAPER}
-    assert defaults == common | {"temperature": 1.0, "l1": 1e-3, "tv_norm": "l1", "warmup": 5}
+    assert defaults == common | {"temperature": 1.0, "l1": 5e-4, "tv_norm": "l1", "warmup": 5}
     point = torch.zeros(1, 1, 151, 151)
     point[..., 75, 75] = 1
     row = Infill(point, blurred)(slice(None), point)[0, 0, 0].sum(0)

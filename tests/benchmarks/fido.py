@@ -47,7 +47,7 @@ TARGET = 7
 SIDE = 224
 BATCH = 16
 IMAGES = 16
-L1, TV, LR, EPS, WARMUP = 1e-3, 1e-2, 10.0, 0.1, 5
+L1, TV, LR, EPS, WARMUP = 5e-4, 1e-2, 10.0, 0.1, 5
 SETTINGS: dict[str, Any] = {
     "dropout": "scd",
     "temperature": 1.0,
