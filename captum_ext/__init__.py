@@ -10,6 +10,7 @@ _SUBPACKAGES = (
     "cli",
     "datasets",
     "demo",
+    "fcam",
     "gallery",
     "imaging",
     "infill",

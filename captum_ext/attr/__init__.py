@@ -1,5 +1,6 @@
 """Attribution methods and wrappers, all of them Captum `Attribution` classes."""
 
+from captum_ext.attr.fcam import FCAM
 from captum_ext.attr.fido import FIDO, FIDOMasks
 from captum_ext.attr.layer import (
     GradientCam,
@@ -24,6 +25,7 @@ from captum_ext.attr.layer import (
 from captum_ext.attr.wrappers import AugmentedSR, SESSWrapper, UpsampleWrapper
 
 __all__ = [
+    "FCAM",
     "FIDO",
     "AugmentedSR",
     "FIDOMasks",

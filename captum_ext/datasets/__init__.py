@@ -7,15 +7,27 @@
 from captum_ext.datasets.classifiers import SmallCNN, train_classifier
 from captum_ext.datasets.fine_grained import PATTERNS, Batch, FineGrainedParts, Specimen
 from captum_ext.datasets.pasted_scenes import KINDS, PastedScenes, Scene
+from captum_ext.datasets.textured_ellipses import (
+    CUES,
+    TEXTURES,
+    EllipseBatch,
+    EllipseScene,
+    TexturedEllipses,
+)
 
 __all__ = [
+    "CUES",
     "KINDS",
     "PATTERNS",
+    "TEXTURES",
     "Batch",
+    "EllipseBatch",
+    "EllipseScene",
     "FineGrainedParts",
     "PastedScenes",
     "Scene",
     "SmallCNN",
     "Specimen",
+    "TexturedEllipses",
     "train_classifier",
 ]

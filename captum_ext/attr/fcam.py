@@ -1,0 +1,209 @@
+"""F-CAM (Belharbi et al., WACV 2022): the foreground at full resolution, in one forward pass."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from captum.attr import Attribution
+from torch import Tensor
+from torch.nn import Module
+
+from captum_ext._checks import one_batch_of_images
+from captum_ext._compat import TargetType, log_usage
+from captum_ext._model import (
+    Forward,
+    Tensors,
+    find_module,
+    full_precision,
+    layer_activations,
+    root_module,
+    untouched,
+)
+from captum_ext.fcam.decoder import FCAMDecoder
+
+
+class FCAM(Attribution):
+    r"""F-CAM: a decoder on the features of a frozen classifier says what is foreground.
+
+    .. math:: M = \operatorname{softmax}(D(f_1(x), ..., f_L(x)))_1
+
+    with the features f of the classifier's layers and the decoder D, which `captum_ext.fcam`
+    trains: values are probabilities in [0, 1], at the image's own resolution, from one forward pass
+    and without a gradient. They are taken as they are, without min-max, ReLU or smoothing.
+
+    **There is one map for each image, and it belongs to no class.** The decoder learned from maps
+    of the true labels, of images with one kind of object: `target` is checked as in Captum, and
+    changes nothing. For an image with objects of several classes the map is not defined.
+
+    Args:
+        forward_func: the classifier that the decoder was trained with: a module, or its bound
+            method. It is run as it stands; in train mode that is warned of.
+        decoder: the decoder, in eval mode.
+        layers: whose features it reads, as modules or names, from the shallowest to the deepest.
+            None is what the decoder was made for.
+
+    Raises:
+        ValueError: layers that are unknown, or other in number than the decoder reads.
+        TypeError: another decoder.
+
+    Reference:
+        Belharbi et al., "F-CAM: Full Resolution Class Activation Maps via Guided Parametric
+        Upscaling", https://arxiv.org/abs/2109.07069
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from captum_ext.attr import FCAM
+        >>> from captum_ext.fcam import FCAMDecoder
+        >>> model, x = resnet18().eval(), torch.rand(2, 3, 64, 65)
+        >>> decoder = FCAMDecoder.reading(model, x).eval()  # not trained
+        >>> FCAM(model, decoder).attribute(x, target=3).shape
+        torch.Size([2, 3, 64, 65])
+    """
+
+    def __init__(
+        self,
+        forward_func: Forward,
+        decoder: FCAMDecoder,
+        layers: Sequence[Module | str] | None = None,
+    ) -> None:
+        super().__init__(forward_func)
+        if not isinstance(decoder, FCAMDecoder):
+            raise TypeError(f"`decoder` must be an FCAMDecoder, got {type(decoder)}.")
+        named = decoder.layers if layers is None else layers
+        if named is None or len(named) != len(decoder.channels):
+            raise ValueError(
+                f"`layers` must be {len(decoder.channels)}, as many as the decoder reads, got "
+                f"{named!r}."
+            )
+        self.decoder = decoder
+        self.layers = [find_module(forward_func, layer, "layers") for layer in named]
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        return False
+
+    @classmethod
+    def get_name(cls) -> str:
+        return cls.__name__
+
+    def attribute_future(self) -> None:
+        raise NotImplementedError(f"attribute_future is not implemented for {self.get_name()}.")
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Tensor | Tensors,
+        target: TargetType = None,
+        additional_forward_args: Any = None,
+    ) -> Any:
+        """The probability of the foreground, equal in all channels.
+
+        Args:
+            inputs: images (N, C, H, W), as the classifier takes them, or a tuple of one such
+                tensor. Sizes other than those of the training are possible.
+            target: checked as in Captum, and otherwise without effect; see above.
+            additional_forward_args: as in Captum.
+
+        Returns:
+            A map of the inputs' shape and dtype.
+
+        Raises:
+            ValueError: inputs that are not images, not of floats or not finite.
+            AssertionError: a target that does not select one class for each image.
+        """
+        images = one_batch_of_images(inputs)
+        maps = self.foreground(images, target, additional_forward_args).to(images.dtype)
+        whole = maps.repeat(1, images.shape[1], 1, 1)
+        return (whole,) if isinstance(inputs, tuple) else whole
+
+    def foreground(
+        self, images: Tensor, target: TargetType = None, additional_forward_args: Any = None
+    ) -> Tensor:
+        """The map in one channel: (N, 1, H, W), in float32 or better."""
+        with torch.no_grad(), untouched(self.forward_func), untouched(self.decoder):
+            found, _ = layer_activations(
+                self.forward_func, self.layers, (images,), target, additional_forward_args
+            )
+            kind = next(self.decoder.parameters()).dtype
+            features = [tensors[0].to(kind) for tensors in found]
+            logits = self.decoder(features, (images.shape[2], images.shape[3]))
+            return full_precision(logits).softmax(1)[:, 1:]
+
+    def save(self, path: str | Path) -> None:
+        """Write the decoder to a file, with the classifier's fingerprint, not the classifier."""
+        decoder, root = self.decoder, root_module(self.forward_func)
+        assert root is not None
+        names = {module: name for name, module in root.named_modules()}
+        torch.save(
+            {
+                "decoder": decoder.state_dict(),
+                "channels": decoder.channels,
+                "widths": decoder.widths,
+                "center": decoder.has_center,
+                "layers": [names[layer] for layer in self.layers],
+                "classifier": fingerprint(self.forward_func),
+            },
+            path,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, forward_func: Forward) -> Self:
+        """What `save` wrote, on the classifier that it was trained with and on its device.
+
+        Only tensors and plain values are read (`weights_only`).
+
+        Raises:
+            ValueError: the classifier is another one, or has other weights; the file is no decoder.
+        """
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or "classifier" not in saved:
+            raise ValueError(f"`path` {path} has no decoder of F-CAM in it.")
+        _check_same(saved["classifier"], fingerprint(forward_func), path)
+        decoder = FCAMDecoder(
+            saved["channels"], saved["widths"], saved["center"], layers=saved["layers"]
+        )
+        decoder.load_state_dict(saved["decoder"])
+        root = root_module(forward_func)
+        assert root is not None
+        some = next(root.parameters(), torch.empty(0))
+        return cls(forward_func, decoder.to(some.device).eval())
+
+
+def fingerprint(forward_func: Forward) -> dict[str, str]:
+    """A digest of each parameter and buffer of the model, by name.
+
+    Raises:
+        ValueError: a plain function, whose parameters are not known.
+    """
+    root = root_module(forward_func)
+    if root is None:
+        raise ValueError(f"`forward_func` must be a torch.nn.Module, got {forward_func!r}.")
+    digests = {}
+    for name, value in root.state_dict().items():
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            head = f"{value.dtype}{tuple(value.shape)}".encode()
+            digests[name] = hashlib.sha256(head + flat.numpy().tobytes()).hexdigest()[:16]
+    return digests
+
+
+def _check_same(saved: dict[str, str], found: dict[str, str], path: str | Path) -> None:
+    missing, added = sorted(saved.keys() - found), sorted(found.keys() - saved)
+    changed = sorted(name for name in saved.keys() & found if saved[name] != found[name])
+    said = [
+        f"{len(names)} of its tensors {what} ({', '.join(names[:3])}, ...)"
+        for names, what in (
+            (missing, "are not in this one"),
+            (added, "of this one are not in that"),
+            (changed, "have other values here"),
+        )
+        if names
+    ]
+    if said:
+        raise ValueError(
+            f"`forward_func` is not the classifier that the decoder in {path} was trained with: "
+            f"{'; '.join(said)}. Load the classifier's weights first, or train a decoder for it."
+        )

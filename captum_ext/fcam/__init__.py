@@ -1,0 +1,61 @@
+"""F-CAM (Belharbi et al. 2022): full-resolution maps from a decoder on a frozen classifier.
+
+Training needs Lightning, which the extra `train` installs: `pip install "captum_ext[train]"`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from captum_ext.fcam.decoder import FCAMDecoder, find_taps
+from captum_ext.fcam.losses import (
+    DenseCRFLoss,
+    LocalCRFLoss,
+    SizeLoss,
+    dense_crf_loss,
+    local_crf_loss,
+    log_barrier,
+    partial_cross_entropy,
+    size_loss,
+)
+from captum_ext.fcam.seeding import SeedSampler, otsu
+
+if TYPE_CHECKING:
+    from captum_ext.fcam.fit import PAPER, fit_fcam
+    from captum_ext.fcam.training import FCAMModule
+
+# Lightning is imported where it is used, and not with the attributions.
+_LAZY = {
+    "PAPER": "captum_ext.fcam.fit",
+    "fit_fcam": "captum_ext.fcam.fit",
+    "FCAMModule": "captum_ext.fcam.training",
+}
+
+__all__ = [
+    "PAPER",
+    "DenseCRFLoss",
+    "FCAMDecoder",
+    "FCAMModule",
+    "LocalCRFLoss",
+    "SeedSampler",
+    "SizeLoss",
+    "dense_crf_loss",
+    "find_taps",
+    "fit_fcam",
+    "local_crf_loss",
+    "log_barrier",
+    "otsu",
+    "partial_cross_entropy",
+    "size_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    try:
+        return getattr(import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "lightning":
+            raise
+        raise ImportError(f'`{name}` needs Lightning: pip install "captum_ext[train]".') from error

@@ -1,0 +1,146 @@
+"""The pictures of a training set, and crops and flips that maps follow."""
+
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import Dataset, Sampler
+
+from captum_ext._checks import warn
+
+
+class Item(NamedTuple):
+    """What `Pictures` gives.
+
+    Attributes:
+        pixels: (3, H, W), uint8.
+        label: the class.
+        place: in the data.
+        is_read: False where the picture could not be decoded; `pixels` are zeros then.
+    """
+
+    pixels: Tensor
+    label: int
+    place: int
+    is_read: bool
+
+
+class Pictures(Dataset[Item]):
+    """Labelled pictures of any size as bytes of one size.
+
+    Args:
+        data: what it has at i is (picture, label, ...), or has attributes `image` and `target`.
+            Pictures are PIL images, or tensors (3, H, W) of bytes or of floats in [0, 1].
+        size: (H, W).
+        n_classes: labels must be below it.
+    """
+
+    def __init__(self, data: Any, size: tuple[int, int], n_classes: int | None = None) -> None:
+        if not isinstance(data, Sized) or len(data) == 0:
+            raise ValueError("`data` must have a length, and at least one picture.")
+        self.data: Any = data
+        self.size, self.n_classes = size, n_classes
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Item:
+        try:
+            item = self.data[index]
+        except OSError as error:  # Pillow's, for files that are missing, cut off or no pictures
+            warn(f"{self.name(index)} cannot be read and is left out: {error}")
+            return Item(torch.zeros(3, *self.size, dtype=torch.uint8), 0, index, False)
+        picture, label = (
+            (item.image, item.target) if hasattr(item, "target") else (item[0], item[1])
+        )
+        label = int(label)
+        if label < 0 or (self.n_classes is not None and label >= self.n_classes):
+            raise ValueError(
+                f"`data`: the label of {self.name(index)} is {label}, and the classifier has "
+                f"{self.n_classes} classes."
+            )
+        return Item(_resized(_bytes(picture), self.size), label, index, True)
+
+    def name(self, index: int) -> str:
+        """The file, where the data know it, as torchvision's folders do."""
+        samples = getattr(self.data, "samples", None)
+        return str(samples[index][0]) if samples else f"picture {index}"
+
+
+def _bytes(picture: Any) -> Tensor:
+    if isinstance(picture, Tensor):
+        if picture.dim() != 3 or picture.shape[0] != 3:
+            raise ValueError(f"`data`: pictures must be (3, H, W), got {tuple(picture.shape)}.")
+        if picture.is_floating_point():
+            picture = (255 * picture).round().clamp(0, 255)
+        as_bytes: Tensor = picture.to(torch.uint8)
+        return as_bytes
+    pixels: Tensor = torch.from_numpy(np.array(picture.convert("RGB")))
+    return pixels.permute(2, 0, 1)
+
+
+def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(pixels.shape[1:]) == size:
+        return pixels.contiguous()
+    from torchvision.transforms.v2.functional import resize
+
+    resized: Tensor = resize(pixels, list(size), antialias=True)
+    return resized
+
+
+class View(NamedTuple):
+    """A crop of each picture of a batch, mirrored or not: its rows and columns, (N, H), (N, W)."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def of(self, pictures: Tensor) -> Tensor:
+        """The same of pictures and maps, (N, C, H, W) of the pictures' size."""
+        n = torch.arange(len(pictures), device=pictures.device)[:, None, None, None]
+        channels = torch.arange(pictures.shape[1], device=pictures.device)[:, None, None]
+        return pictures[n, channels, self.rows[:, None, :, None], self.columns[:, None, None]]
+
+
+def random_view(
+    n: int,
+    whole: Sequence[int],
+    size: tuple[int, int],
+    flip: bool,
+    generator: Generator,
+) -> View:
+    """A random crop of `size` out of `whole`, each picture's own, mirrored every other time."""
+    lines = []
+    for side, part in zip(whole, size, strict=True):
+        first = torch.randint(side - part + 1, (n, 1), generator=generator, device=generator.device)
+        lines.append(first + torch.arange(part, device=generator.device))
+    coins = torch.rand((n, 1), generator=generator, device=generator.device) < 0.5
+    if flip:
+        lines[1] = torch.where(coins, lines[1].flip(1), lines[1])
+    return View(*lines)
+
+
+class Shuffled(Sampler[int]):
+    """A new order in each epoch, that depends on the seed and the epoch alone."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.seed, self.epoch = n, seed, 0
+
+    def __len__(self) -> int:
+        return self.n
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of each."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = Generator().manual_seed(hash_of(self.seed, self.epoch))
+        return iter(torch.randperm(self.n, generator=generator).tolist())
+
+
+def hash_of(*numbers: int) -> int:
+    """A seed from several numbers, well mixed and the same on every machine."""
+    return int(
+        np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(2, np.uint64)[0] >> 1
+    )

@@ -1,0 +1,207 @@
+"""The decoder's size and shapes, and the layers that it finds in torchvision's classifiers."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from captum_ext._model import find_module, layer_activations
+from captum_ext.fcam import FCAMDecoder, find_taps
+
+# Architecture, sizes of images, and what the decoder reads.
+CLASSIFIERS = {
+    "resnet18": ([64, (97, 65)], ["relu", "layer1", "layer2", "layer3", "layer4"]),
+    "vgg11_bn": ([64], ["features.6", "features.13", "features.20", "features.27", "features"]),
+    "inception_v3": (
+        [107, (130, 145)],
+        ["Conv2d_2b_3x3", "Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c"],
+    ),
+    "densenet121": (
+        [(64, 97)],
+        [
+            "features.relu0",
+            "features.transition1.conv",
+            "features.transition2.conv",
+            "features.transition3.conv",
+            "features",
+        ],
+    ),
+    "mobilenet_v2": (
+        [(65, 96)],
+        ["features.1", "features.3", "features.6", "features.13", "features"],
+    ),
+    "mobilenet_v3_small": (
+        [96],
+        ["features.0", "features.1", "features.3", "features.8", "features"],
+    ),
+    "efficientnet_b0": (
+        [96],
+        ["features.1", "features.2", "features.3", "features.5", "features"],
+    ),
+    "convnext_tiny": ([97], ["features.2.0", "features.4.0", "features.6.0", "features"]),
+}
+
+
+def classifier(name):
+    options = {"init_weights": False} if name == "inception_v3" else {}
+    return getattr(torchvision.models, name)(weights=None, **options).eval()
+
+
+# --- the decoder ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channels", "center", "count"),
+    [
+        ([64, 256, 512, 1024, 2048], False, 9_013_218),  # the authors' ResNet-50
+        ([64, 80, 288, 768, 1024], False, 5_704_674),  # Inception v3
+        ([128, 256, 1024], True, 23_120_770),  # VGG-16
+    ],
+)
+def test_parameters_are_as_many_as_the_authors(channels, center, count):
+    decoder = FCAMDecoder(channels, center=center)
+    assert sum(p.numel() for p in decoder.parameters()) == count
+
+
+def test_a_decoder_by_hand():
+    """Two taps, with the convolutions of the blocks written out."""
+    torch.manual_seed(0)
+    decoder = FCAMDecoder([3, 5], [4, 2]).eval().double()
+    shallow, deep = torch.randn(2, 3, 7, 9).double(), torch.randn(2, 5, 4, 5).double()
+
+    def block(i, x):
+        for j in (0, 3):
+            x = decoder.blocks[i][j + 1](
+                nn.functional.conv2d(x, decoder.blocks[i][j].weight, padding=1)
+            ).relu()
+        return x
+
+    large = nn.functional.interpolate(deep, scale_factor=2)
+    large = nn.functional.interpolate(large, (7, 9), mode="bilinear", align_corners=True)
+    x = block(0, torch.cat((large, shallow), 1))
+    x = block(1, nn.functional.interpolate(x, scale_factor=2))
+    x = decoder.head(x)
+    logits = nn.functional.interpolate(x, (15, 20), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(decoder([shallow, deep], (15, 20)), logits)
+
+
+def test_taps_of_equal_size_are_not_resized():
+    decoder = FCAMDecoder([2, 3, 4], [4, 3, 2]).eval()
+    features = [torch.randn(1, c, 6, 6) for c in (2, 3, 4)]
+    x = decoder.blocks[0](torch.cat((features[2], features[1]), 1))
+    x = decoder.blocks[1](torch.cat((x, features[0]), 1))
+    x = decoder.head(decoder.blocks[2](nn.functional.interpolate(x, scale_factor=2)))
+    torch.testing.assert_close(decoder(features, (12, 12)), x)
+
+
+def test_it_gives_logits_and_starts_as_the_authors_do():
+    torch.manual_seed(0)
+    decoder = FCAMDecoder([64, 64], [64, 64])
+    logits = decoder([torch.randn(2, 64, 8, 8), torch.randn(2, 64, 4, 4)], (16, 16))
+    assert logits.min() < 0
+    assert not torch.allclose(logits.sum(1), torch.ones(2, 16, 16))
+    first = decoder.blocks[0][0].weight
+    assert first.abs().max() <= (6 / (128 * 9)) ** 0.5
+    assert first.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
+    assert decoder.head.weight.abs().max() <= (6 / ((64 + 2) * 9)) ** 0.5
+    assert (decoder.head.bias == 0).all()
+    assert decoder.blocks[0][0].bias is None
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_all_parameters_learn(center):
+    decoder = FCAMDecoder([3, 4, 5], [4, 4, 4], center=center)
+    features = [torch.randn(2, c, s, s) for c, s in ((3, 16), (4, 8), (5, 4))]
+    decoder(features, (33, 31)).square().mean().backward()
+    assert all((p.grad != 0).any() for p in decoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("channels", "widths", "named"),
+    [
+        ([], (4,), "channels"),
+        ([3, 4], (4,), "widths"),
+        ([3, 0], (4, 4), "channels"),
+        ([3, 4], (4, 0), "widths"),
+    ],
+)
+def test_wrong_settings(channels, widths, named):
+    with pytest.raises(ValueError, match=named):
+        FCAMDecoder(channels, widths)
+
+
+def test_wrong_features():
+    decoder = FCAMDecoder([3, 4], [4, 4])
+    for features in ([torch.zeros(1, 3, 4, 4)], [torch.zeros(1, c, 4, 4) for c in (4, 3)]):
+        with pytest.raises(ValueError, match=r"features.*\[3, 4\]"):
+            decoder(features, (8, 8))
+
+
+# --- what it reads -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_taps_of_torchvisions_classifiers(name):
+    """And a decoder on them, with images of several sizes, whose output is of the images' size."""
+    sizes, expected = CLASSIFIERS[name]
+    model = classifier(name)
+    for size in sizes:
+        images = torch.rand(1, 3, *(size if isinstance(size, tuple) else (size, size)))
+        taps = find_taps(model, images)
+        assert taps == expected
+        layers = [find_module(model, tap) for tap in taps]
+        features = [found[0] for found in layer_activations(model, layers, (images,))[0]]
+        assert [f.shape[2] for f in features] == sorted(
+            (f.shape[2] for f in features), reverse=True
+        )
+        decoder = FCAMDecoder([f.shape[1] for f in features], (16, 8, 8, 4, 4)).eval()
+        assert decoder(features, tuple(images.shape[2:])).shape == (1, 2, *images.shape[2:])
+
+
+def test_probing_leaves_no_trace():
+    model = classifier("resnet18")
+    model.layer1.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="train mode"):
+        find_taps(model, torch.rand(2, 3, 64, 64))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.layer1.training
+    assert not any(m._forward_hooks for m in model.modules())
+
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            self.conv(x)
+            raise RuntimeError("broken")
+
+    broken = Broken().eval()
+    with pytest.raises(RuntimeError, match="broken"):
+        find_taps(broken, torch.rand(1, 3, 8, 8))
+    assert not broken.conv._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), 8),
+        (torchvision.models.VisionTransformer(32, 16, 1, 2, 16, 16), 32),
+        (torchvision.models.resnet18(weights=None), 1),
+    ],
+    ids=["mlp", "vit", "one pixel"],
+)
+def test_models_without_maps(model, size):
+    with pytest.raises(ValueError, match="layers"):
+        find_taps(model.eval(), torch.rand(1, 3, size, size))
+
+
+def test_maps_with_channels_last_are_left_out():
+    model = torchvision.models.swin_t(weights=None).eval()
+    assert find_taps(model, torch.rand(1, 3, 64, 64)) == ["features.0.0", "permute"]
+
+
+def test_a_function_has_no_modules():
+    with pytest.raises(ValueError, match="layers"):
+        find_taps(lambda x: x.mean((2, 3)), torch.rand(1, 3, 8, 8))

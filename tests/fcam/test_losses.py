@@ -1,0 +1,375 @@
+"""Each loss against its formula written out, in float64."""
+
+import math
+
+import pytest
+import skimage.data
+import torch
+from torch.autograd import gradcheck
+
+from captum_ext.fcam import (
+    DenseCRFLoss,
+    LocalCRFLoss,
+    SizeLoss,
+    dense_crf_loss,
+    local_crf_loss,
+    log_barrier,
+    losses,
+    partial_cross_entropy,
+    size_loss,
+)
+
+WIDE = {"sigma_rgb": 60.0, "sigma_xy": 0.3}
+
+
+def problem(n=2, size=(12, 12), channels=3, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.rand(n, 1, *size, generator=generator, dtype=dtype)
+    images = 255 * torch.rand(n, channels, *size, generator=generator, dtype=dtype)
+    return p.requires_grad_(), images
+
+
+def affinity(image, sigma_rgb, sigma_xy, radius=None):
+    """A of one image (C, H, W), sigma_xy in pixels, pair by pair."""
+    _, height, width = image.shape
+    at = [(y, x) for y in range(height) for x in range(width)]
+    a = torch.zeros(len(at), len(at), dtype=torch.float64)
+    for i, (y, x) in enumerate(at):
+        for j, (v, u) in enumerate(at):
+            if radius is None or (i != j and max(abs(y - v), abs(x - u)) <= radius):
+                near = ((y - v) ** 2 + (x - u) ** 2) / (2 * sigma_xy**2)
+                alike = (image[:, y, x] - image[:, v, u]).square().sum() / (2 * sigma_rgb**2)
+                a[i, j] = torch.exp(-near - alike)
+    return a
+
+
+# --- seeds ---------------------------------------------------------------------------------------
+
+
+def test_partial_cross_entropy_by_hand():
+    logits = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    seeds = torch.full((2, 3, 4), -255)
+    seeds[0, 0, 0], seeds[0, 2, 3], seeds[1, 1, 1] = 1, 0, 1
+    loss = partial_cross_entropy(logits, seeds)
+    log_p = logits.log_softmax(1)
+    by_hand = -(log_p[0, 1, 0, 0] + log_p[0, 0, 2, 3] + log_p[1, 1, 1, 1]) / 3
+    torch.testing.assert_close(loss, by_hand)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    ignored = (seeds == -255)[:, None].expand_as(gradient)
+    assert (gradient[ignored] == 0).all()
+    assert (gradient[~ignored] != 0).all()
+
+
+def test_without_seeds_the_loss_is_zero_and_so_is_its_gradient():
+    logits = torch.randn(2, 2, 3, 3, requires_grad=True)
+    loss = partial_cross_entropy(logits, torch.full((2, 3, 3), -255))
+    assert loss == 0
+    loss.backward()
+    assert (logits.grad == 0).all()
+
+
+# --- size ----------------------------------------------------------------------------------------
+
+
+def test_log_barrier_values():
+    def at(z, t):
+        return log_barrier(torch.tensor(z, dtype=torch.float64), t).item()
+
+    assert at(-100.0, 1) == pytest.approx(-math.log(100))
+    assert at(-0.25, 2) == pytest.approx(math.log(4) / 2)
+    assert at(3.0, 10) == pytest.approx(30 - math.log(1 / 100) / 10 + 0.1)
+    assert at(0.0, 1) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("t", [1.0, 1.64, 10.0])
+def test_log_barrier_is_smooth_at_the_joint(t):
+    joint = -1 / t**2
+    z = torch.tensor([joint - 1e-9, joint, joint + 1e-9], dtype=torch.float64, requires_grad=True)
+    value = log_barrier(z, t)
+    (slope,) = torch.autograd.grad(value.sum(), z)
+    assert (value - value[1]).abs().max() < 1e-7
+    torch.testing.assert_close(slope, torch.full_like(slope, t), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("z", [-1e30, -5.0, -0.5, 0.0, 4.0, 1e5])
+def test_log_barrier_has_finite_gradients(z):
+    for t in (1.0, 3.0):
+        value = torch.tensor([z], requires_grad=True)
+        loss = log_barrier(value, t)
+        (slope,) = torch.autograd.grad(loss.sum(), value)
+        assert torch.isfinite(loss).all()
+        assert slope >= 0
+        assert torch.isfinite(slope).all()
+
+
+def test_size_loss_by_hand():
+    """The constraint is on the sum of a region; on its mean, the barrier would be linear."""
+    s = torch.rand(3, 1, 5, 7, dtype=torch.float64)
+    probabilities = torch.cat((1 - s, s), 1)
+    areas = probabilities.sum((2, 3))
+    assert (areas > 1).all()
+    torch.testing.assert_close(size_loss(probabilities), -areas.log().mean(0).sum() / 2)
+    torch.testing.assert_close(size_loss(probabilities, 4.0), -areas.log().mean(0).sum() / 8)
+
+
+def test_a_larger_small_region_lowers_the_loss():
+    shares = (0.001, 0.01, 0.1, 0.3, 0.5)
+    found = [
+        size_loss(torch.tensor([1 - s, s]).reshape(1, 2, 1, 1).expand(-1, -1, 64, 64)).item()
+        for s in shares
+    ]
+    assert found == sorted(found, reverse=True)
+    assert found[0] - found[-1] > 1
+
+
+def test_an_empty_region_is_pulled_up():
+    logits = torch.tensor([200.0, -200.0]).reshape(1, 2, 1, 1).repeat(1, 1, 8, 8).requires_grad_()
+    loss = size_loss(logits.softmax(1))
+    assert torch.isfinite(loss)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.isfinite(gradient).all()
+
+
+def test_size_schedule():
+    loss = SizeLoss()
+    for _ in range(50):
+        loss.step()
+    assert loss.t.item() == pytest.approx(1.01**50, rel=1e-5)
+    again = SizeLoss()
+    again.load_state_dict(loss.state_dict())
+    assert torch.equal(again.t, loss.t)
+    s = torch.rand(2, 2, 6, 6).softmax(1)
+    assert torch.equal(again(s), size_loss(s, loss.t))
+    for _ in range(500):
+        loss.step()
+    assert loss.t == 10
+
+
+# --- colour --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(12, 12), (5, 9), (1, 1)])
+def test_dense_crf_is_the_double_loop(size):
+    p, images = problem(size=size)
+    loss = dense_crf_loss(p, images, side=None, **WIDE)
+    flat, by_hand = p.flatten(1), 0
+    for one, image in zip(flat, images, strict=True):
+        a = affinity(image, WIDE["sigma_rgb"], WIDE["sigma_xy"] * max(size))
+        by_hand = by_hand + 2 * one @ a @ (1 - one) / len(one) ** 2 / len(flat)
+    torch.testing.assert_close(loss, by_hand, rtol=1e-12, atol=0)
+    found = torch.autograd.grad(loss, p)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(by_hand, p)[0], rtol=1e-10, atol=1e-16)
+
+
+def test_dense_crf_is_the_form_of_the_papers_up_to_a_constant():
+    p, images = problem()
+    q = torch.rand_like(p)
+    matrices = [affinity(image, 60.0, 0.3 * 12) for image in images]
+
+    def of_papers(p):
+        total = 0
+        for one, a in zip(p.flatten(1), matrices, strict=True):
+            total = total - sum(s @ a @ s for s in (one, 1 - one)) / len(one) ** 2
+        return total / len(p)
+
+    ours = [dense_crf_loss(x, images, side=None, **WIDE) for x in (p, q)]
+    torch.testing.assert_close(ours[0] - ours[1], of_papers(p) - of_papers(q))
+
+
+def test_gradients_by_finite_differences():
+    p, images = problem(1, (4, 5))
+    assert gradcheck(lambda p: dense_crf_loss(p, images, side=None, **WIDE), p)
+    assert gradcheck(lambda p: dense_crf_loss(p, images, side=3, **WIDE), p)
+    assert gradcheck(lambda p: local_crf_loss(p, images, radius=2, sigma_rgb=60.0), p)
+
+
+def test_no_gradient_by_the_image_and_none_of_the_second_order():
+    p, images = problem()
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(dense_crf_loss(p, images), p, create_graph=True)
+    assert not dense_crf_loss(p.detach(), images).requires_grad
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.sum(), p)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    p, images = problem(3, (9, 11))
+    whole = dense_crf_loss(p, images, side=None, **WIDE)
+    gradient = torch.autograd.grad(whole, p)[0]
+    monkeypatch.setattr(losses, "CHUNK", 700)  # two rows, of 99
+    parts = dense_crf_loss(p, images, side=None, **WIDE)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts, p)[0], gradient)
+
+
+def test_energy_is_of_uncertainty_and_of_edges():
+    size = (1, 1, 16, 16)
+    flat = torch.full((1, 3, 16, 16), 90.0)
+    half = torch.zeros(size)
+    half[..., 8:] = 1
+    for loss in (dense_crf_loss, local_crf_loss):
+        for constant in (0.0, 1.0):
+            assert loss(torch.full(size, constant), flat) == 0
+        assert loss(torch.full(size, 0.5), flat) > 0
+        assert loss(half, flat) > 0
+        edged = flat.clone()
+        edged[..., 8:] = 200.0
+        assert loss(half, edged) < 1e-6 * loss(half, flat)  # the edge is where the colours change
+
+
+def test_weight_does_not_depend_on_the_number_of_pixels():
+    p, images = problem(2, (16, 16))
+    large_p, large = (x.repeat_interleave(2, 2).repeat_interleave(2, 3) for x in (p, images))
+    at = [
+        dense_crf_loss(*both, side=None, **WIDE).item() for both in ((p, images), (large_p, large))
+    ]
+    assert at[1] == pytest.approx(at[0], rel=0.02)
+    # Reduced by averaging, the large pair is the small one.
+    torch.testing.assert_close(
+        dense_crf_loss(large_p, large, side=16, **WIDE), dense_crf_loss(p, images, **WIDE)
+    )
+
+
+def test_reduced_keeps_the_aspect_ratio_and_passes_gradients():
+    p, images = problem(1, (20, 40))
+    loss = dense_crf_loss(p, images, side=10, **WIDE)
+    small = torch.nn.functional.adaptive_avg_pool2d
+    torch.testing.assert_close(
+        loss, dense_crf_loss(small(p, (5, 10)), small(images, (5, 10)), side=None, **WIDE)
+    )
+    assert (torch.autograd.grad(loss, p)[0] != 0).all()
+
+
+def sampled(p, images, n, **options):
+    """Values and gradients of `n` draws, and the exact ones."""
+    generator = torch.Generator().manual_seed(0)
+    exact = dense_crf_loss(p, images, side=None, **options)
+    gradient = torch.autograd.grad(exact, p)[0]
+    values, gradients = [], []
+    for _ in range(n):
+        loss = dense_crf_loss(p, images, side=None, generator=generator, **options | ANCHORS)
+        values.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, p)[0])
+    return torch.stack(values), torch.stack(gradients), exact.detach(), gradient
+
+
+ANCHORS = {"n_anchors": 64}
+
+
+def test_anchors_are_unbiased():
+    values, gradients, exact, gradient = sampled(*problem(2, (16, 16)), 400, **WIDE)
+    assert (values.mean() - exact).abs() < 4 * values.std() / 400**0.5
+    spread = (gradients - gradient).flatten(1).norm(dim=1).square().mean().sqrt()
+    assert spread > 0.1 * gradient.norm()
+    assert (gradients.mean(0) - gradient).norm() < 1.3 * spread / 400**0.5
+
+
+@pytest.mark.parametrize("name", ["chelsea", "coffee", "astronaut"])
+def test_anchors_have_the_stated_error_on_photographs(name, monkeypatch):
+    monkeypatch.setitem(ANCHORS, "n_anchors", 512)
+    photo = torch.tensor(getattr(skimage.data, name)()).permute(2, 0, 1)[None].float()
+    images = torch.nn.functional.interpolate(photo, (56, 56), mode="area")
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, 56)] * 2, indexing="ij")
+    p = torch.sigmoid(3 - 6 * (x**2 + y**2).sqrt())[None, None].requires_grad_()
+    values, gradients, exact, gradient = sampled(p, images, 30)
+    assert (values / exact - 1).abs().mean() < 0.03
+    off = (gradients - gradient).flatten(1).norm(dim=1) / gradient.norm()
+    assert 0.05 < off.mean() < 0.15
+
+
+def test_all_pixels_as_anchors_are_exact():
+    p, images = problem(2, (6, 6))
+    torch.testing.assert_close(
+        dense_crf_loss(p, images, n_anchors=36, **WIDE), dense_crf_loss(p, images, **WIDE)
+    )
+
+
+@pytest.mark.parametrize("size", [(8, 8), (3, 10), (1, 6), (1, 1)])
+def test_local_crf_is_the_double_loop(size):
+    p, images = problem(size=size)
+    loss = local_crf_loss(p, images, radius=2, sigma_rgb=60.0, sigma_xy=1.5)
+    by_hand = 0
+    for one, image in zip(p.flatten(1), images, strict=True):
+        a = affinity(image, 60.0, 1.5, radius=2)
+        by_hand = by_hand + 2 * one @ a @ (1 - one) / len(one) / len(p)
+    torch.testing.assert_close(loss, by_hand)
+    found = torch.autograd.grad(loss, p)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(by_hand, p)[0])
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_any_number_of_channels(channels):
+    p, images = problem(channels=channels, size=(5, 5))
+    a = [affinity(image, 60.0, 1.5) for image in images]
+    by_hand = [2 * x @ m @ (1 - x) / 625 for x, m in zip(p.flatten(1), a, strict=True)]
+    torch.testing.assert_close(dense_crf_loss(p, images, **WIDE), sum(by_hand) / 2)
+
+
+def test_halves_add_up_in_float32():
+    p, images = problem(2, (16, 16), dtype=torch.float32)
+    exact = dense_crf_loss(p, images, **WIDE)
+    for dtype in (torch.float16, torch.bfloat16):
+        small = p.detach().to(dtype).requires_grad_()
+        loss = dense_crf_loss(small, images, **WIDE)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
+        assert torch.autograd.grad(loss, small)[0].dtype == dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(dense_crf_loss(p, images, **WIDE), exact)
+
+
+def test_bytes_are_colours_and_shares_are_warned_of(recwarn):
+    p, images = problem()
+    p = p.detach().float()
+    as_bytes = images.to(torch.uint8)
+    torch.testing.assert_close(
+        dense_crf_loss(p, as_bytes, **WIDE), dense_crf_loss(p, as_bytes.float(), **WIDE)
+    )
+    dense_crf_loss(p, torch.zeros_like(as_bytes))
+    dense_crf_loss(p, torch.zeros_like(images))
+    assert not recwarn
+    with pytest.warns(UserWarning, match="0 to 255"):
+        dense_crf_loss(p, images / 255)
+    with pytest.warns(UserWarning, match="0 to 255"):
+        local_crf_loss(p, images / 255)
+
+
+def test_modules_are_their_functions():
+    p, images = problem()
+    options = {"side": 6, "n_anchors": 9, **WIDE}
+    found = [
+        loss(p, images, generator=torch.Generator().manual_seed(0))
+        for loss in (DenseCRFLoss(**options), lambda *a, **k: dense_crf_loss(*a, **k, **options))
+    ]
+    assert found[0] == found[1]
+    local = {"radius": 3, "sigma_rgb": 9.0, "sigma_xy": 2.0}
+    assert LocalCRFLoss(**local)(p, images) == local_crf_loss(p, images, **local)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"foreground": torch.rand(2, 2, 12, 12)}, "foreground"),
+        ({"foreground": torch.rand(2, 12, 12)}, "foreground"),
+        ({"images": torch.rand(2, 3, 11, 12)}, "images"),
+        ({"images": torch.rand(1, 3, 12, 12)}, "images"),
+        ({"sigma_rgb": 0.0}, "sigma_rgb"),
+        ({"sigma_xy": float("nan")}, "sigma_xy"),
+        ({"side": 0}, "side"),
+        ({"n_anchors": 0}, "n_anchors"),
+    ],
+)
+def test_wrong_arguments(change, named):
+    p, images = problem(dtype=torch.float32)
+    with pytest.raises(ValueError, match=named):
+        dense_crf_loss(**{"foreground": p, "images": images} | change)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu():
+    p, images = problem(2, (32, 32), dtype=torch.float32)
+    for loss in (dense_crf_loss, local_crf_loss):
+        torch.testing.assert_close(
+            loss(p.cuda(), images.cuda()).cpu(), loss(p, images), rtol=1e-4, atol=1e-8
+        )

@@ -1,0 +1,401 @@
+"""Training: the classifier stays, the decoder learns, what was killed goes on."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import Attribution, IntegratedGradients, LayerGradCam
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset
+
+from captum_ext.attr import FCAM, LayerClassActivationMap, SESSWrapper
+from captum_ext.datasets import TexturedEllipses
+from captum_ext.fcam import FCAMDecoder, SeedSampler
+from captum_ext.fcam.fit import fit_fcam
+from captum_ext.fcam.guides import guidance
+from captum_ext.fcam.training import FCAMModule, evaluated
+from captum_ext.fcam.views import Pictures, Shuffled, random_view
+
+SMALL = {
+    "size": 32,
+    "widths": (8, 8, 8),
+    "batch_size": 8,
+    "show_progress": False,
+    "n_epochs": 2,
+    "seeds": SeedSampler(4, 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Lightning has advice about workers and devices."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        yield
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
+        nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.Dropout(0.5), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+
+class Scenes(Dataset):
+    """A few scenes, as pictures and labels without masks."""
+
+    def __init__(self, n=24, size=(32, 32)):
+        scenes = TexturedEllipses(n, 0, size)
+        self.items = [(scene.image, scene.target) for scene in scenes]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Told(Attribution):
+    """Maps that the test makes; it keeps what it was asked."""
+
+    def __init__(self, forward_func, maps):
+        super().__init__(forward_func)
+        self.maps, self.asked = maps, []
+
+    def attribute(self, inputs, target=None):
+        self.asked.append((inputs.clone(), target.clone(), self.forward_func.training))
+        return self.maps(inputs)
+
+
+def brightness(images):
+    return images.mean(1, keepdim=True)
+
+
+# --- the classifier ------------------------------------------------------------------------------
+
+
+def test_the_classifier_does_not_move_by_a_bit():
+    model = network()
+    model[1].eval()
+    model[0][0].weight.requires_grad_(False)
+    model[5].weight.grad = torch.ones(4, 8)
+    before, flags = state(model), [m.training for m in model.modules()]
+    grads = [p.requires_grad for p in model.parameters()]
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad(), evaluated(model):
+        logits = model(x)
+    random = torch.get_rng_state()
+    fit_fcam(model, Scenes(), LayerGradCam(model, model[2]), **SMALL)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert equal(state(model), before)
+    assert [m.training for m in model.modules()] == flags
+    assert [p.requires_grad for p in model.parameters()] == grads
+    assert (model[5].weight.grad == 1).all()
+    assert all(p.grad is None for p in model.parameters() if p is not model[5].weight)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with torch.no_grad(), evaluated(model):
+        assert torch.equal(model(x), logits)
+
+
+def test_the_guide_explains_the_label_of_the_view_in_eval_mode():
+    model = network().train()
+    guide = Told(model, brightness)
+    data = Scenes(8)
+    fit_fcam(model, data, guide, **SMALL | {"n_epochs": 1, "batch_size": 4})
+    assert len(guide.asked) == 2
+    assert sorted(torch.cat([t for _, t, _ in guide.asked]).tolist()) == sorted(t for _, t in data)
+    assert not any(training for _, _, training in guide.asked)
+    images = torch.cat([x for x, _, _ in guide.asked])
+    assert images.mean().abs() < 2
+    assert images.min() < 0  # normalised
+
+
+def test_flags_are_put_back_after_an_error():
+    model = network().train()
+
+    def broken(images):
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fit_fcam(model, Scenes(8), Told(model, broken), **SMALL)
+    assert all(m.training for m in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+
+def test_it_learns_what_the_guide_shows():
+    """The guide is bright where the object is; the decoder finds it in new scenes, sharper."""
+    scenes = TexturedEllipses(96, 0, (32, 32))
+    found = scenes.batch()
+    whole = {p.numpy().tobytes(): m for p, m in zip(found.pixels, found.masks, strict=True)}
+
+    def masks(images):
+        pixels = (images * 0.25 + 0.5).mul(255).round().to(torch.uint8)
+        exact = [whole[p.numpy().tobytes()] for p in pixels]
+        return nn.functional.avg_pool2d(torch.stack(exact)[:, None].float(), 8)
+
+    model = network().eval()
+    options = SMALL | {"n_epochs": 12, "flip": False, "normalize": ((0.5,) * 3, (0.25,) * 3)}
+    options |= {"widths": (16, 16, 8), "crf_weight": 5.0}
+    fcam = fit_fcam(model, [(s.image, s.target) for s in scenes], Told(model, masks), **options)
+    assert not fcam.decoder.training
+    test = TexturedEllipses(32, 1, (32, 32)).batch()
+    maps = fcam.foreground((test.pixels / 255 - 0.5) / 0.25)[:, 0]
+    inside, outside = maps[test.masks].mean(), maps[~test.masks].mean()
+    assert inside > outside + 0.3
+
+
+def test_a_seed_gives_the_same_decoder_and_another_another():
+    model = network().eval()
+    guide = LayerGradCam(model, model[2])
+    found = [state(fit_fcam(model, Scenes(), guide, **SMALL, seed=s).decoder) for s in (0, 0, 1)]
+    assert equal(found[0], found[1])
+    assert not equal(found[0], found[2])
+
+
+def test_stored_maps_are_those_of_the_pictures(tmp_path):
+    """Without crops and flips, training on them is training on the maps of each view."""
+    model = network().eval()
+    guide = LayerGradCam(model, model[2])
+    options = SMALL | {"flip": False, "seeds": SeedSampler(4, 4, erosion=1)}
+    fresh = fit_fcam(model, Scenes(), guide, **options)
+    stored = fit_fcam(model, Scenes(), guide, **options, cache=tmp_path)
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(stored.foreground(x), fresh.foreground(x), atol=0.05, rtol=0)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["maps-00000000.pt"]
+    time = files[0].stat().st_mtime_ns
+    fit_fcam(model, Scenes(), guide, **options, cache=tmp_path)
+    assert files[0].stat().st_mtime_ns == time
+    with pytest.raises(ValueError, match=r"cache.*pictures was 24 and is 16"):
+        fit_fcam(model, Scenes(16), guide, **options, cache=tmp_path)
+
+
+# --- views ---------------------------------------------------------------------------------------
+
+
+def test_maps_follow_their_pictures():
+    pictures = torch.rand(40, 3, 20, 30)
+    maps = pictures[:, :1] * 2
+    generator = torch.Generator().manual_seed(0)
+    view = random_view(40, (20, 30), (12, 16), True, generator)
+    cropped = view.of(pictures)
+    assert cropped.shape == (40, 3, 12, 16)
+    assert torch.equal(view.of(maps), cropped[:, :1] * 2)
+    mirrored = 0
+    for i in range(40):
+        rows, columns = view.rows[i], view.columns[i]
+        step = int(columns[1] - columns[0])
+        mirrored += step == -1
+        part = pictures[i, :, rows[0] : rows[-1] + 1]
+        low, high = sorted((int(columns[0]), int(columns[-1])))
+        part = part[..., low : high + 1]
+        assert torch.equal(cropped[i], part if step == 1 else part.flip(2))
+    assert 10 < mirrored < 30
+    assert len({tuple(v.tolist()) for v in view.rows}) > 1
+
+
+def test_orders():
+    order = Shuffled(10, 3)
+    first = list(order)
+    order.set_epoch(1)
+    second = list(order)
+    order.set_epoch(0)
+    assert first == list(order)
+    assert first != second
+    assert sorted(first) == list(range(10))
+
+
+# --- guides --------------------------------------------------------------------------------------
+
+
+def test_guidance_by_hand():
+    model = network().eval()
+    x, y = torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 2])
+    raw = LayerGradCam(model, model[2]).attribute(x, target=y).detach()
+    low = raw.clamp(min=0).flatten(1)
+    low = (low - low.amin(1, keepdim=True)) / (
+        low.amax(1, keepdim=True) - low.amin(1, keepdim=True)
+    )
+    by_hand = nn.functional.interpolate(
+        low.nan_to_num().reshape(3, 1, 4, 4), (32, 32), mode="bilinear"
+    )
+    torch.testing.assert_close(guidance(LayerGradCam(model, model[2]), x, y, (32, 32)), by_hand)
+    signed = guidance(LayerGradCam(model, model[2]), x, y, rectify=False)
+    assert signed.amin((1, 2, 3)).tolist() == [0] * 3
+    assert signed.amax((1, 2, 3)).tolist() == [1] * 3
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: LayerClassActivationMap(m, m[2]),
+        IntegratedGradients,
+        lambda m: SESSWrapper(LayerGradCam(m, m[2]), n_scales=2, window=24),
+    ],
+    ids=["cam", "integrated gradients", "sess"],
+)
+def test_any_attribution_guides(make):
+    model = network().eval()
+    fcam = fit_fcam(model, Scenes(8), make(model), **SMALL | {"n_epochs": 1})
+    assert fcam.attribute(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+
+
+def test_maps_that_are_not_finite_teach_nothing():
+    model = network().eval()
+    maps = torch.rand(2, 1, 4, 4)
+    maps[0, 0, 1, 1] = float("nan")
+    found = guidance(Told(model, lambda x: maps), torch.rand(2, 3, 8, 8), torch.zeros(2).long())
+    assert (found[0] == 0).all()
+    assert found[1].max() == 1
+
+
+# --- what was killed -----------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
+    model = network().eval()
+    options = SMALL | {"n_epochs": 3}
+    guide = LayerGradCam(model, model[2])
+    straight = fit_fcam(model, Scenes(), guide, **options)
+
+    class Killed(LayerGradCam):
+        left = 5
+
+        def attribute(self, *args, **kwargs):
+            Killed.left -= 1
+            if Killed.left < 0:
+                raise KeyError("killed")
+            return super().attribute(*args, **kwargs)
+
+        @classmethod
+        def get_name(cls):
+            return LayerGradCam.get_name()
+
+    with pytest.raises(KeyError, match="killed"):
+        fit_fcam(model, Scenes(), Killed(model, model[2]), **options, checkpoints=tmp_path)
+    assert (tmp_path / "last.ckpt").is_file()
+    resumed = fit_fcam(model, Scenes(), guide, **options, checkpoints=tmp_path)
+    assert equal(state(resumed.decoder), state(straight.decoder))
+    with pytest.raises(ValueError, match=r"checkpoints.*lr was 0.01 and is 0.02"):
+        fit_fcam(model, Scenes(), guide, **options, checkpoints=tmp_path, lr=0.02)
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path):
+    model = network().eval()
+
+    class Breaks(nn.Module):
+        calls = 0
+
+        def forward(self, foreground, images):
+            Breaks.calls += 1
+            return foreground.mean() * (float("nan") if Breaks.calls > 4 else 1)
+
+    options = SMALL | {"crf": Breaks(), "warmup": 0, "n_epochs": 4}
+    with pytest.raises(FloatingPointError, match=r"epoch 1, batch 1 .*crf nan"):
+        fit_fcam(model, Scenes(), LayerGradCam(model, model[2]), **options, checkpoints=tmp_path)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert saved["epoch"] == 0
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def test_pictures_of_every_form():
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    as_bytes = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    data = [(image, 1), (as_bytes, 2, "more"), (as_bytes / 255, torch.tensor(3))]
+    pictures = Pictures(data, (4, 4), 4)
+    for i, label in enumerate((1, 2, 3)):
+        item = pictures[i]
+        assert torch.equal(item.pixels, as_bytes)
+        assert item[1:] == (label, i, True)
+    grey = Pictures([(Image.new("L", (9, 6), 7), 0)], (4, 4))[0]
+    assert (grey.pixels == 7).all()
+
+
+class Broken(Scenes):
+    def __init__(self):
+        super().__init__()
+        self.samples = [(f"{i}.jpg", 0) for i in range(24)]
+
+    def __getitem__(self, index):
+        if index in (3, 4):
+            raise OSError("image file is truncated")
+        return super().__getitem__(index)
+
+
+def test_pictures_that_do_not_decode_are_left_out_and_named():
+    model = network().eval()
+    with pytest.warns(UserWarning, match="3.jpg cannot be read"):
+        found = fit_fcam(model, Broken(), LayerGradCam(model, model[2]), **SMALL)
+    assert torch.isfinite(found.foreground(torch.rand(1, 3, 32, 32))).all()
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_out_of_range(label):
+    model = network().eval()
+    data = [(Image.new("RGB", (32, 32)), label)]
+    with pytest.raises(ValueError, match=rf"label of picture 0 is {label}"):
+        fit_fcam(model, data, LayerGradCam(model, model[2]), **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        ({"data": []}, ValueError, "data"),
+        ({"guide": "cam"}, TypeError, "guide"),
+        ({"guide": LayerGradCam(network(1), network(1)[2])}, ValueError, "guide"),
+        ({"classifier": lambda x: x}, TypeError, "classifier"),
+        ({"n_epochs": 0}, ValueError, "n_epochs"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"size": (32, 32, 32)}, ValueError, "size"),
+        ({"resize": 16}, ValueError, "resize"),
+        ({"lr": 0}, ValueError, "lr"),
+        ({"crf_weight": -1}, ValueError, "crf_weight"),
+        ({"layers": ["0", "nowhere"]}, ValueError, "nowhere"),
+        ({"size": 1}, ValueError, "layers"),
+    ],
+)
+def test_wrong_arguments(change, error, named):
+    model = network().eval()
+    arguments = {"classifier": model, "data": Scenes(8), "guide": LayerGradCam(model, model[2])}
+    with pytest.raises(error, match=named):
+        fit_fcam(**arguments | SMALL | change)
+
+
+def test_the_module_alone_runs_in_lightning():
+    from lightning import Trainer
+    from torch.utils.data import DataLoader
+
+    model = network().eval()
+    decoder = FCAMDecoder.reading(model, torch.rand(1, 3, 32, 32), widths=(8, 8, 8))
+    module = FCAMModule(model, decoder, LayerGradCam(model, model[2]), (32, 32))
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(Pictures(Scenes(8), (32, 32)), 4))
+    assert not any(name.startswith("_frozen") for name in module.state_dict())
+    assert FCAM(model, decoder.eval()).attribute(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)

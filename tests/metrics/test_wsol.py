@@ -1,0 +1,208 @@
+"""MaxBoxAcc and PxAP of maps whose score is known; parity with OpenCV is in tests/parity."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from captum_ext.metrics import MaxBoxAcc, PxAP, box_ious
+
+
+def block(value=1.0, size=(10, 12), rows=(2, 6), columns=(3, 8)):
+    one = torch.zeros(1, *size)
+    one[0, rows[0] : rows[1], columns[0] : columns[1]] = value
+    return one
+
+
+def boxes(*numbers):
+    return [torch.tensor([list(numbers)])]
+
+
+# --- boxes ---------------------------------------------------------------------------------------
+
+
+def test_a_box_ends_one_pixel_behind_its_region_except_at_the_border():
+    """(3, 2, 8, 6) is the region's, half-open; as the authors read it, both ends are in it."""
+    assert (box_ious(block(), boxes(3, 2, 8, 6)) == 1).all()
+    found = box_ious(block(), boxes(3, 2, 7, 5))  # its pixels, both ends in it
+    assert found[0, 0].item() == pytest.approx(5 * 4 / (6 * 5))
+    corner = block(rows=(6, 10), columns=(8, 12))
+    assert (box_ious(corner, boxes(8, 6, 11, 9)) == 1).all()
+
+
+def test_thresholds_are_strict_and_relative_to_the_maps_maximum():
+    maps = block(0.4)
+    maps[0, 2:6, 3:5] = 0.2  # bytes: 102 and 51
+    found = box_ious(maps, boxes(5, 2, 8, 6))[0]
+    whole, part = (4 * 5) / (6 * 5), 1.0
+    cut = next(i for i in range(1000) if int(i * 0.001 * 102) >= 51)
+    assert found[:cut].tolist() == pytest.approx([whole] * cut)
+    assert found[cut:].tolist() == pytest.approx([part] * (1000 - cut))
+    tiny = box_ious(maps / 100, boxes(5, 2, 8, 6))  # all bytes are 0 or 1
+    assert (tiny[0] == tiny[0, 0]).all()
+
+
+def test_largest_is_by_outline_and_all_knows_holes_and_islands():
+    maps = torch.zeros(1, 20, 20)
+    maps[0, 1:12, 1:12] = 1
+    maps[0, 3:10, 3:10] = 0  # a frame, its outline 10 x 10
+    maps[0, 14:20, 1:19] = 1  # more pixels, a smaller outline
+    of_frame, of_bar, of_hole = (1, 1, 12, 12), (1, 14, 19, 19), (2, 2, 11, 11)
+    assert box_ious(maps, boxes(*of_frame))[0, 0] == 1
+    assert box_ious(maps, boxes(*of_bar))[0, 0] < 0.2
+    for box in (of_frame, of_bar, of_hole):
+        assert box_ious(maps, boxes(*box), "all")[0, 0] == 1
+
+
+def test_diagonal_neighbours_are_one_region():
+    maps = torch.eye(6)[None]
+    assert box_ious(maps, boxes(0, 0, 5, 5), "all")[0, 0] == 1
+
+
+def test_an_empty_map_has_the_box_of_the_first_pixel():
+    for maps in (torch.zeros(1, 8, 8), torch.ones(1, 8, 8) * 0.003):
+        assert (box_ious(maps, boxes(0, 0, 0, 0)) == 1).all()
+        assert (box_ious(maps, boxes(4, 4, 7, 7)) == 0).all()
+
+
+def test_the_best_of_several_boxes_counts():
+    both = [torch.tensor([[0, 0, 2, 2], [3, 2, 8, 6]])]
+    assert (box_ious(block(), both) == 1).all()
+
+
+def test_channels_and_devices():
+    maps = torch.cat((block(), block(0.5)))
+    true = boxes(3, 2, 8, 6) * 2
+    assert torch.equal(box_ious(maps, true), box_ious(maps[:, None].repeat(1, 3, 1, 1), true))
+    half = box_ious(maps.bfloat16(), true)
+    assert half.dtype == torch.float32
+
+
+# --- MaxBoxAcc -----------------------------------------------------------------------------------
+
+
+def test_one_threshold_serves_all_images():
+    """Each image has a perfect threshold, and there is none for both: the classic mistake."""
+    low, high = torch.full((1, 10, 12), 0.3), torch.full((1, 10, 12), 0.0)
+    low[0, 2:6, 3:8] = 1.0  # above 0.3
+    high[0, 2:6, 3:8], high[0, 2, 3] = 0.25, 1.0  # below 0.25
+    true = boxes(3, 2, 8, 6)
+    for one in (low, high):
+        assert MaxBoxAcc()(one, true) == 1
+    assert MaxBoxAcc()(torch.cat((low, high)), true * 2) == 0.5
+
+
+def test_v2_is_the_mean_of_maxima():
+    maps, true = block(), boxes(3, 2, 13, 8)
+    found = box_ious(maps, true)[0, 0].item()
+    assert 0.3 < found < 0.5
+    metric = MaxBoxAcc((0.3, 0.5, 0.7), "all")
+    assert metric(maps, true).item() == pytest.approx(1 / 3)
+    assert metric.curves().shape == (3, 1000)
+
+
+def test_batches_merge_and_images_may_not_count():
+    maps, true = (
+        torch.cat((block(), block(), block(rows=(0, 1), columns=(0, 1)))),
+        boxes(3, 2, 8, 6) * 3,
+    )
+    metric, pieces = MaxBoxAcc(), MaxBoxAcc()
+    metric.update(maps, true)
+    for i in range(3):
+        pieces.update(maps[i : i + 1], true[:1])
+    assert metric.compute() == pieces.compute()
+    assert metric.compute().item() == pytest.approx(2 / 3)
+    first = MaxBoxAcc()
+    first.update(maps, true, counted=torch.tensor([True, False, True]))
+    assert first.compute().item() == pytest.approx(1 / 3)
+    assert math.isnan(MaxBoxAcc().compute())
+
+
+# --- PxAP ----------------------------------------------------------------------------------------
+
+
+def by_hand(maps, masks):
+    """Average precision over the thresholds, pixel by pixel."""
+    maps, masks = maps.flatten().double().numpy(), masks.flatten().numpy()
+    edges = np.arange(1001) / 1000
+    precision, recall = [], []
+    for tau in edges[::-1]:
+        chosen = maps >= tau
+        tp = (chosen & masks).sum()
+        precision.append(tp / chosen.sum() if chosen.any() else 0)
+        recall.append(tp / masks.sum())
+    return float(np.sum(np.array(precision) * np.diff(recall, prepend=0)))
+
+
+def test_pxap_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(4, 9, 11, generator=generator).double()
+    masks = torch.rand(4, 9, 11, generator=generator) < 0.2 + 0.5 * maps
+    metric = PxAP()
+    assert metric(maps, masks).item() == pytest.approx(by_hand(maps, masks), abs=1e-6)
+    pieces = PxAP()
+    for i in range(4):
+        pieces.update(maps[i : i + 1], masks[i : i + 1])
+    assert pieces.compute() == metric.compute()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_a_constant_map_has_the_share_of_the_object(value):
+    masks = torch.zeros(1, 5, 8, dtype=torch.bool)
+    masks[0, :3, :2] = True
+    assert PxAP()(torch.full((1, 5, 8), value), masks).item() == pytest.approx(6 / 40)
+
+
+def test_perfect_maps_of_any_height_and_ignored_pixels():
+    masks = torch.zeros(2, 6, 6, dtype=torch.bool)
+    masks[:, 1:4, 2:5] = True
+    maps = masks * torch.tensor([1.0, 0.4])[:, None, None]
+    assert PxAP()(maps, masks) == 1
+    false = maps.clone()
+    false[:, 0] = 1
+    assert PxAP()(false, masks) < 0.8
+    ignored = torch.zeros_like(masks)
+    ignored[:, 0] = True
+    metric = PxAP()
+    metric.update(false, masks, ignored)
+    assert metric.compute() == 1
+    assert math.isnan(PxAP().compute())
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [1.1, -0.1, float("nan")])
+def test_maps_out_of_range(value):
+    masks = torch.ones(1, 10, 12, dtype=torch.bool)
+    for call in (
+        lambda maps: box_ious(maps, boxes(0, 0, 2, 2)),
+        lambda maps: PxAP()(maps, masks),
+    ):
+        with pytest.raises(ValueError, match="maps"):
+            call(block(value))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "named"),
+    [
+        (lambda: box_ious(block(), []), ValueError, "boxes"),
+        (lambda: box_ious(block(), [torch.zeros(0, 4)]), ValueError, "boxes"),
+        (lambda: box_ious(block(), [torch.zeros(4)]), ValueError, "boxes"),
+        (lambda: box_ious(block(), boxes(0, 0, 1, 1), "outer"), ValueError, "contours"),
+        (lambda: MaxBoxAcc((1.5,)), ValueError, "iou_thresholds"),
+        (lambda: MaxBoxAcc(()), ValueError, "iou_thresholds"),
+        (lambda: MaxBoxAcc(contours="x"), ValueError, "contours"),
+        (
+            lambda: MaxBoxAcc().update(block(), boxes(0, 0, 1, 1), torch.ones(1)),
+            ValueError,
+            "counted",
+        ),
+        (lambda: PxAP()(block(), torch.ones(1, 10, 12)), TypeError, "masks"),
+        (lambda: PxAP()(block(), torch.ones(1, 9, 12) > 0), ValueError, "masks"),
+    ],
+)
+def test_wrong_arguments(call, error, named):
+    with pytest.raises(error, match=named):
+        call()
