@@ -4,7 +4,7 @@
 `pip install "captum_ext[demo]"`.
 """
 
-from captum_ext.datasets.classifiers import SmallCNN, train_classifier
+from captum_ext.datasets.classifiers import SmallCNN, TinyCNN, train_classifier
 from captum_ext.datasets.fine_grained import PATTERNS, Batch, FineGrainedParts, Specimen
 from captum_ext.datasets.pasted_scenes import KINDS, PastedScenes, Scene
 from captum_ext.datasets.textured_ellipses import (
@@ -29,5 +29,6 @@ __all__ = [
     "SmallCNN",
     "Specimen",
     "TexturedEllipses",
+    "TinyCNN",
     "train_classifier",
 ]

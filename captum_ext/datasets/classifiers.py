@@ -1,11 +1,14 @@
 """Small networks for the synthetic data, trained in a minute or two on a CPU."""
 
+from typing import overload
+
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from captum_ext.datasets.fine_grained import PATTERNS, FineGrainedParts, normalized, stacked
+from captum_ext.datasets.textured_ellipses import TEXTURES, TexturedEllipses
 
 
 class SmallCNN(nn.Module):
@@ -44,6 +47,37 @@ class SmallCNN(nn.Module):
         return logits
 
 
+class TinyCNN(nn.Sequential):
+    """Five convolutions, global average pooling and a linear layer, for `TexturedEllipses`.
+
+    At 64 px the maps are 32, 16, 16, 8 and 8 units wide, of 16, 32, 32, 64 and 96 channels: the
+    layers "0" to "4". Every convolution is followed by batch normalisation and a ReLU.
+
+    Args:
+        n_classes: how many logits.
+
+    Shape:
+        - images: (N, 3, H, W), normalised as `FineGrainedParts.batch` gives them.
+        - logits: (N, n_classes).
+
+    Example:
+        >>> TinyCNN(4).eval()(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__(
+            _block(3, 16, kernel_size=3, stride=2),
+            _block(16, 32, kernel_size=3, stride=2),
+            _block(32, 32, kernel_size=3, stride=1),
+            _block(32, 64, kernel_size=3, stride=2),
+            _block(64, 96, kernel_size=3, stride=1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(96, n_classes),
+        )
+
+
 def _block(inputs: int, outputs: int, kernel_size: int, stride: int) -> nn.Sequential:
     convolution = nn.Conv2d(
         inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False
@@ -51,24 +85,51 @@ def _block(inputs: int, outputs: int, kernel_size: int, stride: int) -> nn.Seque
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
+@overload
 def train_classifier(
     data: FineGrainedParts,
     *,
-    n_epochs: int = 10,
-    batch_size: int = 16,
-    lr: float = 5e-3,
+    n_epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
     seed: int = 0,
     show_progress: bool = False,
-) -> SmallCNN:
-    """Trains a `SmallCNN` to tell the species apart: AdamW, one cycle of the learning rate.
+) -> SmallCNN: ...
 
-    The pictures are kept as bytes (150 kB each at 224 px). Global random state stays as it was.
+
+@overload
+def train_classifier(
+    data: TexturedEllipses,
+    *,
+    n_epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> TinyCNN: ...
+
+
+def train_classifier(
+    data: FineGrainedParts | TexturedEllipses,
+    *,
+    n_epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> SmallCNN | TinyCNN:
+    """Trains a small network to tell the classes apart: AdamW, one cycle of the learning rate.
+
+    For `FineGrainedParts` it is a `SmallCNN`, for `TexturedEllipses` a `TinyCNN`, whose pictures
+    are mirrored at random both ways (their classes do not change by it). Pictures are kept as bytes
+    (150 kB each at 224 px). Global random state stays as it was.
 
     Args:
         data: what to train on.
-        n_epochs: how often each picture is seen.
+        n_epochs: how often each picture is seen. None is 10 for beetles, 15 for ellipses.
         batch_size: pictures a step; what is left over at the end of an epoch is not seen in it.
-        lr: the highest learning rate.
+            None is 16 for beetles, 32 for ellipses.
+        lr: the highest learning rate. None is 5e-3.
         seed: of the weights and of the order.
         show_progress: one bar for drawing the pictures and one for the steps.
 
@@ -84,6 +145,10 @@ def train_classifier(
         >>> (network(test.images).argmax(1) == test.targets).float().mean()  # doctest: +SKIP
         tensor(0.9975)
     """
+    ellipses = isinstance(data, TexturedEllipses)
+    n_epochs = (15 if ellipses else 10) if n_epochs is None else n_epochs
+    batch_size = (32 if ellipses else 16) if batch_size is None else batch_size
+    lr = 5e-3 if lr is None else lr
     if n_epochs < 1:
         raise ValueError(f"`n_epochs` must be positive, got {n_epochs}.")
     if not 2 <= batch_size <= len(data):
@@ -92,12 +157,14 @@ def train_classifier(
         )
     pixels = torch.empty((len(data), 3, *data.size), dtype=torch.uint8)
     targets = torch.empty(len(data), dtype=torch.int64)
-    for i, specimen in enumerate(tqdm(data, desc="drawing", disable=not show_progress)):
-        pixels[i], targets[i] = stacked([specimen.image])[0], specimen.target
-    generator = torch.Generator().manual_seed(seed)
+    for i, item in enumerate(tqdm(data, desc="drawing", disable=not show_progress)):
+        pixels[i], targets[i] = stacked([item.image])[0], item.target
+    generator = Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        network = SmallCNN(len(PATTERNS))
+        network: SmallCNN | TinyCNN = (
+            TinyCNN(len(TEXTURES)) if ellipses else SmallCNN(len(PATTERNS))
+        )
     optimizer = torch.optim.AdamW(network.parameters(), lr)
     n_steps = n_epochs * (len(data) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=n_steps)
@@ -107,7 +174,10 @@ def train_classifier(
             for chosen in order.split(batch_size):
                 if len(chosen) < batch_size:
                     continue
-                loss = cross_entropy(network(normalized(pixels[chosen])), targets[chosen])
+                pictures = pixels[chosen]
+                if ellipses:
+                    pictures = _mirrored(pictures, generator)
+                loss = cross_entropy(network(normalized(pictures)), targets[chosen])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -115,3 +185,10 @@ def train_classifier(
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 bar.update()
     return network.eval()
+
+
+def _mirrored(pictures: Tensor, generator: Generator) -> Tensor:
+    for dim in (2, 3):
+        coins = torch.rand((len(pictures), 1, 1, 1), generator=generator) < 0.5
+        pictures = torch.where(coins, pictures.flip(dim), pictures)
+    return pictures

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from captum_ext.datasets import FineGrainedParts, SmallCNN, train_classifier
+from captum_ext.datasets import (
+    FineGrainedParts,
+    SmallCNN,
+    TexturedEllipses,
+    TinyCNN,
+    train_classifier,
+)
+from captum_ext.datasets.fine_grained import normalized
 
 
 @pytest.mark.parametrize(("side", "units"), [(224, 14), (64, 4)])
@@ -33,6 +40,18 @@ def test_training_learns_repeats_itself_and_leaves_the_random_state() -> None:
     assert (logits.argmax(1) == targets).float().mean() > 0.7
     other = train_classifier(beetles, n_epochs=1, batch_size=8, seed=2)
     assert not other.head.weight.equal(first.head.weight)
+
+
+def test_the_network_of_the_ellipses() -> None:
+    network = TinyCNN(4).eval()
+    assert sum(p.numel() for p in network.parameters()) == 88_852
+    scenes = TexturedEllipses(32, size=(32, 32))
+    trained = train_classifier(scenes, n_epochs=20, batch_size=8)
+    assert isinstance(trained, TinyCNN)
+    found = scenes.batch()
+    with torch.no_grad():
+        right = (trained(normalized(found.pixels)).argmax(1) == found.targets).float().mean()
+    assert right > 0.6
 
 
 @pytest.mark.parametrize(
