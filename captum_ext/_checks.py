@@ -72,7 +72,7 @@ def one_batch_of_images(inputs: Any) -> Tensor:
 
 
 def warn(message: str) -> None:
-    """Warn, with the line outside of this package, Captum and torch that led here.
+    """Warn, with the line outside of this package, Captum, torch and Lightning that led here.
 
     The command line is a caller like any other, and tells our warnings by that.
     """
@@ -84,5 +84,5 @@ def warn(message: str) -> None:
 
 def _is_inside(frame: FrameType) -> bool:
     name = str(frame.f_globals.get("__name__"))
-    inside = ("captum_ext", "captum", "torch", "contextlib")
+    inside = ("captum_ext", "captum", "torch", "lightning", "contextlib")
     return name != "captum_ext.cli" and name.partition(".")[0] in inside

@@ -1,4 +1,4 @@
-"""The command line: `captum-ext explain` and `captum-ext methods`.
+"""The command line: `captum-ext explain`, `captum-ext methods`, and `train-fcam` (`cli_train`).
 
 Without arguments, `captum-ext explain` explains a photograph by every layer method. What
 takes long to import is imported only where it is used, so that `--help` and `methods` are quick.
@@ -338,17 +338,21 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 # --- the picture's file --------------------------------------------------------------------------
 
 
-def check_output(output: Path, image: str | None = None) -> None:
+def check_output(
+    output: Path, image: str | None = None, endings: tuple[str, ...] = (".png",)
+) -> None:
     """Refuse, before anything is computed, an output that could not be written.
 
     Raises:
-        InputError: no .png, no folder, a folder that is not writable, or the image itself.
+        InputError: another ending, no folder, a folder that is not writable, or the image itself.
     """
     from captum_ext.demo import InputError
 
     folder = output.parent
-    if output.suffix.lower() != ".png":
-        raise InputError(f"the output {str(output)!r} must have a name that ends in .png")
+    if output.suffix.lower() not in endings:
+        raise InputError(
+            f"the output {str(output)!r} must have a name that ends in {' or '.join(endings)}"
+        )
     if not folder.is_dir():
         raise InputError(f"the output folder {str(folder)!r} does not exist: make it first")
     if output.is_dir():
@@ -440,6 +444,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.set_defaults(run=explain)
     commands.add_parser("methods", help="list the methods").set_defaults(run=methods)
+    from captum_ext.cli_train import add_command  # which imports this module
+
+    add_command(commands)
     return parser
 
 
@@ -457,8 +464,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        _say("stopped", "interrupted")
+    except KeyboardInterrupt as stop:
+        _say("stopped", str(stop) or "interrupted")
         return 130
     except BrokenPipeError:  # `captum-ext methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

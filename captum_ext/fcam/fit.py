@@ -1,7 +1,10 @@
 """`fit_fcam`: a decoder for a classifier, in one call (the extra `train`)."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -91,7 +94,8 @@ def fit_fcam(
         show_progress: whether to draw progress bars.
         trainer: arguments of Lightning's `Trainer`, such as ``{"devices": 2}``. As it comes, the
             device is the classifier's.
-        **options: of `FCAMModule`; `crf` is `DenseCRFLoss(side=16)` unless it is given.
+        **options: of `FCAMModule`; `crf` is `DenseCRFLoss` at a quarter of `size`, but at
+            least 16 pixels, unless it is given.
 
     Returns:
         An `FCAM` of the classifier.
@@ -127,7 +131,7 @@ def fit_fcam(
             torch.manual_seed(hash_of(seed))
             decoder = FCAMDecoder.reading(root, blank, layers, widths, center)
     pictures = Pictures(data, whole, n_classes)
-    options = {"crf": DenseCRFLoss(side=16)} | options
+    options = {"crf": DenseCRFLoss(side=max(max(view) // 4, 16))} | options
     module = FCAMModule(root, decoder, guide, view, seed=seed, **options)
     if cache is not None:
         module.maps = cached_maps(module, pictures, Path(cache), batch_size, show_progress)
@@ -154,12 +158,15 @@ def fit_fcam(
     resumed = None
     if checkpoints is not None:
         module.settings = _settings(module, pictures, n_epochs, batch_size)
-        saver = ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True)
+        saver = ModelCheckpoint(
+            checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
+        )
         settings["callbacks"] = [*settings["callbacks"], saver]
         file = Path(checkpoints) / "last.ckpt"
         resumed = file if file.is_file() else None
     try:
-        Trainer(**settings).fit(module, loader, ckpt_path=resumed)
+        with _interruptible():
+            Trainer(**settings).fit(module, loader, ckpt_path=resumed)
     finally:
         root.to(device)
     loss = torch.stack(module.seed_losses).mean().item() if module.seed_losses else 0.0
@@ -170,6 +177,21 @@ def fit_fcam(
             f"a lower `crf_weight` or another `seed` may help."
         )
     return FCAM(classifier, decoder.to(device).eval())
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt again: Lightning ends the process, and ignores the next one."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from ended
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def cached_maps(
@@ -227,6 +249,7 @@ def _about_maps(module: FCAMModule, pictures: Pictures) -> dict[str, Any]:
         "guide": guide.get_name(),
         "layer": _layer_name(classifier, guide),
         "rectify": module.rectify,
+        "normalize": [module.mean.flatten().tolist(), module.std.flatten().tolist()],
         "guide_kwargs": repr(sorted(module.guide_kwargs.items())),
         "pictures": len(pictures),
         "size": list(pictures.size),

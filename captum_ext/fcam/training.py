@@ -164,6 +164,10 @@ class FCAMModule(LightningModule):
         stored = self.maps[indices.to(self.maps.device)].to(images.device, torch.float32)
         return view.of(resize(stored, whole))
 
+    def on_fit_start(self) -> None:
+        """The classifier is no submodule, so nobody else brings it to the device."""
+        self._frozen[0].to(self.device)
+
     def on_train_epoch_start(self) -> None:
         self.seed_losses = []
 

@@ -1,14 +1,19 @@
 """The pictures of a training set, and crops and flips that maps follow."""
 
+import struct
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 from torch.utils.data import Dataset, Sampler
 
 from captum_ext._checks import warn
+
+# What Pillow raises for files that are missing, cut off, damaged, too large or no pictures.
+_UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
 class Item(NamedTuple):
@@ -49,7 +54,7 @@ class Pictures(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         try:
             item = self.data[index]
-        except OSError as error:  # Pillow's, for files that are missing, cut off or no pictures
+        except _UNREADABLE as error:
             warn(f"{self.name(index)} cannot be read and is left out: {error}")
             return Item(torch.zeros(3, *self.size, dtype=torch.uint8), 0, index, False)
         picture, label = (

@@ -1,5 +1,6 @@
 """Training: the classifier stays, the decoder learns, what was killed goes on."""
 
+import signal
 import warnings
 
 import numpy as np
@@ -298,6 +299,29 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
         fit_fcam(model, Scenes(), guide, **options, checkpoints=tmp_path, lr=0.02)
 
 
+def test_ctrl_c_is_an_interrupt(tmp_path):
+    """Lightning would end the process, and ignore the next Ctrl-C."""
+    model = network().eval()
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupted(images):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_fcam(model, Scenes(8), Told(model, interrupted), **SMALL, checkpoints=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_run_with_other_colours_is_another_run(tmp_path):
+    model = network().eval()
+    guide, options = LayerGradCam(model, model[2]), SMALL | {"n_epochs": 1}
+    fit_fcam(model, Scenes(8), guide, **options, cache=tmp_path / "a", checkpoints=tmp_path / "b")
+    other = options | {"normalize": ((0.5,) * 3, (0.5,) * 3)}
+    for folder in ({"cache": tmp_path / "a"}, {"checkpoints": tmp_path / "b"}):
+        with pytest.raises(ValueError, match=rf"{next(iter(folder))}.*normalize was"):
+            fit_fcam(model, Scenes(8), guide, **other, **folder)
+
+
 def test_a_loss_that_is_not_finite_stops(tmp_path):
     model = network().eval()
 
@@ -337,8 +361,10 @@ class Broken(Scenes):
         self.samples = [(f"{i}.jpg", 0) for i in range(24)]
 
     def __getitem__(self, index):
-        if index in (3, 4):
+        if index == 3:
             raise OSError("image file is truncated")
+        if index == 4:
+            raise SyntaxError("broken PNG file")
         return super().__getitem__(index)
 
 
@@ -399,3 +425,20 @@ def test_the_module_alone_runs_in_lightning():
     trainer.fit(module, DataLoader(Pictures(Scenes(8), (32, 32)), 4))
     assert not any(name.startswith("_frozen") for name in module.state_dict())
     assert FCAM(model, decoder.eval()).attribute(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+
+
+def test_two_processes_train_one_decoder():
+    """By gloo, on the CPU: the classifier stays, and the decoder has learned from both halves."""
+    model = network().eval()
+    before = state(model)
+    guide = LayerGradCam(model, model[2])
+    options = SMALL | {"batch_size": 4}
+    found = fit_fcam(
+        model, Scenes(16), guide, **options, trainer={"devices": 2, "strategy": "ddp_fork"}
+    )
+    assert equal(state(model), before)
+    alone = fit_fcam(model, Scenes(16), guide, **options)
+    assert not equal(state(found.decoder), state(alone.decoder))
+    counts = [f.decoder.blocks[0][1].num_batches_tracked.item() for f in (found, alone)]
+    assert counts == [4, 8]  # each process saw half of the batches, in each of two epochs
+    assert torch.isfinite(found.foreground(torch.rand(1, 3, 32, 32))).all()
