@@ -8,7 +8,6 @@ import inspect
 import logging
 import os
 import re
-import signal
 import sys
 import warnings
 import zipfile
@@ -412,11 +411,7 @@ def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None) -> "FCAM":
 
     try:
         return fit()
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning makes an exit of Ctrl-C, and ignores any further one.
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    except KeyboardInterrupt:
         file = _checkpoint(checkpoints)
         stored = f"; the same command goes on from {file}" if file else ""
         raise KeyboardInterrupt(f"interrupted{stored}") from None
