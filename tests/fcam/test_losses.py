@@ -196,7 +196,7 @@ def test_chunks_change_nothing(monkeypatch):
     p, images = problem(3, (9, 11))
     whole = dense_crf_loss(p, images, side=None, **WIDE)
     gradient = torch.autograd.grad(whole, p)[0]
-    monkeypatch.setattr(losses, "CHUNK", 700)  # two rows, of 99
+    monkeypatch.setattr(losses, "CPU_CHUNK", 700)  # two rows, of 99
     parts = dense_crf_loss(p, images, side=None, **WIDE)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts, p)[0], gradient)
