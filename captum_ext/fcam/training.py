@@ -18,6 +18,7 @@ from captum_ext.fcam.losses import SizeLoss, partial_cross_entropy
 from captum_ext.fcam.seeding import SeedSampler
 from captum_ext.fcam.views import View, hash_of, random_view
 from captum_ext.imaging import resize
+from captum_ext.metrics import MaxBoxAcc
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -31,6 +32,10 @@ class FCAMModule(LightningModule):
     (or its stored map is cropped and mirrored likewise), seeds are drawn from that map, and the
     decoder learns; the classifier does not, and is in eval mode for the length of the step. All
     random numbers come from the seed, the epoch, the number of the batch and of the process.
+
+    Where the trainer is given pictures with boxes, `Boxed`, the decoder of the epoch with the best
+    MaxBoxAcc on them (of equal ones, the first) is what is left in the end. Nothing else is chosen
+    by them.
 
     The classifier and the guide are not submodules: they are in no checkpoint.
 
@@ -100,6 +105,8 @@ class FCAMModule(LightningModule):
         self._frozen = (classifier, guide)
         assert decoder.layers is not None
         self._layers = (tuple(find_module(classifier, name) for name in decoder.layers),)
+        self.localisation = MaxBoxAcc()
+        self.best: dict[str, Any] = {}
         self.seed_losses: list[Tensor] = []
         self.settings: dict[str, Any] = {}
 
@@ -174,11 +181,37 @@ class FCAMModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         self.size_loss.step()
 
+    def validation_step(self, batch: tuple[Tensor, list[Tensor]], batch_idx: int) -> None:
+        """Of whole pictures with boxes."""
+        pixels, boxes = batch
+        read = [i for i, found in enumerate(boxes) if len(found)]
+        if read:
+            images = (pixels[read] / 255 - self.mean) / self.std
+            with evaluated(self._frozen[0]):
+                maps = self(images).softmax(1)[:, 1]
+            self.localisation.update(maps, [boxes[i] for i in read])
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep the decoder if it is the best so far."""
+        score = self.localisation.compute().item()
+        self.localisation.reset()
+        self.log("val_MaxBoxAcc", score, prog_bar=True)
+        if score > self.best.get("score", -1.0):
+            weights = {
+                name: w.detach().cpu().clone() for name, w in self.decoder.state_dict().items()
+            }
+            self.best = {"score": score, "epoch": self.current_epoch, "decoder": weights}
+
+    def on_fit_end(self) -> None:
+        if self.best:
+            self.decoder.load_state_dict(self.best["decoder"])
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["fcam_settings"] = self.settings
+        checkpoint["fcam_settings"], checkpoint["fcam_best"] = self.settings, self.best
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of a run with other settings."""
+        self.best = checkpoint.get("fcam_best", {})
         changed = changes(checkpoint.get("fcam_settings", {}), self.settings)
         if changed:
             raise ValueError(

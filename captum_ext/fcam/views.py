@@ -52,13 +52,11 @@ class Pictures(Dataset[Item]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> Item:
-        try:
-            item = self.data[index]
-        except _UNREADABLE as error:
-            warn(f"{self.name(index)} cannot be read and is left out: {error}")
+        entry = self.entry(index)
+        if entry is None:
             return Item(torch.zeros(3, *self.size, dtype=torch.uint8), 0, index, False)
         picture, label = (
-            (item.image, item.target) if hasattr(item, "target") else (item[0], item[1])
+            (entry.image, entry.target) if hasattr(entry, "target") else (entry[0], entry[1])
         )
         label = int(label)
         if label < 0 or (self.n_classes is not None and label >= self.n_classes):
@@ -68,10 +66,64 @@ class Pictures(Dataset[Item]):
             )
         return Item(_resized(_bytes(picture), self.size), label, index, True)
 
+    def entry(self, index: int) -> Any:
+        """What the data have; None, and a warning, where it cannot be read."""
+        try:
+            return self.data[index]
+        except _UNREADABLE as error:
+            warn(f"{self.name(index)} cannot be read and is left out: {error}")
+            return None
+
     def name(self, index: int) -> str:
         """The file, where the data know it, as torchvision's folders do."""
         samples = getattr(self.data, "samples", None)
         return str(samples[index][0]) if samples else f"picture {index}"
+
+
+class Boxed(Dataset[tuple[Tensor, Tensor]]):
+    """Pictures as bytes of one size, (3, H, W), and the boxes of their objects in it, (n, 4).
+
+    Where a picture cannot be read there are no boxes.
+
+    Args:
+        data: what it has at i is (picture, label, boxes), or has attributes `image` and `box`.
+            Boxes are (x1, y1, x2, y2) in the picture's own pixels, one or (n, 4).
+        size: (H, W).
+    """
+
+    def __init__(self, data: Any, size: tuple[int, int]) -> None:
+        self.pictures = Pictures(data, size)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        height, width = self.pictures.size
+        entry = self.pictures.entry(index)
+        if entry is None:
+            return torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4)
+        has_names = hasattr(entry, "box")
+        if not has_names and len(entry) < 3:
+            raise ValueError(
+                f"`validation`: {self.pictures.name(index)} has no boxes: entries must be "
+                f"(picture, label, boxes)."
+            )
+        picture, boxes = (entry.image, entry.box) if has_names else (entry[0], entry[2])
+        pixels = _bytes(picture)
+        boxes = torch.as_tensor(boxes, dtype=torch.float64)
+        boxes = boxes[None] if boxes.dim() == 1 else boxes
+        if boxes.dim() != 2 or boxes.shape[1] != 4 or not len(boxes):
+            raise ValueError(
+                f"`validation`: boxes must be (n, 4), n at least 1, and those of "
+                f"{self.pictures.name(index)} are {tuple(boxes.shape)}."
+            )
+        scale = torch.tensor([width / pixels.shape[2], height / pixels.shape[1]]).repeat(2)
+        return _resized(pixels, self.pictures.size), (boxes * scale).floor()
+
+
+def as_batch(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    """Of `Boxed`: numbers of boxes differ."""
+    return torch.stack([pixels for pixels, _ in items]), [boxes for _, boxes in items]
 
 
 def _bytes(picture: Any) -> Tensor:

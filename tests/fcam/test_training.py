@@ -16,8 +16,9 @@ from captum_ext.datasets import TexturedEllipses
 from captum_ext.fcam import FCAMDecoder, SeedSampler
 from captum_ext.fcam.fit import fit_fcam
 from captum_ext.fcam.guides import guidance
-from captum_ext.fcam.training import FCAMModule, evaluated
-from captum_ext.fcam.views import Pictures, Shuffled, random_view
+from captum_ext.fcam.training import IMAGENET, FCAMModule, evaluated
+from captum_ext.fcam.views import Boxed, Pictures, Shuffled, random_view
+from captum_ext.metrics import MaxBoxAcc
 
 SMALL = {
     "size": 32,
@@ -427,18 +428,78 @@ def test_the_module_alone_runs_in_lightning():
     assert FCAM(model, decoder.eval()).attribute(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
 
 
-def test_two_processes_train_one_decoder():
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
+def test_two_processes_train_one_decoder(strategy):
     """By gloo, on the CPU: the classifier stays, and the decoder has learned from both halves."""
     model = network().eval()
     before = state(model)
     guide = LayerGradCam(model, model[2])
     options = SMALL | {"batch_size": 4}
-    found = fit_fcam(
-        model, Scenes(16), guide, **options, trainer={"devices": 2, "strategy": "ddp_fork"}
-    )
+    trainer = {"devices": 2, "strategy": strategy}
+    found = fit_fcam(model, Scenes(16), guide, **options, trainer=trainer)
     assert equal(state(model), before)
     alone = fit_fcam(model, Scenes(16), guide, **options)
     assert not equal(state(found.decoder), state(alone.decoder))
     counts = [f.decoder.blocks[0][1].num_batches_tracked.item() for f in (found, alone)]
     assert counts == [4, 8]  # each process saw half of the batches, in each of two epochs
     assert torch.isfinite(found.foreground(torch.rand(1, 3, 32, 32))).all()
+
+
+# --- a validation set ----------------------------------------------------------------------------
+
+
+def validated(tmp_path=None, **options):
+    """A run judged by boxes, and what it kept."""
+    model = network().eval()
+    scenes = TexturedEllipses(12, 5, (32, 32))
+    guide = LayerGradCam(model, model[2])
+    options = SMALL | {"n_epochs": 4, "lr": 0.2, "validation": list(scenes)} | options
+    return fit_fcam(model, Scenes(), guide, **options, checkpoints=tmp_path)
+
+
+def max_box_acc(fcam):
+    scenes = TexturedEllipses(12, 5, (32, 32)).batch()
+    images = (scenes.pixels / 255 - torch.tensor(IMAGENET[0])[:, None, None]) / torch.tensor(
+        IMAGENET[1]
+    )[:, None, None]
+    metric = MaxBoxAcc()
+    metric.update(fcam.foreground(images)[:, 0], [box[None] for box in scenes.boxes])
+    return metric.compute().item()
+
+
+def test_boxes_select_the_epoch_and_nothing_else(tmp_path):
+    """What is returned is the best of the decoders that runs of 1, 2, ... epochs without boxes
+    return."""
+    runs = [validated(validation=None, n_epochs=n) for n in (1, 2, 3, 4)]
+    scores = [max_box_acc(run) for run in runs]
+    best = scores.index(max(scores))
+    assert best < 3  # else the last would do
+    found = validated(tmp_path)
+    assert equal(state(found.decoder), state(runs[best].decoder))
+    again = validated(tmp_path)  # there is nothing left to train
+    assert equal(state(again.decoder), state(runs[best].decoder))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["fcam_best"]["epoch"] == best
+    assert saved["fcam_best"]["score"] == pytest.approx(scores[best])
+
+
+def test_boxes_are_those_of_the_pictures_brought_to_size():
+    image = Image.new("RGB", (40, 20))
+    boxes = [[4, 4, 20, 16], [0, 0, 39, 19]]
+    for entry in ((image, 0, boxes), (torch.zeros(3, 20, 40), 0, torch.tensor(boxes))):
+        pixels, found = Boxed([entry], (10, 10))[0]
+        assert pixels.shape == (3, 10, 10)
+        assert found.tolist() == [[1, 2, 5, 8], [0, 0, 9, 9]]
+
+
+@pytest.mark.parametrize(
+    ("validation", "said"),
+    [
+        ([], "data"),
+        ([(Image.new("RGB", (32, 32)), 0)], "validation.*no boxes"),
+        ([(Image.new("RGB", (32, 32)), 0, torch.zeros(0, 4))], r"validation.*\(0, 4\)"),
+    ],
+)
+def test_a_validation_set_without_boxes(validation, said):
+    with pytest.raises(ValueError, match=said):
+        validated(validation=validation, n_epochs=1)
