@@ -154,7 +154,7 @@ def train_fcam(arguments: argparse.Namespace) -> None:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module="captum_ext|__main__")
         # The folder keeps these itself: warnings of other processes do not come here.
-        warnings.filterwarnings("ignore", message=".* cannot be read and is left out")
+        warnings.filterwarnings("ignore", message=".* cannot be read and (is|are) left out")
         x = _noise(settings["size"]).to(device)
         taps = _check_sees(loaded, x)
         layer, reshape_transform = demo.find_layer(loaded, x, arguments.layer)
@@ -169,15 +169,13 @@ def train_fcam(arguments: argparse.Namespace) -> None:
                 layers=taps,
                 normalize=(loaded.preprocess.mean, loaded.preprocess.std),
                 guide_kwargs=guide_kwargs,
+                rectify=method.name != "cam",  # as the authors have it
                 **settings,
             ),
             settings["checkpoints"],
+            folder,
         )
     unread = folder.unread_in_all()
-    if len(unread) == len(folder):
-        raise demo.InputError(
-            f"none of the {len(folder)} pictures can be read; the first: {folder.why(unread[0])}"
-        )
     if not _is_first():
         return
     for text in dict.fromkeys(str(warning.message) for warning in caught):
@@ -361,16 +359,16 @@ def _guide(
     try:
         guide = attribution(method, loaded, layer, reshape_transform)
         target = torch.zeros(1, dtype=torch.int64, device=x.device)
-        pixels = guidance(guide, x, target, **kwargs).shape[2:].numel()
+        guidance(guide, x, target, **kwargs)
     except (ValueError, RuntimeError, AssertionError) as error:
+        if "of a single pixel" in str(error):
+            raise InputError(
+                f"{method.name} at layer {layer} of {loaded.name} gives maps of a single pixel: "
+                f"give a larger --size, or a --layer in front of it"
+            ) from error
         raise InputError(
             f"{method.name} does not work at layer {layer} of {loaded.name}: {error}"
         ) from error
-    if pixels == 1:
-        raise InputError(
-            f"{method.name} at layer {layer} of {loaded.name} gives maps of a single pixel: give a "
-            f"larger --size, or a --layer in front of it"
-        )
     return guide, kwargs
 
 
@@ -403,7 +401,7 @@ def _trainer(arguments: argparse.Namespace) -> tuple[Callable[..., "FCAM"], dict
     return fit_fcam, settings
 
 
-def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None) -> "FCAM":
+def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: Folder) -> "FCAM":
     """What `fit` gives, with its errors in the words of the command line."""
     import torch
 
@@ -422,7 +420,13 @@ def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None) -> "FCAM":
     except torch.cuda.OutOfMemoryError as error:
         raise InputError("the GPU has too little memory: give a lower --batch-size") from error
     except ValueError as error:
+        if bool(folder.unread.all()):
+            first = folder.why(0)
+            raise InputError(
+                f"none of the {len(folder)} pictures can be read; the first: {first}"
+            ) from error
         flags = {f"`{name}`": option[0] for name, option in _OPTIONS.items()}
+        flags["`guide`"] = "--guide"
         flags["`checkpoints`"] += f" {checkpoints}"
         said = re.sub(r"`\w+`", lambda found: flags.get(found[0], found[0]), str(error))
         if said == str(error):  # nothing that was given, so a mistake of ours

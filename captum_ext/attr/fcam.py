@@ -1,6 +1,7 @@
 """F-CAM (Belharbi et al., WACV 2022): the foreground at full resolution, in one forward pass."""
 
 import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -133,8 +134,13 @@ class FCAM(Attribution):
             return full_precision(logits).softmax(1)[:, 1:]
 
     def save(self, path: str | Path) -> None:
-        """Write the decoder to a file, with the classifier's fingerprint, not the classifier."""
-        decoder, root = self.decoder, root_module(self.forward_func)
+        """Write the decoder to a file, with the classifier's fingerprint, not the classifier.
+
+        Raises:
+            ValueError: the classifier is a plain function, see `fingerprint`.
+        """
+        decoder, digests = self.decoder, fingerprint(self.forward_func)
+        root = root_module(self.forward_func)
         assert root is not None
         names = {module: name for name, module in root.named_modules()}
         torch.save(
@@ -144,7 +150,8 @@ class FCAM(Attribution):
                 "widths": decoder.widths,
                 "center": decoder.has_center,
                 "layers": [names[layer] for layer in self.layers],
-                "classifier": fingerprint(self.forward_func),
+                "classifier": digests,
+                "dtypes": _dtypes(root),
             },
             path,
         )
@@ -156,18 +163,25 @@ class FCAM(Attribution):
         Only tensors and plain values are read (`weights_only`).
 
         Raises:
-            ValueError: the classifier is another one, or has other weights; the file is no decoder.
+            ValueError: the classifier is another one, or has other weights, or these in another
+                dtype: convert it after loading. The file is no decoder.
+            FileNotFoundError: there is no such file.
         """
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or "classifier" not in saved:
+        needed = {"decoder", "channels", "widths", "center", "layers", "classifier"}
+        content = io.BytesIO(Path(path).read_bytes())
+        try:
+            saved = torch.load(content, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch has many kinds of them for what it did not write
+            raise ValueError(f"`path` {path} has no decoder of F-CAM in it.") from error
+        if not isinstance(saved, dict) or not needed <= saved.keys():
             raise ValueError(f"`path` {path} has no decoder of F-CAM in it.")
-        _check_same(saved["classifier"], fingerprint(forward_func), path)
+        digests, root = fingerprint(forward_func), root_module(forward_func)
+        assert root is not None
+        _check_same(saved, digests, _dtypes(root), path)
         decoder = FCAMDecoder(
             saved["channels"], saved["widths"], saved["center"], layers=saved["layers"]
         )
         decoder.load_state_dict(saved["decoder"])
-        root = root_module(forward_func)
-        assert root is not None
         some = next(root.parameters(), torch.empty(0))
         return cls(forward_func, decoder.to(some.device).eval())
 
@@ -190,9 +204,24 @@ def fingerprint(forward_func: Forward) -> dict[str, str]:
     return digests
 
 
-def _check_same(saved: dict[str, str], found: dict[str, str], path: str | Path) -> None:
+def _dtypes(root: Module) -> dict[str, str]:
+    return {k: str(v.dtype) for k, v in root.state_dict().items() if isinstance(v, Tensor)}
+
+
+def _check_same(
+    file: dict[str, Any], found: dict[str, str], dtypes: dict[str, str], path: str | Path
+) -> None:
+    saved, before = file["classifier"], file.get("dtypes", {})
     missing, added = sorted(saved.keys() - found), sorted(found.keys() - saved)
     changed = sorted(name for name in saved.keys() & found if saved[name] != found[name])
+    cast = [name for name in changed if before.get(name, dtypes[name]) != dtypes[name]]
+    if cast and cast == changed and not missing and not added:
+        one = cast[0]
+        raise ValueError(
+            f"`forward_func` has {len(cast)} tensors in another dtype than when the decoder in "
+            f"{path} was saved ({one} is {dtypes[one]} and was {before[one]}, ...), so they cannot "
+            f"be compared. Load the decoder first, and convert the classifier after that."
+        )
     said = [
         f"{len(names)} of its tensors {what} ({', '.join(names[:3])}, ...)"
         for names, what in (

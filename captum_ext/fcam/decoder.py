@@ -1,5 +1,7 @@
 """F-CAM's decoder: a U-Net's right half on the features of a frozen classifier (Sec. 3, Fig. 2)."""
 
+import threading
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -35,13 +37,13 @@ class FCAMDecoder(nn.Module):
 
     Args:
         channels: of the features, from the shallowest to the deepest, as `find_taps` lists them.
-        widths: of the blocks, from the deepest; at least as many as there are features.
-            (256, 128, 64, 32, 16) (official code).
+        widths: of the blocks, from the deepest, one for each of the features: the last of too few
+            is repeated, too many are cut. (256, 128, 64, 32, 16) (official code).
         center: whether two more convolutions come before the first block (official code: for VGG).
         layers: the names of the classifier's layers with these features; not needed to decode.
 
     Raises:
-        ValueError: no channels, too few widths, a number below 1.
+        ValueError: no channels, no widths, a number below 1.
 
     Shape:
         - features: for each of `channels` (N, channels, h, w).
@@ -63,17 +65,15 @@ class FCAMDecoder(nn.Module):
         layers: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        channels, widths = list(channels), list(widths)[: len(channels)]
-        if not channels or len(widths) < len(channels):
-            raise ValueError(
-                f"`widths` must be at least as many as `channels`, and there must be some, got "
-                f"{len(widths)} for {len(channels)}."
-            )
+        channels, widths = list(channels), list(widths)
         for name, numbers in (("channels", channels), ("widths", widths)):
+            if not numbers:
+                raise ValueError(f"`{name}` must be one or more numbers, got none.")
             for number in numbers:
                 check_count(name, number)
         if layers is not None and len(layers) != len(channels):
             raise ValueError(f"`layers` must be {len(channels)} names, got {layers!r}.")
+        widths = [*widths, *[widths[-1]] * (len(channels) - len(widths))][: len(channels)]
         self.channels, self.widths, self.has_center = channels, widths, center
         self.layers = None if layers is None else list(layers)
         deepest = channels[-1]
@@ -166,11 +166,12 @@ def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
 def find_taps(classifier: Forward, images: Tensor) -> list[str]:
     """The layers whose features a decoder may use: the last one of each resolution.
 
-    The classifier runs once. Of the modules that put out maps, those are left out that are part of
-    a block whose own output has another size, those of another aspect ratio than the image (maps
-    with their channels last), and adaptive pooling. Of each size that remains, the last module to
-    run is taken; not the image's own size, not single pixels, and, from the deepest on, only sizes
-    that are at least 1.5 times the one before.
+    The classifier runs once. Of the modules that put out maps, those are left out that run several
+    times (one ReLU for all) and so have no output of their own, those that are part of a block
+    whose own output has another size, those of another aspect ratio than the image (maps with their
+    channels last), and adaptive pooling. Of each size that remains, the last module to run is
+    taken; not the image's own size, not single pixels, and, from the deepest on, only sizes that
+    are at least 1.5 times the one before.
 
     Args:
         classifier: the module, or its bound method.
@@ -193,10 +194,15 @@ def find_taps(classifier: Forward, images: Tensor) -> list[str]:
             f"`classifier` must be a torch.nn.Module, got {classifier!r}: name the `layers`."
         )
     names = {module: name for name, module in root.named_modules()}
+    me = threading.get_ident()
+    runs: Counter[str] = Counter()
     ran: list[tuple[str, tuple[int, int]]] = []
     sizes: dict[str, tuple[int, int] | None] = {}
 
     def seen(module: Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != me:
+            return
+        runs[names[module]] += 1
         is_map = isinstance(output, Tensor) and output.dim() == 4
         size = (output.shape[2], output.shape[3]) if is_map else None
         sizes[names[module]] = size
@@ -226,7 +232,7 @@ def find_taps(classifier: Forward, images: Tensor) -> list[str]:
     for name, size in ran:
         is_plain = size not in ((1, 1), (height, width))
         is_plain &= abs(size[0] * width - size[1] * height) <= 2 * max(height, width)
-        if name and is_plain and not in_other_block(name, size):
+        if name and runs[name] == 1 and is_plain and not in_other_block(name, size):
             last.pop(size, None)
             last[size] = name
     taps: list[str] = []

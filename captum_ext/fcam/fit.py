@@ -1,11 +1,10 @@
 """`fit_fcam`: a decoder for a classifier, in one call (the extra `train`)."""
 
-import hashlib
 import signal
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,21 +14,26 @@ from captum.attr import Attribution
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.nn import Module
-from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 
 from captum_ext._checks import check_count, warn
-from captum_ext._model import Forward, root_module
-from captum_ext.attr.fcam import FCAM, fingerprint
+from captum_ext._model import Forward, root_module, untouched
+from captum_ext.attr.fcam import FCAM
 from captum_ext.fcam.decoder import FCAMDecoder
-from captum_ext.fcam.guides import check_guide, guidance
+from captum_ext.fcam.guides import check_guide
 from captum_ext.fcam.losses import DenseCRFLoss
 from captum_ext.fcam.seeding import SeedSampler
-from captum_ext.fcam.training import FCAMModule, changes, evaluated
+from captum_ext.fcam.stored import about_run, cached_maps
+from captum_ext.fcam.training import (
+    IMAGENET,
+    FCAMModule,
+    checked_channels,
+    evaluated,
+    floating_type,
+    random_numbers,
+)
 from captum_ext.fcam.views import Boxed, Pictures, Shuffled, as_batch, hash_of
 
-SHARD = 512  # stored maps in a file
 COLLAPSED = 0.6  # ln 2 is the loss of a decoder that says 1/2 everywhere
 
 # The paper's settings, for `fit_fcam(..., **PAPER)`: 5.04 is the weight of 2e-9 that its code gives
@@ -79,7 +83,8 @@ def fit_fcam(
         classifier: the module.
         data: labelled pictures: torchvision's `ImageFolder`, a data set of this package, or any
             other whose entry i is (picture, label, ...). Pictures are PIL images or tensors
-            (3, H, W) of bytes or of floats in [0, 1], not normalised.
+            (3, H, W) or (1, H, W) of bytes or of floats in [0, 1], not normalised. Those that do
+            not decode are left out, named and counted.
         guide: what teaches: any Captum attribution of this classifier that gives maps.
         size: (H, W) of what the classifier sees, or one number for both.
         resize: (H, W) that pictures are brought to, and views cropped out of. None is `size`.
@@ -89,9 +94,12 @@ def fit_fcam(
         widths: of the decoder's blocks.
         center: whether it has a centre block.
         cache: a folder in which the guide's maps of the whole pictures are stored, once; the views
-            are cropped out of them. None explains each view anew.
+            are cropped out of them, so `data` must give the same pictures each time. In training
+            they are all in memory, at the guide's own resolution. None explains each view anew.
         checkpoints: a folder. Each epoch is stored in it, and a run that was killed goes on from
-            the last one, to the weights that it would have come to. None stores nothing.
+            the last one, to the weights that it would have come to; one that is finished may go on
+            to more epochs. Of the settings, only those of `trainer` may change. None stores
+            nothing.
         validation: pictures with boxes: entry i is (picture, label, boxes), boxes being (n, 4) in
             the picture's own pixels, (x1, y1, x2, y2). The decoder of the epoch with the best
             `MaxBoxAcc` (IoU 0.5) on them, brought to `size` whole, is what is returned. None
@@ -109,7 +117,9 @@ def fit_fcam(
 
     Raises:
         TypeError, ValueError: an argument of another kind or out of range; a guide of another
-            model; a label that is no class; a checkpoint of another run.
+            model, or one that gives no seeds; a label that is no class; stored maps or a checkpoint
+            of another run.
+        RuntimeError: inside `torch.inference_mode`.
         FloatingPointError: a loss that is not finite, with its epoch and batch. What was stored
             stays.
 
@@ -123,75 +133,95 @@ def fit_fcam(
     root = root_module(classifier)
     if root is None:
         raise TypeError(f"`classifier` must be a torch.nn.Module, got {type(classifier)}.")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("Nothing is learned inside torch.inference_mode(): leave it first.")
     check_guide(guide, classifier)
     for name, count in (("n_epochs", n_epochs), ("batch_size", batch_size)):
         check_count(name, count)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"`seed` must be an integer, got {seed!r}.")
+    if not isinstance(trainer, Mapping | None):
+        raise TypeError(f"`trainer` must be a mapping of arguments, got {type(trainer)}.")
     view = _pair("size", size)
     whole = view if resize is None else _pair("resize", resize)
     if whole[0] < view[0] or whole[1] < view[1]:
         raise ValueError(f"`resize` must be at least `size`, {view}, got {whole}.")
     device = next(root.parameters(), torch.empty(0)).device
-    with evaluated(root), torch.no_grad():
-        blank = torch.zeros(1, 3, *view, device=device)
-        n_classes = root(blank).shape[1]
-        with torch.random.fork_rng():
-            torch.manual_seed(hash_of(seed))
-            decoder = FCAMDecoder.reading(root, blank, layers, widths, center)
-    pictures = Pictures(data, whole, n_classes)
-    options = {"crf": DenseCRFLoss(side=max(max(view) // 4, 16))} | options
-    module = FCAMModule(root, decoder, guide, view, seed=seed, **options)
-    if cache is not None:
-        module.maps = cached_maps(module, pictures, Path(cache), batch_size, show_progress)
-    loader = DataLoader(
-        pictures,
-        batch_size,
-        sampler=Shuffled(len(pictures), seed),
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-    )
     boxed = None if validation is None else Boxed(validation, view)
-    judged = None
-    if boxed is not None:
-        judged = DataLoader(boxed, batch_size, collate_fn=as_batch, num_workers=num_workers)
-    settings = {
-        "max_epochs": n_epochs,
-        "accelerator": "cpu" if device.type == "cpu" else "gpu",
-        "devices": 1 if device.index is None else [device.index],
-        "logger": False,
-        "enable_progress_bar": show_progress,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "callbacks": [],
-        "enable_checkpointing": checkpoints is not None,
-        "use_distributed_sampler": True,
-        **(trainer or {}),
-    }
-    resumed = None
-    if checkpoints is not None:
-        module.settings = _settings(module, pictures, n_epochs, batch_size)
-        module.settings["validation"] = 0 if boxed is None else len(boxed)
-        saver = ModelCheckpoint(
-            checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
+    options = {"crf": DenseCRFLoss(side=crf_side(view))} | options
+    mean, _ = checked_channels(options.get("normalize", IMAGENET))
+    kept = ExitStack()
+    with kept:
+        kept.enter_context(evaluated(root))
+        kept.enter_context(untouched(root))
+        kept.enter_context(torch.enable_grad())  # Lightning switches gradients on, and leaves that
+        kept.enter_context(random_numbers(device, hash_of(seed)))
+        kept.callback(root.to, device)
+        with torch.no_grad():
+            blank = torch.zeros(1, len(mean), *view, device=device, dtype=floating_type(root))
+            n_classes = _n_classes(root(blank))
+            decoder = FCAMDecoder.reading(root, blank, layers, widths, center).to(device)
+        pictures = Pictures(data, whole, n_classes)
+        module = FCAMModule(root, decoder, guide, view, seed=seed, **options).to(device)
+        if cache is not None:
+            folder = Path(cache)
+            module.maps = cached_maps(
+                module, pictures, folder, batch_size, num_workers, show_progress
+            )
+        loader = DataLoader(
+            pictures,
+            batch_size,
+            sampler=Shuffled(len(pictures), seed),
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
         )
-        settings["callbacks"] = [*settings["callbacks"], saver]
-        file = Path(checkpoints) / "last.ckpt"
-        resumed = file if file.is_file() else None
-    try:
-        # Loaders draw a seed for their workers; `ddp_spawn` cannot send one with a generator.
-        with _interruptible(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        judged = None
+        if boxed is not None:
+            judged = DataLoader(boxed, batch_size, collate_fn=as_batch, num_workers=num_workers)
+        settings = {
+            "max_epochs": n_epochs,
+            "accelerator": "cpu" if device.type == "cpu" else "gpu",
+            "devices": 1 if device.index is None else [device.index],
+            "logger": False,
+            "enable_progress_bar": show_progress,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "enable_checkpointing": checkpoints is not None,
+            "use_distributed_sampler": True,
+            **(trainer or {}),
+        }
+        resumed = None
+        if checkpoints is not None:
+            module.settings = about_run(module, pictures, batch_size)
+            module.settings["validation"] = 0 if boxed is None else len(boxed)
+            saver = ModelCheckpoint(
+                checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
+            )
+            given = settings.get("callbacks") or []
+            settings["callbacks"] = [*(given if isinstance(given, list) else [given]), saver]
+            file = Path(checkpoints) / "last.ckpt"
+            resumed = file if file.is_file() else None
+        with _interruptible(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You defined a `validation_step`")
-            torch.manual_seed(hash_of(seed))
             Trainer(**settings).fit(module, loader, judged, ckpt_path=resumed)
-    finally:
-        root.to(device)
-    loss = torch.stack(module.seed_losses).mean().item() if module.seed_losses else 0.0
-    if loss > COLLAPSED:
+    if module.unread:
+        some = ", ".join(pictures.name(place) for place in sorted(module.unread)[:3])
+        warn(
+            f"{len(module.unread)} of {len(pictures)} pictures cannot be read and are left out: "
+            f"{some}{', ...' if len(module.unread) > 3 else ''}"
+        )
+    if module.seed_loss > COLLAPSED:
         warn(
             f"The decoder has learned nothing, or has collapsed: in the last epoch its loss at the "
-            f"seeds was {loss:.2f} (ln 2 is that of no knowledge). More epochs, a longer `warmup`, "
-            f"a lower `crf_weight` or another `seed` may help."
+            f"seeds was {module.seed_loss:.2f} (ln 2 is that of no knowledge). More epochs, a "
+            f"longer `warmup`, a lower `crf_weight` or another `seed` may help."
         )
     return FCAM(classifier, decoder.to(device).eval())
+
+
+def crf_side(size: tuple[int, int]) -> int:
+    """To how many pixels a side the CRF reduces views of this size: a quarter, but at least 16."""
+    return max(max(size) // 4, 16)
 
 
 @contextmanager
@@ -209,99 +239,11 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-def cached_maps(
-    module: FCAMModule, pictures: Pictures, folder: Path, batch_size: int, show_progress: bool
-) -> Tensor:
-    """The guide's maps of all whole pictures, (n, 1, h, w) in float16, from the folder or into it.
-
-    They are stored `SHARD` at a time, so that a run that was killed goes on.
-
-    Raises:
-        ValueError: the folder has maps of another run.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    about = _about_maps(module, pictures)
-    classifier, guide = module._frozen
-    device = next(classifier.parameters(), torch.empty(0)).device
-    shards = []
-    starts = range(0, len(pictures), SHARD)
-    for start in tqdm(starts, desc="maps", disable=not show_progress):
-        file = folder / f"maps-{start:08d}.pt"
-        if file.is_file():
-            saved = torch.load(file, weights_only=True)
-            if saved["about"] != about:
-                raise ValueError(
-                    f"`cache` {folder} has the maps of another run: "
-                    f"{changes(saved['about'], about)}. Name another folder, or delete it."
-                )
-        else:
-            found = []
-            part = Subset(pictures, range(start, min(start + SHARD, len(pictures))))
-            for pixels, labels, _, read in DataLoader(part, batch_size):
-                images = (pixels / 255 - module.mean) / module.std
-                with evaluated(classifier):
-                    maps = guidance(
-                        guide,
-                        images.to(device),
-                        labels.to(device),
-                        rectify=module.rectify,
-                        **module.guide_kwargs,
-                    )
-                found.append(torch.where(read[:, None, None, None], maps.cpu(), 0).half())
-            saved = {"about": about, "maps": torch.cat(found)}
-            unfinished = file.with_suffix(".partial")
-            torch.save(saved, unfinished)
-            unfinished.replace(file)
-        shards.append(saved["maps"])
-    return torch.cat(shards)
-
-
-def _about_maps(module: FCAMModule, pictures: Pictures) -> dict[str, Any]:
-    """What the guide's maps depend on, as far as it can be known."""
-    classifier, guide = module._frozen
-    return {
-        "classifier": _digest(fingerprint(classifier)),
-        "guide": guide.get_name(),
-        "layer": _layer_name(classifier, guide),
-        "rectify": module.rectify,
-        "normalize": [module.mean.flatten().tolist(), module.std.flatten().tolist()],
-        "guide_kwargs": repr(sorted(module.guide_kwargs.items())),
-        "pictures": len(pictures),
-        "size": list(pictures.size),
-    }
-
-
-def _settings(
-    module: FCAMModule, pictures: Pictures, n_epochs: int, batch_size: int
-) -> dict[str, Any]:
-    """What a run that goes on must have in common with the one that was killed."""
-    return _about_maps(module, pictures) | {
-        "view": list(module.size),
-        "channels": module.decoder.channels,
-        "widths": module.decoder.widths,
-        "layers": module.decoder.layers,
-        "flip": module.flip,
-        "seeds": repr(sorted(vars(module.seeds).items())),
-        "crf": repr(module.crf),
-        "weights": [module.crf_weight, module.size_weight],
-        "warmup": module.warmup,
-        "lr": module.lr,
-        "seed": module.seed,
-        "epochs": n_epochs,
-        "batch_size": batch_size,
-        "stored_maps": module.maps is not None,
-    }
-
-
-def _digest(digests: dict[str, str]) -> str:
-    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
-
-
-def _layer_name(classifier: Module, guide: Attribution) -> str:
-    layer = getattr(guide, "layer", None)
-    layers = layer if isinstance(layer, list | tuple) else [layer]
-    names = {module: name for name, module in classifier.named_modules()}
-    return ", ".join(names.get(one, "") for one in layers if isinstance(one, Module))
+def _n_classes(output: Any) -> int:
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        shown = tuple(output.shape) if isinstance(output, Tensor) else type(output)
+        raise ValueError(f"`classifier` must give logits (N, classes), got {shown}.")
+    return output.shape[1]
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:

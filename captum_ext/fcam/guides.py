@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from captum.attr import Attribution
 from torch import Tensor
+from torch.nn import Module
 
 from captum_ext._model import Forward, full_precision, root_module
 from captum_ext.imaging import min_max, resize
@@ -37,7 +38,7 @@ def guidance(
         (N, 1, H, W), without a graph.
 
     Raises:
-        ValueError: a guide whose maps do not have two spatial dimensions.
+        ValueError: a guide whose maps do not have two spatial dimensions, or are of one pixel.
     """
     found = guide.attribute(images, target=target, **kwargs)
     found = found[0] if isinstance(found, tuple) else found
@@ -46,6 +47,11 @@ def guidance(
         raise ValueError(
             f"`guide` must give a map (N, C, h, w) of each image, and {guide.get_name()} gives "
             f"{shown}: choose a layer with maps, or a `reshape_transform`."
+        )
+    if found.shape[2:].numel() == 1:
+        raise ValueError(
+            f"`guide` {guide.get_name()} gives maps of a single pixel: choose a layer in front of "
+            f"it, or larger pictures."
         )
     values = full_precision(found.detach())
     equal = (values == values[:, :1]).flatten(1).all(1)[:, None, None, None]
@@ -60,13 +66,32 @@ def check_guide(guide: Any, classifier: Forward) -> None:
 
     Raises:
         TypeError: no attribution.
-        ValueError: one of another model.
+        ValueError: one of another model, or at another model's layer.
     """
     if not isinstance(guide, Attribution):
         raise TypeError(f"`guide` must be a Captum Attribution, got {type(guide)}.")
-    root = root_module(guide.forward_func)
-    if root is not None and root is not root_module(classifier):
+    inner = wrapped(guide)
+    if inner is not None:
+        check_guide(inner, classifier)
+        return
+    explained, root = root_module(guide.forward_func), root_module(classifier)
+    if explained is not None and explained is not root:
         raise ValueError(
-            f"`guide` {guide.get_name()} explains another model ({type(root).__name__}) than the "
-            f"`classifier`: make it with this one."
+            f"`guide` {guide.get_name()} explains another model ({type(explained).__name__}) than "
+            f"the `classifier`: make it with this one."
         )
+    layers = getattr(guide, "layer", None)
+    layers = layers if isinstance(layers, list | tuple) else [layers]
+    own = set() if root is None else set(root.modules())
+    for layer in layers:
+        if isinstance(layer, Module) and root is not None and layer not in own:
+            raise ValueError(
+                f"`guide` {guide.get_name()} is at a layer ({type(layer).__name__}) that is not in "
+                f"the `classifier`: take the layer of this one."
+            )
+
+
+def wrapped(guide: Attribution) -> Attribution | None:
+    """The attribution that a wrapper, such as Captum's NoiseTunnel or ours, is made with."""
+    inner = getattr(guide, "attribution_method", None)
+    return inner if isinstance(inner, Attribution) else None

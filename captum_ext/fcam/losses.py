@@ -107,6 +107,9 @@ class SizeLoss(nn.Module):
         growth: the factor of `step`. 1.01 (official code).
         t_max: the largest t. 10 (official code).
 
+    Raises:
+        ValueError: a number that is not above 0; a `t_max` below `t`.
+
     Example:
         >>> loss = SizeLoss()
         >>> loss.step()
@@ -120,8 +123,13 @@ class SizeLoss(nn.Module):
         super().__init__()
         for name, value in (("t", t), ("growth", growth), ("t_max", t_max)):
             check_size(name, value, positive=True)
-        self.growth, self.t_max = growth, t_max
+        if t_max < t:
+            raise ValueError(f"`t_max` must be at least `t`, got {t_max} and {t}.")
+        self.start, self.growth, self.t_max = t, growth, t_max
         self.register_buffer("t", torch.tensor(float(t)))
+
+    def extra_repr(self) -> str:
+        return f"t={self.start}, growth={self.growth}, t_max={self.t_max}"
 
     def forward(self, probabilities: Tensor) -> Tensor:
         return size_loss(probabilities, self.t)
@@ -208,23 +216,18 @@ def dense_crf_loss(
         >>> dense_crf_loss(half, torch.full((1, 3, 2, 2), 200.0), sigma_xy=1e6)  # all A are 1
         tensor(0.5000)
     """
+    _check_settings(sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, side=side, n_anchors=n_anchors)
     foreground, images = _checked(foreground, images)
-    for name, value in (("sigma_rgb", sigma_rgb), ("sigma_xy", sigma_xy)):
-        check_size(name, value, positive=True)
     check_generator(generator, foreground.device)
     longer = max(foreground.shape[2:])
-    if side is not None:
-        check_count("side", side)
-        if side < longer:
-            height, width = (max(round(n * side / longer), 1) for n in foreground.shape[2:])
-            size = (height, width)
-            foreground, images = (F.adaptive_avg_pool2d(x, size) for x in (foreground, images))
+    if side is not None and side < longer:
+        height, width = (max(round(n * side / longer), 1) for n in foreground.shape[2:])
+        size = (height, width)
+        foreground, images = (F.adaptive_avg_pool2d(x, size) for x in (foreground, images))
     p, n_pixels = foreground.flatten(1), foreground[0].numel()
     anchors = None
-    if n_anchors is not None:
-        check_count("n_anchors", n_anchors)
-        if n_anchors < n_pixels:
-            anchors = torch.randperm(n_pixels, generator=generator, device=p.device)[:n_anchors]
+    if n_anchors is not None and n_anchors < n_pixels:
+        anchors = torch.randperm(n_pixels, generator=generator, device=p.device)[:n_anchors]
     features = _features(images, sigma_rgb, sigma_xy)
 
     def smooth(p: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,10 +305,8 @@ def local_crf_loss(
         >>> local_crf_loss(step, torch.zeros(1, 3, 1, 2), sigma_xy=1e6)
         tensor(1.)
     """
+    _check_settings(radius=radius, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy)
     foreground, images = _checked(foreground, images)
-    check_count("radius", radius)
-    for name, value in (("sigma_rgb", sigma_rgb), ("sigma_xy", sigma_xy)):
-        check_size(name, value, positive=True)
     height, width = images.shape[2:]
     colours = images / (sigma_rgb * math.sqrt(2))
 
@@ -331,7 +332,7 @@ def local_crf_loss(
 
 
 class DenseCRFLoss(nn.Module):
-    """`dense_crf_loss` with its settings.
+    """`dense_crf_loss` with its settings, which are checked at once.
 
     Example:
         >>> loss = DenseCRFLoss(side=16)
@@ -348,8 +349,15 @@ class DenseCRFLoss(nn.Module):
         n_anchors: int | None = None,
     ) -> None:
         super().__init__()
+        _check_settings(sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, side=side, n_anchors=n_anchors)
         self.sigma_rgb, self.sigma_xy = sigma_rgb, sigma_xy
         self.side, self.n_anchors = side, n_anchors
+
+    def extra_repr(self) -> str:
+        return (
+            f"sigma_rgb={self.sigma_rgb}, sigma_xy={self.sigma_xy}, side={self.side}, "
+            f"n_anchors={self.n_anchors}"
+        )
 
     def forward(
         self, foreground: Tensor, images: Tensor, generator: Generator | None = None
@@ -366,7 +374,7 @@ class DenseCRFLoss(nn.Module):
 
 
 class LocalCRFLoss(nn.Module):
-    """`local_crf_loss` with its settings.
+    """`local_crf_loss` with its settings, which are checked at once.
 
     Example:
         >>> loss = LocalCRFLoss(radius=2)
@@ -376,7 +384,11 @@ class LocalCRFLoss(nn.Module):
 
     def __init__(self, radius: int = 5, sigma_rgb: float = 25.5, sigma_xy: float = 6.0) -> None:
         super().__init__()
+        _check_settings(radius=radius, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy)
         self.radius, self.sigma_rgb, self.sigma_xy = radius, sigma_rgb, sigma_xy
+
+    def extra_repr(self) -> str:
+        return f"radius={self.radius}, sigma_rgb={self.sigma_rgb}, sigma_xy={self.sigma_xy}"
 
     def forward(
         self, foreground: Tensor, images: Tensor, generator: Generator | None = None
@@ -390,6 +402,15 @@ class LocalCRFLoss(nn.Module):
         )
 
 
+def _check_settings(*, sigma_rgb: Any, sigma_xy: Any, **counts: Any) -> None:
+    """Raise a ValueError unless both widths are above 0 and all else counts pixels."""
+    for name, value in (("sigma_rgb", sigma_rgb), ("sigma_xy", sigma_xy)):
+        check_size(name, value, positive=True)
+    for name, value in counts.items():
+        if value is not None or name == "radius":  # None, as `side` or `n_anchors`, is all
+            check_count(name, value)
+
+
 def _checked(foreground: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32 or better, of one dtype."""
     fits = foreground.dim() == images.dim() == 4 and foreground.shape[1] == 1
@@ -401,9 +422,11 @@ def _checked(foreground: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         )
     foreground = full_precision(foreground)
     colours = images.detach().to(foreground.dtype)
-    if images.is_floating_point() and bool((colours.amax() <= 1) & (colours.amax() > 0)):
-        warn(
-            "`images` have no value above 1: they must be in 0 to 255, or all colours count as "
-            "alike."
-        )
+    if images.is_floating_point():
+        low, high = colours.aminmax()
+        if bool((low < 0) | ((high <= 1) & (high > 0))):
+            warn(
+                f"`images` are in {low:.3g} to {high:.3g}: they must be in 0 to 255, not "
+                f"normalised, or all colours count as alike."
+            )
     return foreground, colours

@@ -1,11 +1,13 @@
 """Training of an F-CAM decoder on a frozen classifier, by Lightning (the extra `train`)."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from captum.attr import Attribution
+from kornia.color import rgb_to_grayscale
 from lightning import LightningModule
 from torch import Generator, Tensor
 from torch.nn import Module
@@ -15,7 +17,8 @@ from captum_ext._model import find_module, layer_activations
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide, guidance
 from captum_ext.fcam.losses import SizeLoss, partial_cross_entropy
-from captum_ext.fcam.seeding import SeedSampler
+from captum_ext.fcam.seeding import IGNORED, SeedSampler
+from captum_ext.fcam.stored import changes
 from captum_ext.fcam.views import View, hash_of, random_view
 from captum_ext.imaging import resize
 from captum_ext.metrics import MaxBoxAcc
@@ -31,7 +34,8 @@ class FCAMModule(LightningModule):
     In each step the pictures are cropped and mirrored, the guide explains the label of each view
     (or its stored map is cropped and mirrored likewise), seeds are drawn from that map, and the
     decoder learns; the classifier does not, and is in eval mode for the length of the step. All
-    random numbers come from the seed, the epoch, the number of the batch and of the process.
+    random numbers of a step, torch's global ones too, come from the seed, the epoch, the number of
+    the batch and of the process.
 
     Where the trainer is given pictures with boxes, `Boxed`, the decoder of the epoch with the best
     MaxBoxAcc on them (of equal ones, the first) is what is left in the end. Nothing else is chosen
@@ -44,7 +48,8 @@ class FCAMModule(LightningModule):
         decoder: made for it, see `FCAMDecoder.reading`.
         guide: any Captum attribution of this classifier that gives maps.
         size: (H, W) of the views.
-        normalize: mean and standard deviation of each channel, as the classifier expects pictures.
+        normalize: mean and standard deviation of each channel, as the classifier expects pictures;
+            of one channel where it takes grey ones.
         flip: whether views are mirrored every other time.
         seeds: how seeds are drawn.
         crf: a loss of the foreground (N, 1, H, W) and the pictures in 0 to 255; None is none.
@@ -63,6 +68,7 @@ class FCAMModule(LightningModule):
 
     mean: Tensor
     std: Tensor
+    seeded: Tensor  # in this epoch: the sum of the seeds' losses, and how many batches had any
 
     def __init__(
         self,
@@ -93,47 +99,67 @@ class FCAMModule(LightningModule):
             ("lr", lr),
         ):
             check_size(name, value, positive=name == "lr")
+        if crf is not None and not callable(crf):
+            raise TypeError(f"`crf` must be a module or None, got {type(crf)}.")
+        if seeds is not None and not isinstance(seeds, SeedSampler):
+            raise TypeError(f"`seeds` must be a SeedSampler, got {type(seeds)}.")
         self.decoder = decoder
         self.crf, self.size_loss = crf, SizeLoss()
         self.seeds = seeds or SeedSampler()
         self.size, self.flip, self.lr, self.seed = size, flip, lr, seed
         self.crf_weight, self.size_weight, self.warmup = crf_weight, size_weight, warmup
         self.rectify, self.guide_kwargs, self.maps = rectify, dict(guide_kwargs or {}), maps
-        for name, values in zip(("mean", "std"), normalize, strict=True):
-            column = torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
-            self.register_buffer(name, column, persistent=False)
+        mean, std = checked_channels(normalize)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.register_buffer("seeded", torch.zeros(2))
         self._frozen = (classifier, guide)
         assert decoder.layers is not None
         self._layers = (tuple(find_module(classifier, name) for name in decoder.layers),)
         self.localisation = MaxBoxAcc()
         self.best: dict[str, Any] = {}
-        self.seed_losses: list[Tensor] = []
+        self.unread: set[int] = set()
         self.settings: dict[str, Any] = {}
+
+    @property
+    def classifier(self) -> Module:
+        return self._frozen[0]
+
+    @property
+    def guide(self) -> Attribution:
+        return self._frozen[1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, 2, H, W) of images as the classifier takes them."""
-        classifier, _ = self._frozen
-        found, _ = layer_activations(classifier, self._layers[0], (images,))
-        logits: Tensor = self.decoder(
-            [tensors[0] for tensors in found], (images.shape[2], images.shape[3])
-        )
+        found, _ = layer_activations(self.classifier, self._layers[0], (images,))
+        kind = next(self.decoder.parameters()).dtype
+        features = [tensors[0].to(kind) for tensors in found]
+        logits: Tensor = self.decoder(features, (images.shape[2], images.shape[3]))
         return logits
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """Bytes (N, 3, H, W) as the classifier takes them."""
+        colors = pixels / 255
+        if len(self.mean) == 1:
+            colors = rgb_to_grayscale(colors)
+        return ((colors - self.mean) / self.std).to(floating_type(self.classifier))
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of `Item`."""
-        pixels, labels, indices, read = batch
-        device = pixels.device
-        generator = Generator(device).manual_seed(
-            hash_of(self.seed, self.current_epoch, self.global_rank, batch_idx)
-        )
-        view = random_view(len(pixels), tuple(pixels.shape[2:]), self.size, self.flip, generator)
+        seed = hash_of(self.seed, self.current_epoch, self.global_rank, batch_idx)
+        with random_numbers(self.device, seed), evaluated(self.classifier):
+            return self._loss(batch, batch_idx, Generator(self.device).manual_seed(seed))
+
+    def _loss(self, batch: Sequence[Tensor], batch_idx: int, generator: Generator) -> Tensor:
+        pixels, labels, places, read = batch
+        whole = (pixels.shape[2], pixels.shape[3])
+        view = random_view(len(pixels), whole, self.size, self.flip, generator)
         colors = view.of(pixels)
-        images = (colors / 255 - self.mean) / self.std
-        with evaluated(self._frozen[0]):
-            maps = self.guidance(images, labels, indices, view, tuple(pixels.shape[2:]))
-            logits = self(images)
-        maps = torch.where(read[:, None, None, None], maps, 0)
-        parts = {"seeds": partial_cross_entropy(logits, self.seeds(maps, generator))}
+        images = self.images(colors)
+        maps = self.guidance(images, labels, places, view, whole)
+        logits = self(images)
+        seeds = self.seeds(torch.where(read[:, None, None, None], maps, 0), generator)
+        parts = {"seeds": partial_cross_entropy(logits, seeds)}
         kept = logits[read].softmax(1)
         if self.crf is not None and self.current_epoch >= self.warmup and len(kept):
             parts["crf"] = self.crf_weight * self.crf(kept[:, 1:], colors[read])
@@ -142,43 +168,66 @@ class FCAMModule(LightningModule):
         total = torch.stack(list(parts.values())).sum()
         if not bool(torch.isfinite(total)):
             shown = ", ".join(f"{name} {value.item():g}" for name, value in parts.items())
-            raise FloatingPointError(
-                f"The loss is not finite in epoch {self.current_epoch}, batch {batch_idx} "
-                f"({shown}). A lower `lr` may help."
-            )
-        self.seed_losses.append(parts["seeds"].detach())
+            self._stop(f"batch {batch_idx} ({shown})")
+        with torch.no_grad():
+            any_seeds = (seeds != IGNORED).any()
+            self.seeded += torch.stack((parts["seeds"].float(), any_seeds.float()))
+        self.unread.update(places[~read].tolist())
         self.log_dict({f"train_{name}": value for name, value in parts.items()}, prog_bar=True)
         return total
+
+    def _stop(self, where: str) -> None:
+        raise FloatingPointError(
+            f"The loss is not finite in epoch {self.current_epoch}, {where}. A lower `lr` may help."
+        )
 
     def guidance(
         self,
         images: Tensor,
         labels: Tensor,
-        indices: Tensor,
+        places: Tensor,
         view: View,
-        whole: tuple[int, ...],
+        whole: tuple[int, int],
     ) -> Tensor:
         """The coarse maps of a batch of views."""
         if self.maps is None:
             return guidance(
-                self._frozen[1],
+                self.guide,
                 images,
                 labels,
                 self.size,
                 rectify=self.rectify,
                 **self.guide_kwargs,
             )
-        stored = self.maps[indices.to(self.maps.device)].to(images.device, torch.float32)
+        stored = self.maps[places.to(self.maps.device)].to(images.device, torch.float32)
         return view.of(resize(stored, whole))
+
+    @property
+    def seed_loss(self) -> float:
+        """The mean of the last epoch; NaN before the first."""
+        return (self.seeded[0] / self.seeded[1]).item()
 
     def on_fit_start(self) -> None:
         """The classifier is no submodule, so nobody else brings it to the device."""
-        self._frozen[0].to(self.device)
+        self.classifier.to(self.device)
 
     def on_train_epoch_start(self) -> None:
-        self.seed_losses = []
+        self.seeded.zero_()
 
     def on_train_epoch_end(self) -> None:
+        """Before the checkpoint is written.
+
+        Raises:
+            FloatingPointError: the last step has spoiled the decoder.
+            ValueError: there was not one seed.
+        """
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.decoder.parameters()):
+            self._stop("after its last batch: weights are not finite")
+        if self.seeded[1] == 0:
+            raise ValueError(
+                f"`guide` {self.guide.get_name()} gave no seed in epoch {self.current_epoch}: its "
+                f"maps are flat or not finite, or no picture could be read."
+            )
         self.size_loss.step()
 
     def validation_step(self, batch: tuple[Tensor, list[Tensor]], batch_idx: int) -> None:
@@ -186,20 +235,20 @@ class FCAMModule(LightningModule):
         pixels, boxes = batch
         read = [i for i, found in enumerate(boxes) if len(found)]
         if read:
-            images = (pixels[read] / 255 - self.mean) / self.std
-            with evaluated(self._frozen[0]):
-                maps = self(images).softmax(1)[:, 1]
+            with evaluated(self.classifier):
+                maps = self(self.images(pixels[read])).softmax(1)[:, 1]
             self.localisation.update(maps, [boxes[i] for i in read])
 
     def on_validation_epoch_end(self) -> None:
         """Keep the decoder if it is the best so far."""
         score = self.localisation.compute().item()
         self.localisation.reset()
+        if math.isnan(score):
+            raise ValueError("`validation`: none of its pictures can be read.")
         self.log("val_MaxBoxAcc", score, prog_bar=True)
         if score > self.best.get("score", -1.0):
-            weights = {
-                name: w.detach().cpu().clone() for name, w in self.decoder.state_dict().items()
-            }
+            state = self.decoder.state_dict()
+            weights = {name: weight.detach().cpu().clone() for name, weight in state.items()}
             self.best = {"score": score, "epoch": self.current_epoch, "decoder": weights}
 
     def on_fit_end(self) -> None:
@@ -207,21 +256,65 @@ class FCAMModule(LightningModule):
             self.decoder.load_state_dict(self.best["decoder"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["fcam_settings"], checkpoint["fcam_best"] = self.settings, self.best
+        checkpoint["fcam"] = {"settings": self.settings, "best": self.best}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of a run with other settings."""
-        self.best = checkpoint.get("fcam_best", {})
-        changed = changes(checkpoint.get("fcam_settings", {}), self.settings)
+        """Refuse the checkpoint of a run with other settings, or of a longer one."""
+        saved = checkpoint.get("fcam", {"settings": {}, "best": {}})
+        changed = changes(saved["settings"], self.settings)
         if changed:
             raise ValueError(
                 f"`checkpoints` has another run's: {changed}. Name another folder, or delete it."
             )
+        done = checkpoint["epoch"] + 1
+        if self.trainer.max_epochs is not None and done > self.trainer.max_epochs >= 0:
+            raise ValueError(
+                f"`n_epochs` is {self.trainer.max_epochs}, and `checkpoints` has a run of {done}: "
+                f"name another folder, or delete it."
+            )
+        self.best = saved["best"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             self.decoder.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=1e-4
         )
+
+
+def checked_channels(normalize: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of one or three channels, (C, 1, 1) each.
+
+    Raises:
+        ValueError: they are not.
+    """
+    try:
+        mean, std = (torch.tensor(values, dtype=torch.float32) for values in normalize)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`normalize` must be (mean, std), got {normalize!r}.") from error
+    shapes = {tuple(mean.shape), tuple(std.shape)}
+    if len(shapes) != 1 or shapes.isdisjoint({(1,), (3,)}) or not bool((std > 0).all()):
+        raise ValueError(
+            f"`normalize` must be means and standard deviations, greater than 0, of three channels "
+            f"or of one, got {normalize!r}."
+        )
+    return mean.reshape(-1, 1, 1), std.reshape(-1, 1, 1)
+
+
+def floating_type(module: Module) -> torch.dtype:
+    """That of the module's parameters."""
+    kinds = (weight.dtype for weight in module.parameters() if weight.is_floating_point())
+    return next(kinds, torch.float32)
+
+
+@contextmanager
+def random_numbers(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's global random numbers, of the CPU and this device, from a seed; then as they were."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach other devices
+        for one in cuda:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 @contextmanager
@@ -235,9 +328,3 @@ def evaluated(module: Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-def changes(saved: dict[str, Any], found: dict[str, Any]) -> str:
-    """What is not as it was, in words."""
-    changed = [name for name in found if saved.get(name) != found[name]]
-    return "; ".join(f"{name} was {saved.get(name)!r} and is {found[name]!r}" for name in changed)

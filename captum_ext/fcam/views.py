@@ -1,7 +1,10 @@
 """The pictures of a training set, and crops and flips that maps follow."""
 
+import errno
+import hashlib
 import struct
 from collections.abc import Iterator, Sequence, Sized
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +17,8 @@ from captum_ext._checks import warn
 
 # What Pillow raises for files that are missing, cut off, damaged, too large or no pictures.
 _UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
+_OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's fault, not the picture's
+N_PROBES = 16  # entries by which a set is known again
 
 
 class Item(NamedTuple):
@@ -37,47 +42,71 @@ class Pictures(Dataset[Item]):
 
     Args:
         data: what it has at i is (picture, label, ...), or has attributes `image` and `target`.
-            Pictures are PIL images, or tensors (3, H, W) of bytes or of floats in [0, 1].
+            Pictures are PIL images, or tensors (3, H, W) or (1, H, W) of bytes or of floats in
+            [0, 1].
         size: (H, W).
         n_classes: labels must be below it.
+        argument: what errors call `data`.
     """
 
-    def __init__(self, data: Any, size: tuple[int, int], n_classes: int | None = None) -> None:
+    def __init__(
+        self,
+        data: Any,
+        size: tuple[int, int],
+        n_classes: int | None = None,
+        argument: str = "data",
+    ) -> None:
         if not isinstance(data, Sized) or len(data) == 0:
-            raise ValueError("`data` must have a length, and at least one picture.")
+            raise ValueError(f"`{argument}` must have a length, and at least one picture.")
         self.data: Any = data
-        self.size, self.n_classes = size, n_classes
+        self.size, self.n_classes, self.argument = size, n_classes, argument
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> Item:
-        entry = self.entry(index)
-        if entry is None:
+        found = self.read(index)
+        if found is None:
             return Item(torch.zeros(3, *self.size, dtype=torch.uint8), 0, index, False)
-        picture, label = (
-            (entry.image, entry.target) if hasattr(entry, "target") else (entry[0], entry[1])
-        )
-        label = int(label)
+        entry, pixels = found
+        label = int(_part(entry, "target", 1))
         if label < 0 or (self.n_classes is not None and label >= self.n_classes):
             raise ValueError(
-                f"`data`: the label of {self.name(index)} is {label}, and the classifier has "
-                f"{self.n_classes} classes."
+                f"`{self.argument}`: the label of {self.name(index)} is {label}, and the "
+                f"classifier has {self.n_classes} classes."
             )
-        return Item(_resized(_bytes(picture), self.size), label, index, True)
+        return Item(_resized(pixels, self.size), label, index, True)
 
-    def entry(self, index: int) -> Any:
-        """What the data have; None, and a warning, where it cannot be read."""
+    def read(self, index: int) -> tuple[Any, Tensor] | None:
+        """An entry and its pixels, (3, H, W); None, and a warning, where it cannot be read."""
         try:
-            return self.data[index]
+            entry = self.data[index]
+            return entry, _bytes(_part(entry, "image", 0))
         except _UNREADABLE as error:
+            if isinstance(error, OSError) and error.errno in _OUT_OF:
+                raise
             warn(f"{self.name(index)} cannot be read and is left out: {error}")
             return None
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"`{self.argument}`: {self.name(index)}: {error}") from error
 
     def name(self, index: int) -> str:
         """The file, where the data know it, as torchvision's folders do."""
         samples = getattr(self.data, "samples", None)
         return str(samples[index][0]) if samples else f"picture {index}"
+
+    def about(self) -> str:
+        """By what the set is known again: names and labels of files, or labels of some entries."""
+        samples = getattr(self.data, "samples", None)
+        if samples:
+            known = [(Path(name).parts[-2:], int(label)) for name, label in samples]
+        else:
+            known = [((str(place),), self[place].label) for place in self.probes()]
+        return f"{len(self)}, {digest(known)}"
+
+    def probes(self) -> range:
+        """Some of the places, evenly."""
+        return range(0, len(self), max(len(self) // N_PROBES, 1))
 
 
 class Boxed(Dataset[tuple[Tensor, Tensor]]):
@@ -92,30 +121,25 @@ class Boxed(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, data: Any, size: tuple[int, int]) -> None:
-        self.pictures = Pictures(data, size)
+        self.pictures = Pictures(data, size, argument="validation")
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         height, width = self.pictures.size
-        entry = self.pictures.entry(index)
-        if entry is None:
+        found = self.pictures.read(index)
+        if found is None:
             return torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4)
-        has_names = hasattr(entry, "box")
-        if not has_names and len(entry) < 3:
-            raise ValueError(
-                f"`validation`: {self.pictures.name(index)} has no boxes: entries must be "
-                f"(picture, label, boxes)."
-            )
-        picture, boxes = (entry.image, entry.box) if has_names else (entry[0], entry[2])
-        pixels = _bytes(picture)
-        boxes = torch.as_tensor(boxes, dtype=torch.float64)
+        entry, pixels = found
+        name = f"`validation`: {self.pictures.name(index)}"
+        if not hasattr(entry, "box") and len(entry) < 3:
+            raise ValueError(f"{name} has no boxes: entries must be (picture, label, boxes).")
+        boxes = torch.as_tensor(_part(entry, "box", 2), dtype=torch.float64)
         boxes = boxes[None] if boxes.dim() == 1 else boxes
         if boxes.dim() != 2 or boxes.shape[1] != 4 or not len(boxes):
             raise ValueError(
-                f"`validation`: boxes must be (n, 4), n at least 1, and those of "
-                f"{self.pictures.name(index)} are {tuple(boxes.shape)}."
+                f"{name} has boxes {tuple(boxes.shape)}: they must be (n, 4), n at least 1."
             )
         scale = torch.tensor([width / pixels.shape[2], height / pixels.shape[1]]).repeat(2)
         return _resized(pixels, self.pictures.size), (boxes * scale).floor()
@@ -126,14 +150,31 @@ def as_batch(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tenso
     return torch.stack([pixels for pixels, _ in items]), [boxes for _, boxes in items]
 
 
+def _part(entry: Any, name: str, place: int) -> Any:
+    """Of (picture, label, ...), or of an object with such attributes."""
+    if hasattr(entry, name):
+        return getattr(entry, name)
+    if not isinstance(entry, tuple | list) or len(entry) <= place:
+        raise TypeError(f"entries must be (picture, label, ...), got {type(entry)}.")
+    return entry[place]
+
+
 def _bytes(picture: Any) -> Tensor:
     if isinstance(picture, Tensor):
-        if picture.dim() != 3 or picture.shape[0] != 3:
-            raise ValueError(f"`data`: pictures must be (3, H, W), got {tuple(picture.shape)}.")
+        if picture.dim() != 3 or picture.shape[0] not in (1, 3):
+            raise ValueError(f"tensors must be (3, H, W) or (1, H, W), got {tuple(picture.shape)}.")
         if picture.is_floating_point():
-            picture = (255 * picture).round().clamp(0, 255)
-        as_bytes: Tensor = picture.to(torch.uint8)
+            if not bool(((picture >= 0) & (picture <= 1)).all()):
+                raise ValueError("floats must be in [0, 1]: pictures are normalised here.")
+            picture = (255 * picture).round()
+        elif picture.dtype != torch.uint8:
+            raise ValueError(f"tensors must be of bytes or of floats, got {picture.dtype}.")
+        as_bytes: Tensor = picture.to(torch.uint8).expand(3, -1, -1)
         return as_bytes
+    if not isinstance(picture, Image.Image):
+        raise TypeError(f"pictures must be PIL images or tensors, got {type(picture)}.")
+    if picture.mode.startswith("I;16"):  # which `convert` would cut off at 255
+        picture = Image.fromarray((np.array(picture) / 257).round().astype(np.uint8))
     pixels: Tensor = torch.from_numpy(np.array(picture.convert("RGB")))
     return pixels.permute(2, 0, 1)
 
@@ -194,6 +235,11 @@ class Shuffled(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = Generator().manual_seed(hash_of(self.seed, self.epoch))
         return iter(torch.randperm(self.n, generator=generator).tolist())
+
+
+def digest(values: Any) -> str:
+    """Some letters that tell values apart."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def hash_of(*numbers: int) -> int:

@@ -1,13 +1,17 @@
 """F-CAM as an attribution: its equation, that it is of no class, and what it is stored with."""
 
 import copy
+import threading
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from captum.attr import NoiseTunnel
 from captum.metrics import infidelity
-from torch import nn
+from captum.testing.attr.helpers import test_config
+from captum.testing.helpers.basic_models import BasicModel_ConvNet
+from torch import Tensor, nn
 
 from captum_ext._model import layer_activations
 from captum_ext.attr import FCAM, SESSWrapper, UpsampleWrapper
@@ -97,9 +101,15 @@ def test_tuples_and_dtypes():
     double = fcam()
     double.forward_func.double()
     assert double.attribute(x.double()).dtype == torch.float64
-    half = fcam()
-    half.forward_func.bfloat16()
-    assert half.attribute(x.bfloat16()).dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float16):
+        half, decoded = fcam(), fcam()
+        decoded.decoder.to(dtype)
+        for each in (half, decoded):
+            each.forward_func.to(dtype)
+            maps = each.attribute(x.to(dtype))
+            assert maps.dtype == dtype
+            assert (maps.float() - found).abs().max() < 0.1
+            assert each.foreground(x.to(dtype)).dtype == torch.float32
 
 
 def test_with_captum():
@@ -118,27 +128,99 @@ def test_with_captum():
         torch.testing.assert_close(one.attribute(x), maps)
 
 
+def of_a_conv_net(entry):
+    return (
+        isinstance(entry["model"], BasicModel_ConvNet)
+        and isinstance(entry["attribute_args"]["inputs"], Tensor)
+        and "additional_forward_args" not in entry["attribute_args"]
+    )
+
+
+ENTRIES = [entry for entry in test_config.config if of_a_conv_net(entry)]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=[entry["name"] for entry in ENTRIES])
+def test_captums_generic_configuration(entry):
+    """Those entries whose model has maps: a batch is its examples, and hooks are gone."""
+    model, x = entry["model"].eval(), entry["attribute_args"]["inputs"]
+    target = entry["attribute_args"].get("target")
+    decoder = FCAMDecoder.reading(model, x, widths=(4,)).eval()
+    assert decoder.layers == ["relu1", "pool1", "relu2"]
+    decoder.head.weight.data.mul_(20)
+    one = FCAM(model, decoder)
+    maps = one.attribute(x, target=target)
+    alone = torch.cat([one.attribute(x[i : i + 1], target=0) for i in range(len(x))])
+    torch.testing.assert_close(maps, alone, rtol=1e-5, atol=1e-4)
+    assert maps.std() > 1e-2
+    still = NoiseTunnel(one).attribute(x, target=target, stdevs=0.0, nt_samples=2)
+    torch.testing.assert_close(still, maps, rtol=1e-5, atol=1e-4)
+    with pytest.raises(AssertionError):
+        one.attribute(x, target=(9, 9, 9, 9, 9))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 # --- no trace ------------------------------------------------------------------------------------
 
 
-def test_no_trace():
+@pytest.mark.parametrize("error", [None, "model", "decoder", "target", "channels"])
+def test_no_trace(error, trace_free):
+    """The model and the decoder may stop anywhere, or be handed what they cannot take."""
     one, x = fcam(), images().requires_grad_()
-    model = one.forward_func
-    before, flags = (state(model), state(one.decoder)), [m.training for m in model.modules()]
-    kept = x.detach().clone()
-    found = one.attribute(x)
-    assert not found.requires_grad
-    assert torch.is_grad_enabled()
-    assert torch.equal(x.detach(), kept)
-    assert x.grad is None
-    for module, values in zip((model, one.decoder), before, strict=True):
-        assert all(torch.equal(v, values[k]) for k, v in module.state_dict().items())
-        assert all(p.grad is None and p.requires_grad for p in module.parameters())
-    assert [m.training for m in model.modules()] == flags
-    assert not any(m._forward_hooks for m in model.modules())
-    with pytest.raises(RuntimeError):
-        one.attribute(torch.rand(1, 4, 32, 32))
-    assert not any(m._forward_hooks for m in model.modules())
+    x.grad = torch.rand_like(x)
+    for i, p in enumerate([*one.forward_func.parameters(), *one.decoder.parameters()]):
+        p.requires_grad_(i % 2 == 0)
+        p.grad = torch.full_like(p, i)
+
+    def stop(module, args):
+        raise ZeroDivisionError
+
+    # Between the two layers that are read, and behind the last block.
+    for part, module in (("model", one.forward_func[1][1]), ("decoder", one.decoder.head)):
+        if part == error:
+            module.register_forward_pre_hook(stop)
+    inputs = x[:, :2] if error == "channels" else x
+    expected = {"target": AssertionError, "channels": RuntimeError}.get(error, ZeroDivisionError)
+    raises = pytest.raises(expected) if error else nullcontext()
+    with trace_free(one.forward_func, x), trace_free(one.decoder), raises:
+        found = one.attribute(inputs, target=[0, 1] if error == "target" else 1)
+        assert not found.requires_grad
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_grad_modes_and_frozen_models(mode, frozen, trace_free):
+    one, x = fcam(), images()
+    expected = one.attribute(x)
+    one.forward_func.requires_grad_(not frozen)
+    one.decoder.requires_grad_(not frozen)
+    with mode(), trace_free(one.forward_func, x), trace_free(one.decoder):
+        assert torch.equal(one.attribute(x), expected)
+
+
+def test_eight_threads_share_a_model(trace_free):
+    """All of them are in the middle of the model at once, with images of several sizes."""
+    one, meeting = fcam(), threading.Barrier(8)
+    batches = [images(2, (24 + 2 * k, 40 - k), seed=k) for k in range(8)]
+    expected = [one.attribute(x) for x in batches]
+    found = [None] * 8
+
+    def wait(module, args):
+        meeting.wait(60)
+
+    one.forward_func[1].register_forward_pre_hook(wait)
+
+    def run(k):
+        for _ in range(5):
+            found[k] = one.attribute(batches[k])
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(8)]
+    with trace_free(one.forward_func), trace_free(one.decoder):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for maps, same in zip(found, expected, strict=True):
+        assert torch.equal(maps, same)
 
 
 @pytest.mark.parametrize("part", ["forward_func", "decoder"])
@@ -185,9 +267,59 @@ def test_another_classifier_is_refused(change, named, tmp_path):
 
 
 def test_other_files_are_refused(tmp_path):
-    torch.save({"a": 1}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"a\.pt"):
-        FCAM.load(tmp_path / "a.pt", network())
+    path = tmp_path / "a.pt"
+    one = fcam()
+    one.save(path)
+    whole = path.read_bytes()
+    torch.save({"classifier": {}}, path)
+    tensors = path.read_bytes()
+    torch.save(one.decoder, path)  # an object, not plain values
+    for content in (b"widths: 8\n", b"", bytes(9), whole[:-100], tensors, path.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"`path` .*a\.pt has no decoder"):
+            FCAM.load(path, one.forward_func)
+    with pytest.raises(FileNotFoundError):
+        FCAM.load(tmp_path / "b.pt", one.forward_func)
+
+
+def test_of_a_function_nothing_is_saved(tmp_path):
+    model, one = network(), fcam()
+    of_a_function = FCAM(lambda x: model(x), one.decoder, [model[0], model[1]])
+    assert of_a_function.attribute(images()).shape == (3, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"`forward_func` must be a torch\.nn\.Module"):
+        of_a_function.save(tmp_path / "decoder.pt")
+    assert not (tmp_path / "decoder.pt").exists()
+
+
+def test_another_dtype_is_told_from_other_weights(tmp_path):
+    one, path = fcam(), tmp_path / "decoder.pt"
+    one.save(path)
+    model = copy.deepcopy(one.forward_func)
+    with pytest.raises(ValueError, match=r"torch\.float16.*torch\.float32.*convert"):
+        FCAM.load(path, model.half())
+    again = FCAM.load(path, one.forward_func)
+    again.forward_func.half()
+    assert again.attribute(images().half()).dtype == torch.float16
+    model[0][1].num_batches_tracked.add_(1)  # an integer, whatever the dtype
+    with pytest.raises(ValueError, match="other values"):
+        FCAM.load(path, model)
+    model[0][1].num_batches_tracked.sub_(1)
+    model.append(nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"not in that.*other values"):
+        FCAM.load(path, model)
+
+
+def test_files_without_dtypes_are_loaded(tmp_path):
+    one, path = fcam(), tmp_path / "decoder.pt"
+    one.save(path)
+    saved = torch.load(path, weights_only=True)
+    del saved["dtypes"]
+    torch.save(saved, path)
+    assert torch.equal(
+        FCAM.load(path, one.forward_func).attribute(images()), one.attribute(images())
+    )
+    with pytest.raises(ValueError, match="other values"):
+        FCAM.load(path, one.forward_func.half())
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from torchvision import models
 from captum_ext._model import layer_activations
 from captum_ext.attr import FCAM
 from captum_ext.fcam import DenseCRFLoss, FCAMDecoder, FCAMModule, dense_crf_loss, local_crf_loss
+from captum_ext.fcam.fit import crf_side
 from captum_ext.fcam.guides import guidance
 from captum_ext.fcam.losses import (
     CHUNK,
@@ -291,12 +292,11 @@ def module_of(
         decoder_of(model, side),
         LayerGradCam(model, layer),
         (side, side),
-        crf=DenseCRFLoss(side=16),
+        crf=DenseCRFLoss(side=crf_side((side, side))),
         warmup=0,
     ).to(pixels.device)
     if cached:
-        images = (pixels / 255 - module.mean) / module.std
-        module.maps = guidance(module._frozen[1], images, labels).half()
+        module.maps = guidance(module.guide, module.images(pixels), labels).half()
     return module.train()
 
 
@@ -341,14 +341,14 @@ class Parts:
 
     def guide(self) -> Tensor:
         _, labels, places, _ = self.batch
-        with evaluated(self.module._frozen[0]):
+        with evaluated(self.module.classifier):
             maps: Tensor = self.module.guidance(self.images, labels, places, self.view, self.whole)
         return maps
 
     def classifier(self) -> list[Tensor]:
         """The forward pass as `FCAMModule.forward` runs it, with copies of the features."""
         module = self.module
-        found, _ = layer_activations(module._frozen[0], module._layers[0], (self.images,))
+        found, _ = layer_activations(module.classifier, module._layers[0], (self.images,))
         return [tensors[0] for tensors in found]
 
     def decoder_forward(self) -> Tensor:
@@ -411,7 +411,7 @@ def step_calls(name: str, device: torch.device) -> Calls:
         "seeds": cached.seeds,
         "seed loss": cached.seed_loss,
         "softmax of what was read": cached.softmax,
-        "CRF loss, side 16": cached.crf,
+        f"CRF loss, side {crf_side((SIDE, SIDE))}": cached.crf,
         "size loss": cached.size,
         "optimiser": cached.optimiser.step,
     }

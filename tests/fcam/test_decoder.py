@@ -1,5 +1,7 @@
 """The decoder's size and shapes, and the layers that it finds in torchvision's classifiers."""
 
+import threading
+
 import pytest
 import torch
 import torchvision
@@ -120,7 +122,7 @@ def test_all_parameters_learn(center):
     ("channels", "widths", "named"),
     [
         ([], (4,), "channels"),
-        ([3, 4], (4,), "widths"),
+        ([3, 4], (), "widths"),
         ([3, 0], (4, 4), "channels"),
         ([3, 4], (4, 0), "widths"),
     ],
@@ -128,6 +130,16 @@ def test_all_parameters_learn(center):
 def test_wrong_settings(channels, widths, named):
     with pytest.raises(ValueError, match=named):
         FCAMDecoder(channels, widths)
+
+
+def test_the_last_of_too_few_widths_is_repeated():
+    decoder = FCAMDecoder([2] * 6)
+    assert decoder.widths == [256, 128, 64, 32, 16, 16]
+    assert [block[0].out_channels for block in decoder.blocks] == decoder.widths
+    features = [torch.rand(1, 2, n, n) for n in (64, 32, 16, 8, 4, 2)]
+    assert decoder.eval()(features, (128, 128)).shape == (1, 2, 128, 128)
+    assert FCAMDecoder([3, 4, 5], [8]).widths == [8, 8, 8]
+    assert FCAMDecoder([3, 4], [8, 6, 4]).widths == [8, 6]
 
 
 def test_wrong_features():
@@ -156,6 +168,59 @@ def test_taps_of_torchvisions_classifiers(name):
         )
         decoder = FCAMDecoder([f.shape[1] for f in features], (16, 8, 8, 4, 4)).eval()
         assert decoder(features, tuple(images.shape[2:])).shape == (1, 2, *images.shape[2:])
+
+
+class Shared(nn.Module):
+    """One ReLU and one pooling for all: they have no output of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = (
+            nn.Conv2d(c, d, 3, padding=1) for c, d in ((3, 4), (4, 5), (5, 6))
+        )
+        self.relu, self.pool = nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x):
+        for conv in (self.conv1, self.conv2, self.conv3):
+            x = self.pool(self.relu(conv(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_modules_that_run_more_than_once_are_left_out():
+    torch.manual_seed(0)
+    model, images = Shared().eval(), torch.rand(2, 3, 33, 48)
+    assert find_taps(model, images) == ["conv2", "conv3"]
+    decoder = FCAMDecoder.reading(model, images, widths=(4, 4))
+    assert decoder.channels == [5, 6]
+    x = nn.functional.max_pool2d(model.conv1(images).relu(), 2)
+    (found,), _ = layer_activations(model, [model.conv2], (images,))
+    torch.testing.assert_close(found[0], model.conv2(x))
+
+
+def test_another_thread_may_run_the_model_meanwhile():
+    """Each probe lets a second thread run the model at another size, behind its first block."""
+    model, images = classifier("resnet18"), torch.rand(1, 3, 64, 64)
+    expected = find_taps(model, images)
+    me, errors = threading.get_ident(), []
+
+    def run():
+        try:
+            with torch.no_grad():
+                model(torch.rand(1, 3, 200, 200))
+        except Exception as error:
+            errors.append(error)
+
+    def meanwhile(module, args, output):
+        if threading.get_ident() == me:
+            other = threading.Thread(target=run)
+            other.start()
+            other.join()
+
+    handle = model.layer2.register_forward_hook(meanwhile)
+    assert find_taps(model, images) == expected
+    handle.remove()
+    assert not errors
 
 
 def test_probing_leaves_no_trace():

@@ -202,6 +202,19 @@ def test_chunks_change_nothing(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(parts, p)[0], gradient)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (13, 7), (40, 40)])
+def test_energies_are_never_negative(size, dtype):
+    """Also of maps that are decided, where nothing but rounding is left."""
+    for seed in range(5):
+        p, images = problem(2, size, seed=seed, dtype=dtype)
+        p = p.detach()
+        for each in (p, (p > 0.5).to(dtype), torch.zeros_like(p), torch.ones_like(p)):
+            assert 0 <= dense_crf_loss(each, images) <= 0.5
+            assert 0 <= dense_crf_loss(each, images, side=None, **WIDE) <= 0.5
+            assert local_crf_loss(each, images) >= 0
+
+
 def test_energy_is_of_uncertainty_and_of_edges():
     size = (1, 1, 16, 16)
     flat = torch.full((1, 3, 16, 16), 90.0)
@@ -334,6 +347,64 @@ def test_bytes_are_colours_and_shares_are_warned_of(recwarn):
         local_crf_loss(p, images / 255)
 
 
+@pytest.mark.parametrize("loss", [dense_crf_loss, local_crf_loss])
+def test_normalised_images_are_warned_of(loss):
+    p, images = problem(dtype=torch.float32)
+    mean = torch.tensor((0.485, 0.456, 0.406)).reshape(-1, 1, 1)
+    with pytest.warns(UserWarning, match=r"-2\.\S+ to 2\.\S+: .* 0 to 255") as caught:
+        loss(p, (images / 255 - mean) / 0.225)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="0 to 255"):
+        loss(p, -images)
+
+
+@pytest.mark.parametrize(
+    ("make", "others"),
+    [
+        (
+            DenseCRFLoss,
+            {"sigma_rgb": 15.5, "sigma_xy": 0.3, "side": 31, "n_anchors": 512},
+        ),
+        (LocalCRFLoss, {"radius": 4, "sigma_rgb": 25.0, "sigma_xy": 6.1}),
+        (SizeLoss, {"t": 2.0, "growth": 1.02, "t_max": 9.0}),
+    ],
+)
+def test_representations_tell_settings_apart(make, others):
+    """A run that goes on is compared with the one before by them."""
+    shown = [repr(make()), *(repr(make(**{name: value})) for name, value in others.items())]
+    assert len(set(shown)) == len(shown)
+    assert repr(make()) == shown[0]
+    assert all(f"{name}={value}" in repr(make(**others)) for name, value in others.items())
+
+
+def test_a_schedule_is_shown_as_it_was_set():
+    loss = SizeLoss()
+    shown = repr(loss)
+    loss.step()
+    assert repr(loss) == shown
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "values"),
+    [
+        (DenseCRFLoss, "sigma_rgb", (0.0, -1.0, float("nan"), "15", None)),
+        (DenseCRFLoss, "sigma_xy", (0.0, float("inf"), True)),
+        (DenseCRFLoss, "side", (0, -3, 8.0, True)),
+        (DenseCRFLoss, "n_anchors", (0, 2.5)),
+        (LocalCRFLoss, "radius", (0, 1.5, None)),
+        (LocalCRFLoss, "sigma_rgb", (0.0,)),
+        (LocalCRFLoss, "sigma_xy", (-6.0,)),
+        (SizeLoss, "t", (0.0, float("nan"), 11.0)),
+        (SizeLoss, "growth", (0.0, -1.0)),
+        (SizeLoss, "t_max", (0.0, 0.5, "10")),
+    ],
+)
+def test_settings_are_checked_before_any_use(make, name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            make(**{name: value})
+
+
 def test_modules_are_their_functions():
     p, images = problem()
     options = {"side": 6, "n_anchors": 9, **WIDE}
@@ -363,13 +434,3 @@ def test_wrong_arguments(change, named):
     p, images = problem(dtype=torch.float32)
     with pytest.raises(ValueError, match=named):
         dense_crf_loss(**{"foreground": p, "images": images} | change)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_gpu():
-    p, images = problem(2, (32, 32), dtype=torch.float32)
-    for loss in (dense_crf_loss, local_crf_loss):
-        torch.testing.assert_close(
-            loss(p.cuda(), images.cuda()).cpu(), loss(p, images), rtol=1e-4, atol=1e-8
-        )

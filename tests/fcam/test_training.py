@@ -1,5 +1,6 @@
 """Training: the classifier stays, the decoder learns, what was killed goes on."""
 
+import errno
 import signal
 import warnings
 
@@ -7,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import Attribution, IntegratedGradients, LayerGradCam
+from lightning.pytorch import Callback
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
 from captum_ext.attr import FCAM, LayerClassActivationMap, SESSWrapper
 from captum_ext.datasets import TexturedEllipses
-from captum_ext.fcam import FCAMDecoder, SeedSampler
+from captum_ext.fcam import DenseCRFLoss, FCAMDecoder, SeedSampler
 from captum_ext.fcam.fit import fit_fcam
 from captum_ext.fcam.guides import guidance
 from captum_ext.fcam.training import IMAGENET, FCAMModule, evaluated
@@ -156,7 +158,10 @@ def test_it_learns_what_the_guide_shows():
     model = network().eval()
     options = SMALL | {"n_epochs": 12, "flip": False, "normalize": ((0.5,) * 3, (0.25,) * 3)}
     options |= {"widths": (16, 16, 8), "crf_weight": 5.0}
-    fcam = fit_fcam(model, [(s.image, s.target) for s in scenes], Told(model, masks), **options)
+    data = [(s.image, s.target) for s in scenes]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The decoder has learned nothing")
+        fcam = fit_fcam(model, data, Told(model, masks), **options)
     assert not fcam.decoder.training
     test = TexturedEllipses(32, 1, (32, 32)).batch()
     maps = fcam.foreground((test.pixels / 255 - 0.5) / 0.25)[:, 0]
@@ -172,22 +177,87 @@ def test_a_seed_gives_the_same_decoder_and_another_another():
     assert not equal(found[0], found[2])
 
 
+def test_maps_follow_crops_and_flips_in_training(tmp_path):
+    """What the seeds are drawn from and what the CRF sees: map and colours of one place."""
+    model = network().eval()
+    seen = []
+
+    class Seeds(SeedSampler):
+        def __call__(self, maps, generator=None):
+            seen.append([maps])
+            return super().__call__(maps, generator)
+
+    class Colours(nn.Module):
+        def forward(self, foreground, images):
+            seen[-1].append(images)
+            return foreground.sum() * 0
+
+    options = SMALL | {"resize": (40, 48), "seeds": Seeds(4, 4), "crf": Colours(), "warmup": 0}
+    options |= {"rectify": False}
+    for cache in ({}, {"cache": tmp_path}):
+        seen.clear()
+        fit_fcam(model, Scenes(), Told(model, brightness), **options, **cache)
+        for maps, images in seen:
+            # The guide saw them normalised: not the mean of the channels, but nearly.
+            both = torch.stack((maps.flatten(1), images.float().mean(1).flatten(1)), 1)
+            assert min(torch.corrcoef(pair)[0, 1].item() for pair in both) > 0.99
+    views = torch.cat([images for _, images in seen])
+    assert len({view.numpy().tobytes() for view in views}) == len(views)
+
+
 def test_stored_maps_are_those_of_the_pictures(tmp_path):
-    """Without crops and flips, training on them is training on the maps of each view."""
     model = network().eval()
     guide = LayerGradCam(model, model[2])
-    options = SMALL | {"flip": False, "seeds": SeedSampler(4, 4, erosion=1)}
-    fresh = fit_fcam(model, Scenes(), guide, **options)
-    stored = fit_fcam(model, Scenes(), guide, **options, cache=tmp_path)
-    x = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(stored.foreground(x), fresh.foreground(x), atol=0.05, rtol=0)
+    options = SMALL | {"seeds": SeedSampler(4, 4, erosion=1)}
+    random = torch.get_rng_state()
+    fit_fcam(model, Scenes(), guide, **options, cache=tmp_path)
+    assert torch.equal(torch.get_rng_state(), random)
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == ["maps-00000000.pt"]
+    pictures = Pictures(Scenes(), (32, 32))
+    mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in IMAGENET)
+    images = torch.stack([(item.pixels / 255 - mean) / std for item in pictures])
+    labels = torch.tensor([item.label for item in pictures])
+    expected = guidance(guide, images, labels)
+    assert (expected.flatten(1).amax(1) == 1).sum() > 12
+    stored = torch.load(files[0], weights_only=True)["maps"]
+    torch.testing.assert_close(stored.float(), expected, atol=1e-3, rtol=0)
     time = files[0].stat().st_mtime_ns
     fit_fcam(model, Scenes(), guide, **options, cache=tmp_path)
     assert files[0].stat().st_mtime_ns == time
-    with pytest.raises(ValueError, match=r"cache.*pictures was 24 and is 16"):
-        fit_fcam(model, Scenes(16), guide, **options, cache=tmp_path)
+
+
+def other_pictures():
+    data = Scenes()
+    data.items = [(image.transpose(Image.Transpose.ROTATE_180), y) for image, y in data.items]
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "make", "said"),
+    [
+        (lambda: Scenes(16), lambda m: LayerGradCam(m, m[2]), "pictures was '24, .* is '16, "),
+        (other_pictures, lambda m: LayerGradCam(m, m[2]), "pictures was"),
+        (Scenes, lambda m: LayerGradCam(m, m[1]), r"guide was 'Layer Grad Cam.*layer=2.*layer=1"),
+        (Scenes, lambda m: LayerClassActivationMap(m, m[2]), "guide was"),
+    ],
+    ids=["fewer", "others", "layer", "method"],
+)
+def test_maps_of_another_run_are_refused(data, make, said, tmp_path):
+    model = network().eval()
+    options = SMALL | {"n_epochs": 1}
+    fit_fcam(model, Scenes(), LayerGradCam(model, model[2]), **options, cache=tmp_path)
+    with pytest.raises(ValueError, match=f"cache.*{said}"):
+        fit_fcam(model, data(), make(model), **options, cache=tmp_path)
+
+
+def test_maps_of_a_wrapper_with_other_options_are_refused(tmp_path):
+    model = network().eval()
+    base = LayerGradCam(model, model[2])
+    options = SMALL | {"n_epochs": 1, "cache": tmp_path}
+    fit_fcam(model, Scenes(8), SESSWrapper(base, n_scales=2, window=24), **options)
+    with pytest.raises(ValueError, match=r"guide was.*n_scales=2.*n_scales=3"):
+        fit_fcam(model, Scenes(8), SESSWrapper(base, n_scales=3, window=24), **options)
 
 
 # --- views ---------------------------------------------------------------------------------------
@@ -296,8 +366,57 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     assert (tmp_path / "last.ckpt").is_file()
     resumed = fit_fcam(model, Scenes(), guide, **options, checkpoints=tmp_path)
     assert equal(state(resumed.decoder), state(straight.decoder))
-    with pytest.raises(ValueError, match=r"checkpoints.*lr was 0.01 and is 0.02"):
-        fit_fcam(model, Scenes(), guide, **options, checkpoints=tmp_path, lr=0.02)
+
+
+class Noisy(LayerGradCam):
+    """Draws from the global generator."""
+
+    def attribute(self, *args, **kwargs):
+        maps = super().attribute(*args, **kwargs)
+        return maps + torch.rand_like(maps)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_goes_on_to_more_epochs(cached, tmp_path):
+    """Anchors of the CRF and noise of the guide are the same, too."""
+    model = network().eval()
+    crf = DenseCRFLoss(n_anchors=8)
+    options = SMALL | {"n_epochs": 3, "crf": crf, "resize": 36, "center": True}
+    guide = Noisy(model, model[2])
+    stored = {"cache": tmp_path / "maps"} if cached else {}
+    straight = fit_fcam(model, Scenes(), guide, **options, **stored)
+    options |= {"checkpoints": tmp_path / "run"} | stored
+    fit_fcam(model, Scenes(), guide, **options | {"n_epochs": 2})
+    torch.rand(5)
+    resumed = fit_fcam(model, Scenes(), guide, **options)
+    assert equal(state(resumed.decoder), state(straight.decoder))
+    with pytest.raises(ValueError, match=r"n_epochs.* is 1.*run of 3"):
+        fit_fcam(model, Scenes(), guide, **options | {"n_epochs": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lr": 0.02}, "lr was 0.01 and is 0.02"),
+        ({"crf": DenseCRFLoss(side=8)}, "crf was"),
+        ({"center": True}, "center was False"),
+        ({"resize": 40}, "size was"),
+        ({"data": other_pictures}, None),
+        ({"data": lambda: Scenes(16)}, "pictures was"),
+        ({"classifier": 1}, "classifier was"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(change, said, tmp_path):
+    options = SMALL | {"n_epochs": 1, "checkpoints": tmp_path}
+    model = network().eval()
+    fit_fcam(model, Scenes(), LayerGradCam(model, model[2]), **options)
+    model = network(change.pop("classifier", 0)).eval()
+    data = change.pop("data", Scenes)()
+    if said is None:  # pictures may come out at random, where they are not stored
+        fit_fcam(model, data, LayerGradCam(model, model[2]), **options)
+        return
+    with pytest.raises(ValueError, match=f"checkpoints.*{said}"):
+        fit_fcam(model, data, LayerGradCam(model, model[2]), **options | change)
 
 
 def test_ctrl_c_is_an_interrupt(tmp_path):
@@ -340,6 +459,57 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
     assert saved["epoch"] == 0
 
 
+class Bends(torch.autograd.Function):
+    """A finite value with a gradient that is not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.full((8, 1, 32, 32), float("nan"))
+
+
+def test_weights_that_are_not_finite_are_not_stored(tmp_path):
+    """The last step of an epoch has no loss behind it that would tell."""
+    model = network().eval()
+
+    class Breaks(nn.Module):
+        calls = 0
+
+        def forward(self, foreground, images):
+            Breaks.calls += 1
+            return Bends.apply(foreground) if Breaks.calls == 6 else foreground.sum() * 0
+
+    options = SMALL | {"crf": Breaks(), "warmup": 0, "n_epochs": 3}
+    with pytest.raises(FloatingPointError, match=r"epoch 1, after its last batch"):
+        fit_fcam(model, Scenes(), LayerGradCam(model, model[2]), **options, checkpoints=tmp_path)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["epoch"] == 0
+    assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    "maps",
+    [torch.zeros(8, 1, 4, 4), torch.full((8, 1, 4, 4), float("nan")), torch.rand(8, 1, 1, 1)],
+    ids=["flat", "nan", "one pixel"],
+)
+def test_a_guide_that_teaches_nothing(maps):
+    model = network().eval()
+    with pytest.raises(ValueError, match=r"`guide` Told gave no seed|Told gives maps of a single"):
+        fit_fcam(model, Scenes(8), Told(model, lambda x: maps), **SMALL)
+
+
+def test_what_has_collapsed_is_told(tmp_path):
+    """And told again, by a run that is finished."""
+    model = network().eval()
+    options = SMALL | {"checkpoints": tmp_path}
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"has collapsed.*seeds was 0\.[67]"):
+            fit_fcam(model, Scenes(8), Told(model, lambda x: torch.rand(8, 1, 8, 8)), **options)
+
+
 # --- pictures ------------------------------------------------------------------------------------
 
 
@@ -369,11 +539,111 @@ class Broken(Scenes):
         return super().__getitem__(index)
 
 
-def test_pictures_that_do_not_decode_are_left_out_and_named():
+def test_pictures_that_do_not_decode_are_left_out_named_and_counted():
     model = network().eval()
-    with pytest.warns(UserWarning, match="3.jpg cannot be read"):
+    with pytest.warns(UserWarning, match="cannot be read") as caught:
         found = fit_fcam(model, Broken(), LayerGradCam(model, model[2]), **SMALL)
+    said = [str(one.message) for one in caught]
+    assert any(text.startswith("3.jpg cannot be read") for text in said)
+    assert "2 of 24 pictures cannot be read and are left out: 3.jpg, 4.jpg" in said
     assert torch.isfinite(found.foreground(torch.rand(1, 3, 32, 32))).all()
+
+
+def test_pictures_that_are_opened_but_not_read(tmp_path):
+    """`Image.open` decodes later; a machine out of files is no fault of the picture's."""
+    Scenes().items[0][0].resize((200, 200)).save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+
+    class Opened(Scenes):
+        def __getitem__(self, index):
+            return Image.open(tmp_path / ("cut.jpg" if index == 1 else "whole.jpg")), 0
+
+    with pytest.warns(UserWarning, match="picture 1 cannot be read"):
+        read = [Pictures(Opened(), (32, 32))[i].is_read for i in range(3)]
+    assert read == [True, False, True]
+
+    class Exhausted(Scenes):
+        def __getitem__(self, index):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(OSError, match="Too many"):
+        Pictures(Exhausted(), (32, 32))[0]
+
+
+@pytest.mark.parametrize(
+    ("picture", "error", "said"),
+    [
+        (torch.full((3, 8, 8), 1.5), ValueError, "normalised"),
+        (torch.full((3, 8, 8), float("nan")), ValueError, "normalised"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), ValueError, "int64"),
+        (torch.zeros(8, 8), ValueError, r"\(8, 8\)"),
+        ("a.jpg", TypeError, "str"),
+    ],
+)
+def test_what_is_no_picture(picture, error, said):
+    with pytest.raises(error, match=f"`data`: picture 0: .*{said}"):
+        Pictures([(picture, 0)], (8, 8))[0]
+    with pytest.raises(TypeError, match="`data`: picture 0: entries must be"):
+        Pictures([{"image": picture}], (8, 8))[0]
+
+
+def test_grey_pictures():
+    grey = torch.arange(0, 256, 4, dtype=torch.uint8).reshape(1, 8, 8)
+    deep = Image.fromarray(grey[0].numpy().astype(np.uint16) * 257)
+    assert deep.mode.startswith("I;16")
+    for picture in (grey, grey / 255, Image.fromarray(grey[0].numpy()), deep):
+        assert torch.equal(Pictures([(picture, 0)], (8, 8))[0].pixels, grey.expand(3, 8, 8))
+
+
+def test_a_classifier_of_grey_pictures():
+    model = network().eval()
+    model[0][0] = nn.Conv2d(1, 6, 3, 2, 1)
+    guide = Told(model, brightness)
+    data = [(torch.full((1, 32, 32), 102, dtype=torch.uint8), 0)] * 8
+    with pytest.raises(ValueError, match="gave no seed"):
+        fit_fcam(model, data, guide, **SMALL, normalize=((0.2,), (0.5,)))
+    torch.testing.assert_close(guide.asked[0][0], torch.full((8, 1, 32, 32), 0.4))
+    fcam = fit_fcam(model, Scenes(8), guide, **SMALL, normalize=((0.5,), (0.5,)))
+    assert fcam.attribute(torch.rand(1, 1, 32, 32)).shape == (1, 1, 32, 32)
+
+
+# --- what surrounds a run ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_classifiers_of_other_precision(kind):
+    model = network().eval().to(kind)
+    fcam = fit_fcam(model, Scenes(8), LayerGradCam(model, model[2]), **SMALL)
+    assert {p.dtype for p in fcam.decoder.parameters()} == {torch.float32}
+    assert fcam.attribute(torch.rand(1, 3, 32, 32, dtype=kind)).dtype == kind
+
+
+def test_gradients_are_off_where_they_were():
+    model = network().eval()
+    guide = LayerGradCam(model, model[2])
+    with torch.no_grad():
+        inside = fit_fcam(model, Scenes(8), guide, **SMALL)
+        assert not torch.is_grad_enabled()
+    assert equal(state(inside.decoder), state(fit_fcam(model, Scenes(8), guide, **SMALL).decoder))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        fit_fcam(model, Scenes(8), guide, **SMALL)
+
+
+def test_buffers_that_count_calls_are_put_back():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return x
+
+    model = network().eval()
+    model[1].add_module("counts", Counts())
+    fit_fcam(model, Scenes(8), LayerGradCam(model, model[2]), **SMALL)
+    assert model[1].counts.calls == 0
 
 
 @pytest.mark.parametrize("label", [-1, 4])
@@ -396,6 +666,14 @@ def test_labels_out_of_range(label):
         ({"size": (32, 32, 32)}, ValueError, "size"),
         ({"resize": 16}, ValueError, "resize"),
         ({"lr": 0}, ValueError, "lr"),
+        ({"crf": 3.0}, TypeError, "crf"),
+        ({"seeds": 5}, TypeError, "seeds"),
+        ({"seed": "a"}, TypeError, "seed"),
+        ({"trainer": 5}, TypeError, "trainer"),
+        ({"normalize": ((0.5,) * 4, (0.5,) * 4)}, ValueError, "normalize"),
+        ({"normalize": ((0.5,) * 3, (0.0,) * 3)}, ValueError, "normalize"),
+        ({"normalize": 0.5}, ValueError, "normalize"),
+        ({"classifier": network()[:3]}, ValueError, "guide"),
         ({"crf_weight": -1}, ValueError, "crf_weight"),
         ({"layers": ["0", "nowhere"]}, ValueError, "nowhere"),
         ({"size": 1}, ValueError, "layers"),
@@ -406,6 +684,28 @@ def test_wrong_arguments(change, error, named):
     arguments = {"classifier": model, "data": Scenes(8), "guide": LayerGradCam(model, model[2])}
     with pytest.raises(error, match=named):
         fit_fcam(**arguments | SMALL | change)
+
+
+def test_models_that_give_no_logits():
+    class Named(nn.Sequential):
+        def forward(self, x):
+            return {"out": super().forward(x)}
+
+    model = Named(*network()).eval()
+    with pytest.raises(ValueError, match=r"`classifier` must give logits.*dict"):
+        fit_fcam(model, Scenes(8), IntegratedGradients(model), **SMALL)
+
+
+def test_a_guide_at_the_layer_of_another_model():
+    model, other = network().eval(), network(1).eval()
+    for guide in (
+        LayerGradCam(model, other[2]),
+        SESSWrapper(LayerGradCam(other, other[2]), n_scales=2, window=24),
+    ):
+        with pytest.raises(
+            ValueError, match=r"`guide` Layer Grad Cam (is at a layer|explains anoth)"
+        ):
+            fit_fcam(model, Scenes(8), guide, **SMALL)
 
 
 def test_the_module_alone_runs_in_lightning():
@@ -428,16 +728,31 @@ def test_the_module_alone_runs_in_lightning():
     assert FCAM(model, decoder.eval()).attribute(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
 
 
+class Kept(Callback):
+    """Writes what each process has learned."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        weights = dict(pl_module.decoder.named_parameters())
+        torch.save(weights, self.folder / f"{trainer.global_rank}.pt")
+
+
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
-def test_two_processes_train_one_decoder(strategy):
+def test_two_processes_train_one_decoder(strategy, tmp_path):
     """By gloo, on the CPU: the classifier stays, and the decoder has learned from both halves."""
     model = network().eval()
     before = state(model)
     guide = LayerGradCam(model, model[2])
     options = SMALL | {"batch_size": 4}
-    trainer = {"devices": 2, "strategy": strategy}
+    trainer = {"devices": 2, "strategy": strategy, "callbacks": Kept(tmp_path)}
     found = fit_fcam(model, Scenes(16), guide, **options, trainer=trainer)
     assert equal(state(model), before)
+    # Without shared gradients the two, who saw other halves, would differ.
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert equal(*ranks)
+    assert equal(ranks[0], dict(found.decoder.named_parameters()))
     alone = fit_fcam(model, Scenes(16), guide, **options)
     assert not equal(state(found.decoder), state(alone.decoder))
     counts = [f.decoder.blocks[0][1].num_batches_tracked.item() for f in (found, alone)]
@@ -479,8 +794,8 @@ def test_boxes_select_the_epoch_and_nothing_else(tmp_path):
     again = validated(tmp_path)  # there is nothing left to train
     assert equal(state(again.decoder), state(runs[best].decoder))
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert saved["fcam_best"]["epoch"] == best
-    assert saved["fcam_best"]["score"] == pytest.approx(scores[best])
+    assert saved["fcam"]["best"]["epoch"] == best
+    assert saved["fcam"]["best"]["score"] == pytest.approx(scores[best])
 
 
 def test_boxes_are_those_of_the_pictures_brought_to_size():
@@ -495,7 +810,7 @@ def test_boxes_are_those_of_the_pictures_brought_to_size():
 @pytest.mark.parametrize(
     ("validation", "said"),
     [
-        ([], "data"),
+        ([], "validation"),
         ([(Image.new("RGB", (32, 32)), 0)], "validation.*no boxes"),
         ([(Image.new("RGB", (32, 32)), 0, torch.zeros(0, 4))], r"validation.*\(0, 4\)"),
     ],

@@ -1,0 +1,133 @@
+"""What a training stores of its guide, and by what it knows its own files again."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from captum.attr import Attribution
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from captum_ext.attr.fcam import fingerprint
+from captum_ext.fcam.guides import guidance, wrapped
+from captum_ext.fcam.views import Pictures, digest
+
+if TYPE_CHECKING:
+    from captum_ext.fcam.training import FCAMModule
+
+SHARD = 512  # stored maps in a file
+
+
+def cached_maps(
+    module: "FCAMModule",
+    pictures: Pictures,
+    folder: Path,
+    batch_size: int,
+    num_workers: int = 0,
+    show_progress: bool = False,
+) -> Tensor:
+    """The guide's maps of all whole pictures, (n, 1, h, w) in float16, from the folder or into it.
+
+    They are stored `SHARD` at a time, so that a run that was killed goes on, and several processes
+    may store the same ones at once.
+
+    Raises:
+        ValueError: the folder has maps of another run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    about = about_maps(module, pictures) | {"pictures": _bytes_of(pictures)}
+    shards = []
+    starts = range(0, len(pictures), SHARD)
+    for start in tqdm(starts, desc="maps", disable=not show_progress):
+        file = folder / f"maps-{start:08d}.pt"
+        if file.is_file():
+            saved = torch.load(file, weights_only=True)
+            if saved["about"] != about:
+                raise ValueError(
+                    f"`cache` {folder} has the maps of another run: "
+                    f"{changes(saved['about'], about)}. Name another folder, or delete it."
+                )
+        else:
+            part = Subset(pictures, range(start, min(start + SHARD, len(pictures))))
+            found = []
+            for pixels, labels, _, read in DataLoader(part, batch_size, num_workers=num_workers):
+                images = module.images(pixels.to(module.device))
+                maps = guidance(
+                    module.guide,
+                    images,
+                    labels.to(module.device),
+                    rectify=module.rectify,
+                    **module.guide_kwargs,
+                )
+                found.append(torch.where(read[:, None, None, None], maps.cpu(), 0).half())
+            saved = {"about": about, "maps": torch.cat(found)}
+            unfinished = file.with_suffix(f".{os.getpid()}.partial")
+            torch.save(saved, unfinished)
+            unfinished.replace(file)
+        shards.append(saved["maps"])
+    return torch.cat(shards)
+
+
+def about_maps(module: "FCAMModule", pictures: Pictures) -> dict[str, Any]:
+    """What the guide's maps depend on, as far as it can be known."""
+    return {
+        "classifier": digest(sorted(fingerprint(module.classifier).items())),
+        "guide": _described(module.guide, module.classifier),
+        "rectify": module.rectify,
+        "normalize": [module.mean.flatten().tolist(), module.std.flatten().tolist()],
+        "guide_kwargs": repr(sorted(module.guide_kwargs.items())),
+        "pictures": pictures.about(),
+        "size": list(pictures.size),
+    }
+
+
+def about_run(module: "FCAMModule", pictures: Pictures, batch_size: int) -> dict[str, Any]:
+    """What a run that goes on must have in common with the one that was killed."""
+    decoder = module.decoder
+    return about_maps(module, pictures) | {
+        "view": list(module.size),
+        "channels": decoder.channels,
+        "widths": decoder.widths,
+        "center": decoder.has_center,
+        "layers": decoder.layers,
+        "flip": module.flip,
+        "seeds": repr(sorted(vars(module.seeds).items())),
+        "crf": repr(module.crf),
+        "weights": [module.crf_weight, module.size_weight],
+        "warmup": module.warmup,
+        "lr": module.lr,
+        "seed": module.seed,
+        "batch_size": batch_size,
+        "stored_maps": module.maps is not None,
+    }
+
+
+def changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """What is not as it was, in words."""
+    changed = [name for name in found if saved.get(name) != found[name]]
+    return "; ".join(f"{name} was {saved.get(name)!r} and is {found[name]!r}" for name in changed)
+
+
+def _described(guide: Attribution, classifier: Module) -> str:
+    """A guide with its layers and plain options, and those of the method that it wraps."""
+    names = {module: name for name, module in classifier.named_modules()}
+    options = []
+    for name, value in sorted(vars(guide).items()):
+        values = value if isinstance(value, list | tuple) else [value]
+        if all(isinstance(one, int | float | str | None) for one in values):
+            options.append(f"{name}={value!r}")
+        elif name == "layer":
+            options.append(f"layer={', '.join(names.get(one, '?') for one in values)}")
+    inner = wrapped(guide)
+    within = [] if inner is None else [_described(inner, classifier)]
+    return f"{guide.get_name()}({', '.join(within + options)})"
+
+
+def _bytes_of(pictures: Pictures) -> str:
+    """As `about`, and by the pictures themselves: maps belong to these."""
+    pixels = [pictures[place].pixels.numpy().tobytes() for place in pictures.probes()]
+    return f"{pictures.about()}, {digest(pixels)}"

@@ -1,0 +1,109 @@
+"""Torchvision's classifiers, with random weights: what is decoded, and one step of training."""
+
+import warnings
+
+import pytest
+import torch
+import torchvision
+from captum.attr import LayerGradCam
+
+from captum_ext._model import find_module
+from captum_ext.attr import FCAM
+from captum_ext.fcam import FCAMDecoder, SeedSampler, find_taps, fit_fcam
+
+# With the sizes of the pictures that they learn from. Inception takes 75 pixels at least.
+CLASSIFIERS = {
+    "vgg11_bn": [64],
+    "resnet18": [(97, 65)],
+    "inception_v3": [75, 97],
+    "googlenet": [64],
+    "densenet121": [64],
+    "mobilenet_v3_small": [(64, 96)],
+    "efficientnet_b0": [65],
+    "convnext_tiny": [64],
+    "shufflenet_v2_x0_5": [97],
+    "squeezenet1_1": [(65, 80)],
+}
+CASES = [(name, size) for name, sizes in CLASSIFIERS.items() for size in sizes]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Lightning has advice about workers and devices, and one step teaches nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", "The decoder has learned nothing")
+        yield
+
+
+def classifier(name):
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+    return getattr(torchvision.models, name)(weights=None, num_classes=4, **options).eval()
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_one_step_of_training(name, size, monkeypatch):
+    """The decoder moves, the classifier does not, and maps of other sizes have these sizes."""
+    height, width = size if isinstance(size, tuple) else (size, size)
+    model, start, read = classifier(name), {}, FCAMDecoder.reading
+
+    def noted(*args, **kwargs):
+        decoder = read(*args, **kwargs)
+        start.update(state(decoder))
+        return decoder
+
+    monkeypatch.setattr(FCAMDecoder, "reading", noted)
+    before, flags = state(model), [m.training for m in model.modules()]
+    deepest = find_taps(model, torch.zeros(1, 3, height, width))[-1]
+    fcam = fit_fcam(
+        model,
+        [(torch.randint(0, 256, (3, height, width), dtype=torch.uint8), k) for k in (1, 3)],
+        LayerGradCam(model, find_module(model, deepest)),
+        size=(height, width),
+        widths=(8, 8, 4),
+        n_epochs=1,
+        batch_size=2,
+        seeds=SeedSampler(4, 4),
+        warmup=0,
+        rectify=False,  # of random weights, nothing may speak for a class
+        show_progress=False,
+    )
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == flags
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert fcam.decoder.layers[-1] == deepest
+    for key, value in fcam.decoder.state_dict().items():
+        assert torch.isfinite(value).all()
+        assert not torch.equal(value, start[key]), key
+    for x in (torch.rand(2, 3, height, width), torch.rand(1, 3, height + 13, width + 32)):
+        maps = fcam.attribute(x, target=1)
+        assert maps.shape == x.shape
+        assert ((maps >= 0) & (maps <= 1)).all()
+        assert maps.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, s) for name in ("resnet18", "mobilenet_v3_small") for s in (224, 225, 299)),
+        ("resnet18", (130, 75)),
+        ("mobilenet_v3_small", (130, 75)),
+        ("inception_v3", (75, 75)),
+        ("inception_v3", (75, 130)),
+        ("inception_v3", (76, 299)),
+    ],
+)
+def test_sizes(name, size):
+    """Nothing need be divisible by anything; a decoder is made at the size, or for another one."""
+    height, width = size if isinstance(size, tuple) else (size, size)
+    model, x = classifier(name), torch.rand(1, 3, height, width)
+    for made_at in (x, torch.rand(1, 3, 107, 96)):
+        decoder = FCAMDecoder.reading(model, made_at, widths=(8, 4)).eval()
+        maps = FCAM(model, decoder).foreground(x)
+        assert maps.shape == (1, 1, height, width)
+        assert maps.std() > 0
