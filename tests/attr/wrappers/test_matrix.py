@@ -32,7 +32,8 @@ from captum.attr import (
 from torch import Tensor, nn
 
 import captum_ext.attr
-from captum_ext.attr import FIDO, AugmentedSR, SESSWrapper, UpsampleWrapper
+from captum_ext.attr import FCAM, FIDO, AugmentedSR, SESSWrapper, UpsampleWrapper
+from captum_ext.fcam import FCAMDecoder
 from tests.methods import EVERY
 
 SIDE, CHANNELS = 16, 3
@@ -63,6 +64,11 @@ def quadrants(x: Tensor) -> Tensor:
     """A feature mask of four squares."""
     high = (torch.arange(SIDE) >= SIDE // 2).long()
     return (2 * high[:, None] + high).expand(1, 1, SIDE, SIDE)
+
+
+def fcam(net: nn.Module) -> FCAM:
+    torch.manual_seed(1)
+    return FCAM(net, FCAMDecoder([6, 6], [8, 4], layers=["relu1", "relu2"]).eval())
 
 
 class Base(NamedTuple):
@@ -97,6 +103,7 @@ INPUT = {
     "Lime": Base(lambda net: Lime(net, SkLearnLasso(alpha=1e-4)), sampled, True),
     "KernelShap": Base(KernelShap, sampled, True),
     "FIDO": Base(FIDO, lambda x: {"n_steps": 2, "n_masks": 2, "baselines": 0.0}, True),
+    "FCAM": Base(fcam),
 }
 LAYER = {"LayerGradCam": Base(lambda net: LayerGradCam(net, net.relu2))} | {
     name: Base(
