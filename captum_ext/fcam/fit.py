@@ -98,8 +98,8 @@ def fit_fcam(
             they are all in memory, at the guide's own resolution. None explains each view anew.
         checkpoints: a folder. Each epoch is stored in it, and a run that was killed goes on from
             the last one, to the weights that it would have come to; one that is finished may go on
-            to more epochs. Of the settings, only those of `trainer` may change. None stores
-            nothing.
+            to more epochs. Of the settings, only those of `trainer` may change. (A `generator` that
+            the guide was made with is not stored.) None stores nothing.
         validation: pictures with boxes: entry i is (picture, label, boxes), boxes being (n, 4) in
             the picture's own pixels, (x1, y1, x2, y2). The decoder of the epoch with the best
             `MaxBoxAcc` (IoU 0.5) on them, brought to `size` whole, is what is returned. None
