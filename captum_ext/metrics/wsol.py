@@ -307,7 +307,7 @@ class PxAP(Metric):
                 f"agree."
             )
         edges = torch.arange(N_THRESHOLDS + 1, device=values.device) / N_THRESHOLDS
-        bins = torch.bucketize(values, edges, right=True) - 1
+        bins = torch.bucketize(values.contiguous(), edges, right=True) - 1
         size = N_THRESHOLDS + 1
         self.inside = self.inside + torch.bincount(bins[masks & counts], minlength=size)
         self.outside = self.outside + torch.bincount(bins[~masks & counts], minlength=size)
