@@ -102,8 +102,8 @@ def fit_fcam(
             the guide was made with is not stored.) None stores nothing.
         validation: pictures with boxes: entry i is (picture, label, boxes), boxes being (n, 4) in
             the picture's own pixels, (x1, y1, x2, y2). The decoder of the epoch with the best
-            `MaxBoxAcc` (IoU 0.5) on them, brought to `size` whole, is what is returned. None
-            returns that of the last.
+            `MaxBoxAcc` (IoU 0.5, as published) on them, brought to `size` whole, is what is
+            returned. None returns that of the last.
         seed: of all random numbers. Global random state stays as it was.
         num_workers: processes that read pictures.
         show_progress: whether to draw progress bars.

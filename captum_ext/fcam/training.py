@@ -117,7 +117,7 @@ class FCAMModule(LightningModule):
         self._frozen = (classifier, guide)
         assert decoder.layers is not None
         self._layers = (tuple(find_module(classifier, name) for name in decoder.layers),)
-        self.localisation = MaxBoxAcc()
+        self.localisation = MaxBoxAcc(convention="wsolevaluation")
         self.best: dict[str, Any] = {}
         self.unread: set[int] = set()
         self.settings: dict[str, Any] = {}

@@ -214,7 +214,8 @@ def measured(
 ) -> Row:
     """All of one method's figures, in percent."""
     maps, boxes = explain(test), [box[None] for box in test.boxes]
-    v2, v1, others = MaxBoxAcc((0.3, 0.5, 0.7), "all"), MaxBoxAcc(), MaxBoxAcc()
+    v2 = MaxBoxAcc((0.3, 0.5, 0.7), "all", "wsolevaluation")
+    v1, others = (MaxBoxAcc(convention="wsolevaluation") for _ in range(2))
     pixels = PxAP()
     others.update(explain(held), [box[None] for box in held.boxes])
     for metric in (v2, v1):

@@ -41,7 +41,7 @@ def test_f_cam_localises_better_than_its_guide():
         )
     found = []
     for maps in (guidance(guide, x, scenes.targets, (64, 64)), fcam.foreground(x)):
-        boxes, pixels = MaxBoxAcc((0.3, 0.5, 0.7), "all"), PxAP()
+        boxes, pixels = MaxBoxAcc((0.3, 0.5, 0.7), "all", "wsolevaluation"), PxAP()
         boxes.update(maps, [box[None] for box in scenes.boxes])
         pixels.update(maps, scenes.masks)
         found.append((100 * boxes.compute().item(), 100 * pixels.compute().item()))

@@ -777,7 +777,7 @@ def max_box_acc(fcam):
     images = (scenes.pixels / 255 - torch.tensor(IMAGENET[0])[:, None, None]) / torch.tensor(
         IMAGENET[1]
     )[:, None, None]
-    metric = MaxBoxAcc()
+    metric = MaxBoxAcc(convention="wsolevaluation")
     metric.update(fcam.foreground(images)[:, 0], [box[None] for box in scenes.boxes])
     return metric.compute().item()
 

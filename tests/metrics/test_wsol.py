@@ -1,4 +1,7 @@
-"""MaxBoxAcc and PxAP of maps whose score is known; parity with OpenCV is in tests/parity."""
+"""MaxBoxAcc and PxAP of maps whose score is known, and against the slow definition.
+
+Parity with OpenCV is in tests/parity.
+"""
 
 import math
 
@@ -7,6 +10,10 @@ import pytest
 import torch
 
 from captum_ext.metrics import MaxBoxAcc, PxAP, box_ious
+from tests.metrics.by_thresholds import hard_maps, slow_ious, some_boxes
+
+BOTH = pytest.mark.parametrize("convention", ["components", "wsolevaluation"])
+PUBLISHED = {"convention": "wsolevaluation"}
 
 
 def block(value=1.0, size=(10, 12), rows=(2, 6), columns=(3, 8)):
@@ -19,27 +26,104 @@ def boxes(*numbers):
     return [torch.tensor([list(numbers)])]
 
 
-# --- boxes ---------------------------------------------------------------------------------------
+# --- boxes, against the definition ---------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("contours", ["largest", "all"])
+@pytest.mark.parametrize("seed", range(8))
+def test_each_of_240_maps_is_as_if_labelled_at_every_threshold(seed, contours, convention):
+    for i, (name, image) in enumerate(hard_maps(seed)):
+        true = some_boxes(30 * seed + i, image.shape)
+        found = box_ious(torch.from_numpy(image)[None], [torch.tensor(true)], contours, convention)
+        slow = slow_ious(image, true, contours, convention)
+        np.testing.assert_array_equal(found[0].numpy(), slow, err_msg=name)
+
+
+@BOTH
+@pytest.mark.parametrize("contours", ["largest", "all"])
+def test_max_box_acc_is_that_of_the_definition(contours, convention):
+    for seed in (0, 3):
+        images = [image for _, image in hard_maps(seed)]
+        true = [some_boxes(i, image.shape) for i, image in enumerate(images)]
+        metric = MaxBoxAcc((0.3, 0.5, 0.7), contours, convention)
+        metric.update(torch.from_numpy(np.stack(images)), [torch.tensor(one) for one in true])
+        slow = [slow_ious(*one, contours, convention) for one in zip(images, true, strict=True)]
+        curves = np.stack([(np.stack(slow) >= delta).mean(0) for delta in (0.3, 0.5, 0.7)])
+        np.testing.assert_array_equal(metric.curves().numpy(), curves.astype(np.float32))
+        assert metric.compute().item() == pytest.approx(curves.max(1).mean())
+
+
+# --- boxes: components ---------------------------------------------------------------------------
+
+
+def test_components_have_tight_half_open_boxes():
+    assert (box_ious(block(), boxes(3, 2, 8, 6)) == 1).all()
+    found = box_ious(block(), boxes(3, 2, 7, 5))
+    assert (found == torch.tensor(4 * 3 / (5 * 4))).all()
+    corner = block(rows=(6, 10), columns=(8, 12))
+    assert (box_ious(corner, boxes(8, 6, 12, 10)) == 1).all()
+    assert (box_ious(corner, boxes(0, 0, 8, 6)) == 0).all()  # they touch
+
+
+def test_thresholds_of_components_are_strict_and_know_no_bytes():
+    maps = block(0.5)
+    maps[0, 2:6, 3:5] = 0.25
+    for scale in (1, 2, 2**-20):  # of two: what is at a threshold stays there
+        found = box_ious(maps * scale, boxes(5, 2, 8, 6))[0]
+        assert found.tolist() == pytest.approx([12 / 20] * 500 + [1.0] * 500)
+
+
+def test_the_largest_component_has_the_most_pixels():
+    maps = torch.zeros(1, 20, 20)
+    maps[0, 1:12, 1:12] = 1
+    maps[0, 3:10, 3:10] = 0  # a frame of 72 pixels
+    maps[0, 14:20, 1:14] = 1  # a bar of 78
+    of_frame, of_bar, of_hole = (1, 1, 12, 12), (1, 14, 14, 20), (3, 3, 10, 10)
+    assert (box_ious(maps, boxes(*of_bar)) == 1).all()
+    assert (box_ious(maps, boxes(*of_frame)) == 0).all()
+    assert (box_ious(maps, boxes(*of_frame), "all") == 1).all()
+    assert (box_ious(maps, boxes(*of_hole), "all") == torch.tensor(49 / 121)).all()  # no box
+
+
+def test_all_of_equally_large_components_are_the_largest():
+    maps = block(rows=(0, 2), columns=(0, 3)) + block(rows=(5, 8), columns=(6, 8))
+    for true in ((0, 0, 3, 2), (6, 5, 8, 8)):
+        assert (box_ious(maps, boxes(*true)) == 1).all()
+    maps[0, 0, 0] = 0
+    assert (box_ious(maps, boxes(0, 0, 3, 2)) == 0).all()
+
+
+def test_where_no_component_is_the_iou_is_0():
+    maps = torch.zeros(1, 8, 8)
+    for contours in ("largest", "all"):
+        assert (box_ious(maps, boxes(0, 0, 1, 1), contours) == 0).all()
+    assert MaxBoxAcc((0.001,))(maps, boxes(0, 0, 8, 8)) == 0
+    # What is constant is one region.
+    assert (box_ious(maps + 0.003, boxes(0, 0, 8, 4)) == 0.5).all()
+
+
+# --- boxes: wsolevaluation -----------------------------------------------------------------------
 
 
 def test_a_box_ends_one_pixel_behind_its_region_except_at_the_border():
     """(3, 2, 8, 6) is the region's, half-open; as the authors read it, both ends are in it."""
-    assert (box_ious(block(), boxes(3, 2, 8, 6)) == 1).all()
-    found = box_ious(block(), boxes(3, 2, 7, 5))  # its pixels, both ends in it
+    assert (box_ious(block(), boxes(3, 2, 8, 6), **PUBLISHED) == 1).all()
+    found = box_ious(block(), boxes(3, 2, 7, 5), **PUBLISHED)  # its pixels, both ends in it
     assert found[0, 0].item() == pytest.approx(5 * 4 / (6 * 5))
     corner = block(rows=(6, 10), columns=(8, 12))
-    assert (box_ious(corner, boxes(8, 6, 11, 9)) == 1).all()
+    assert (box_ious(corner, boxes(8, 6, 11, 9), **PUBLISHED) == 1).all()
 
 
 def test_thresholds_are_strict_and_relative_to_the_maps_maximum():
     maps = block(0.4)
     maps[0, 2:6, 3:5] = 0.2  # bytes: 102 and 51
-    found = box_ious(maps, boxes(5, 2, 8, 6))[0]
+    found = box_ious(maps, boxes(5, 2, 8, 6), **PUBLISHED)[0]
     whole, part = (4 * 5) / (6 * 5), 1.0
     cut = next(i for i in range(1000) if int(i * 0.001 * 102) >= 51)
     assert found[:cut].tolist() == pytest.approx([whole] * cut)
     assert found[cut:].tolist() == pytest.approx([part] * (1000 - cut))
-    tiny = box_ious(maps / 100, boxes(5, 2, 8, 6))  # all bytes are 0 or 1
+    tiny = box_ious(maps / 100, boxes(5, 2, 8, 6), **PUBLISHED)  # all bytes are 0 or 1
     assert (tiny[0] == tiny[0, 0]).all()
 
 
@@ -49,26 +133,31 @@ def test_largest_is_by_outline_and_all_knows_holes_and_islands():
     maps[0, 3:10, 3:10] = 0  # a frame, its outline 10 x 10
     maps[0, 14:20, 1:19] = 1  # more pixels, a smaller outline
     of_frame, of_bar, of_hole = (1, 1, 12, 12), (1, 14, 19, 19), (2, 2, 11, 11)
-    assert box_ious(maps, boxes(*of_frame))[0, 0] == 1
-    assert box_ious(maps, boxes(*of_bar))[0, 0] < 0.2
+    assert box_ious(maps, boxes(*of_frame), **PUBLISHED)[0, 0] == 1
+    assert box_ious(maps, boxes(*of_bar), **PUBLISHED)[0, 0] < 0.2
     for box in (of_frame, of_bar, of_hole):
-        assert box_ious(maps, boxes(*box), "all")[0, 0] == 1
-
-
-def test_diagonal_neighbours_are_one_region():
-    maps = torch.eye(6)[None]
-    assert box_ious(maps, boxes(0, 0, 5, 5), "all")[0, 0] == 1
+        assert box_ious(maps, boxes(*box), "all", **PUBLISHED)[0, 0] == 1
 
 
 def test_an_empty_map_has_the_box_of_the_first_pixel():
     for maps in (torch.zeros(1, 8, 8), torch.ones(1, 8, 8) * 0.003):
-        assert (box_ious(maps, boxes(0, 0, 0, 0)) == 1).all()
-        assert (box_ious(maps, boxes(4, 4, 7, 7)) == 0).all()
+        assert (box_ious(maps, boxes(0, 0, 0, 0), **PUBLISHED) == 1).all()
+        assert (box_ious(maps, boxes(4, 4, 7, 7), **PUBLISHED) == 0).all()
 
 
-def test_the_best_of_several_boxes_counts():
+# --- boxes: both ---------------------------------------------------------------------------------
+
+
+@BOTH
+def test_diagonal_neighbours_are_one_region(convention):
+    end = 6 if convention == "components" else 5
+    assert box_ious(torch.eye(6)[None], boxes(0, 0, end, end), "all", convention)[0, 0] == 1
+
+
+@BOTH
+def test_the_best_of_several_boxes_counts(convention):
     both = [torch.tensor([[0, 0, 2, 2], [3, 2, 8, 6]])]
-    assert (box_ious(block(), both) == 1).all()
+    assert (box_ious(block(), both, convention=convention) == 1).all()
 
 
 def test_channels_and_devices():
@@ -190,10 +279,15 @@ def test_maps_out_of_range(value):
         (lambda: box_ious(block(), []), ValueError, "boxes"),
         (lambda: box_ious(block(), [torch.zeros(0, 4)]), ValueError, "boxes"),
         (lambda: box_ious(block(), [torch.zeros(4)]), ValueError, "boxes"),
+        (lambda: box_ious(block(), boxes(2, 0, 1, 1)), ValueError, "boxes"),
+        (lambda: box_ious(block(), boxes(0, 0, 1, math.nan)), ValueError, "boxes"),
+        (lambda: box_ious(block(), boxes(0, 0, 1, math.inf)), ValueError, "boxes"),
         (lambda: box_ious(block(), boxes(0, 0, 1, 1), "outer"), ValueError, "contours"),
+        (lambda: box_ious(block(), boxes(0, 0, 1, 1), "all", "x"), ValueError, "convention"),
         (lambda: MaxBoxAcc((1.5,)), ValueError, "iou_thresholds"),
         (lambda: MaxBoxAcc(()), ValueError, "iou_thresholds"),
         (lambda: MaxBoxAcc(contours="x"), ValueError, "contours"),
+        (lambda: MaxBoxAcc(convention="x"), ValueError, "convention"),
         (
             lambda: MaxBoxAcc().update(block(), boxes(0, 0, 1, 1), torch.ones(1)),
             ValueError,

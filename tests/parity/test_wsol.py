@@ -6,6 +6,7 @@ import torch
 
 from captum_ext.imaging import min_max, resize
 from captum_ext.metrics import box_ious
+from tests.metrics.by_thresholds import hard_maps, iou, some_boxes
 
 cv2 = pytest.importorskip("cv2")
 
@@ -13,10 +14,10 @@ cv2 = pytest.importorskip("cv2")
 def by_contours(image, true, every):
     """The evaluation of one map, threshold by threshold, with cv2.findContours."""
     height, width = image.shape
-    levels = (image * 255).astype(np.uint8)
-    found = []
-    for tau in np.arange(0, 1, 0.001):
-        mask = 255 * (levels > int(tau * levels.max())).astype(np.uint8)
+    levels = (image.astype(np.float64) * 255).astype(np.uint8)
+    known = {}
+    for threshold in {int(tau * levels.max()) for tau in np.arange(0, 1, 0.001)}:
+        mask = 255 * (levels > threshold).astype(np.uint8)
         contours, _ = cv2.findContours(mask, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
         if contours and not every:
             contours = [max(contours, key=cv2.contourArea)]
@@ -24,14 +25,9 @@ def by_contours(image, true, every):
         for contour in contours:
             x, y, w, h = cv2.boundingRect(contour)
             boxes.append((x, y, min(x + w, width - 1), min(y + h, height - 1)))
-        found.append(max(iou(box, one) for box in boxes for one in true))
-    return found
-
-
-def iou(a, b):
-    shared = [max(min(a[i + 2], b[i + 2]) - max(a[i], b[i]) + 1, 0) for i in (0, 1)]
-    areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (a, b)]
-    return shared[0] * shared[1] / (sum(areas) - shared[0] * shared[1])
+        known[threshold] = max(iou(box, one, 1) for box in boxes for one in true)
+    found = [known[int(tau * levels.max())] for tau in np.arange(0, 1, 0.001)]
+    return np.array(found, dtype=np.float32)
 
 
 def maps(kind, n=6, size=(28, 37)):
@@ -51,7 +47,18 @@ def test_box_ious(kind, contours):
     boxes = [
         torch.tensor([[3 + i, 4, 20, 12 + i], [0, 0, 9, 9 + i]][: 1 + i % 2]) for i in range(6)
     ]
-    found = box_ious(values, boxes, contours)
+    found = box_ious(values, boxes, contours, "wsolevaluation")
     for image, true, ours in zip(values.numpy(), boxes, found, strict=True):
         theirs = by_contours(image, true.tolist(), contours == "all")
-        np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-6)
+        np.testing.assert_array_equal(ours.numpy(), theirs)
+
+
+@pytest.mark.parametrize("contours", ["largest", "all"])
+@pytest.mark.parametrize("seed", range(8))
+def test_box_ious_of_240_hard_maps(seed, contours):
+    for i, (name, image) in enumerate(hard_maps(seed)):
+        true = some_boxes(30 * seed + i, image.shape)
+        values = torch.from_numpy(image)[None]
+        found = box_ious(values, [torch.tensor(true)], contours, "wsolevaluation")
+        theirs = by_contours(image, true, contours == "all")
+        np.testing.assert_array_equal(found[0].numpy(), theirs, err_msg=name)

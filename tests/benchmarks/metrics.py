@@ -1,0 +1,160 @@
+"""What the metrics cost, beside the plain way to the same figures.
+
+    python -m tests.benchmarks.metrics [--repeats N] [--threads N] [--json FILE]
+
+MaxBoxAcc, its 1000 thresholds on a map of 224 x 224: a class activation map of 7 x 7 upsampled; one
+that is nearly of two values, as F-CAM's are; and noise. It is compared with labelling by SciPy at
+each threshold ("components"), or drawing contours by OpenCV as the authors do ("wsolevaluation"),
+and with doing the latter only for the thresholds that differ, which are but 255 of a map of bytes.
+All have the same IoUs: this is checked before anything is timed.
+
+How it is measured says `measuring.py`; each ratio is how many times as long as ours it takes.
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from captum_ext.imaging import min_max, resize
+from captum_ext.metrics import MaxBoxAcc, box_ious
+from tests.benchmarks.measuring import Calls, Row, environment, markdown, measure
+
+SIDE = 224
+TRUE = (40, 50, 150, 170)
+WISHED = 20
+KINDS = ("upsampled 7 x 7", "bimodal", "noise")
+EVERY, DISTINCT = "each threshold", "distinct thresholds"
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def a_map(kind: str) -> Tensor:
+    """(1, SIDE, SIDE) in [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(1, SIDE, SIDE, generator=generator, dtype=torch.float64)
+    if kind == "noise":
+        return noise
+    coarse = torch.rand(1, 1, 7, 7, generator=generator, dtype=torch.float64)
+    smooth = min_max(resize(coarse, (SIDE, SIDE)))[:, 0]
+    if kind == "upsampled 7 x 7":
+        return smooth
+    return (torch.sigmoid(40 * (smooth - 0.5)) + 0.02 * (noise - 0.5)).clamp(0, 1)
+
+
+# --- the plain way -------------------------------------------------------------------------------
+
+
+def by_labels(image: Array, contours: str) -> Array:
+    """The IoU at each threshold, "components", with SciPy's labels."""
+    found = []
+    for cut in np.arange(1000) / 1000 * image.max():
+        labels, _ = ndimage.label(image > cut, np.ones((3, 3)))
+        boxes = [(x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(labels)]
+        chosen = np.array(boxes)
+        if contours == "largest":
+            areas = np.bincount(labels.ravel())[1:]
+            chosen = chosen[areas == areas.max()]
+        found.append(best_iou(chosen, 0))
+    return np.array(found, dtype=np.float32)
+
+
+def by_contours(image: Array, contours: str, distinct: bool = False) -> Array:
+    """The IoU at each threshold, "wsolevaluation", with OpenCV's contours."""
+    levels = (255 * image).astype(np.uint8)
+    known: dict[int, float] = {}
+    found = []
+    for tau in np.arange(0, 1, 0.001):
+        cut = int(tau * levels.max())
+        if cut not in known or not distinct:
+            mask = 255 * (levels > cut).astype(np.uint8)
+            outlines, _ = cv2.findContours(mask, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
+            if contours == "largest":
+                outlines = [max(outlines, key=cv2.contourArea)]
+            boxes = np.array([cv2.boundingRect(outline) for outline in outlines])
+            ends = np.minimum(boxes[:, :2] + boxes[:, 2:], SIDE - 1)
+            known[cut] = best_iou(np.concatenate((boxes[:, :2], ends), 1), 1)
+        found.append(known[cut])
+    return np.array(found, dtype=np.float32)
+
+
+def best_iou(boxes: Array, end: int) -> float:
+    """Of boxes (n, 4) with TRUE."""
+    true = np.array(TRUE)
+    low, high = np.maximum(boxes[:, :2], true[:2]), np.minimum(boxes[:, 2:], true[2:])
+    shared = (high - low + end).clip(0).prod(1)
+    areas = (boxes[:, 2:] - boxes[:, :2] + end).prod(1) + (true[2:] - true[:2] + end).prod()
+    return float((shared / (areas - shared)).max())
+
+
+PLAIN: dict[str, dict[str, Callable[[Array, str], Array]]] = {
+    "components": {f"SciPy, {EVERY}": by_labels},
+    "wsolevaluation": {
+        f"OpenCV, {EVERY}": by_contours,
+        f"OpenCV, {DISTINCT}": functools.partial(by_contours, distinct=True),
+    },
+}
+
+
+# --- what is measured ----------------------------------------------------------------------------
+
+
+def box_calls(kind: str, device: torch.device) -> Calls:
+    maps, boxes = a_map(kind).to(device), [torch.tensor([TRUE])]
+    image = maps[0].cpu().numpy()
+    calls: Calls = {}
+    for convention, ways in PLAIN.items():
+        for contours in ("largest", "all"):
+            ours = box_ious(maps, boxes, contours, convention)[0].cpu().numpy()
+            metric = MaxBoxAcc((0.3, 0.5, 0.7), contours, convention)
+            name = f"{convention}, {contours}"
+            calls[name] = functools.partial(metric.update, maps, boxes)
+            for way, plain in ways.items():
+                np.testing.assert_array_equal(ours, plain(image, contours))
+                calls[f"{name}: {way}"] = functools.partial(plain, image, contours)
+    return calls
+
+
+def ours_of(name: str) -> str:
+    return name.partition(":")[0]
+
+
+def wish(rows: list[Row]) -> str:
+    """Of each call of ours, how many times as long the plain way takes."""
+    seen = [
+        f"{ours_of(row['name'])} {row['ratio']:.0f}" for row in rows if row["name"].endswith(EVERY)
+    ]
+    return f"Wished: {WISHED} times as fast as at {EVERY}; seen: {'; '.join(seen)}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=7, help="rounds")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    arguments = parser.parse_args()
+    device = torch.device("cpu")
+    torch.set_num_threads(arguments.threads)
+    cv2.setNumThreads(arguments.threads)
+    found = environment(device, arguments.threads)
+    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n")
+    tables: dict[str, Any] = {"environment": found}
+    for kind in KINDS:
+        rows = measure(functools.partial(box_calls, kind), ours_of, arguments.repeats, device)
+        print(f"MaxBoxAcc, {kind}, {SIDE} x {SIDE}, {arguments.repeats} rounds\n")
+        print(f"{markdown(rows)}\n\n{wish(rows)}\n", flush=True)
+        tables[kind] = rows
+    if arguments.json:
+        arguments.json.write_text(json.dumps(tables, indent=1))
+
+
+if __name__ == "__main__":
+    main()
