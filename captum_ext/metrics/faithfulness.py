@@ -250,8 +250,7 @@ def overall_score(
 ) -> OverallScore:
     """The AUC of insertion less that of deletion (Zhang et al., "Group-CAM", 2021), and both.
 
-    The expected score of a random map is that of the baselines: near 0 where both curves fall
-    alike. The higher, the better.
+    The higher, the better. With the same baselines for both, a random map is expected to have 0.
 
     Args:
         forward_func: see `insertion`, as for the rest.
@@ -455,11 +454,11 @@ def road(
         https://arxiv.org/abs/2202.00449
 
     Example:
-        >>> image = torch.tensor([[[[0.0, 0.0, 9.0, 0.0, 0.0]]]])
+        >>> image = torch.tensor([[[[8.0, 6.0, 4.0, 2.0, 0.0]]]])
         >>> model = lambda x: x.sum((1, 2, 3))
         >>> found = road(model, image, image, percentiles=[20], noise=0, score="logit")
-        >>> found.morf, found.lerf, found.score
-        (tensor([[0.]]), tensor([[9.]]), tensor([4.5000]))
+        >>> found.morf, found.lerf, found.score  # 8 becomes 6, and 0 becomes 2
+        (tensor([[18.]]), tensor([[22.]]), tensor([2.]))
     """
     check_size("noise", noise)
     if not len(percentiles) or not all(is_finite(p) and 0 < p < 100 for p in percentiles):
