@@ -185,6 +185,19 @@ def test_a_drop_is_a_share_of_probabilities() -> None:
     assert increase_in_confidence(model, x, attributions, 2).tolist() == (y < o).tolist()
 
 
+def test_a_flat_map_shows_nothing_and_scale_and_shift_do_not_count() -> None:
+    model, x = Linear(), ones()
+    for value in (-3.0, 0.0, 5.0):
+        flat = torch.full((1, 2, 3), value, dtype=D)
+        assert average_drop(model, x, flat, score="logit").tolist() == [1]
+        assert average_drop(model, x, flat, baselines=0.25, score="logit").tolist() == [0.75]
+        assert not increase_in_confidence(model, x, flat, score="logit").any()
+    attributions = maps(x)
+    first = average_drop(model, x, attributions, score="logit")
+    assert 0 < first.item() < 1
+    torch.testing.assert_close(average_drop(model, x, 7 * attributions - 2, score="logit"), first)
+
+
 def test_no_score_leaves_nothing_to_drop() -> None:
     silent = Linear(torch.zeros(2, 3, dtype=D))
     assert average_drop(silent, ones(), WEIGHTS[None], score="logit").tolist() == [0]
