@@ -133,6 +133,21 @@ def scored(forward_func: Forward, score: Score) -> Forward:
     return forward
 
 
+def one_target_each(target: TargetType, images: Tensor) -> Any:
+    """The target as None, an int, a tuple, a tensor (N,) on the device or a list of N tuples."""
+    n = len(images)
+    if isinstance(target, list):
+        assert len(target) == n, f"Target list length {len(target)} is not that of inputs, {n}."
+        if all(isinstance(t, int) for t in target):
+            return torch.tensor(target, dtype=torch.int64, device=images.device)
+    if isinstance(target, Tensor):
+        if target.numel() == 1 and not target.is_floating_point():
+            return int(target.item())
+        assert target.shape == (n,), f"Tensor target dimension {tuple(target.shape)} is not valid."
+        return target.to(images.device)
+    return target
+
+
 def full_precision(tensor: Tensor) -> Tensor:
     """`tensor` in float32 where it has half precision, else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

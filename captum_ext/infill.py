@@ -145,8 +145,13 @@ class Infill:
             self.noise = (colour + 0.2 * grain).clamp(0, 1)
 
     @torch.no_grad()
-    def __call__(self, examples: slice, keep: Tensor) -> Tensor:
-        """The infill of some images, for masks (n, p, 1, H, W): (n, p or 1, C, H, W)."""
+    def __call__(self, examples: slice | Tensor, keep: Tensor) -> Tensor:
+        """The infill of some images, for masks (n, p, 1, H, W): (n, p or 1, C, H, W).
+
+        Args:
+            examples: which images; a slice, or indices (n,).
+            keep: 1 where the image is kept.
+        """
         if self.fixed is not None:
             return self.fixed[examples, None]
         images = self.images[examples]

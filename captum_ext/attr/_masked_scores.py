@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from captum_ext._checks import warn
 from captum_ext._compat import TargetType, _format_additional_forward_args
-from captum_ext._model import Forward, full_precision, without_autocast
+from captum_ext._model import Forward, full_precision, one_target_each, without_autocast
 from captum_ext.attr._concrete_dropout import draw_uniform
 from captum_ext.attr._log_odds import log_odds
 from captum_ext.imaging import resize
@@ -44,7 +44,7 @@ class Score:
         images: Tensor,
     ) -> None:
         self.forward_func, self.outputs, self.n_images = forward_func, outputs, len(images)
-        self.target = _one_target_each(target, images)
+        self.target = one_target_each(target, images)
         extra = _format_additional_forward_args(additional_forward_args) or ()
         # No graph may hold a tensor that inference_mode made.
         self.extra = [e.clone() if isinstance(e, Tensor) and e.is_inference() else e for e in extra]
@@ -209,18 +209,3 @@ def regulariser(
 def _evenly(count: int, most: int) -> int:
     """The size of as few chunks of at most `most` as there can be, about equal."""
     return math.ceil(count / math.ceil(count / max(most, 1)))
-
-
-def _one_target_each(target: TargetType, images: Tensor) -> Any:
-    """The target as None, an int, a tuple, a tensor (N,) on the device or a list of N tuples."""
-    n = len(images)
-    if isinstance(target, list):
-        assert len(target) == n, f"Target list length {len(target)} is not that of inputs, {n}."
-        if all(isinstance(t, int) for t in target):
-            return torch.tensor(target, dtype=torch.int64, device=images.device)
-    if isinstance(target, Tensor):
-        if target.numel() == 1 and not target.is_floating_point():
-            return int(target.item())
-        assert target.shape == (n,), f"Tensor target dimension {tuple(target.shape)} is not valid."
-        return target.to(images.device)
-    return target

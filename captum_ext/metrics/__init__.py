@@ -1,5 +1,22 @@
 """Metrics of attributions: plain functions, and torchmetrics classes over them."""
 
+from captum_ext.metrics.faithfulness import (
+    AverageDrop,
+    Curve,
+    Deletion,
+    IncreaseInConfidence,
+    Insertion,
+    OverallScore,
+    Road,
+    RoadScores,
+    average_drop,
+    deletion,
+    increase_in_confidence,
+    insertion,
+    linear_imputation,
+    overall_score,
+    road,
+)
 from captum_ext.metrics.localization import (
     EnergyPointingGame,
     PointingGame,
@@ -12,15 +29,30 @@ from captum_ext.metrics.masks import mask_iou, total_variation
 from captum_ext.metrics.wsol import MaxBoxAcc, PxAP, box_ious
 
 __all__ = [
+    "AverageDrop",
+    "Curve",
+    "Deletion",
     "EnergyPointingGame",
+    "IncreaseInConfidence",
+    "Insertion",
     "MaxBoxAcc",
+    "OverallScore",
     "PointingGame",
     "PxAP",
+    "Road",
+    "RoadScores",
+    "average_drop",
     "box_ious",
     "boxes_to_masks",
+    "deletion",
     "energy_pointing_game",
+    "increase_in_confidence",
+    "insertion",
+    "linear_imputation",
     "mask_iou",
     "masks_to_boxes",
+    "overall_score",
     "pointing_game",
+    "road",
     "total_variation",
 ]
