@@ -325,6 +325,8 @@ class Parts:
         self.module, self.batch = module, batch
         self.generator = Generator(batch[0].device).manual_seed(hash_of(module.seed, 0, 0, 0))
         self.optimiser = module.configure_optimizers()
+        for group in self.optimiser.param_groups:
+            group["lr"] = 0.0  # as much work, and the gradients of the parts lead nowhere
         self.whole = tuple(batch[0].shape[2:])
         self.view, self.colors, self.images = self.views()
         self.maps = self.guide()
