@@ -5,6 +5,7 @@
 """
 
 from captum_ext.datasets.classifiers import SmallCNN, TinyCNN, train_classifier
+from captum_ext.datasets.examples import Example, is_difficult
 from captum_ext.datasets.fine_grained import PATTERNS, Batch, FineGrainedParts, Specimen
 from captum_ext.datasets.pasted_scenes import KINDS, PastedScenes, Scene
 from captum_ext.datasets.textured_ellipses import (
@@ -23,6 +24,7 @@ __all__ = [
     "Batch",
     "EllipseBatch",
     "EllipseScene",
+    "Example",
     "FineGrainedParts",
     "PastedScenes",
     "Scene",
@@ -30,5 +32,6 @@ __all__ = [
     "Specimen",
     "TexturedEllipses",
     "TinyCNN",
+    "is_difficult",
     "train_classifier",
 ]
