@@ -344,6 +344,16 @@ def test_wsol_boxes(wsol):
     assert pickle.loads(pickle.dumps(data))[1].boxes.tolist() == data[1].boxes.tolist()
 
 
+def test_scaled_boxes_are_not_widened_by_rounding(wsol):
+    """87 * (40 / 116) is 30 and a little, 77 * (40 / 154) is 20 less a little."""
+    meta, images = wsol
+    text(meta / "test" / "image_sizes.txt", "val/a.jpg,116,30", "val/b,1.jpg,154,30")
+    text(meta / "test" / "localization.txt", "val/a.jpg,0,0,87,30", "val/b,1.jpg,77,0,154,30")
+    a, b = WsolFolder(meta, images)
+    assert a.boxes.tolist() == [[0, 0, 30, 30]]
+    assert b.boxes.tolist() == [[20, 0, 40, 30]]
+
+
 def test_wsol_labels_alone(wsol):
     meta, images = wsol
     for name in ("localization.txt", "image_sizes.txt"):
@@ -363,10 +373,10 @@ def open_images(tmp_path):
         meta / "val" / "localization.txt",
         *("a.jpg,m/1.png,m/i.png", "a.jpg,m/2.png,m/i.png", "b.jpg,m/3.png,"),
     )
-    for name, box in (("1", (0, 0, 5, 5)), ("2", (15, 10, 20, 15)), ("i", (0, 0, 20, 5))):
+    boxes = {"1": (1, 0, 0, 5, 5), "2": (255, 15, 10, 20, 15), "i": (255, 0, 0, 20, 5)}
+    for name, (value, x1, y1, x2, y2) in boxes.items():
         values = np.zeros((15, 20))
-        x1, y1, x2, y2 = box
-        values[y1:y2, x1:x2] = 1  # what is not 0 counts
+        values[y1:y2, x1:x2] = value  # what is not 0 counts
         grey(masks / "m" / f"{name}.png", values)
     grey(masks / "m" / "3.png", np.full((30, 40), 255))
     for name in ("a.jpg", "b.jpg"):
