@@ -12,6 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from captum_ext.datasets import VOC_CLASSES, ClassFolders, Cub, Example, Voc, WsolFolder
 from captum_ext.fcam.views import Boxed, Pictures
+from captum_ext.metrics import PointingGame, boxes_to_masks
 
 
 def picture(path: Path, size=(40, 30), color=(200, 20, 20), **options):
@@ -275,6 +276,20 @@ def test_flagged_objects_count_if_asked_for(voc):
     assert data[0].boxes.tolist() == [[2, 3, 10, 12], [4, 4, 5, 5], [20, 10, 30, 13]]
     assert data[0].flagged_boxes.tolist() == [[4, 4, 5, 5]]
     assert [one.difficult for one in data] == [True, False, True, True, False]
+
+
+def test_the_pointing_games_sets_of_voc_by_hand(voc):
+    """Hit and difficult are dog, person and the other dog: (1, 1), (1, 0), (0, 1)."""
+    examples = list(Voc(voc))
+    maps = torch.zeros(3, 30, 40)
+    maps[0, 5, 5] = maps[1, 29, 39] = maps[2, 20, 30] = 1
+    masks = boxes_to_masks([one.boxes for one in examples], (30, 40))
+    for average, shares in (("micro", (2 / 3, 1 / 2)), ("macro", (3 / 4, 1 / 2))):
+        game = PointingGame(num_classes=20, average=average)
+        target = torch.tensor([one.target for one in examples])
+        game.update(maps, masks, target, torch.tensor([one.difficult for one in examples]))
+        found = game.compute()
+        assert (found["all"].item(), found["difficult"].item()) == pytest.approx(shares)
 
 
 @pytest.mark.parametrize(
