@@ -100,10 +100,10 @@ def fit_fcam(
             the last one, to the weights that it would have come to; one that is finished may go on
             to more epochs. Of the settings, only those of `trainer` may change. (A `generator` that
             the guide was made with is not stored.) None stores nothing.
-        validation: pictures with boxes: entry i is (picture, label, boxes), boxes being (n, 4) in
-            the picture's own pixels, (x1, y1, x2, y2). The decoder of the epoch with the best
-            `MaxBoxAcc` (IoU 0.5, as published) on them, brought to `size` whole, is what is
-            returned. None returns that of the last.
+        validation: pictures with boxes: a data set of this package, or entry i is (picture, label,
+            boxes), boxes being (n, 4) in the picture's own pixels, (x1, y1, x2, y2). The decoder of
+            the epoch with the best `MaxBoxAcc` (IoU 0.5, as published) on them, brought to `size`
+            whole, is what is returned. None returns that of the last.
         seed: of all random numbers. Global random state stays as it was.
         num_workers: processes that read pictures.
         show_progress: whether to draw progress bars.

@@ -115,7 +115,7 @@ class Boxed(Dataset[tuple[Tensor, Tensor]]):
     Where a picture cannot be read there are no boxes.
 
     Args:
-        data: what it has at i is (picture, label, boxes), or has attributes `image` and `box`.
+        data: what it has at i is (picture, label, boxes), or has attributes `image` and `boxes`.
             Boxes are (x1, y1, x2, y2) in the picture's own pixels, one or (n, 4).
         size: (H, W).
     """
@@ -133,9 +133,11 @@ class Boxed(Dataset[tuple[Tensor, Tensor]]):
             return torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4)
         entry, pixels = found
         name = f"`validation`: {self.pictures.name(index)}"
-        if not hasattr(entry, "box") and len(entry) < 3:
+        has_none = len(entry) < 3 if isinstance(entry, tuple | list) else False
+        given = None if has_none else _part(entry, "boxes", 2)
+        if given is None:
             raise ValueError(f"{name} has no boxes: entries must be (picture, label, boxes).")
-        boxes = torch.as_tensor(_part(entry, "box", 2), dtype=torch.float64)
+        boxes = torch.as_tensor(given, dtype=torch.float64)
         boxes = boxes[None] if boxes.dim() == 1 else boxes
         if boxes.dim() != 2 or boxes.shape[1] != 4 or not len(boxes):
             raise ValueError(
