@@ -177,7 +177,7 @@ def is_the_machines(error: Exception) -> bool:
     """Whether an error says nothing of the image or the method: it would come again and again."""
     if isinstance(error, OSError):
         return error.errno in OUT_OF
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "CUDA error" in str(error)
 

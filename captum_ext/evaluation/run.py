@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from captum.attr import Attribution, LayerAttribution
 from torch import Generator, Tensor
+from torch.nn import Module
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -399,12 +400,24 @@ def _fabric(methods: Sequence[Method], devices: Any, num_nodes: int, strategy: A
 
 def _launched(fabric: Any, work: Work) -> None:
     """In each process. They share nothing but the folder, so that shares need not be equal."""
-    for method in work.methods:
-        root = root_module(method.forward_func)
-        if root is not None:
-            root.to(fabric.device)
-    run(work, fabric.global_rank, fabric.world_size)
+    methods = [_on(fabric.device, method) for method in work.methods]
+    run(work._replace(methods=methods), fabric.global_rank, fabric.world_size)
     fabric.barrier()
+
+
+def _on(device: torch.device, method: Method) -> Method:
+    """A method whose model, other modules (a decoder) and tensors are on the device."""
+    root = root_module(method.forward_func)
+    if root is not None:
+        root.to(device)
+    inner: Attribution | None = method.attribution
+    while inner is not None:
+        for name, value in vars(inner).items():
+            if isinstance(value, Module | Tensor):
+                setattr(inner, name, value.to(device))  # a module stays the same object
+        inner = wrapped(inner)
+    kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in method.kwargs.items()}
+    return method._replace(kwargs=kwargs)
 
 
 # --- settings ------------------------------------------------------------------------------------

@@ -125,6 +125,8 @@ def test_differences_are_of_the_images_that_both_have(tmp_path):
     assert found.figures["whole"]["energy"].images == 7
     assert found.figures["half"]["energy"].value != found.figures["whole"]["energy"].value
     assert found.differences["whole"]["energy"] == (0, 0, 0, 6)
+    other = summary(tmp_path, against="whole")
+    assert other.differences == {"half": {"energy": (0, 0, 0, 6)}}
     assert found.reasons == {"half": "the map has values that are not finite"}
     assert "half: 1 failed, the first for: the map has" in found.markdown()
 
@@ -271,12 +273,14 @@ def test_the_order_of_metrics_and_methods_is_no_other_run(tmp_path):
     model, calls = network(), []
     methods = {"a": Of(model, lambda x: calls.append(0) or x), "b": Of(model)}
     evaluate(methods, Boxes(), ["energy", "pxap"], output=tmp_path, **QUIET)
-    whole = (tmp_path / "rows.csv").read_bytes()
-    calls.clear()
+    file, wanted = tmp_path / "rows.csv", lines(tmp_path)
     again = dict(reversed(methods.items()))
-    evaluate(again, Boxes(), ["pxap", "energy"], output=tmp_path, **QUIET)
-    assert (tmp_path / "rows.csv").read_bytes() == whole
-    assert not calls
+    for cut, left in ((0, 0), (10, 1), (10_000, 3)):
+        file.write_bytes(file.read_bytes()[: -cut or None])
+        calls.clear()
+        evaluate(again, Boxes(), ["pxap", "energy"], output=tmp_path, **QUIET)
+        assert lines(tmp_path) == wanted
+        assert len(calls) <= left
 
 
 # --- random numbers ------------------------------------------------------------------------------
@@ -436,18 +440,27 @@ def test_a_method_that_fails_beside_one_that_does_not(function, said, tmp_path):
         evaluate({"bad": methods["bad"]}, Boxes(), CHEAP, output=tmp_path / "x", **QUIET)
 
 
+@pytest.mark.parametrize("size", [3, 1])
 @pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError(), RuntimeError("CUDA error: assert")]
+    "error", [MemoryError(), torch.cuda.OutOfMemoryError(), RuntimeError("CUDA error: assert")]
 )
-def test_the_machines_fault_is_no_row(error, tmp_path):
+def test_the_machines_fault_is_no_row(error, size, tmp_path):
     def fail(x):
-        if len(x) == 1:
+        if len(x) == size:
             raise error
         return x
 
+    def fail_alone(x):  # of a batch that fails for another reason
+        return 1 / 0 if len(x) > 1 else fail(x)
+
     with pytest.raises(type(error)):
         evaluate({"a": Of(network(), fail)}, Boxes(), "energy", output=tmp_path, **QUIET)
-    assert len(rows(tmp_path)) == 6
+    assert len(rows(tmp_path)) == (0 if size == 3 else 6)
+    if size == 1:
+        folder = tmp_path / "alone"
+        with pytest.raises(type(error)):
+            evaluate({"a": Of(network(), fail_alone)}, Boxes(), "energy", output=folder, **QUIET)
+        assert not rows(folder)
     found = evaluate({"a": Of(network(), torch.relu)}, Boxes(), "energy", output=tmp_path, **QUIET)
     assert found.images == {"a": 7}
 
@@ -581,5 +594,15 @@ def test_the_model_is_left_as_it_was(tmp_path, trace_free):
     methods = {"cam": LayerGradCam(model, model[0]), "s": NoiseTunnel(Saliency(model))}
     with trace_free(model), torch.no_grad():
         evaluate(methods, Boxes(), ["energy", "deletion"], output=tmp_path, **QUIET)
+    model[1] = torch.nn.BatchNorm2d(4)  # in train mode
+    with trace_free(model), pytest.warns(UserWarning, match="train mode"):
+        evaluate(
+            {"s": Saliency(model)},
+            Boxes(),
+            ["energy"],
+            output=tmp_path / "train",
+            **QUIET,
+            target="predicted",
+        )
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         evaluate(methods, Boxes(), ["energy"], output=tmp_path, **QUIET)
