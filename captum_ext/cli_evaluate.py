@@ -132,8 +132,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     device = find_device(arguments.device)
     if arguments.devices > 1:
         _check_devices(arguments.devices, device)
-        for name in ("lightning.pytorch", "lightning.fabric"):  # devices found, and advice
-            logging.getLogger(name).setLevel(logging.ERROR)
+        _silence_lightning()
     from captum_ext import demo
 
     loaded = demo.load_model(arguments.model, arguments.weights)
@@ -241,10 +240,6 @@ def _evaluated(
         raise KeyboardInterrupt("interrupted; the same command goes on where it was") from None
     except torch.cuda.OutOfMemoryError as error:
         raise InputError("the GPU has too little memory: give a lower --batch-size") from error
-    except ImportError as error:
-        if isinstance(error.__cause__, ModuleNotFoundError):
-            raise InputError(str(error)) from error
-        raise
     except (ValueError, RuntimeError) as error:
         said = re.sub(r"`(\w+)`", lambda name: _FLAGS.get(name[1], name[0]), str(error))
         if said == str(error) and not said.startswith("Not one of"):  # a mistake of ours
@@ -266,6 +261,19 @@ def _check_folder(output: Path) -> None:
         raise InputError(
             f"the output folder {str(above)!r} is not writable ({error.strerror}): give another"
         ) from error
+
+
+def _silence_lightning() -> None:
+    """It tells of devices found, and gives advice."""
+    from captum_ext.demo import InputError
+
+    try:
+        import lightning.fabric  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(
+            'several devices need Lightning of the extra `train`: pip install "captum_ext[train]"'
+        ) from error
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
 
 
 def _is_first() -> bool:

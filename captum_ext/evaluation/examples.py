@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kornia.color import rgb_to_grayscale
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -140,17 +141,20 @@ class Blocks(Dataset[list[Example | Failure]]):
         if picture is None:
             return None
         if not isinstance(picture, Tensor) or not picture.is_floating_point():
-            return as_bytes_of(picture) / 255
-        if picture.dim() != 3 or 0 in picture.shape:
+            pixels = as_bytes_of(picture) / 255
+        elif picture.dim() != 3 or 0 in picture.shape:
             raise ValueError(f"tensors must be (C, H, W), got {tuple(picture.shape)}.")
+        else:
+            pixels = picture.float()
         if self.channels is None:
-            return picture.float()
-        if not bool(((picture >= 0) & (picture <= 1)).all()):
+            return pixels
+        if not bool(((pixels >= 0) & (pixels <= 1)).all()):
             raise ValueError(
                 "floats must be in [0, 1]: pictures are normalised here, unless `normalize` is "
                 "None."
             )
-        return picture.float().expand(len(self.channels[0]), -1, -1)
+        n = len(self.channels[0])
+        return rgb_to_grayscale(pixels) if n == 1 < len(pixels) else pixels.expand(n, -1, -1)
 
     def about(self) -> str:
         """By what the data set is known again: its length, its names, and some of its entries."""

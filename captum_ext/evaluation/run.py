@@ -4,10 +4,12 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from captum.attr import Attribution, LayerAttribution
 from torch import Generator, Tensor
 from torch.nn import Module
@@ -29,6 +31,7 @@ from captum_ext.metrics.localization import checked_maps
 
 TARGETS = ("label", "predicted")
 FORMAT = 1  # of the files
+_PATIENCE = timedelta(days=30)  # of a process that has finished, with the others
 _FIRST = 64  # examples in which ground truth is looked for
 
 Target = str | Callable[[Example], int] | None
@@ -185,7 +188,7 @@ def evaluate(
     store = Store(output, settings)
     work = Work(every, measures, blocks, store, target, seed, num_workers, show_progress)
     if devices == 1 and num_nodes == 1:
-        run(work)
+        run(work, what_is_left(work))
     else:
         fabric = _fabric(every, devices, num_nodes, strategy)
         fabric.launch(_launched, work)
@@ -203,12 +206,20 @@ def evaluate(
 # --- one process ---------------------------------------------------------------------------------
 
 
-def run(work: Work, rank: int = 0, world: int = 1) -> None:
-    """Do what is left of a process's share: every `world`-th batch, whatever others have done."""
-    done = work.store.done()
-    mine = range(rank, len(work.blocks), world)
-    left = {block: [m for m in work.methods if Unit(block, m.name) not in done] for block in mine}
-    todo = [block for block, methods in left.items() if methods]
+def what_is_left(work: Work) -> dict[int, list[str]]:
+    """The batches that are not finished, and the methods that have yet to explain each."""
+    done, left = work.store.done(), {}
+    for block in range(len(work.blocks)):
+        names = [m.name for m in work.methods if Unit(block, m.name) not in done]
+        if names:
+            left[block] = names
+    return left
+
+
+def run(work: Work, left: Mapping[int, Sequence[str]], rank: int = 0, world: int = 1) -> None:
+    """Do a process's share of what is left: every n-th batch, of n processes."""
+    todo = list(left)[rank::world]
+    methods = {method.name: method for method in work.methods}
     loader = DataLoader(
         work.blocks,
         batch_size=None,
@@ -216,19 +227,16 @@ def run(work: Work, rank: int = 0, world: int = 1) -> None:
         num_workers=work.num_workers,
         generator=Generator(),  # else a number of torch's global ones would be drawn
     )
-    total = sum(len(work.blocks.indices(block)) for block in mine) * len(work.methods)
-    before = total - sum(len(work.blocks.indices(b)) * len(left[b]) for b in todo)
     writer = Writer(work.store, rank)
     failed = 0
     try:
         with tqdm(
-            total=total,
-            initial=before,
+            total=sum(len(work.blocks.indices(block)) * len(left[block]) for block in todo),
             unit="map",
             disable=not work.show_progress or rank > 0,
         ) as bar:
             for block, examples in zip(todo, loader, strict=True):
-                for method in left[block]:
+                for method in (methods[name] for name in left[block]):
                     rows, seconds = _unit(work, method, examples)
                     device = method.where[0]
                     writer.write(rows, (block, method.name, len(rows), *seconds, device))
@@ -401,8 +409,14 @@ def _fabric(methods: Sequence[Method], devices: Any, num_nodes: int, strategy: A
 def _launched(fabric: Any, work: Work) -> None:
     """In each process. They share nothing but the folder, so that shares need not be equal."""
     methods = [_on(fabric.device, method) for method in work.methods]
-    run(work._replace(methods=methods), fabric.global_rank, fabric.world_size)
-    fabric.barrier()
+    # Shares do not take equally long, and the usual patience of half an hour may be too little.
+    alike = dist.is_available() and dist.is_initialized()
+    group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if alike else None
+    # As the first process finds it: others may look when there is more on disk.
+    left = fabric.broadcast(what_is_left(work) if fabric.is_global_zero else None)
+    run(work._replace(methods=methods), left, fabric.global_rank, fabric.world_size)
+    if alike:
+        dist.barrier(group)
 
 
 def _on(device: torch.device, method: Method) -> Method:

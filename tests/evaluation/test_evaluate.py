@@ -14,7 +14,9 @@ from torchvision.datasets import ImageFolder
 
 from captum_ext.attr import FIDO
 from captum_ext.evaluation import evaluate, summary
+from captum_ext.evaluation.examples import Blocks
 from captum_ext.evaluation.store import Store
+from captum_ext.fcam.views import IMAGENET
 from captum_ext.imaging import min_max
 from captum_ext.metrics import MaxBoxAcc, PxAP, energy_pointing_game, insertion
 from tests.evaluation.subjects import Boxes, Of, lines, network, three_methods
@@ -526,6 +528,24 @@ def test_ground_truth_follows_the_picture_to_its_size(tmp_path):
         assert figures["max_box_acc"].images == 2
         assert figures["pxap"].value > 0.9
         assert figures["max_box_acc"].value == 1
+
+
+def test_grey_models_and_colour_models_take_either():
+    grey = Image.new("L", (4, 3), 51)
+    colour = Image.new("RGB", (4, 3), (255, 0, 0))
+    floats = torch.full((1, 3, 4), 0.25)
+    one = ((0.0,), (0.5,))
+    for picture, mean in ((grey, 0.2), (colour, 0.299), (floats, 0.25)):
+        found = Blocks([(picture, 1)], 2, None, one).example(0)
+        assert found.image.shape == (1, 3, 4)
+        assert found.image.flatten().tolist() == pytest.approx([2 * mean] * 12)
+        found = Blocks([(picture, 1)], 2, (6, 8), IMAGENET).example(0)
+        assert found.image.shape == (3, 6, 8)
+        wanted = torch.tensor([1.0, 0, 0] if picture is colour else [mean] * 3)
+        wanted = (wanted - torch.tensor(IMAGENET[0])) / torch.tensor(IMAGENET[1])
+        assert found.image[:, 2, 3].tolist() == pytest.approx(wanted.tolist())
+        found = Blocks([(picture, 1)], 2, None, None).example(0)
+        assert found.image.amax().item() == pytest.approx(1 if picture is colour else mean)
 
 
 def test_metrics_of_the_callers_own(tmp_path):
