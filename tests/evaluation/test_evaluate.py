@@ -206,13 +206,13 @@ def test_a_line_lost_in_the_middle_loses_its_batch_alone(tmp_path):
 
 def _run(folder, pause):
     torch.set_num_threads(1)
-    evaluate(three_methods(), Boxes(24, pause=pause), CHEAP, output=folder, **QUIET)
+    evaluate(three_methods(), Boxes(150, pause=pause), CHEAP, output=folder, **QUIET)
 
 
 def test_killed_at_ten_random_moments(tmp_path):
     _run(tmp_path / "whole", 0)
     wanted = lines(tmp_path / "whole")
-    assert len(wanted) == 72
+    assert len(wanted) == 450
     fork, folder, sizes = multiprocessing.get_context("fork"), tmp_path / "killed", []
     file, chance = folder / "rows.csv", random.Random(7)
 
