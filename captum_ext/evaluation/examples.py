@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Example:
     mask: Tensor | None
     ignored: Tensor | None
 
-    @property
+    @cached_property
     def region(self) -> Tensor | None:
         """(H, W), bool: the pixels in any of the boxes; without boxes, those of the mask."""
         if self.boxes is None:

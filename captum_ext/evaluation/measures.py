@@ -113,7 +113,7 @@ def unpacked(text: str, kind: str) -> Array:
 
 class _InRegion(Measure):
     def serves(self, example: Example) -> bool:
-        return example.region is not None
+        return example.boxes is not None or example.mask is not None
 
     def cells(self, found: Explained) -> list[str]:
         regions = [e.region for e in found.examples]
@@ -188,15 +188,15 @@ class _PxAP(Measure):
         return example.mask is not None
 
     def cells(self, found: Explained) -> list[str]:
-        maps, cells = min_max(found.maps[:, None])[:, 0], []
+        maps, device = min_max(found.maps[:, None])[:, 0], found.maps.device
+        metric = PxAP().to(device)
+        totals = [torch.stack((metric.inside, metric.outside))]
         for values, example in zip(maps, found.examples, strict=True):
-            metric = PxAP().to(values.device)
             assert example.mask is not None
-            ignored = None if example.ignored is None else example.ignored[None].to(values.device)
-            metric.update(values[None], example.mask[None].to(values.device), ignored)
-            counts = torch.stack((metric.inside, metric.outside)).cpu().numpy()
-            cells.append(packed(counts.astype("<i4")))
-        return cells
+            ignored = None if example.ignored is None else example.ignored[None].to(device)
+            metric.update(values[None], example.mask[None].to(device), ignored)
+            totals.append(torch.stack((metric.inside, metric.outside)))
+        return [packed(c) for c in torch.stack(totals).diff(dim=0).cpu().numpy().astype("<i4")]
 
     def vector(self, cell: str) -> Array:
         return unpacked(cell, "<i4")
