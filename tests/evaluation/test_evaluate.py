@@ -13,12 +13,19 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from captum_ext.attr import FIDO
-from captum_ext.evaluation import evaluate, summary
+from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
+from captum_ext.evaluation import Example, evaluate, summary
 from captum_ext.evaluation.examples import Blocks
 from captum_ext.evaluation.store import Store
 from captum_ext.fcam.views import IMAGENET
 from captum_ext.imaging import min_max
-from captum_ext.metrics import MaxBoxAcc, PxAP, energy_pointing_game, insertion
+from captum_ext.metrics import (
+    MaxBoxAcc,
+    PxAP,
+    boxes_to_masks,
+    energy_pointing_game,
+    insertion,
+)
 from tests.evaluation.subjects import Boxes, Of, lines, network, three_methods
 
 QUIET = {"show_progress": False, "normalize": None, "batch_size": 3}
@@ -626,3 +633,22 @@ def test_the_model_is_left_as_it_was(tmp_path, trace_free):
         )
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         evaluate(methods, Boxes(), ["energy"], output=tmp_path, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("data", "known"),
+    [
+        (FineGrainedParts(2, 0), (True, True)),
+        (TexturedEllipses(2, 0), (True, True)),
+        (PastedScenes(2, 0, size=(160, 200)), (True, True)),
+    ],
+)
+def test_the_data_sets_of_this_package_are_taken_as_they_are(data, known):
+    example = Blocks(data, 2, (96, 128), IMAGENET).example(1)
+    assert isinstance(example, Example), example
+    assert example.image.shape == (3, 96, 128)
+    assert (example.boxes is not None, example.mask is not None) == known
+    assert example.mask.shape == (96, 128)
+    inside = boxes_to_masks([example.boxes], (96, 128))[0]
+    assert 0.9 < (example.mask & inside).sum() / example.mask.sum() <= 1
+    assert example.label == data[1].target
