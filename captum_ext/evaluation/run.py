@@ -408,13 +408,18 @@ def _fabric(methods: Sequence[Method], devices: Any, num_nodes: int, strategy: A
 
 def _launched(fabric: Any, work: Work) -> None:
     """In each process. They share nothing but the folder, so that shares need not be equal."""
+    before = [method.where[0] for method in work.methods]
     methods = [_on(fabric.device, method) for method in work.methods]
     # Shares do not take equally long, and the usual patience of half an hour may be too little.
     alike = dist.is_available() and dist.is_initialized()
     group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if alike else None
     # As the first process finds it: others may look when there is more on disk.
     left = fabric.broadcast(what_is_left(work) if fabric.is_global_zero else None)
-    run(work._replace(methods=methods), left, fabric.global_rank, fabric.world_size)
+    try:
+        run(work._replace(methods=methods), left, fabric.global_rank, fabric.world_size)
+    finally:
+        for method, device in zip(work.methods, before, strict=True):
+            _on(device, method)
     if alike:
         dist.barrier(group)
 

@@ -3,6 +3,7 @@ import io
 import json
 import multiprocessing
 import random
+import sys
 import time
 
 import numpy as np
@@ -12,10 +13,11 @@ from captum.attr import IntegratedGradients, LayerGradCam, NoiseTunnel, Saliency
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from captum_ext.attr import FIDO
+from captum_ext.attr import FIDO, UpsampleWrapper
 from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
 from captum_ext.evaluation import Example, evaluate, summary
 from captum_ext.evaluation.examples import Blocks
+from captum_ext.evaluation.run import Method, _on
 from captum_ext.evaluation.store import Store
 from captum_ext.fcam.views import IMAGENET
 from captum_ext.imaging import min_max
@@ -351,6 +353,28 @@ def test_two_processes_give_the_rows_of_one(strategy, tmp_path):
 
 def rows_of(file):
     return {int(row["index"]) for row in csv.DictReader(file.open())}
+
+
+def test_each_process_has_everything_on_its_device():
+    """On a device without values, as there may be no other."""
+    model, there = network(), torch.device("meta")
+    cam = LayerGradCam(model, model[0])
+    decoder, mask = torch.nn.Linear(2, 2), torch.ones(3)
+    cam.decoder, cam.mask = decoder, mask
+    moved = _on(there, Method("a", UpsampleWrapper(cam), {"baselines": mask, "n_steps": 3}))
+    assert moved.where[0] == there
+    assert cam.forward_func is model
+    assert cam.layer is model[0]
+    assert cam.layer.weight.device == there
+    assert cam.decoder is decoder
+    assert decoder.weight.device == cam.mask.device == moved.kwargs["baselines"].device == there
+    assert moved.kwargs["n_steps"] == 3
+
+
+def test_several_devices_need_lightning(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.fabric", None)
+    with pytest.raises(ImportError, match=r"captum_ext\[train\]"):
+        evaluate({"a": Of(network())}, Boxes(), "energy", output=tmp_path, devices=2, **QUIET)
 
 
 # --- what goes wrong -----------------------------------------------------------------------------
