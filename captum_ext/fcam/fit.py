@@ -17,22 +17,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from captum_ext._checks import check_count, warn
-from captum_ext._model import Forward, root_module, untouched
+from captum_ext._model import (
+    Forward,
+    floating_type,
+    random_numbers,
+    root_module,
+    untouched,
+)
 from captum_ext.attr.fcam import FCAM
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide
 from captum_ext.fcam.losses import DenseCRFLoss
 from captum_ext.fcam.seeding import SeedSampler
 from captum_ext.fcam.stored import about_run, cached_maps
-from captum_ext.fcam.training import (
+from captum_ext.fcam.training import FCAMModule, evaluated
+from captum_ext.fcam.views import (
     IMAGENET,
-    FCAMModule,
+    Boxed,
+    Pictures,
+    Shuffled,
+    as_batch,
     checked_channels,
-    evaluated,
-    floating_type,
-    random_numbers,
+    hash_of,
 )
-from captum_ext.fcam.views import Boxed, Pictures, Shuffled, as_batch, hash_of
 
 COLLAPSED = 0.6  # ln 2 is the loss of a decoder that says 1/2 everywhere
 
