@@ -21,7 +21,7 @@ N_PROBES = 8  # entries by which a data set is known again
 
 
 @dataclass(frozen=True, eq=False)
-class Example:
+class Prepared:
     """An image and what is known of it.
 
     Attributes:
@@ -60,7 +60,7 @@ class Failure:
     reason: str
 
 
-class Blocks(Dataset[list[Example | Failure]]):
+class Blocks(Dataset[list[Prepared | Failure]]):
     """The examples of a data set, so many consecutive ones at a time.
 
     A picture that cannot be read, and ground truth that cannot be right, are failures.
@@ -90,7 +90,7 @@ class Blocks(Dataset[list[Example | Failure]]):
     def __len__(self) -> int:
         return -(-len(self.data) // self.batch_size)
 
-    def __getitem__(self, block: int) -> list[Example | Failure]:
+    def __getitem__(self, block: int) -> list[Prepared | Failure]:
         return [self.example(index) for index in self.indices(block)]
 
     def indices(self, block: int) -> range:
@@ -98,7 +98,7 @@ class Blocks(Dataset[list[Example | Failure]]):
         start = block * self.batch_size
         return range(start, min(start + self.batch_size, len(self.data)))
 
-    def example(self, index: int) -> Example | Failure:
+    def example(self, index: int) -> Prepared | Failure:
         """The example at a place of the data set."""
         samples = getattr(self.data, "samples", None)
         name = "/".join(Path(samples[index][0]).parts[-2:]) if samples else str(index)
@@ -127,7 +127,7 @@ class Blocks(Dataset[list[Example | Failure]]):
         if not bool(torch.isfinite(pixels).all()):
             raise ValueError("the image has values that are not finite.")
         boxes = _part(entry, "boxes", "box", place=2)
-        return Example(
+        return Prepared(
             index,
             name,
             pixels,

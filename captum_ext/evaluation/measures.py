@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_ext._checks import check_range
+from captum_ext._checks import check_choice, check_range
 from captum_ext._model import Forward
-from captum_ext.evaluation.examples import Example
+from captum_ext.evaluation.examples import Prepared
 from captum_ext.imaging import min_max
 from captum_ext.metrics import (
     PxAP,
@@ -30,6 +30,7 @@ from captum_ext.metrics import (
     pointing_game,
     road,
 )
+from captum_ext.metrics.wsol import CONVENTIONS
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -50,7 +51,7 @@ class Explained(NamedTuple):
     images: Tensor
     maps: Tensor
     target: Tensor | None
-    examples: Sequence[Example]
+    examples: Sequence[Prepared]
     additional_forward_args: Any = None
 
     def only(self, places: list[int]) -> "Explained":
@@ -75,7 +76,7 @@ class Measure(ABC):
     def __init__(self) -> None:
         self.options = {}
 
-    def serves(self, example: Example) -> bool:
+    def serves(self, example: Prepared) -> bool:
         """Whether the example has the ground truth that is needed."""
         return True
 
@@ -112,7 +113,7 @@ def unpacked(text: str, kind: str) -> Array:
 
 
 class _InRegion(Measure):
-    def serves(self, example: Example) -> bool:
+    def serves(self, example: Prepared) -> bool:
         return example.boxes is not None or example.mask is not None
 
     def cells(self, found: Explained) -> list[str]:
@@ -149,20 +150,25 @@ class _MaxBoxAcc(Measure):
     contours: ClassVar[str] = "largest"
     default: ClassVar[tuple[float, ...]] = (0.5,)
 
-    def __init__(self, iou_thresholds: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, iou_thresholds: Sequence[float] | None = None, convention: str = "components"
+    ) -> None:
+        check_choice("convention", convention, CONVENTIONS)
+        self.convention = convention
         self.deltas = self.default if iou_thresholds is None else tuple(iou_thresholds)
         for delta in self.deltas:
             check_range("iou_thresholds", delta, 0, 1)
         if not self.deltas:
             raise ValueError("`iou_thresholds` must be at least one number.")
-        self.options = {"iou_thresholds": list(self.deltas)}
+        self.options = {"iou_thresholds": list(self.deltas), "convention": convention}
 
-    def serves(self, example: Example) -> bool:
+    def serves(self, example: Prepared) -> bool:
         return example.boxes is not None
 
     def cells(self, found: Explained) -> list[str]:
         boxes = [e.boxes.floor() for e in found.examples if e.boxes is not None]
-        ious = box_ious(min_max(found.maps[:, None])[:, 0], boxes, contours=self.contours)
+        maps = min_max(found.maps[:, None])[:, 0]
+        ious = box_ious(maps, boxes, self.contours, self.convention)
         return [packed(each) for each in ious.cpu().numpy().astype("<f4")]
 
     def vector(self, cell: str) -> Array:
@@ -184,7 +190,7 @@ class _PxAP(Measure):
 
     name = "pxap"
 
-    def serves(self, example: Example) -> bool:
+    def serves(self, example: Prepared) -> bool:
         return example.mask is not None
 
     def cells(self, found: Explained) -> list[str]:
@@ -277,7 +283,7 @@ _FAITHFULNESS = (_Insertion, _Deletion, _AverageDrop, _Increase, _Road)
 MEASURES: Mapping[str, type[Any]] = {m.name: m for m in LOCALIZATION + _FAITHFULNESS}
 
 
-def make_measures(metrics: Any, known: Sequence[Example]) -> list[Measure]:
+def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
     """The measures of `evaluate`'s argument.
 
     Args:

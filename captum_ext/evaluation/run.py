@@ -20,7 +20,7 @@ from captum_ext._checks import check_choice, check_count, warn
 from captum_ext._model import Forward, floating_type, random_numbers, root_module, untouched
 from captum_ext.attr import UpsampleWrapper
 from captum_ext.attr.fcam import fingerprint
-from captum_ext.evaluation.examples import Blocks, Example, Failure, is_the_machines, reason
+from captum_ext.evaluation.examples import Blocks, Prepared, Failure, is_the_machines, reason
 from captum_ext.evaluation.measures import Explained, Measure, make_measures
 from captum_ext.evaluation.results import Summary, summary
 from captum_ext.evaluation.store import Store, Unit, Writer
@@ -34,7 +34,7 @@ FORMAT = 1  # of the files
 _PATIENCE = timedelta(days=30)  # of a process that has finished, with the others
 _FIRST = 64  # examples in which ground truth is looked for
 
-Target = str | Callable[[Example], int] | None
+Target = str | Callable[[Prepared], int] | None
 
 
 class Method(NamedTuple):
@@ -126,7 +126,7 @@ def evaluate(
         normalize: (mean, std) of the channels, as the models expect pictures. None takes tensors of
             floats as they are.
         target: what is explained: each image's "label", the class "predicted" by the method's
-            model, a callable of the `Example`, or None, for models with one output.
+            model, a callable of the `Prepared`, or None, for models with one output.
         batch_size: images that a method explains at once.
         seed: of all random numbers, those of Captum's methods too; generators that methods were
             made with are seeded likewise, and then as before.
@@ -171,7 +171,7 @@ def evaluate(
         sides = (sides[0], sides[1])
     blocks = Blocks(data, batch_size, sides, normalize)
     first = (blocks.example(index) for index in range(min(_FIRST, len(data))))
-    known = itertools.islice((e for e in first if isinstance(e, Example)), 8)
+    known = itertools.islice((e for e in first if isinstance(e, Prepared)), 8)
     measures = make_measures(metrics, list(known))
     settings = {
         "format": FORMAT,
@@ -249,12 +249,12 @@ def run(work: Work, left: Mapping[int, Sequence[str]], rank: int = 0, world: int
 
 
 def _unit(
-    work: Work, method: Method, examples: Sequence[Example | Failure]
+    work: Work, method: Method, examples: Sequence[Prepared | Failure]
 ) -> tuple[list[dict[str, Any]], tuple[float, float]]:
     """Rows of a batch, in its order, and the seconds of the attribution and of the metrics."""
     rows: dict[int, dict[str, Any]] = {}
     seconds = [0.0, 0.0]
-    sizes: dict[tuple[int, ...], list[Example]] = {}
+    sizes: dict[tuple[int, ...], list[Prepared]] = {}
     for example in examples:
         if isinstance(example, Failure):
             rows[example.index] = _row(method, example) | {"failure": example.reason}
@@ -282,7 +282,7 @@ def _unit(
 
 
 def _explained(
-    work: Work, method: Method, examples: list[Example], seconds: list[float]
+    work: Work, method: Method, examples: list[Prepared], seconds: list[float]
 ) -> list[dict[str, Any]]:
     """Rows of images of one size. What raises here is the method's or a metric's."""
     device, kind = method.where
@@ -346,7 +346,7 @@ def _what_is_wrong(maps: Any, place: int, images: Tensor) -> str:
 
 
 def _target(
-    target: Target, method: Method, images: Tensor, examples: Sequence[Example]
+    target: Target, method: Method, images: Tensor, examples: Sequence[Prepared]
 ) -> Tensor | None:
     if target is None:
         return None
@@ -360,9 +360,9 @@ def _target(
     return torch.tensor(labels, device=images.device)
 
 
-def _row(method: Method, example: Example | Failure) -> dict[str, Any]:
+def _row(method: Method, example: Prepared | Failure) -> dict[str, Any]:
     row: dict[str, Any] = {"index": example.index, "name": example.name, "method": method.name}
-    if isinstance(example, Example):
+    if isinstance(example, Prepared):
         row["label"] = example.label
     return row
 

@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 
 from captum_ext.attr import FIDO, UpsampleWrapper
 from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
-from captum_ext.evaluation import Example, evaluate, summary
+from captum_ext.evaluation import Prepared, evaluate, summary
 from captum_ext.evaluation.examples import Blocks
 from captum_ext.evaluation.run import Method, _on
 from captum_ext.evaluation.store import Store
@@ -669,7 +669,7 @@ def test_the_model_is_left_as_it_was(tmp_path, trace_free):
 )
 def test_the_data_sets_of_this_package_are_taken_as_they_are(data, known):
     example = Blocks(data, 2, (96, 128), IMAGENET).example(1)
-    assert isinstance(example, Example), example
+    assert isinstance(example, Prepared), example
     assert example.image.shape == (3, 96, 128)
     assert (example.boxes is not None, example.mask is not None) == known
     assert example.mask.shape == (96, 128)
