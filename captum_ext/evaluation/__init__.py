@@ -5,4 +5,4 @@ from captum_ext.evaluation.measures import Explained
 from captum_ext.evaluation.results import Estimate, Summary, summary
 from captum_ext.evaluation.run import evaluate
 
-__all__ = ["Estimate", "Prepared", "Explained", "Summary", "evaluate", "summary"]
+__all__ = ["Estimate", "Explained", "Prepared", "Summary", "evaluate", "summary"]

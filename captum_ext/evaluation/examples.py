@@ -111,7 +111,7 @@ class Blocks(Dataset[list[Prepared | Failure]]):
                 raise
             return Failure(index, name, reason(error))
 
-    def _example(self, entry: Any, index: int, name: str) -> Example:
+    def _example(self, entry: Any, index: int, name: str) -> Prepared:
         pixels = self._pixels(_part(entry, "image", place=0))
         label = _part(entry, "target", place=1)
         if pixels is None or label is None:

@@ -20,7 +20,7 @@ from captum_ext._checks import check_choice, check_count, warn
 from captum_ext._model import Forward, floating_type, random_numbers, root_module, untouched
 from captum_ext.attr import UpsampleWrapper
 from captum_ext.attr.fcam import fingerprint
-from captum_ext.evaluation.examples import Blocks, Prepared, Failure, is_the_machines, reason
+from captum_ext.evaluation.examples import Blocks, Failure, Prepared, is_the_machines, reason
 from captum_ext.evaluation.measures import Explained, Measure, make_measures
 from captum_ext.evaluation.results import Summary, summary
 from captum_ext.evaluation.store import Store, Unit, Writer

@@ -58,7 +58,7 @@ def test_figures_are_those_of_the_metrics(tmp_path):
     v1, v2 = MaxBoxAcc(), MaxBoxAcc(iou_thresholds=(0.3, 0.5, 0.7), contours="all")
     v1.update(maps, boxes)
     v2.update(maps, boxes)
-    assert 0 < v1.compute() < 1
+    assert 0 < v2.compute() < 1
     assert figures["max_box_acc"] == pytest.approx(v1.compute().item())
     assert figures["max_box_acc_v2"] == pytest.approx(v2.compute().item())
     pxap = PxAP()
