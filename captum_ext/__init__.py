@@ -10,6 +10,7 @@ _SUBPACKAGES = (
     "cli",
     "datasets",
     "demo",
+    "evaluation",
     "fcam",
     "gallery",
     "imaging",

@@ -459,3 +459,21 @@ def check_one_score_each(score: Tensor) -> None:
     assert score.dim() == 0 or score[0].numel() == 1, (
         "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
     )
+
+
+def floating_type(module: Module) -> torch.dtype:
+    """That of the module's parameters."""
+    kinds = (weight.dtype for weight in module.parameters() if weight.is_floating_point())
+    return next(kinds, torch.float32)
+
+
+@contextmanager
+def random_numbers(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's global random numbers, of the CPU and this device, from a seed; then as they were."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach other devices
+        for one in cuda:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -1,4 +1,4 @@
-"""The command line: `captum-ext explain`, `captum-ext methods`, and `train-fcam` (`cli_train`).
+"""The command line: `explain`, `methods`, `train-fcam` (`cli_train`), `evaluate` (`cli_evaluate`).
 
 Without arguments, `captum-ext explain` explains a photograph by every layer method. What
 takes long to import is imported only where it is used, so that `--help` and `methods` are quick.
@@ -444,9 +444,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.set_defaults(run=explain)
     commands.add_parser("methods", help="list the methods").set_defaults(run=methods)
-    from captum_ext.cli_train import add_command  # which imports this module
+    from captum_ext import cli_evaluate, cli_train  # which import this module
 
-    add_command(commands)
+    cli_train.add_command(commands)
+    cli_evaluate.add_command(commands)
     return parser
 
 
@@ -455,14 +456,17 @@ def _say(kind: str, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 0, 2 for what the user can put right, 130 for Ctrl-C."""
+    """Run the command line; the exit code.
+
+    0; 1 where a part of an evaluation failed; 2 for what the user can put right; 130 for Ctrl-C.
+    """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
     arguments = _parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], None] = arguments.run
+    run: Callable[[argparse.Namespace], int | None] = arguments.run
     try:
-        run(arguments)
+        code = run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
         _say("stopped", str(stop) or "interrupted")
@@ -477,7 +481,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say("error", str(error))
         return 2
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,23 @@
-"""Data sets whose objects or parts are known to the pixel. Nothing is downloaded.
+"""Pictures as `Example`: seeded sets whose objects are known to the pixel, and public layouts.
+
+Nothing is downloaded. Each data set knows the `name` and the `target` of its entry i before it
+draws or reads the picture.
 
 `PastedScenes` needs scikit-image's photographs, which the extra `demo` installs:
 `pip install "captum_ext[demo]"`.
 """
 
 from captum_ext.datasets.classifiers import SmallCNN, TinyCNN, train_classifier
+from captum_ext.datasets.examples import Example, is_difficult
 from captum_ext.datasets.fine_grained import PATTERNS, Batch, FineGrainedParts, Specimen
+from captum_ext.datasets.folders import (
+    VOC_CLASSES,
+    ClassFolders,
+    Cub,
+    Voc,
+    VocExample,
+    WsolFolder,
+)
 from captum_ext.datasets.pasted_scenes import KINDS, PastedScenes, Scene
 from captum_ext.datasets.textured_ellipses import (
     CUES,
@@ -20,9 +32,13 @@ __all__ = [
     "KINDS",
     "PATTERNS",
     "TEXTURES",
+    "VOC_CLASSES",
     "Batch",
+    "ClassFolders",
+    "Cub",
     "EllipseBatch",
     "EllipseScene",
+    "Example",
     "FineGrainedParts",
     "PastedScenes",
     "Scene",
@@ -30,5 +46,9 @@ __all__ = [
     "Specimen",
     "TexturedEllipses",
     "TinyCNN",
+    "Voc",
+    "VocExample",
+    "WsolFolder",
+    "is_difficult",
     "train_classifier",
 ]

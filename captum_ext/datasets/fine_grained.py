@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from captum_ext._checks import check_count
+from captum_ext.datasets.examples import Example
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,23 +25,33 @@ _Array = np.ndarray[Any, np.dtype[Any]]
 _Random = np.random.RandomState
 
 
-@dataclass(frozen=True, eq=False)
-class Specimen:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Specimen(Example):
     """A picture of a beetle, and where its mark is.
 
     Attributes:
         image: in RGB.
         target: the class, as its index in `PATTERNS`.
-        part: (H, W), bool: the pixels that the mark touches.
+        name: pattern, seed and number, as in "rings-0-7"; without a mark "none-0-7".
+        boxes: (1, 4), int64: the box of the mark, (x1, y1, x2, y2) in pixels, half-open.
+        mask: (H, W), bool: the pixels that the mark touches.
         body: (H, W), bool: the pixels that the beetle covers by at least half.
-        box: (4,), int64: the box of the mark, (x1, y1, x2, y2) in pixels, half-open.
     """
 
     image: "Image"
-    target: int
-    part: Tensor
+    boxes: Tensor
+    mask: Tensor
     body: Tensor
-    box: Tensor
+
+    @property
+    def part(self) -> Tensor:
+        """The `mask`: what tells the class is a part of the object."""
+        return self.mask
+
+    @property
+    def box(self) -> Tensor:
+        """(4,): the one of `boxes`."""
+        return self.boxes[0]
 
 
 class Batch(NamedTuple):
@@ -114,6 +125,14 @@ class FineGrainedParts(Dataset[Specimen]):
         turn, place = divmod(self._checked(index), len(PATTERNS))
         return int(_Random([self.seed, 0, turn]).permutation(len(PATTERNS))[place])
 
+    def name(self, index: int) -> str:
+        """The name of a specimen, without drawing it."""
+        return self._named(index, self.target(index))
+
+    def _named(self, index: int, target: int | None) -> str:
+        pattern = "none" if target is None else PATTERNS[target]
+        return f"{pattern}-{self.seed}-{self._checked(index)}"
+
     def variant(self, index: int, target: int | None) -> Specimen:
         """The same picture with the mark of another class, or with none.
 
@@ -130,11 +149,12 @@ class FineGrainedParts(Dataset[Specimen]):
         pixels, part, body = _draw(random, None if target is None else PATTERNS[target], self.size)
         rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
         return Specimen(
-            Image.fromarray(pixels),
-            self.target(index) if target is None else target,
-            torch.from_numpy(part),
-            torch.from_numpy(body),
-            torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]),
+            image=Image.fromarray(pixels),
+            target=self.target(index) if target is None else target,
+            name=self._named(index, target),
+            boxes=torch.tensor([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]]),
+            mask=torch.from_numpy(part),
+            body=torch.from_numpy(body),
         )
 
     def batch(self, indices: Sequence[int] | None = None) -> Batch:

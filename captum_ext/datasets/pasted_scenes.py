@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from captum_ext.datasets.examples import Example, is_difficult
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -22,13 +24,14 @@ _SMALLEST_SCENE = 160
 _FEATHER = 2  # pixels of the photograph that an object is cut from
 
 
-@dataclass(frozen=True, eq=False)
-class Scene:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scene(Example):
     """A picture with objects of one class in known places.
 
     Attributes:
         image: in RGB.
         target: the class of the objects, as its index in ImageNet.
+        name: kind, seed and number, as in "several-0-7".
         kind: "small", "several" or "distractors".
         mask: (H, W), bool: the pixels that the objects of the class cover by at least half.
         boxes: (k, 4), int64: the boxes of these objects, (x1, y1, x2, y2) in pixels, half-open.
@@ -37,10 +40,9 @@ class Scene:
     """
 
     image: "Image"
-    target: int
-    kind: str
-    mask: Tensor
     boxes: Tensor
+    mask: Tensor
+    kind: str
     distractor_targets: tuple[int, ...]
     distractor_boxes: Tensor
 
@@ -48,12 +50,9 @@ class Scene:
     def difficult(self) -> bool:
         """Whether another class is in the picture too, and this one in under a quarter of it.
 
-        The rule of the pointing game (Zhang et al., "Top-down Neural Attention by Excitation
-        Backprop", 2016) by the area of the boxes.
+        See `is_difficult`.
         """
-        sides = self.boxes[:, 2:] - self.boxes[:, :2]
-        small = 4 * int(sides.prod(1).sum()) < self.mask.numel()
-        return small and bool(self.distractor_targets)
+        return is_difficult(self.boxes, self.size, len(self.distractor_targets))
 
 
 class PastedScenes(Dataset[Scene]):
@@ -123,20 +122,36 @@ class PastedScenes(Dataset[Scene]):
         return (self[index] for index in range(self.n))
 
     def __getitem__(self, index: int) -> Scene:
+        kind, turn = self._place(index)
+        random = np.random.RandomState([self.seed, KINDS.index(kind), turn])
+        return _scene(random, kind, turn % len(_OBJECTS), self.size, self.name(index))
+
+    def target(self, index: int) -> int:
+        """The class of a scene, without drawing it."""
+        return _OBJECTS[self._place(index)[1] % len(_OBJECTS)].target
+
+    def name(self, index: int) -> str:
+        """The name of a scene, without drawing it."""
+        kind, turn = self._place(index)
+        return f"{kind}-{self.seed}-{turn}"
+
+    def _place(self, index: int) -> tuple[str, int]:
+        """Of which kind a scene is, and its number among those."""
         if not -self.n <= index < self.n:
             raise IndexError(f"scene {index} of {self.n}")
         turn, kind = index % self.n, self.kind
         if kind == "mixed":
             turn, which = divmod(turn, len(KINDS))
             kind = KINDS[which]
-        random = np.random.RandomState([self.seed, KINDS.index(kind), turn])
-        return _scene(random, kind, turn % len(_OBJECTS), self.size)
+        return kind, turn
 
 
 # --- composition ---------------------------------------------------------------------------------
 
 
-def _scene(random: np.random.RandomState, kind: str, turn: int, size: tuple[int, int]) -> Scene:
+def _scene(
+    random: np.random.RandomState, kind: str, turn: int, size: tuple[int, int], name: str
+) -> Scene:
     from PIL import Image
 
     target, others = _OBJECTS[turn], [*_OBJECTS[:turn], *_OBJECTS[turn + 1 :]]
@@ -163,13 +178,14 @@ def _scene(random: np.random.RandomState, kind: str, turn: int, size: tuple[int,
             mask |= np.asarray(covered) > 0
     k = chosen.count(target)
     return Scene(
-        image,
-        target.target,
-        kind,
-        torch.from_numpy(mask),
-        torch.tensor(boxes[:k]),
-        tuple(cutout.target for cutout in chosen[k:]),
-        torch.tensor(boxes[k:], dtype=torch.int64).reshape(-1, 4),
+        image=image,
+        target=target.target,
+        name=name,
+        boxes=torch.tensor(boxes[:k]),
+        mask=torch.from_numpy(mask),
+        kind=kind,
+        distractor_targets=tuple(cutout.target for cutout in chosen[k:]),
+        distractor_boxes=torch.tensor(boxes[k:], dtype=torch.int64).reshape(-1, 4),
     )
 
 

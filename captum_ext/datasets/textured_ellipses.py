@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from captum_ext._checks import check_choice, check_count
+from captum_ext.datasets.examples import Example
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,21 +26,26 @@ _Array = np.ndarray[Any, np.dtype[Any]]
 _Random = np.random.RandomState
 
 
-@dataclass(frozen=True, eq=False)
-class EllipseScene:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EllipseScene(Example):
     """A picture, and where its object is.
 
     Attributes:
         image: in RGB.
         target: the class, as its index in `TEXTURES`.
+        name: texture, seed and number, as in "checker-0-7".
+        boxes: (1, 4), int64: (x1, y1, x2, y2) in pixels, half-open.
         mask: (H, W), bool: the object's pixels.
-        box: (4,), int64: (x1, y1, x2, y2) in pixels, half-open.
     """
 
     image: "Image"
-    target: int
+    boxes: Tensor
     mask: Tensor
-    box: Tensor
+
+    @property
+    def box(self) -> Tensor:
+        """(4,): the one of `boxes`."""
+        return self.boxes[0]
 
 
 class EllipseBatch(NamedTuple):
@@ -124,16 +130,21 @@ class TexturedEllipses(Dataset[EllipseScene]):
         pixels, mask = self._drawn(index)
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         return EllipseScene(
-            Image.fromarray(pixels),
-            self.target(index),
-            torch.from_numpy(mask),
-            torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]),
+            image=Image.fromarray(pixels),
+            target=self.target(index),
+            name=self.name(index),
+            boxes=torch.tensor([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]]),
+            mask=torch.from_numpy(mask),
         )
 
     def target(self, index: int) -> int:
         """The class of a scene, without drawing it."""
         turn, place = divmod(self._checked(index), len(TEXTURES))
         return int(_Random([self.seed, 0, turn]).permutation(len(TEXTURES))[place])
+
+    def name(self, index: int) -> str:
+        """The name of a scene, without drawing it."""
+        return f"{TEXTURES[self.target(index)]}-{self.seed}-{self._checked(index)}"
 
     def batch(self, indices: Sequence[int] | None = None) -> EllipseBatch:
         """Some of the scenes, or all, as tensors."""

@@ -17,22 +17,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from captum_ext._checks import check_count, warn
-from captum_ext._model import Forward, root_module, untouched
+from captum_ext._model import (
+    Forward,
+    floating_type,
+    random_numbers,
+    root_module,
+    untouched,
+)
 from captum_ext.attr.fcam import FCAM
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide
 from captum_ext.fcam.losses import DenseCRFLoss
 from captum_ext.fcam.seeding import SeedSampler
 from captum_ext.fcam.stored import about_run, cached_maps
-from captum_ext.fcam.training import (
+from captum_ext.fcam.training import FCAMModule, evaluated
+from captum_ext.fcam.views import (
     IMAGENET,
-    FCAMModule,
+    Boxed,
+    Pictures,
+    Shuffled,
+    as_batch,
     checked_channels,
-    evaluated,
-    floating_type,
-    random_numbers,
+    hash_of,
 )
-from captum_ext.fcam.views import Boxed, Pictures, Shuffled, as_batch, hash_of
 
 COLLAPSED = 0.6  # ln 2 is the loss of a decoder that says 1/2 everywhere
 
@@ -100,10 +107,10 @@ def fit_fcam(
             the last one, to the weights that it would have come to; one that is finished may go on
             to more epochs. Of the settings, only those of `trainer` may change. (A `generator` that
             the guide was made with is not stored.) None stores nothing.
-        validation: pictures with boxes: entry i is (picture, label, boxes), boxes being (n, 4) in
-            the picture's own pixels, (x1, y1, x2, y2). The decoder of the epoch with the best
-            `MaxBoxAcc` (IoU 0.5, as published) on them, brought to `size` whole, is what is
-            returned. None returns that of the last.
+        validation: pictures with boxes: a data set of this package, or entry i is (picture, label,
+            boxes), boxes being (n, 4) in the picture's own pixels, (x1, y1, x2, y2). The decoder of
+            the epoch with the best `MaxBoxAcc` (IoU 0.5, as published) on them, brought to `size`
+            whole, is what is returned. None returns that of the last.
         seed: of all random numbers. Global random state stays as it was.
         num_workers: processes that read pictures.
         show_progress: whether to draw progress bars.

@@ -76,7 +76,7 @@ def about_maps(module: "FCAMModule", pictures: Pictures) -> dict[str, Any]:
     """What the guide's maps depend on, as far as it can be known."""
     return {
         "classifier": digest(sorted(fingerprint(module.classifier).items())),
-        "guide": _described(module.guide, module.classifier),
+        "guide": described(module.guide, module.classifier),
         "rectify": module.rectify,
         "normalize": [module.mean.flatten().tolist(), module.std.flatten().tolist()],
         "guide_kwargs": repr(sorted(module.guide_kwargs.items())),
@@ -112,7 +112,7 @@ def changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     return "; ".join(f"{name} was {saved.get(name)!r} and is {found[name]!r}" for name in changed)
 
 
-def _described(guide: Attribution, classifier: Module) -> str:
+def described(guide: Attribution, classifier: Module) -> str:
     """A guide with its layers and plain options, and those of the method that it wraps."""
     names = {module: name for name, module in classifier.named_modules()}
     options = []
@@ -123,7 +123,7 @@ def _described(guide: Attribution, classifier: Module) -> str:
         elif name == "layer":
             options.append(f"layer={', '.join(names.get(one, '?') for one in values)}")
     inner = wrapped(guide)
-    within = [] if inner is None else [_described(inner, classifier)]
+    within = [] if inner is None else [described(inner, classifier)]
     return f"{guide.get_name()}({', '.join(within + options)})"
 
 

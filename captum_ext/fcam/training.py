@@ -13,17 +13,15 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from captum_ext._checks import check_size
-from captum_ext._model import find_module, layer_activations
+from captum_ext._model import find_module, floating_type, layer_activations, random_numbers
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide, guidance
 from captum_ext.fcam.losses import SizeLoss, partial_cross_entropy
 from captum_ext.fcam.seeding import IGNORED, SeedSampler
 from captum_ext.fcam.stored import changes
-from captum_ext.fcam.views import View, hash_of, random_view
+from captum_ext.fcam.views import IMAGENET, View, checked_channels, hash_of, random_view
 from captum_ext.imaging import resize
 from captum_ext.metrics import MaxBoxAcc
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class FCAMModule(LightningModule):
@@ -279,43 +277,6 @@ class FCAMModule(LightningModule):
         return torch.optim.SGD(
             self.decoder.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=1e-4
         )
-
-
-def checked_channels(normalize: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of one or three channels, (C, 1, 1) each.
-
-    Raises:
-        ValueError: they are not.
-    """
-    try:
-        mean, std = (torch.tensor(values, dtype=torch.float32) for values in normalize)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`normalize` must be (mean, std), got {normalize!r}.") from error
-    shapes = {tuple(mean.shape), tuple(std.shape)}
-    if len(shapes) != 1 or shapes.isdisjoint({(1,), (3,)}) or not bool((std > 0).all()):
-        raise ValueError(
-            f"`normalize` must be means and standard deviations, greater than 0, of three channels "
-            f"or of one, got {normalize!r}."
-        )
-    return mean.reshape(-1, 1, 1), std.reshape(-1, 1, 1)
-
-
-def floating_type(module: Module) -> torch.dtype:
-    """That of the module's parameters."""
-    kinds = (weight.dtype for weight in module.parameters() if weight.is_floating_point())
-    return next(kinds, torch.float32)
-
-
-@contextmanager
-def random_numbers(device: torch.device, seed: int) -> Iterator[None]:
-    """Torch's global random numbers, of the CPU and this device, from a seed; then as they were."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda):
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach other devices
-        for one in cuda:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 @contextmanager

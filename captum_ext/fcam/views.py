@@ -17,7 +17,8 @@ from captum_ext._checks import warn
 
 # What Pillow raises for files that are missing, cut off, damaged, too large or no pictures.
 _UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
-_OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's fault, not the picture's
+OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's fault, not the picture's
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 N_PROBES = 16  # entries by which a set is known again
 
 
@@ -69,21 +70,21 @@ class Pictures(Dataset[Item]):
         if found is None:
             return Item(torch.zeros(3, *self.size, dtype=torch.uint8), 0, index, False)
         entry, pixels = found
-        label = int(_part(entry, "target", 1))
+        label = int(entry_part(entry, "target", 1))
         if label < 0 or (self.n_classes is not None and label >= self.n_classes):
             raise ValueError(
                 f"`{self.argument}`: the label of {self.name(index)} is {label}, and the "
                 f"classifier has {self.n_classes} classes."
             )
-        return Item(_resized(pixels, self.size), label, index, True)
+        return Item(resized_to(pixels, self.size), label, index, True)
 
     def read(self, index: int) -> tuple[Any, Tensor] | None:
         """An entry and its pixels, (3, H, W); None, and a warning, where it cannot be read."""
         try:
             entry = self.data[index]
-            return entry, _bytes(_part(entry, "image", 0))
+            return entry, as_bytes_of(entry_part(entry, "image", 0))
         except _UNREADABLE as error:
-            if isinstance(error, OSError) and error.errno in _OUT_OF:
+            if isinstance(error, OSError) and error.errno in OUT_OF:
                 raise
             warn(f"{self.name(index)} cannot be read and is left out: {error}")
             return None
@@ -115,7 +116,7 @@ class Boxed(Dataset[tuple[Tensor, Tensor]]):
     Where a picture cannot be read there are no boxes.
 
     Args:
-        data: what it has at i is (picture, label, boxes), or has attributes `image` and `box`.
+        data: what it has at i is (picture, label, boxes), or has attributes `image` and `boxes`.
             Boxes are (x1, y1, x2, y2) in the picture's own pixels, one or (n, 4).
         size: (H, W).
     """
@@ -133,16 +134,18 @@ class Boxed(Dataset[tuple[Tensor, Tensor]]):
             return torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4)
         entry, pixels = found
         name = f"`validation`: {self.pictures.name(index)}"
-        if not hasattr(entry, "box") and len(entry) < 3:
+        has_none = len(entry) < 3 if isinstance(entry, tuple | list) else False
+        given = None if has_none else entry_part(entry, "boxes", 2)
+        if given is None:
             raise ValueError(f"{name} has no boxes: entries must be (picture, label, boxes).")
-        boxes = torch.as_tensor(_part(entry, "box", 2), dtype=torch.float64)
+        boxes = torch.as_tensor(given, dtype=torch.float64)
         boxes = boxes[None] if boxes.dim() == 1 else boxes
         if boxes.dim() != 2 or boxes.shape[1] != 4 or not len(boxes):
             raise ValueError(
                 f"{name} has boxes {tuple(boxes.shape)}: they must be (n, 4), n at least 1."
             )
         scale = torch.tensor([width / pixels.shape[2], height / pixels.shape[1]]).repeat(2)
-        return _resized(pixels, self.pictures.size), (boxes * scale).floor()
+        return resized_to(pixels, self.pictures.size), (boxes * scale).floor()
 
 
 def as_batch(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
@@ -150,7 +153,7 @@ def as_batch(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tenso
     return torch.stack([pixels for pixels, _ in items]), [boxes for _, boxes in items]
 
 
-def _part(entry: Any, name: str, place: int) -> Any:
+def entry_part(entry: Any, name: str, place: int) -> Any:
     """Of (picture, label, ...), or of an object with such attributes."""
     if hasattr(entry, name):
         return getattr(entry, name)
@@ -159,7 +162,8 @@ def _part(entry: Any, name: str, place: int) -> Any:
     return entry[place]
 
 
-def _bytes(picture: Any) -> Tensor:
+def as_bytes_of(picture: Any) -> Tensor:
+    """A PIL image, or a tensor of bytes or of floats in [0, 1], as bytes (3, H, W)."""
     if isinstance(picture, Tensor):
         if picture.dim() != 3 or picture.shape[0] not in (1, 3):
             raise ValueError(f"tensors must be (3, H, W) or (1, H, W), got {tuple(picture.shape)}.")
@@ -179,13 +183,33 @@ def _bytes(picture: Any) -> Tensor:
     return pixels.permute(2, 0, 1)
 
 
-def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def resized_to(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pixels (C, H, W) at another size, antialiased."""
     if tuple(pixels.shape[1:]) == size:
         return pixels.contiguous()
     from torchvision.transforms.v2.functional import resize
 
     resized: Tensor = resize(pixels, list(size), antialias=True)
     return resized
+
+
+def checked_channels(normalize: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of one or three channels, (C, 1, 1) each.
+
+    Raises:
+        ValueError: they are not.
+    """
+    try:
+        mean, std = (torch.tensor(values, dtype=torch.float32) for values in normalize)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`normalize` must be (mean, std), got {normalize!r}.") from error
+    shapes = {tuple(mean.shape), tuple(std.shape)}
+    if len(shapes) != 1 or shapes.isdisjoint({(1,), (3,)}) or not bool((std > 0).all()):
+        raise ValueError(
+            f"`normalize` must be means and standard deviations, greater than 0, of three channels "
+            f"or of one, got {normalize!r}."
+        )
+    return mean.reshape(-1, 1, 1), std.reshape(-1, 1, 1)
 
 
 class View(NamedTuple):

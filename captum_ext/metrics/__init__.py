@@ -1,5 +1,6 @@
 """Metrics of attributions: plain functions, and torchmetrics classes over them."""
 
+from captum_ext.metrics.boxes import best_box_iou, box_from_map, center_gaussian, in_top_k
 from captum_ext.metrics.faithfulness import (
     AverageDrop,
     Curve,
@@ -26,6 +27,7 @@ from captum_ext.metrics.localization import (
     pointing_game,
 )
 from captum_ext.metrics.masks import mask_iou, total_variation
+from captum_ext.metrics.pixels import PxIoU, pixel_counts, pixel_iou
 from captum_ext.metrics.wsol import MaxBoxAcc, PxAP, box_ious
 
 __all__ = [
@@ -39,19 +41,26 @@ __all__ = [
     "OverallScore",
     "PointingGame",
     "PxAP",
+    "PxIoU",
     "Road",
     "RoadScores",
     "average_drop",
+    "best_box_iou",
+    "box_from_map",
     "box_ious",
     "boxes_to_masks",
+    "center_gaussian",
     "deletion",
     "energy_pointing_game",
+    "in_top_k",
     "increase_in_confidence",
     "insertion",
     "linear_imputation",
     "mask_iou",
     "masks_to_boxes",
     "overall_score",
+    "pixel_counts",
+    "pixel_iou",
     "pointing_game",
     "road",
     "total_variation",

@@ -1,0 +1,257 @@
+"""What came of a run: figures with intervals, paired differences, failures; a table, a picture."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from captum_ext._checks import check_choice, check_count
+from captum_ext.evaluation.measures import Array, Measure, measure_of
+from captum_ext.evaluation.store import Row, Store, timings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_CHUNK = 2048  # rows that are summed at once
+
+
+class Estimate(NamedTuple):
+    """A figure and its 95% bootstrap interval.
+
+    Attributes:
+        value: of the images as they are.
+        low: the percentile 2.5 over the resamples.
+        high: the percentile 97.5.
+        images: how many it is of.
+    """
+
+    value: float
+    low: float
+    high: float
+    images: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run found, by the names of methods and metrics.
+
+    Attributes:
+        figures: of each method and metric, over the images that the method has it of.
+        differences: of each method but one and each metric: its figure less that of `against`, over
+            the images that both have, in the same resamples.
+        against: the method that the others are compared with.
+        images: how many rows of each method came to something.
+        failures: how many did not.
+        reasons: the first reason of each method that failed.
+        seconds: of each method, for one image: of the attribution, and of the metrics. They differ
+            from run to run.
+        higher_is_better: of each metric.
+    """
+
+    figures: Mapping[str, Mapping[str, Estimate]]
+    differences: Mapping[str, Mapping[str, Estimate]]
+    against: str
+    images: Mapping[str, int]
+    failures: Mapping[str, int]
+    reasons: Mapping[str, str]
+    seconds: Mapping[str, tuple[float, float]]
+    higher_is_better: Mapping[str, bool]
+
+    def markdown(self) -> str:
+        """Both tables, and the failures. An asterisk is an interval without 0."""
+        metrics = list(self.higher_is_better)
+        heads = [f"{m} {'↑' if self.higher_is_better[m] else '↓'}" for m in metrics]
+        rows = [
+            [name, *(_shown(each.get(m)) for m in metrics), str(self.images[name])]
+            for name, each in self.figures.items()
+        ]
+        parts = [_table(["method", *heads, "images"], rows)]
+        if self.differences:
+            rows = [
+                [name, *(_shown(each.get(m), star=True) for m in metrics)]
+                for name, each in self.differences.items()
+            ]
+            parts.append(_table([f"less {_escaped(self.against)}", *heads], rows))
+        failed = [
+            f"- {name}: {n} failed, the first for: {self.reasons[name]}"
+            for name, n in self.failures.items()
+            if n
+        ]
+        return "\n\n".join(parts + (["\n".join(failed)] if failed else [])) + "\n"
+
+    def figure(self) -> "Figure":
+        """A matplotlib figure: for each metric, the methods with their intervals."""
+        from matplotlib.figure import Figure
+
+        metrics, names = list(self.higher_is_better), list(self.figures)
+        columns = min(len(metrics), 3)
+        lines = -(-len(metrics) // columns)
+        size = (1.5 + 3 * columns, lines * (1 + 0.3 * len(names)))
+        picture = Figure(figsize=size, layout="constrained")
+        axes = picture.subplots(lines, columns, squeeze=False, sharey=True)
+        for axis, metric in zip(axes.flat, metrics, strict=False):
+            for place, name in enumerate(names):
+                found = self.figures[name].get(metric)
+                if found is not None:
+                    axis.plot([found.low, found.high], [place] * 2, color=f"C{place % 10}")
+                    axis.plot(found.value, place, "o", color=f"C{place % 10}")
+            better = "higher" if self.higher_is_better[metric] else "lower"
+            axis.set_title(f"{metric} ({better} is better)", fontsize="small")
+            axis.grid(axis="x", alpha=0.3)
+        axes[0, 0].set_yticks(range(len(names)), names)
+        axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+        for axis in list(axes.flat)[len(metrics) :]:
+            axis.set_visible(False)
+        return picture
+
+
+def summary(
+    output: str | Path, *, against: str | None = None, resamples: int = 1000, seed: int = 0
+) -> Summary:
+    """What the rows of a run say, finished or not.
+
+    Resamples are of images, drawn with replacement, the same ones for all methods and metrics.
+    Intervals lie between the percentiles 2.5 and 97.5. MaxBoxAcc takes the best threshold of each
+    resample, as it does of the data set.
+
+    Args:
+        output: the folder that `evaluate` wrote.
+        against: the method that the others are compared with. None is the first.
+        resamples: how many.
+        seed: of the resamples.
+
+    Raises:
+        FileNotFoundError: there is no run in the folder.
+        ValueError: an unknown method, or no resample.
+    """
+    check_count("resamples", resamples)
+    store = Store.read(output)
+    names = list(store.settings["methods"])
+    against = names[0] if against is None else against
+    check_choice("against", against, names)
+    measures = [measure_of(name, given) for name, given in store.settings["metrics"].items()]
+
+    n = store.settings["examples"]
+    images, failures = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    reasons: dict[str, tuple[int, str]] = {}
+    has = {(name, m.name): np.zeros(n, dtype=bool) for name in names for m in measures}
+    for row in store.rows():
+        name, place = row["method"], int(row["index"])
+        if row["failure"]:
+            failures[name] += 1
+            reasons[name] = min(reasons.get(name, (n, "")), (place, row["failure"]))
+            continue
+        images[name] += 1
+        for m in measures:
+            has[name, m.name][place] = bool(row[m.name])
+
+    weights = _weights(n, resamples, seed)
+    sums = {
+        (name, m.name, other): _Sums(m, weights, has[name, m.name] & has[other, m.name])
+        for m in measures
+        for name in names
+        for other in {name, against if name != against else name, *(names * (name == against))}
+        if other == name or (has[name, m.name] != has[other, m.name]).any()
+    }
+    for row in store.rows():
+        if not row["failure"]:
+            for (name, metric, _), total in sums.items():
+                if name == row["method"] and row[metric]:
+                    total.add(row, metric)
+    curves = {key: total.figures() for key, total in sums.items()}
+
+    def curve(name: str, metric: str, other: str) -> Array:
+        found = curves.get((name, metric, other))
+        return curves[name, metric, name] if found is None else found
+
+    figures: dict[str, dict[str, Estimate]] = {name: {} for name in names}
+    differences: dict[str, dict[str, Estimate]] = {n: {} for n in names if n != against}
+    for m in measures:
+        for name in names:
+            mine = has[name, m.name]
+            both = mine & has[against, m.name]
+            if mine.any():
+                figures[name][m.name] = _estimate(curve(name, m.name, name), mine)
+            if name != against and both.any():
+                less = curve(name, m.name, against) - curve(against, m.name, name)
+                differences[name][m.name] = _estimate(less, both)
+    return Summary(
+        figures,
+        differences,
+        against,
+        images,
+        failures,
+        {name: why for name, (_, why) in reasons.items()},
+        timings(output),
+        {m.name: m.higher_is_better for m in measures},
+    )
+
+
+class _Sums:
+    """Weighted sums of the vectors of some images: row 0 each image once, then the resamples."""
+
+    def __init__(self, measure: Measure, weights: Array, images: Array) -> None:
+        self.measure, self.weights, self.images = measure, weights, images
+        self.sums: Array | None = None
+        self.waiting: list[tuple[int, Array]] = []
+
+    def add(self, row: Row, column: str) -> None:
+        place = int(row["index"])
+        if self.images[place]:
+            self.waiting.append((place, self.measure.vector(row[column])))
+            if len(self.waiting) == _CHUNK:
+                self._sum()
+
+    def figures(self) -> Array:
+        """(R + 1,); NaN where a resample has none of the images."""
+        self._sum()
+        if self.sums is None:
+            return np.full(len(self.weights), np.nan)
+        counts = self.weights[:, self.images].sum(1, dtype=np.int64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.measure.figure(self.sums, counts.astype(float))
+
+    def _sum(self) -> None:
+        if self.waiting:
+            # As far as it goes, the order of the files should change no bit.
+            self.waiting.sort(key=lambda pair: pair[0])
+            places = [place for place, _ in self.waiting]
+            vectors = np.stack([vector for _, vector in self.waiting]).astype(float)
+            part = self.weights[:, places].astype(float) @ vectors
+            self.sums = part if self.sums is None else self.sums + part
+            self.waiting = []
+
+
+def _weights(n: int, resamples: int, seed: int) -> Array:
+    """How often each image is in each resample, (R + 1, n); first, once in all images."""
+    random = np.random.default_rng(seed)
+    weights = np.ones((resamples + 1, n), dtype=np.uint8)  # none comes 255 times
+    for line in weights[1:]:
+        line[:] = np.bincount(random.integers(0, n, n), minlength=n)
+    return weights
+
+
+def _estimate(figures: Array, images: Array) -> Estimate:
+    spread = figures[1:][np.isfinite(figures[1:])]
+    low, high = np.percentile(spread, [2.5, 97.5]) if len(spread) else (np.nan, np.nan)
+    return Estimate(float(figures[0]), float(low), float(high), int(images.sum()))
+
+
+def _shown(found: Estimate | None, star: bool = False) -> str:
+    if found is None:
+        return ""
+    return f"{found}{' *' if star and not found.low <= 0 <= found.high else ''}"
+
+
+def _table(head: list[str], rows: Iterable[list[Any]]) -> str:
+    every = [head, ["---"] * len(head), *([_escaped(row[0]), *row[1:]] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in every)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,678 @@
+import csv
+import io
+import json
+import multiprocessing
+import random
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import IntegratedGradients, LayerGradCam, NoiseTunnel, Saliency
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from captum_ext.attr import FIDO, UpsampleWrapper
+from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
+from captum_ext.evaluation import Prepared, evaluate, summary
+from captum_ext.evaluation.examples import Blocks
+from captum_ext.evaluation.run import Method, _on
+from captum_ext.evaluation.store import Store
+from captum_ext.fcam.views import IMAGENET
+from captum_ext.imaging import min_max
+from captum_ext.metrics import (
+    MaxBoxAcc,
+    PxAP,
+    boxes_to_masks,
+    energy_pointing_game,
+    insertion,
+)
+from tests.evaluation.subjects import Boxes, Of, lines, network, three_methods
+
+QUIET = {"show_progress": False, "normalize": None, "batch_size": 3}
+CHEAP = ["pointing_game", "energy", "pxap"]
+
+
+def rows(folder):
+    found = [row for file in folder.glob("rows*.csv") for row in csv.DictReader(file.open())]
+    return sorted(found, key=lambda row: (row["method"], int(row["index"])))
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_metrics(tmp_path):
+    data, model = Boxes(), network()
+    metrics = {"localization": {}, "insertion": {"step": 0.25}}
+    found = evaluate({"first": Of(model)}, data, metrics, output=tmp_path / "new" / "run", **QUIET)
+    figures = {name: each.value for name, each in found.figures["first"].items()}
+    assert found.images == {"first": 7}
+    assert found.failures == {"first": 0}
+
+    images = torch.stack([e.image for e in data])
+    maps, masks = min_max(images[:, :1])[:, 0], torch.stack([e.mask for e in data])
+    boxes, ignored = [e.boxes for e in data], torch.stack([e.ignored for e in data])
+    assert figures["energy"] == pytest.approx(energy_pointing_game(images[:, 0], masks).mean())
+    assert figures["pointing_game"] == 1  # of 15 pixels, in pictures of 8
+    v1, v2 = MaxBoxAcc(), MaxBoxAcc(iou_thresholds=(0.3, 0.5, 0.7), contours="all")
+    v1.update(maps, boxes)
+    v2.update(maps, boxes)
+    assert 0 < v2.compute() < 1
+    assert figures["max_box_acc"] == pytest.approx(v1.compute().item())
+    assert figures["max_box_acc_v2"] == pytest.approx(v2.compute().item())
+    pxap = PxAP()
+    pxap.update(maps, masks, ignored)
+    assert figures["pxap"] == pytest.approx(pxap.compute().item())
+    auc = insertion(model, images, maps, [e.target for e in data], step=0.25).auc
+    assert figures["insertion"] == pytest.approx(auc.mean().item())
+    assert list(figures) == [
+        *("pointing_game", "energy", "max_box_acc", "max_box_acc_v2", "pxap", "insertion")
+    ]
+    # Of each image to the last bit.
+    stored = np.array([row["insertion"] for row in rows(tmp_path / "new/run")], np.float32)
+    wanted = [
+        insertion(
+            model, images[i : i + 3], maps[i : i + 3], [j % 3 for j in range(i, i + k)], step=0.25
+        ).auc
+        for i, k in ((0, 3), (3, 3), (6, 1))
+    ]
+    assert np.array_equal(stored, torch.cat(wanted).numpy())
+
+
+def test_intervals_are_those_of_resampled_data_sets(tmp_path):
+    """Each resample is a data set of its own: MaxBoxAcc chooses its threshold anew."""
+    data = Boxes(9)
+    evaluate(
+        {"a": Of(network()), "b": Of(network(), lambda x: x[:, 1:2].expand_as(x))},
+        data,
+        {"energy": {}, "max_box_acc": {"iou_thresholds": [0.35, 0.45]}, "pxap": {}},
+        output=tmp_path,
+        **QUIET,
+    )
+    found = summary(tmp_path, resamples=10, seed=3)
+    images = torch.stack([e.image for e in data])
+    masks = torch.stack([e.mask for e in data])
+    ignored = torch.stack([e.ignored for e in data])
+    random_ = np.random.default_rng(3)
+    slow = {"energy": [], "max_box_acc": [], "pxap": []}
+    less = {name: [] for name in slow}
+    for _ in range(10):
+        drawn = random_.integers(0, 9, 9)
+        each = []
+        for channel in (0, 1):
+            maps = min_max(images[drawn, channel : channel + 1])[:, 0]
+            box, pixels = MaxBoxAcc((0.35, 0.45)), PxAP()
+            box.update(maps, [data[i].boxes for i in drawn.tolist()])
+            pixels.update(maps, masks[drawn], ignored[drawn])
+            energy = energy_pointing_game(images[drawn, channel], masks[drawn]).mean()
+            each.append([energy.item(), box.compute().item(), pixels.compute().item()])
+        for name, first, second in zip(slow, *each, strict=True):
+            slow[name].append(first)
+            less[name].append(second - first)
+    for wanted, got in ((slow, found.figures["a"]), (less, found.differences["b"])):
+        for name, values in wanted.items():
+            ends = np.percentile(values, [2.5, 97.5])
+            assert [got[name].low, got[name].high] == pytest.approx(ends, abs=1e-6), name
+            assert ends[0] < ends[1]
+    for name in slow:  # the other way round is the negative
+        other = summary(tmp_path, resamples=10, seed=3, against="b").differences["a"][name]
+        one = found.differences["b"][name]
+        assert (other.value, other.low) == pytest.approx((-one.value, -one.high))
+
+
+def test_differences_are_of_the_images_that_both_have(tmp_path):
+    def fails_on_three(x):
+        x = x.clone()
+        if len(x) == 3 and torch.equal(x[0], Boxes()[3].image):
+            x[0] = torch.nan
+        return x[:, :1].expand_as(x)
+
+    model = network()
+    methods = {"half": Of(model, fails_on_three), "whole": Of(model)}
+    with pytest.warns(UserWarning, match="failed: {'half': 1, 'whole': 0}"):
+        found = evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
+    assert found.figures["half"]["energy"].images == 6
+    assert found.figures["whole"]["energy"].images == 7
+    assert found.figures["half"]["energy"].value != found.figures["whole"]["energy"].value
+    assert found.differences["whole"]["energy"] == (0, 0, 0, 6)
+    other = summary(tmp_path, against="whole")
+    assert other.differences == {"half": {"energy": (0, 0, 0, 6)}}
+    assert found.reasons == {"half": "the map has values that are not finite"}
+    assert "half: 1 failed, the first for: the map has" in found.markdown()
+
+
+def test_the_tables_and_the_picture(tmp_path):
+    model = network()
+    methods = {"a|b": Of(model), "worse": Of(model, lambda x: 1 - x[:, :1].expand_as(x))}
+    found = evaluate(
+        methods, Boxes(), ["energy", "deletion"], output=tmp_path, **QUIET, target="predicted"
+    )
+    text = found.markdown().splitlines()
+    assert text[0] == "| method | energy ↑ | deletion ↓ | images |"
+    assert text[2].startswith(f"| a\\|b | {found.figures['a|b']['energy'].value:.3f} [")
+    assert text[2].endswith(" | 7 |")
+    assert text[5].startswith("| less a\\|b |")
+    one = found.differences["worse"]["energy"]
+    assert text[7].count("*") == sum(
+        not d.low <= 0 <= d.high for d in found.differences["worse"].values()
+    )
+    assert one.value == pytest.approx(
+        found.figures["worse"]["energy"].value - found.figures["a|b"]["energy"].value
+    )
+    axes = found.figure().axes
+    assert [a.get_title() for a in axes] == [
+        "energy (higher is better)",
+        "deletion (lower is better)",
+    ]
+    drawn = {float(line.get_xdata()[0]) for line in axes[0].lines if line.get_marker() == "o"}
+    assert drawn == {each["energy"].value for each in found.figures.values()}
+    assert all(a > 0 and m > 0 for a, m in found.seconds.values())
+    targets = network()(torch.stack([e.image for e in Boxes()])).argmax(1)
+    assert [int(row["target"]) for row in rows(tmp_path)] == targets.repeat(2).tolist()
+    assert [row["label"] for row in rows(tmp_path)] == list("0120120") * 2
+
+
+# --- killed and gone on with ---------------------------------------------------------------------
+
+
+def test_cut_off_at_any_byte_it_ends_with_the_same_rows(tmp_path):
+    methods = {"a": Of(network()), "b": Of(network(), lambda x: -x)}
+    evaluate(methods, Boxes(4), "energy", output=tmp_path, **QUIET)
+    file = tmp_path / "rows.csv"
+    whole, wanted = file.read_bytes(), lines(tmp_path)
+    timed = (tmp_path / "timings.csv").read_bytes()
+    assert len(wanted) == 8
+    near = {at + by for at, byte in enumerate(whole) if byte == 10 for by in (-1, 0, 1, 2)}
+    for end in sorted({*range(0, len(whole), 11), *near} - {len(whole) + 1}):
+        file.write_bytes(whole[:end])
+        (tmp_path / "timings.csv").write_bytes(timed[: end % len(timed)])
+        evaluate(methods, Boxes(4), "energy", output=tmp_path, **QUIET)
+        assert lines(tmp_path) == wanted, end
+        assert file.read_bytes() == whole  # one process: even the order is the same
+
+
+def test_a_line_lost_in_the_middle_loses_its_batch_alone(tmp_path):
+    """Someone deletes a failed row, to have it done again: what follows must not be lost."""
+    calls = []
+
+    def counted(x):
+        calls.append(len(x))
+        return x
+
+    methods = {"a": Of(network(), counted)}
+    evaluate(methods, Boxes(9), "energy", output=tmp_path, **QUIET)
+    file = tmp_path / "rows.csv"
+    whole = file.read_bytes().splitlines(keepends=True)
+    for lost in ([2], [1], [3], [2, 3, 4], []):
+        file.write_bytes(b"".join(line for i, line in enumerate(whole) if i not in lost))
+        calls.clear()
+        found = evaluate(methods, Boxes(9), "energy", output=tmp_path, **QUIET)
+        assert len(calls) == len({(i - 1) // 3 for i in lost})
+        assert found.images == {"a": 9}
+    assert len(list(Store.read(tmp_path).rows())) == 9
+
+
+def _run(folder, pause):
+    torch.set_num_threads(1)
+    evaluate(three_methods(), Boxes(150, pause=pause), CHEAP, output=folder, **QUIET)
+
+
+def test_killed_at_ten_random_moments(tmp_path):
+    _run(tmp_path / "whole", 0)
+    wanted = lines(tmp_path / "whole")
+    assert len(wanted) == 450
+    fork, folder, sizes = multiprocessing.get_context("fork"), tmp_path / "killed", []
+    file, chance = folder / "rows.csv", random.Random(7)
+
+    def size():
+        return file.stat().st_size if file.is_file() else 0
+
+    for _ in range(10):
+        process, before = fork.Process(target=_run, args=(folder, 0.02)), size()
+        process.start()
+        while process.is_alive() and size() <= before:  # it writes nothing in its first moments
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.04))
+        assert process.is_alive()
+        process.kill()
+        process.join()
+        sizes.append(size())
+    assert sizes[0] < sizes[-1] < (tmp_path / "whole" / "rows.csv").stat().st_size
+    _run(folder, 0)
+    assert lines(folder) == wanted
+
+
+def test_rows_of_another_run_are_an_error(tmp_path):
+    model, data = network(), Boxes()
+    good = {"methods": {"a": Of(model)}, "data": data, "metrics": ["energy"], **QUIET}
+
+    def run(**changed):
+        options = good | changed
+        return evaluate(options.pop("methods"), options.pop("data"), output=tmp_path, **options)
+
+    run()
+    whole = (tmp_path / "rows.csv").read_bytes()
+    other = network()
+    with torch.no_grad():
+        other[4].bias += 1
+    for changed, said in (
+        ({"batch_size": 2}, "batch_size was 3 and is 2"),
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"data": Boxes(8)}, "examples was 7 and is 8"),
+        ({"data": Boxes(size=(8, 9))}, "data was"),
+        ({"metrics": ["energy", "pxap"]}, "metrics: pxap was None"),
+        ({"metrics": {"energy": {}, "pointing_game": {"tolerance": 1}}}, "metrics: pointing_game"),
+        ({"methods": {"b": Of(model)}}, "methods: b was None.*methods: a was"),
+        ({"methods": {"a": Of(other)}}, "methods: a was"),
+        ({"methods": {"a": (Of(model), {"k": 1})}}, "methods: a was .*k=1"),
+        ({"size": 9}, r"size was None and is \[9, 9\]"),
+        ({"target": "predicted"}, "target was 'label' and is 'predicted'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(**changed)
+    assert (tmp_path / "rows.csv").read_bytes() == whole
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"no settings\.json"):
+        run()
+    assert (tmp_path / "rows.csv").read_bytes() == whole
+    with pytest.raises(FileNotFoundError):
+        summary(tmp_path / "nothing")
+
+
+def test_the_order_of_metrics_and_methods_is_no_other_run(tmp_path):
+    model, calls = network(), []
+    methods = {"a": Of(model, lambda x: calls.append(0) or x), "b": Of(model)}
+    evaluate(methods, Boxes(), ["energy", "pxap"], output=tmp_path, **QUIET)
+    file, wanted = tmp_path / "rows.csv", lines(tmp_path)
+    again = dict(reversed(methods.items()))
+    for cut, left in ((0, 0), (10, 1), (10_000, 3)):
+        file.write_bytes(file.read_bytes()[: -cut or None])
+        calls.clear()
+        evaluate(again, Boxes(), ["pxap", "energy"], output=tmp_path, **QUIET)
+        assert lines(tmp_path) == wanted
+        assert len(calls) <= left
+
+
+# --- random numbers ------------------------------------------------------------------------------
+
+
+def test_random_numbers_depend_on_the_seed_the_images_and_the_name_alone(tmp_path, trace_free):
+    model = network()
+    methods = three_methods()
+    methods |= {"again": methods["noisy"]}
+    own = torch.Generator().manual_seed(5)
+    methods["FIDO"] = (FIDO(model), {"n_steps": 2, "n_masks": 2, "generator": own})
+    state = own.get_state()
+    options = {"metrics": ["energy"], **QUIET}
+    with trace_free(model):
+        evaluate(methods, Boxes(), output=tmp_path / "all", **options)
+    assert torch.equal(own.get_state(), state)
+    for name in ("noisy", "FIDO"):
+        torch.rand(9, generator=own)
+        torch.manual_seed(99)
+        evaluate({name: methods[name]}, Boxes(), output=tmp_path / name, **options)
+        one = rows(tmp_path / name)
+        assert one == [row for row in rows(tmp_path / "all") if row["method"] == name]
+    energy = {name: [] for name in methods}
+    for row in rows(tmp_path / "all"):
+        energy[row["method"]].append(row["energy"])
+    assert energy["noisy"] != energy["again"]  # streams of their own
+    evaluate({"noisy": methods["noisy"]}, Boxes(), output=tmp_path / "s", seed=1, **options)
+    assert [row["energy"] for row in rows(tmp_path / "s")] != energy["noisy"]
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
+def test_two_processes_give_the_rows_of_one(strategy, tmp_path):
+    """By gloo, on the CPU; five batches of two to two processes: nothing is padded."""
+    options = {"metrics": CHEAP, **QUIET, "batch_size": 2}
+    evaluate(three_methods(), Boxes(9), output=tmp_path / "one", **options)
+    found = evaluate(
+        three_methods(), Boxes(9), output=tmp_path / "two", devices=2, strategy=strategy, **options
+    )
+    assert lines(tmp_path / "two") == lines(tmp_path / "one")
+    assert found.images == {"Grad-CAM": 9, "IG": 9, "noisy": 9}
+    shares = [rows_of(tmp_path / "two" / name) for name in ("rows.csv", "rows.1.csv")]
+    assert shares == [{0, 1, 4, 5, 8}, {2, 3, 6, 7}]
+    # Begun by two, finished by one.
+    for name in ("rows.csv", "rows.1.csv"):
+        file = tmp_path / "two" / name
+        file.write_bytes(file.read_bytes()[:-400])
+    torn = (tmp_path / "two" / "rows.1.csv").read_bytes()
+    again = evaluate(three_methods(), Boxes(9), output=tmp_path / "two", **options)
+    assert (tmp_path / "two" / "rows.1.csv").read_bytes() == torn  # the other's file
+    stored = Store.read(tmp_path / "two").rows()
+    assert sorted(map(tuple, (r.values() for r in stored))) == sorted(
+        map(tuple, (r.values() for r in Store.read(tmp_path / "one").rows()))
+    )
+    assert again.figures == found.figures
+
+
+def rows_of(file):
+    return {int(row["index"]) for row in csv.DictReader(file.open())}
+
+
+def test_each_process_has_everything_on_its_device():
+    """On a device without values, as there may be no other."""
+    model, there = network(), torch.device("meta")
+    cam = LayerGradCam(model, model[0])
+    decoder, mask = torch.nn.Linear(2, 2), torch.ones(3)
+    cam.decoder, cam.mask = decoder, mask
+    moved = _on(there, Method("a", UpsampleWrapper(cam), {"baselines": mask, "n_steps": 3}))
+    assert moved.where[0] == there
+    assert cam.forward_func is model
+    assert cam.layer is model[0]
+    assert cam.layer.weight.device == there
+    assert cam.decoder is decoder
+    assert decoder.weight.device == cam.mask.device == moved.kwargs["baselines"].device == there
+    assert moved.kwargs["n_steps"] == 3
+
+
+def test_several_devices_need_lightning(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.fabric", None)
+    with pytest.raises(ImportError, match=r"captum_ext\[train\]"):
+        evaluate({"a": Of(network())}, Boxes(), "energy", output=tmp_path, devices=2, **QUIET)
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+def test_what_is_wrong_with_one_image_becomes_a_row(tmp_path):
+    good = [vars(Boxes(12)[i]) for i in range(12)]
+
+    class Cut:
+        def __getattr__(self, name):
+            stream = io.BytesIO(b"no picture")
+            return Image.open(stream) if name == "image" else None
+
+    data = [type("E", (), entry)() for entry in good]
+    data[1] = Cut()
+    data[2].boxes = torch.tensor([[8, 0, 9, 4]])
+    data[3].boxes = torch.tensor([[4, 4, 2, 6]])
+    data[4].boxes = torch.zeros(0, 4)
+    data[5].mask = torch.zeros(8, 9, dtype=torch.bool)
+    data[6].image = data[6].image * 2 - 1
+    data[7].image = data[7].image * torch.inf
+    data[8].target = 3  # there are three classes
+    data[9].target = None
+    data[10].boxes = torch.tensor([[-2.0, 1.0, 4.0, 99.0]])  # cut off at the border
+    options = QUIET | {"batch_size": 12, "normalize": ((0.0,), (1.0,))}
+    methods = {"IG": IntegratedGradients(network()), "channel": Of(network())}
+    for entry in data[:1] + data[2:]:
+        entry.image = entry.image[:1]
+    methods = {"channel": Of(Grey()), "IG": IntegratedGradients(Grey())}
+    with pytest.warns(UserWarning, match="Some rows failed"):
+        found = evaluate(methods, data, "energy", output=tmp_path, **options)
+    failures = {(r["method"], int(r["index"])): r["failure"] for r in rows(tmp_path)}
+    assert len(failures) == 24
+    for name in methods:
+        for index, said in {
+            1: "UnidentifiedImageError: cannot identify image file <_io.BytesIO object>",
+            2: "not outside of an image of 8 x 8, got [[8.0, 0.0, 9.0, 4.0]]",
+            3: "x1 < x2",
+            4: "(n, 4), n at least 1",
+            5: "`mask` must be bool and of the picture's size, (8, 8)",
+            6: "floats must be in [0, 1]",
+            7: "floats must be in [0, 1]",
+            9: "must have `image` and `target`",
+        }.items():
+            assert said in failures[name, index]
+        for index in (0, 10, 11):
+            assert failures[name, index] == ""
+    assert failures["channel", 8] == ""  # it takes no target
+    assert failures["IG", 8].startswith(("IndexError", "RuntimeError"))
+    assert found.failures == {"channel": 8, "IG": 9}
+    assert found.figures["channel"]["energy"].images == 4
+    before = rows(tmp_path)
+    with pytest.warns(UserWarning, match="Some rows failed"):  # nothing is left
+        evaluate(methods, data, "energy", output=tmp_path, **options)
+    assert rows(tmp_path) == before
+    region = torch.zeros(1, 8, 8, dtype=torch.bool)
+    region[0, 1:, :4] = True
+    stored = [r for r in rows(tmp_path) if r["method"] == "channel" and r["index"] == "10"]
+    assert float(stored[0]["energy"]) == pytest.approx(
+        energy_pointing_game(data[10].image, region).item()
+    )
+
+
+class Grey(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda x: x[:, :, :4], "the map is of 4 x 8 pixels and the image of 8 x 8"),
+        (lambda x: x * torch.nan, "not finite"),
+        (lambda x: x.sum(), "there is no map"),
+        (lambda x: x[:0], "there is no map"),
+        (lambda x: [0], "there is no map"),
+        (lambda x: 1 / 0, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_method_that_fails_beside_one_that_does_not(function, said, tmp_path):
+    methods = {"bad": Of(network(), function), "good": Of(network())}
+    with pytest.warns(UserWarning, match="Some rows failed"):
+        found = evaluate(methods, Boxes(), CHEAP, output=tmp_path, **QUIET)
+    assert found.failures == {"bad": 7, "good": 0}
+    assert said in found.reasons["bad"]
+    assert not found.figures["bad"]
+    assert not found.differences["good"]
+    assert found.figure().axes
+    assert "| bad |" in found.markdown()
+    with pytest.raises(RuntimeError, match=r"Not one of 7 rows.*first reason"):
+        evaluate({"bad": methods["bad"]}, Boxes(), CHEAP, output=tmp_path / "x", **QUIET)
+
+
+@pytest.mark.parametrize("size", [3, 1])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.cuda.OutOfMemoryError(), RuntimeError("CUDA error: assert")]
+)
+def test_the_machines_fault_is_no_row(error, size, tmp_path):
+    def fail(x):
+        if len(x) == size:
+            raise error
+        return x
+
+    def fail_alone(x):  # of a batch that fails for another reason
+        return 1 / 0 if len(x) > 1 else fail(x)
+
+    with pytest.raises(type(error)):
+        evaluate({"a": Of(network(), fail)}, Boxes(), "energy", output=tmp_path, **QUIET)
+    assert len(rows(tmp_path)) == (0 if size == 3 else 6)
+    if size == 1:
+        folder = tmp_path / "alone"
+        with pytest.raises(type(error)):
+            evaluate({"a": Of(network(), fail_alone)}, Boxes(), "energy", output=folder, **QUIET)
+        assert not rows(folder)
+    found = evaluate({"a": Of(network(), torch.relu)}, Boxes(), "energy", output=tmp_path, **QUIET)
+    assert found.images == {"a": 7}
+
+
+def test_a_cut_file_in_a_folder_of_pictures(tmp_path):
+    for name in ("a/1", "a/2", "b/1"):
+        file = tmp_path / f"data/{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.RandomState(0).randint(0, 255, (12, 10, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file)
+    whole = (tmp_path / "data/a/2.png").read_bytes()
+    (tmp_path / "data/a/2.png").write_bytes(whole[: len(whole) // 2])
+    folder = ImageFolder(tmp_path / "data")
+    model = network()
+    methods = {"a": LayerGradCam(model, model[0])}
+    with pytest.warns(UserWarning, match="failed"):
+        found = evaluate(
+            methods, folder, ["average_drop", "road"], output=tmp_path / "run", show_progress=False
+        )
+    assert [(r["name"], bool(r["failure"])) for r in rows(tmp_path / "run")] == [
+        *(("a/1.png", False), ("a/2.png", True), ("b/1.png", False))
+    ]
+    assert found.images == {"a": 2}
+    with pytest.raises(ValueError, match="neither boxes nor masks"):
+        evaluate(methods, folder, output=tmp_path / "other", show_progress=False)
+
+
+# --- data and arguments --------------------------------------------------------------------------
+
+
+def test_ground_truth_follows_the_picture_to_its_size(tmp_path):
+    """Pictures of several sizes, as PIL images in tuples and as objects."""
+    mask = torch.zeros(10, 20, dtype=torch.bool)
+    mask[:5, :10] = True
+    left = Image.new("RGB", (20, 10))
+    left.paste((255, 0, 0), (0, 0, 10, 5))
+    box = [0, 0, 10, 5]
+    one = type("E", (), {"image": left, "target": 0, "part": mask})
+    data = [
+        (left, 0, box),
+        (left, 0),
+        one,
+        (left.resize((40, 20), Image.Resampling.NEAREST), 0, [[0, 0, 20, 10]]),
+    ]
+    model = network()
+    for size, name in ((None, "own"), (8, "small"), ((40, 60), "large")):
+        evaluate(
+            {"red": Of(model)},
+            data,
+            output=tmp_path / name,
+            size=size,
+            show_progress=False,
+            normalize=((0.0,) * 3, (1.0,) * 3),
+        )
+        found = rows(tmp_path / name)
+        assert [row["failure"] for row in found] == [""] * 4
+        assert [row["max_box_acc"] != "" for row in found] == [True, False, False, True]
+        assert [row["pxap"] != "" for row in found] == [False, False, True, False]
+        assert found[1]["energy"] == ""
+        energies = [float(found[i]["energy"]) for i in (0, 2, 3)]
+        assert min(energies) > (0.999 if name == "own" else 0.8)
+        figures = summary(tmp_path / name).figures["red"]
+        assert figures["max_box_acc"].images == 2
+        assert figures["pxap"].value > 0.9
+        assert figures["max_box_acc"].value == 1
+
+
+def test_grey_models_and_colour_models_take_either():
+    grey = Image.new("L", (4, 3), 51)
+    colour = Image.new("RGB", (4, 3), (255, 0, 0))
+    floats = torch.full((1, 3, 4), 0.25)
+    one = ((0.0,), (0.5,))
+    for picture, mean in ((grey, 0.2), (colour, 0.299), (floats, 0.25)):
+        found = Blocks([(picture, 1)], 2, None, one).example(0)
+        assert found.image.shape == (1, 3, 4)
+        assert found.image.flatten().tolist() == pytest.approx([2 * mean] * 12)
+        found = Blocks([(picture, 1)], 2, (6, 8), IMAGENET).example(0)
+        assert found.image.shape == (3, 6, 8)
+        wanted = torch.tensor([1.0, 0, 0] if picture is colour else [mean] * 3)
+        wanted = (wanted - torch.tensor(IMAGENET[0])) / torch.tensor(IMAGENET[1])
+        assert found.image[:, 2, 3].tolist() == pytest.approx(wanted.tolist())
+        found = Blocks([(picture, 1)], 2, None, None).example(0)
+        assert found.image.amax().item() == pytest.approx(1 if picture is colour else mean)
+
+
+def test_metrics_of_the_callers_own(tmp_path):
+    def labels(found):
+        assert found.maps.shape == found.images.shape[:1] + found.images.shape[2:]
+        return found.target * 0.1
+
+    found = evaluate(
+        {"a": Of(network())},
+        Boxes(),
+        {"label": labels, "energy": {}},
+        output=tmp_path,
+        **QUIET,
+        target=lambda example: 2 - example.label,
+    )
+    assert found.figures["a"]["label"].value == pytest.approx(np.mean([0.2, 0.1, 0] * 2 + [0.2]))
+    assert summary(tmp_path).figures == found.figures
+    assert json.loads((tmp_path / "settings.json").read_text())["target"].endswith("<lambda>")
+
+
+def test_workers_and_the_progress_bar_change_nothing(tmp_path, capsys):
+    methods = {"noisy": three_methods()["noisy"]}
+    options = {"metrics": ["energy"], **QUIET}
+    evaluate(methods, Boxes(), output=tmp_path / "a", **options)
+    assert capsys.readouterr().err == ""
+    before = torch.get_rng_state()
+    options |= {"show_progress": True, "num_workers": 2}
+    evaluate(methods, Boxes(), output=tmp_path / "b", **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    assert "7/7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"data": []}, ValueError, "`data` must have a length"),
+        ({"data": iter([1])}, ValueError, "`data` must have a length"),
+        ({"methods": {}}, TypeError, "`methods`"),
+        ({"methods": Of(network())}, TypeError, "`methods` must be a mapping"),
+        ({"methods": {"a": network()}}, TypeError, "`methods`: a must be a Captum Attribution"),
+        ({"methods": {"a\nb": Of(network())}}, TypeError, "names of one line"),
+        ({"methods": {"a": (Of(network()), {"target": 1})}}, ValueError, "'target'"),
+        ({"metrics": "insertions"}, ValueError, "`metrics` must be names of"),
+        ({"metrics": {"energy": 3}}, ValueError, "`metrics`"),
+        ({"metrics": []}, ValueError, "`metrics`"),
+        ({"batch_size": 0}, ValueError, "`batch_size`"),
+        ({"target": "labels"}, ValueError, "`target`"),
+        ({"size": (3,)}, ValueError, "`size`"),
+        ({"size": 0}, ValueError, "`size`"),
+        ({"seed": 0.5}, TypeError, "`seed`"),
+        ({"normalize": (0.5, 0.5)}, ValueError, "`normalize`"),
+        ({"num_nodes": 0}, ValueError, "`num_nodes`"),
+    ],
+)
+def test_arguments_that_do_not_fit(changed, error, said, tmp_path):
+    options = {"methods": {"a": Of(network())}, "data": Boxes(), "metrics": "energy", **QUIET}
+    options |= changed
+    with pytest.raises(error, match=said):
+        evaluate(options.pop("methods"), options.pop("data"), output=tmp_path / "x", **options)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_model_is_left_as_it_was(tmp_path, trace_free):
+    model = network()
+    methods = {"cam": LayerGradCam(model, model[0]), "s": NoiseTunnel(Saliency(model))}
+    with trace_free(model), torch.no_grad():
+        evaluate(methods, Boxes(), ["energy", "deletion"], output=tmp_path, **QUIET)
+    model[1] = torch.nn.BatchNorm2d(4)  # in train mode
+    with trace_free(model), pytest.warns(UserWarning, match="train mode"):
+        evaluate(
+            {"s": Saliency(model)},
+            Boxes(),
+            ["energy"],
+            output=tmp_path / "train",
+            **QUIET,
+            target="predicted",
+        )
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        evaluate(methods, Boxes(), ["energy"], output=tmp_path, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("data", "known"),
+    [
+        (FineGrainedParts(2, 0), (True, True)),
+        (TexturedEllipses(2, 0), (True, True)),
+        (PastedScenes(2, 0, size=(160, 200)), (True, True)),
+    ],
+)
+def test_the_data_sets_of_this_package_are_taken_as_they_are(data, known):
+    example = Blocks(data, 2, (96, 128), IMAGENET).example(1)
+    assert isinstance(example, Prepared), example
+    assert example.image.shape == (3, 96, 128)
+    assert (example.boxes is not None, example.mask is not None) == known
+    assert example.mask.shape == (96, 128)
+    inside = boxes_to_masks([example.boxes], (96, 128))[0]
+    assert 0.9 < (example.mask & inside).sum() / example.mask.sum() <= 1
+    assert example.label == data[1].target

@@ -1,0 +1,173 @@
+"""Pixels of maps and masks, by hand and by a slow reference."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from captum_ext.metrics import PxAP, PxIoU, mask_iou, pixel_counts, pixel_iou
+
+
+def slow_px_iou(maps, masks, ignored):
+    """Straight from the definition: all pixels again at each threshold."""
+    values, object_ = maps[~ignored].numpy(), masks[~ignored].numpy()
+    best = 0.0
+    for step in range(1001):
+        found = values >= step / 1000
+        union = (found | object_).sum()
+        best = max(best, (found & object_).sum() / union if union else 0.0)
+    return best
+
+
+def random_case(trial, shape=(3, 9, 7)):
+    generator = torch.Generator().manual_seed(trial)
+    maps = torch.rand(shape, generator=generator, dtype=torch.float64)
+    if trial % 3 == 0:  # values that are thresholds
+        maps = torch.randint(0, 11, shape, generator=generator).double() / 10
+    masks = torch.rand(shape, generator=generator) < maps * 0.6
+    ignored = torch.rand(shape, generator=generator) < 0.2
+    return maps, masks, ignored
+
+
+# --- PxIoU ---------------------------------------------------------------------------------------
+
+
+def test_by_hand():
+    """Of the thresholds, 0.35 takes three pixels of the object and one beside it: 3 / 4."""
+    maps = torch.tensor([[[0.9, 0.8, 0.35], [0.4, 0.1, 0.0]]])
+    masks = torch.tensor([[[True, True, True], [False, False, False]]])
+    metric = PxIoU()
+    assert metric(maps, masks).item() == pytest.approx(3 / 4)
+    assert metric.threshold().item() == pytest.approx(0.101)
+    curve = metric.curve()
+    for at, share in ((0, 3 / 6), (100, 3 / 5), (101, 3 / 4), (350, 3 / 4), (351, 2 / 4)):
+        assert curve[at].item() == pytest.approx(share)
+    for at, share in ((400, 2 / 4), (401, 2 / 3), (801, 1 / 3), (901, 0), (1000, 0)):
+        assert curve[at].item() == pytest.approx(share)
+
+
+def test_ignored_pixels_are_in_no_count():
+    maps = torch.tensor([[[0.9, 0.8, 0.35], [0.4, 0.1, 0.0]]])
+    masks = torch.tensor([[[True, True, True], [False, False, False]]])
+    ignored = torch.tensor([[[False, True, False], [True, False, False]]])
+    metric = PxIoU()
+    assert metric(maps, masks, ignored).item() == 1
+    assert metric.curve()[0].item() == pytest.approx(2 / 4)
+    assert metric.curve()[351].item() == pytest.approx(1 / 2)
+    everything = torch.ones_like(masks)
+    assert PxIoU()(maps, masks, everything).isnan()
+    assert (pixel_iou(maps, masks, everything) == 0).all()
+
+
+def test_one_threshold_serves_all_images_and_pixels_are_pooled():
+    """Each map is perfect at a threshold of its own, and there is none for both."""
+    high = torch.tensor([[[0.9, 0.9, 0.9, 0.5]]])
+    low = torch.tensor([[[0.3, 0.1, 0.1, 0.1]]])
+    masks = torch.tensor([[[True, True, True, False]], [[True, False, False, False]]])
+    for mask, one in zip(masks, (high, low), strict=True):
+        assert PxIoU()(one, mask[None]).item() == 1
+    metric = PxIoU()
+    metric.update(high, masks[:1])
+    metric.update(low, masks[1:])
+    assert metric.compute().item() == pytest.approx(4 / 5)  # at 0.2: all of both, and the 0.5
+    assert metric.threshold().item() == pytest.approx(0.101)
+
+
+def test_extreme_maps():
+    mask = torch.zeros(1, 10, 10, dtype=torch.bool)
+    mask[0, 2:5, 2:7] = True
+    assert PxIoU()(mask.float(), mask).item() == 1
+    assert PxIoU()(1 - mask.float(), mask).item() == pytest.approx(0.15)  # only all pixels help
+    for value in (0.0, 0.4, 1.0):
+        assert PxIoU()(torch.full((1, 10, 10), value), mask).item() == pytest.approx(0.15)
+
+
+def test_empty_ground_truth():
+    nothing = torch.zeros(1, 1, 4, dtype=torch.bool)
+    maps = torch.tensor([[[0.9, 0.5, 0.2, 0.1]]])
+    metric = PxIoU()
+    metric.update(maps, nothing)
+    assert metric.compute().isnan()
+    assert metric.threshold().isnan()
+    assert (pixel_iou(maps, nothing) == 0).all()
+    # Beside an image with an object, what is found in one without is found wrongly.
+    metric.update(maps, torch.tensor([[[True, True, False, False]]]))
+    assert metric.compute().item() == pytest.approx(2 / 4)
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        assert PxIoU().compute().isnan()
+
+
+def test_random_maps_equal_the_slow_reference():
+    for trial in range(30):
+        maps, masks, ignored = random_case(trial)
+        metric = PxIoU()
+        for i in range(3):
+            metric.update(maps[i : i + 1], masks[i : i + 1], ignored[i : i + 1])
+        assert metric.compute().item() == pytest.approx(slow_px_iou(maps, masks, ignored))
+
+
+def test_a_steeper_map_has_the_same():
+    maps, masks, _ = random_case(1)
+    maps = (10 * maps).round() / 10
+    assert PxIoU()(maps, masks) == PxIoU()(maps**2, masks)
+    assert PxIoU()(maps, masks) == PxIoU()(0.2 + 0.5 * maps, masks)
+
+
+# --- of each image -------------------------------------------------------------------------------
+
+
+def test_the_iou_of_each_image_is_that_of_its_mask():
+    maps, masks, _ = random_case(4)
+    found = pixel_iou(maps, masks)
+    assert found.shape == (3, 1001)
+    for step in (0, 1, 250, 500, 777, 1000):
+        assert torch.allclose(found[:, step], mask_iou(maps >= step / 1000, masks))
+
+
+def test_counts_are_those_of_numpys_histogram():
+    maps, masks, ignored = random_case(3)
+    inside, outside = pixel_counts(maps, masks, ignored)
+    edges = [*np.arange(1001) / 1000, 2]
+    for i in range(3):
+        for found, chosen in ((inside, masks), (outside, ~masks)):
+            values = maps[i][chosen[i] & ~ignored[i]].numpy()
+            assert found[i].tolist() == np.histogram(values, edges)[0].tolist()
+    assert inside.dtype == torch.int64
+    assert (inside.sum(1) + outside.sum(1)).tolist() == (~ignored).flatten(1).sum(1).tolist()
+
+
+def test_counts_are_all_that_pxap_needs():
+    maps, masks, ignored = random_case(3)
+    metric = PxAP()
+    metric.update(maps.float(), masks, ignored)
+    inside, outside = (counts.sum(0) for counts in pixel_counts(maps.float(), masks, ignored))
+    assert metric.inside.tolist() == inside.tolist()
+    assert metric.outside.tolist() == outside.tolist()
+
+
+def test_channels_masks_with_a_channel_and_half_precision():
+    maps, masks, ignored = random_case(5)
+    expected = pixel_iou(maps.float(), masks, ignored)
+    more = maps.float()[:, None].repeat(1, 3, 1, 1)
+    assert torch.equal(pixel_iou(more, masks[:, None], ignored[:, None]), expected)
+    halves = (8 * maps).round() / 8
+    assert torch.equal(pixel_iou(halves.half(), masks), pixel_iou(halves, masks))
+
+
+@pytest.mark.parametrize("metric", [pixel_counts, pixel_iou, PxIoU()])
+def test_bad_input(metric):
+    maps, masks = torch.rand(2, 4, 5), torch.ones(2, 4, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"maps.*not finite"):
+        metric(torch.full_like(maps, math.nan), masks)
+    for outside in (maps + 1, maps - 1):
+        with pytest.raises(ValueError, match=r"maps.*\[0, 1\].*min_max"):
+            metric(outside, masks)
+    with pytest.raises(ValueError, match=r"maps.*\(2, 4, 5\).*masks.*\(2, 5, 4\)"):
+        metric(maps, masks.mT)
+    with pytest.raises(ValueError, match="ignored"):
+        metric(maps, masks, masks[:1])
+    with pytest.raises(TypeError, match=r"masks.*bool"):
+        metric(maps, masks.float())
+    with pytest.raises(TypeError, match=r"ignored.*bool"):
+        metric(maps, masks, masks.float())

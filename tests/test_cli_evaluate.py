@@ -1,0 +1,126 @@
+"""`captum-ext evaluate`: what it measures, what it says, and what it refuses."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.models
+from captum.attr import LayerGradCam
+from PIL import Image
+
+from captum_ext import cli, demo, evaluation
+from captum_ext.cli_train import Folder
+from captum_ext.evaluation import summary
+
+torch.set_num_threads(1)
+
+
+def run(*argv):
+    try:
+        return cli.main([str(a) for a in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pt"
+    torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def command(resnet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        Path("data", name).mkdir(parents=True)
+        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(f"data/{name}/0.png")
+    model = ("--model", "resnet18", "--weights", resnet, "--device", "cpu", "--layer", "layer2")
+    return ("evaluate", "data", *model, "--size", 32, "--method", "grad-cam", "--batch-size", 2)
+
+
+def test_it_is_the_library_s_evaluation(command, resnet, capsys):
+    assert run(*command, "--method", "layer-cam", "--output", "run", "--seed", 3) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    found = summary("run")
+    assert list(found.figures) == ["grad-cam", "layer-cam"]
+    assert list(found.higher_is_better) == ["insertion", "deletion"]
+    assert said.out == f"{found.markdown()}\nwritten to run\n"
+    assert Path("run/summary.md").read_text() == found.markdown()
+    assert Image.open("run/figure.png").size[0] > 100
+    loaded = demo.load_model("resnet18", resnet)
+    cam = LayerGradCam(loaded.module, loaded.module.layer2)
+    straight = evaluation.evaluate(
+        {"grad-cam": (cam, {"relu_attributions": True})},
+        Folder("data"),
+        ["insertion", "deletion"],
+        output="straight",
+        size=32,
+        batch_size=2,
+        show_progress=False,
+    )
+    assert straight.figures["grad-cam"] == found.figures["grad-cam"]
+    assert sorted(p.name for p in Path("run").iterdir()) == [
+        *("figure.png", "rows.csv", "settings.json", "summary.md", "timings.csv")
+    ]
+
+
+def test_a_corrupt_picture_is_a_failed_row_and_the_exit_code_says_so(command, capsys):
+    Path("data/b/0.png").write_bytes(b"no picture")
+    assert run(*command, "--metrics", "average_drop") == 1
+    said = capsys.readouterr()
+    assert said.err == ("captum-ext: note: 1 of 3 rows failed; their reasons are in evaluation\n")
+    assert "grad-cam: 1 failed, the first for: OSError: " in said.out
+    assert summary("evaluation").figures["grad-cam"]["average_drop"].images == 2
+    whole = Path("evaluation/rows.csv").read_bytes()
+    assert run(*command, "--metrics", "average_drop") == 1  # nothing is left to do
+    assert Path("evaluation/rows.csv").read_bytes() == whole
+    capsys.readouterr()
+    assert run(*command, "--metrics", "average_drop", "--seed", 1) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("captum-ext: error: --output evaluation has the rows of another run: ")
+    assert "seed was 0 and is 1" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--metrics", "insertions"), "--metrics must be names of"),
+        (("--metrics", "localization"), "--metrics: the first examples of DATA have neither"),
+        (("--output", "no/where"), "'no' does not exist"),
+        (("--output", "file"), "is a file"),
+        (("--method", "gradcan"), "unknown method 'gradcan'"),
+        (("--size", "0"), "--size"),
+        (("--layer", "nowhere"), "nowhere"),
+        (("--target", "labels"), "--target"),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_line(more, said, command, capsys):
+    Path("file").write_bytes(b"")
+    assert run(*command, *more) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert err.startswith("captum-ext: error: ")
+    assert said in err
+    assert not Path("evaluation").exists()
+
+
+def test_nothing_but_corrupt_pictures(command, capsys):
+    for name in "abc":
+        Path(f"data/{name}/0.png").write_bytes(b"no picture")
+    assert run(*command) == 2
+    assert "Not one of 3 rows came to anything" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(command, capsys, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate", stopped)
+    assert run(*command) == 130
+    assert "the same command goes on where it was" in capsys.readouterr().err
