@@ -47,7 +47,7 @@ def pixel_counts(
     edges = torch.arange(N_STEPS + 1, device=values.device, dtype=values.dtype) / N_STEPS
     n, n_cells = len(values), N_STEPS + 1
     row = 2 * torch.arange(n, device=values.device)[:, None, None] + (~masks).long()
-    cells = row * n_cells + torch.bucketize(values, edges, right=True) - 1
+    cells = row * n_cells + torch.bucketize(values.contiguous(), edges, right=True) - 1
     found = torch.bincount(cells[count], minlength=2 * n * n_cells).view(n, 2, n_cells)
     return found[:, 0], found[:, 1]
 

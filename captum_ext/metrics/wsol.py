@@ -17,7 +17,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from captum_ext._checks import check_choice, check_range
-from captum_ext.metrics.localization import checked_maps, checked_masks
+from captum_ext.metrics.localization import checked_maps
+from captum_ext.metrics.pixels import pixel_counts
 
 CONTOURS = ("largest", "all")
 CONVENTIONS = ("components", "wsolevaluation")
@@ -411,18 +412,9 @@ class PxAP(Metric):
             ValueError: shapes that do not fit, maps that are not finite or not in [0, 1].
             TypeError: masks that are not bool.
         """
-        values, masks = _in_unit_range(maps), checked_masks(masks)
-        counts = torch.ones_like(masks) if ignored is None else ~checked_masks(ignored, "ignored")
-        if values.shape != masks.shape or counts.shape != masks.shape:
-            raise ValueError(
-                f"`maps` {tuple(values.shape)}, `masks` {tuple(masks.shape)} and `ignored` must "
-                f"agree."
-            )
-        edges = torch.arange(N_THRESHOLDS + 1, device=values.device) / N_THRESHOLDS
-        bins = torch.bucketize(values.contiguous(), edges, right=True) - 1
-        size = N_THRESHOLDS + 1
-        self.inside = self.inside + torch.bincount(bins[masks & counts], minlength=size)
-        self.outside = self.outside + torch.bincount(bins[~masks & counts], minlength=size)
+        inside, outside = pixel_counts(maps, masks, ignored)
+        self.inside = self.inside + inside.sum(0).to(self.inside.device)
+        self.outside = self.outside + outside.sum(0).to(self.outside.device)
 
     def compute(self) -> Tensor:
         """In [0, 1]; NaN where no pixel was in a mask."""

@@ -236,6 +236,29 @@ def test_pxap_by_hand():
     assert pieces.compute() == metric.compute()
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_pxap_of_240_maps_is_that_of_the_definition(seed):
+    """With ignored pixels; the counts to the pixel."""
+    random = np.random.default_rng(seed)
+    together, every = PxAP(), []
+    for name, image in hard_maps(seed):
+        mask, ignored = random.random((2, *image.shape)) < [[[0.4]], [[0.2]]]
+        mask.flat[0], ignored.flat[0] = True, False
+        metric = PxAP()
+        tensors = [torch.from_numpy(one)[None] for one in (image, mask, ignored)]
+        metric.update(*tensors)
+        together.update(*tensors)
+        values, true = image[~ignored], mask[~ignored]
+        every.append((values, true))
+        for counts, pixels in ((metric.inside, values[true]), (metric.outside, values[~true])):
+            slow = [(pixels >= tau).sum() for tau in np.arange(1001) / 1000]
+            assert counts.flip(0).cumsum(0).flip(0).tolist() == slow, name
+        slow = by_hand(torch.from_numpy(values), torch.from_numpy(true))
+        assert metric.compute().item() == pytest.approx(slow, rel=1e-6), name
+    slow = by_hand(*(torch.from_numpy(np.concatenate(one)) for one in zip(*every, strict=True)))
+    assert together.compute().item() == pytest.approx(slow, rel=1e-6)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
 def test_a_constant_map_has_the_share_of_the_object(value):
     masks = torch.zeros(1, 5, 8, dtype=torch.bool)
