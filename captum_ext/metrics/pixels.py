@@ -79,7 +79,42 @@ def _ious(inside: Tensor, outside: Tensor) -> Tensor:
     return tp.double() / union.clamp(min=1)
 
 
-class PxIoU(Metric):
+class PixelCounts(Metric):
+    """The `pixel_counts` of all images together, of which `PxAP` and `PxIoU` are functions."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    inside: Tensor
+    outside: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("inside", "outside"):
+            zeros = torch.zeros(N_STEPS + 1, dtype=torch.int64)
+            self.add_state(name, zeros, dist_reduce_fx="sum")
+
+    def update(self, maps: Tensor, masks: Tensor, ignored: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            maps: (B, H, W) or (B, C, H, W), in [0, 1].
+            masks: (B, H, W) or (B, 1, H, W), bool: the object's pixels; some may be empty.
+            ignored: of the same shape, bool: pixels that do not count. None ignores none.
+
+        Raises:
+            ValueError: shapes that do not fit, maps that are not finite or not in [0, 1].
+            TypeError: masks that are not bool.
+        """
+        inside, outside = pixel_counts(maps, masks, ignored)
+        self.inside = self.inside + inside.sum(0).to(self.inside.device)
+        self.outside = self.outside + outside.sum(0).to(self.outside.device)
+
+
+class PxIoU(PixelCounts):
     r"""The IoU of the pixels of all images together, at the threshold that is best for all of them.
 
     .. math:: \operatorname{PxIoU} = \max_\tau \frac{\mathrm{TP}(\tau)}
@@ -104,33 +139,6 @@ class PxIoU(Metric):
         >>> metric.threshold()
         tensor(0.1010)
     """
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    inside: Tensor
-    outside: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("inside", "outside"):
-            zeros = torch.zeros(N_STEPS + 1, dtype=torch.int64)
-            self.add_state(name, zeros, dist_reduce_fx="sum")
-
-    def update(self, maps: Tensor, masks: Tensor, ignored: Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            maps: (B, H, W) or (B, C, H, W), in [0, 1].
-            masks: (B, H, W) or (B, 1, H, W), bool: the object's pixels; some may be empty.
-            ignored: of the same shape, bool: pixels that do not count. None ignores none.
-        """
-        inside, outside = pixel_counts(maps, masks, ignored)
-        self.inside = self.inside + inside.sum(0).to(self.inside.device)
-        self.outside = self.outside + outside.sum(0).to(self.outside.device)
 
     def compute(self) -> Tensor:
         """In [0, 1]; NaN where no pixel was in a mask."""

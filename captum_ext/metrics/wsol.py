@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from captum_ext._checks import check_choice, check_range
 from captum_ext.metrics.localization import checked_maps
-from captum_ext.metrics.pixels import pixel_counts
+from captum_ext.metrics.pixels import PixelCounts
 
 CONTOURS = ("largest", "all")
 CONVENTIONS = ("components", "wsolevaluation")
@@ -358,7 +358,7 @@ class MaxBoxAcc(Metric):
 # --- pixels --------------------------------------------------------------------------------------
 
 
-class PxAP(Metric):
+class PxAP(PixelCounts):
     r"""The average precision of the pixels of all images together.
 
     Of thresholds 0, 0.001, ..., 0.999, 1 (not relative to a map's maximum),
@@ -384,37 +384,6 @@ class PxAP(Metric):
         >>> metric(maps, torch.tensor([[[True, True], [False, False]]]))
         tensor(0.8333)
     """
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    inside: Tensor
-    outside: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("inside", "outside"):
-            zeros = torch.zeros(N_THRESHOLDS + 1, dtype=torch.int64)
-            self.add_state(name, zeros, dist_reduce_fx="sum")
-
-    def update(self, maps: Tensor, masks: Tensor, ignored: Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            maps: (B, H, W) or (B, C, H, W), in [0, 1].
-            masks: (B, H, W) or (B, 1, H, W), bool: the object's pixels.
-            ignored: of the same shape, bool: pixels that do not count. None ignores none.
-
-        Raises:
-            ValueError: shapes that do not fit, maps that are not finite or not in [0, 1].
-            TypeError: masks that are not bool.
-        """
-        inside, outside = pixel_counts(maps, masks, ignored)
-        self.inside = self.inside + inside.sum(0).to(self.inside.device)
-        self.outside = self.outside + outside.sum(0).to(self.outside.device)
 
     def compute(self) -> Tensor:
         """In [0, 1]; NaN where no pixel was in a mask."""
