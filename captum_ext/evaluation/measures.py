@@ -1,178 +1,136 @@
-"""What is measured of each image and method, and how figures of a data set come of it.
+"""What is read out of the rows: figures and curves of a data set.
 
-A measure writes one cell for each image. Read again, a cell is a vector, and each figure of a data
-set is a function of the vectors' sum and their number: so a resample of the images is a weighted
-sum, for means as for MaxBoxAcc, whose threshold is chosen anew in each resample.
+What a measure takes of a row is a vector, and each figure of a data set is a function of the
+vectors' sum and their number: so a resample of the images is a weighted sum, for means as for
+MaxBoxAcc, whose threshold is chosen anew in each resample.
 """
 
-import base64
-import zlib
-from abc import ABC, abstractmethod
+import inspect
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from captum_ext._checks import check_choice, check_range
-from captum_ext._model import Forward
 from captum_ext.evaluation.examples import Prepared
-from captum_ext.imaging import min_max
+from captum_ext.evaluation.records import (
+    Array,
+    Curves,
+    Explained,
+    Ious,
+    Numbers,
+    PixelCounts,
+    Record,
+    infidelity_to_noise,
+    label_in_top,
+    of_maps,
+    of_model,
+    of_region,
+    sensitivity_to_noise,
+    unpacked,
+)
 from captum_ext.metrics import (
-    PxAP,
     average_drop,
-    box_ious,
     deletion,
     energy_pointing_game,
     increase_in_confidence,
     insertion,
     pointing_game,
     road,
+    total_variation,
 )
+from captum_ext.metrics.masks import NORMS
 from captum_ext.metrics.wsol import CONVENTIONS
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-class Explained(NamedTuple):
-    """Images of one size and their maps.
-
-    Attributes:
-        forward_func: the model.
-        images: (B, C, H, W).
-        maps: (B, H, W), finite.
-        target: (B,), int64, or None: what was explained.
-        examples: as many.
-        additional_forward_args: of the model.
-    """
-
-    forward_func: Forward
-    images: Tensor
-    maps: Tensor
-    target: Tensor | None
-    examples: Sequence[Prepared]
-    additional_forward_args: Any = None
-
-    def only(self, places: list[int]) -> "Explained":
-        """Some of them."""
-        if len(places) == len(self.examples):
-            return self
-        return self._replace(
-            images=self.images[places],
-            maps=self.maps[places],
-            target=None if self.target is None else self.target[places],
-            examples=[self.examples[place] for place in places],
-        )
+Row = Mapping[str, str]
+SHARES = np.linspace(0, 1, 101)  # at which curves of different images are averaged
+_OURS = ("show_progress", "generator")  # are evaluate's own
+_THRESHOLDS = np.arange(1000) / 1000
+_LEVELS = np.arange(1001) / 1000
 
 
 class Measure(ABC):
-    """One column of the rows, and one figure of the data set: the mean of its numbers."""
+    """One figure of the data set: the mean of its numbers, if nothing else is said.
 
-    name: ClassVar[str]
-    higher_is_better: ClassVar[bool] = True
+    Attributes:
+        name: by which it is asked for.
+        higher_is_better: or lower.
+        options: as they were given.
+        records: what it is read out of. Two measures may share one.
+        axis: what its curve is over, and its values there; None: there is no curve.
+    """
+
+    name: str
+    higher_is_better: bool = True
     options: Mapping[str, Any]
+    records: Sequence[Record]
+    axis: ClassVar[tuple[str, Array] | None] = None
 
-    def __init__(self) -> None:
-        self.options = {}
+    def columns(self) -> list[str]:
+        return [column for record in self.records for column in record.columns]
 
     def serves(self, example: Prepared) -> bool:
-        """Whether the example has the ground truth that is needed."""
-        return True
+        return all(record.serves(example) for record in self.records)
 
-    @abstractmethod
-    def cells(self, found: Explained) -> list[str]:
-        """One for each image."""
-
-    def vector(self, cell: str) -> Array:
+    def vector(self, row: Row) -> Array:
         """What is summed over images."""
-        return np.array([float(cell)])
+        return np.array([float(row[self.name])])
 
     def figure(self, sums: Array, counts: Array) -> Array:
         """Of sums (R, d) of the vectors of so many images, (R,): the figure, (R,)."""
         figures: Array = sums[:, 0] / counts
         return figures
 
-
-def numbers(values: Tensor) -> list[str]:
-    """Short and exact: a float32 read again is the same."""
-    return [f"{value:.9g}" for value in values.double().tolist()]
-
-
-def packed(values: Array) -> str:
-    """Many numbers as text, exactly."""
-    return base64.b64encode(zlib.compress(values.tobytes(), 9)).decode()
-
-
-def unpacked(text: str, kind: str) -> Array:
-    """What `packed` was given, of the kind that NumPy calls so."""
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), kind)
+    def curve(self, sums: Array, counts: Array) -> Array:
+        """Of the same: the values over `axis`, (R, n)."""
+        raise NotImplementedError
 
 
 # --- localisation --------------------------------------------------------------------------------
 
 
-class _InRegion(Measure):
-    def serves(self, example: Prepared) -> bool:
-        return example.boxes is not None or example.mask is not None
-
-    def cells(self, found: Explained) -> list[str]:
-        regions = [e.region for e in found.examples]
-        masks = torch.stack([r for r in regions if r is not None]).to(found.maps.device)
-        return numbers(self._scores(found.maps, masks))
-
-    @abstractmethod
-    def _scores(self, maps: Tensor, masks: Tensor) -> Tensor: ...
-
-
-class _Pointing(_InRegion):
+class _Pointing(Measure):
     name = "pointing_game"
 
     def __init__(self, tolerance: float = 15) -> None:
         check_range("tolerance", tolerance, 0, 1e9)
         self.options = {"tolerance": tolerance}
+        function = partial(of_region, pointing_game, self.options)
+        self.records = [Numbers(self.name, function, _region)]
 
-    def _scores(self, maps: Tensor, masks: Tensor) -> Tensor:
-        return pointing_game(maps, masks, **self.options)
 
-
-class _Energy(_InRegion):
+class _Energy(Measure):
     name = "energy"
 
-    def _scores(self, maps: Tensor, masks: Tensor) -> Tensor:
-        return energy_pointing_game(maps, masks)
+    def __init__(self) -> None:
+        self.options = {}
+        function = partial(of_region, energy_pointing_game, {})
+        self.records = [Numbers(self.name, function, _region)]
 
 
 class _MaxBoxAcc(Measure):
-    """Cells have the IoU at each threshold."""
-
     name = "max_box_acc"
     contours: ClassVar[str] = "largest"
     default: ClassVar[tuple[float, ...]] = (0.5,)
+    axis = "threshold", _THRESHOLDS
 
     def __init__(
         self, iou_thresholds: Sequence[float] | None = None, convention: str = "components"
     ) -> None:
         check_choice("convention", convention, CONVENTIONS)
-        self.convention = convention
         self.deltas = self.default if iou_thresholds is None else tuple(iou_thresholds)
         for delta in self.deltas:
             check_range("iou_thresholds", delta, 0, 1)
         if not self.deltas:
             raise ValueError("`iou_thresholds` must be at least one number.")
         self.options = {"iou_thresholds": list(self.deltas), "convention": convention}
+        self.ious = Ious(self.contours, convention)
+        self.records = [self.ious]
 
-    def serves(self, example: Prepared) -> bool:
-        return example.boxes is not None
-
-    def cells(self, found: Explained) -> list[str]:
-        boxes = [e.boxes.floor() for e in found.examples if e.boxes is not None]
-        maps = min_max(found.maps[:, None])[:, 0]
-        ious = box_ious(maps, boxes, self.contours, self.convention)
-        return [packed(each) for each in ious.cpu().numpy().astype("<f4")]
-
-    def vector(self, cell: str) -> Array:
-        ious = unpacked(cell, "<f4")
+    def vector(self, row: Row) -> Array:
+        ious = unpacked(row[self.ious.columns[0]], "<f4")
         return np.concatenate([ious >= np.float32(delta) for delta in self.deltas])
 
     def figure(self, sums: Array, counts: Array) -> Array:
@@ -180,107 +138,198 @@ class _MaxBoxAcc(Measure):
         figures: Array = best / counts
         return figures
 
+    def curve(self, sums: Array, counts: Array) -> Array:
+        accuracies: Array = sums.reshape(len(sums), len(self.deltas), -1).mean(1)
+        return accuracies / counts[:, None]
+
 
 class _MaxBoxAccV2(_MaxBoxAcc):
     name, contours, default = "max_box_acc_v2", "all", (0.3, 0.5, 0.7)
 
 
-class _PxAP(Measure):
-    """Cells have the numbers of pixels at each threshold, in the mask and outside of it."""
+class _Top1(_MaxBoxAcc):
+    """A box counts only if the model's first k answers have the label."""
 
+    name, k = "top_1_localization", 1
+
+    def __init__(
+        self, iou_thresholds: Sequence[float] | None = None, convention: str = "components"
+    ) -> None:
+        super().__init__(iou_thresholds, convention)
+        self.right = f"label_in_top_{self.k}"
+        self.records = [self.ious, Numbers(self.right, partial(label_in_top, self.k))]
+
+    def vector(self, row: Row) -> Array:
+        return super().vector(row) * float(row[self.right])
+
+
+class _Top5(_Top1):
+    name, k = "top_5_localization", 5
+
+
+class _Pixels(Measure):
+    def __init__(self) -> None:
+        self.options = {}
+        self.records = [PixelCounts()]
+
+    def vector(self, row: Row) -> Array:
+        return unpacked(row["pixel_counts"], "<i4")
+
+    @staticmethod
+    def positives(sums: Array) -> tuple[Array, Array]:
+        """True ones and false ones at or above each threshold, each (R, 1001)."""
+        levels = sums.reshape(len(sums), 2, -1)[:, :, ::-1].cumsum(2)[:, :, ::-1]
+        return levels[:, 0], levels[:, 1]
+
+
+class _PxAP(_Pixels):
     name = "pxap"
-
-    def serves(self, example: Prepared) -> bool:
-        return example.mask is not None
-
-    def cells(self, found: Explained) -> list[str]:
-        maps, device = min_max(found.maps[:, None])[:, 0], found.maps.device
-        metric = PxAP().to(device)
-        totals = [torch.stack((metric.inside, metric.outside))]
-        for values, example in zip(maps, found.examples, strict=True):
-            assert example.mask is not None
-            ignored = None if example.ignored is None else example.ignored[None].to(device)
-            metric.update(values[None], example.mask[None].to(device), ignored)
-            totals.append(torch.stack((metric.inside, metric.outside)))
-        return [packed(c) for c in torch.stack(totals).diff(dim=0).cpu().numpy().astype("<i4")]
-
-    def vector(self, cell: str) -> Array:
-        return unpacked(cell, "<i4")
+    axis = "recall", SHARES
 
     def figure(self, sums: Array, counts: Array) -> Array:
-        levels = sums.reshape(len(sums), 2, -1)[:, :, ::-1].cumsum(2)
-        precision = levels[:, 0] / np.maximum(levels.sum(1), 1)
-        recall = levels[:, 0] / levels[:, 0, -1:]
+        precision, recall = self._precision(sums)
         figures: Array = (precision * np.diff(recall, axis=1, prepend=0)).sum(1)
         return figures
 
+    def curve(self, sums: Array, counts: Array) -> Array:
+        """Precision at the first threshold, from above, that has the recall; at 0, any recall."""
+        least = np.maximum(SHARES, 1e-9)
+        found = [
+            precision[np.searchsorted(recall, least).clip(max=len(recall) - 1)]
+            for precision, recall in zip(*self._precision(sums), strict=True)
+        ]
+        return np.stack(found)
 
-# --- faithfulness --------------------------------------------------------------------------------
+    def _precision(self, sums: Array) -> tuple[Array, Array]:
+        """And recall, from the highest threshold to the lowest."""
+        right, wrong = (each[:, ::-1] for each in self.positives(sums))
+        return right / np.maximum(right + wrong, 1), right / right[:, -1:]
 
 
-class _Faithful(Measure):
+class _PxIoU(_Pixels):
+    name = "px_iou"
+    axis = "threshold", _LEVELS
+
+    def figure(self, sums: Array, counts: Array) -> Array:
+        figures: Array = self.curve(sums, counts).max(1)
+        return figures
+
+    def curve(self, sums: Array, counts: Array) -> Array:
+        right, wrong = self.positives(sums)
+        ious: Array = right / (right[:, :1] + wrong)
+        return ious
+
+
+# --- faithfulness, robustness, smoothness --------------------------------------------------------
+
+
+class _Options(Measure):
+    """The options are keywords of a function."""
+
     function: ClassVar[Callable[..., Any]]
 
     def __init__(self, **options: Any) -> None:
+        parameters = inspect.signature(type(self).function).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _OURS]
+        for option in options:
+            check_choice(f"metrics: {self.name}", option, known)
         self.options = options
 
-    def cells(self, found: Explained) -> list[str]:
-        scores = type(self).function(
-            found.forward_func,
-            found.images,
-            found.maps,
-            found.target,
-            found.additional_forward_args,
-            **self.options,
-        )
-        values = scores if isinstance(scores, Tensor) else scores[0]  # the AUC, the score
-        return numbers(values)
+
+class _Score(_Options):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.records = [Numbers(self.name, partial(of_model, type(self).function, options))]
 
 
-class _Insertion(_Faithful):
+class _Insertion(_Options):
     name, function = "insertion", insertion
+    axis = "share of the pixels", SHARES
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.records = [Curves(self.name, partial(of_model, type(self).function, options))]
+
+    def vector(self, row: Row) -> Array:
+        shares, scores = unpacked(row[f"{self.name}_curve"], "<f4").reshape(2, -1)
+        return np.concatenate((super().vector(row), np.interp(SHARES, shares, scores)))
+
+    def curve(self, sums: Array, counts: Array) -> Array:
+        return sums[:, 1:] / counts[:, None]
 
 
-class _Deletion(_Faithful):
+class _Deletion(_Insertion):
     name, function, higher_is_better = "deletion", deletion, False
 
 
-class _AverageDrop(_Faithful):
+class _Overall(Measure):
+    """Out of the records of insertion and deletion, with the options that they are given."""
+
+    name = "overall_score"
+
+    def __init__(self) -> None:
+        self.options = {}
+        self.records = [*_Insertion().records, *_Deletion().records]
+
+    def vector(self, row: Row) -> Array:
+        return np.array([float(row["insertion"]) - float(row["deletion"])])
+
+
+class _AverageDrop(_Score):
     name, function, higher_is_better = "average_drop", average_drop, False
 
 
-class _Increase(_Faithful):
+class _Increase(_Score):
     name, function = "increase_in_confidence", increase_in_confidence
 
 
-class _Road(_Faithful):
+class _Road(_Score):
     name, function = "road", road
+
+
+class _Captums(_Options):
+    higher_is_better = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.records = [Numbers(self.name, partial(type(self).function, **options))]
+
+
+class _Infidelity(_Captums):
+    name, function = "infidelity", infidelity_to_noise
+
+
+class _Sensitivity(_Captums):
+    name, function = "sensitivity_max", sensitivity_to_noise
+
+
+class _Variation(Measure):
+    name, higher_is_better = "total_variation", False
+
+    def __init__(self, norm: str = "squared") -> None:
+        check_choice("norm", norm, NORMS)
+        self.options = {"norm": norm}
+        self.records = [Numbers(self.name, partial(of_maps, total_variation, self.options))]
 
 
 # --- by name -------------------------------------------------------------------------------------
 
 
-class Custom(Measure):
-    """A function of the caller's: of `Explained` it gives a number for each image, (B,)."""
+class _Custom(Measure):
+    """A function of the caller's."""
 
-    def __init__(self, name: str, function: Callable[[Explained], Any] | None) -> None:
-        super().__init__()
-        self.name, self.function = name, function  # type: ignore[misc]
-
-    def cells(self, found: Explained) -> list[str]:
-        assert self.function is not None
-        values = torch.as_tensor(self.function(found))
-        if values.shape != (len(found.examples),) or not bool(torch.isfinite(values).all()):
-            raise ValueError(
-                f"`metrics`: {self.name} must give a finite number for each of "
-                f"{len(found.examples)} images, got {values}."
-            )
-        return numbers(values)
+    def __init__(self, name: str, function: Callable[[Explained], Any], higher: bool) -> None:
+        self.name, self.higher_is_better = name, higher
+        self.options = {"higher_is_better": higher}
+        self.records = [Numbers(name, function)]
 
 
-LOCALIZATION = (_Pointing, _Energy, _MaxBoxAcc, _MaxBoxAccV2, _PxAP)
-_FAITHFULNESS = (_Insertion, _Deletion, _AverageDrop, _Increase, _Road)
-MEASURES: Mapping[str, type[Any]] = {m.name: m for m in LOCALIZATION + _FAITHFULNESS}
+LOCALIZATION = (_Pointing, _Energy, _MaxBoxAcc, _MaxBoxAccV2, _PxAP, _PxIoU)
+_OTHERS = (
+    *(_Top1, _Top5, _Insertion, _Deletion, _Overall, _AverageDrop, _Increase, _Road),
+    *(_Infidelity, _Sensitivity, _Variation),
+)
+MEASURES: Mapping[str, type[Any]] = {m.name: m for m in LOCALIZATION + _OTHERS}
 
 
 def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
@@ -301,7 +350,7 @@ def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
             every = [kind() for kind in LOCALIZATION]
             made |= {m.name: m for m in every if any(m.serves(e) for e in known)}
         elif callable(value) and name not in MEASURES:
-            made[name] = Custom(name, value)
+            made[name] = _Custom(name, value, bool(getattr(value, "higher_is_better", True)))
         elif name in MEASURES and isinstance(value, Mapping):
             made[name] = MEASURES[name](**value)
         else:
@@ -309,6 +358,9 @@ def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
                 f"`metrics` must be names of {['localization', *MEASURES]}, with options where "
                 f"they are a mapping, or other names with functions, got {name!r}: {value!r}."
             )
+    if _Overall.name in made:
+        both = [made.get(kind.name) or kind() for kind in (_Insertion, _Deletion)]
+        made[_Overall.name].records = [record for one in both for record in one.records]
     if not made:
         raise ValueError(
             "`metrics`: the first examples of `data` have neither boxes nor masks, so that no "
@@ -318,9 +370,13 @@ def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
 
 
 def measure_of(name: str, options: Mapping[str, Any]) -> Measure:
-    """The measure that wrote a column, to read it: of the options only IoUs matter for that."""
+    """The measure of a run, to read its rows, for which only the options of boxes matter."""
     if name not in MEASURES:
-        return Custom(name, None)
+        return _Custom(name, lambda found: None, options.get("higher_is_better", True))
     kind = MEASURES[name]
     measure: Measure = kind(**options) if issubclass(kind, _MaxBoxAcc) else kind()
     return measure
+
+
+def _region(example: Prepared) -> Any:
+    return example.region

@@ -1,14 +1,16 @@
 """What came of a run: figures with intervals, paired differences, failures; a table, a picture."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from captum_ext._checks import check_choice, check_count
-from captum_ext.evaluation.measures import Array, Measure, measure_of
+from captum_ext.evaluation.measures import Measure, measure_of
+from captum_ext.evaluation.records import Array
 from captum_ext.evaluation.store import Row, Store, timings
 
 if TYPE_CHECKING:
@@ -36,6 +38,24 @@ class Estimate(NamedTuple):
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+class Band(NamedTuple):
+    """A curve and its 95% bootstrap intervals, point by point.
+
+    Attributes:
+        x: (n,).
+        value: (n,), of the images as they are.
+        low: (n,), the percentile 2.5 over the resamples.
+        high: (n,), the percentile 97.5.
+        over: what `x` is.
+    """
+
+    x: Array
+    value: Array
+    low: Array
+    high: Array
+    over: str
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a run found, by the names of methods and metrics.
@@ -51,6 +71,9 @@ class Summary:
         seconds: of each method, for one image: of the attribution, and of the metrics. They differ
             from run to run.
         higher_is_better: of each metric.
+        curves: of each method, and those metrics that have one: the score while pixels come or go,
+            averaged at 101 shares of them; the accuracy of boxes at each threshold, averaged over
+            the IoUs; precision over recall, for PxAP; the IoU of all pixels at each threshold.
     """
 
     figures: Mapping[str, Mapping[str, Estimate]]
@@ -61,6 +84,7 @@ class Summary:
     reasons: Mapping[str, str]
     seconds: Mapping[str, tuple[float, float]]
     higher_is_better: Mapping[str, bool]
+    curves: Mapping[str, Mapping[str, Band]]
 
     def markdown(self) -> str:
         """Both tables, and the failures. An asterisk is an interval without 0."""
@@ -86,15 +110,9 @@ class Summary:
 
     def figure(self) -> "Figure":
         """A matplotlib figure: for each metric, the methods with their intervals."""
-        from matplotlib.figure import Figure
-
-        metrics, names = list(self.higher_is_better), list(self.figures)
-        columns = min(len(metrics), 3)
-        lines = -(-len(metrics) // columns)
-        size = (1.5 + 3 * columns, lines * (1 + 0.3 * len(names)))
-        picture = Figure(figsize=size, layout="constrained")
-        axes = picture.subplots(lines, columns, squeeze=False, sharey=True)
-        for axis, metric in zip(axes.flat, metrics, strict=False):
+        names = list(self.figures)
+        picture, axes = _panels(list(self.higher_is_better), 1 + 0.3 * len(names), sharey=True)
+        for metric, axis in axes.items():
             for place, name in enumerate(names):
                 found = self.figures[name].get(metric)
                 if found is not None:
@@ -102,11 +120,39 @@ class Summary:
                     axis.plot(found.value, place, "o", color=f"C{place % 10}")
             better = "higher" if self.higher_is_better[metric] else "lower"
             axis.set_title(f"{metric} ({better} is better)", fontsize="small")
-            axis.grid(axis="x", alpha=0.3)
-        axes[0, 0].set_yticks(range(len(names)), names)
-        axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
-        for axis in list(axes.flat)[len(metrics) :]:
-            axis.set_visible(False)
+        first = next(iter(axes.values()))
+        first.set_yticks(range(len(names)), names)
+        first.set_ylim(len(names) - 0.5, -0.5)
+        return picture
+
+    def curves_figure(self) -> "Figure":
+        """A matplotlib figure: for each metric that has curves, those of the methods.
+
+        Raises:
+            ValueError: no metric has any.
+        """
+        metrics = [m for m in self.higher_is_better if any(m in c for c in self.curves.values())]
+        if not metrics:
+            raise ValueError(f"Of {list(self.higher_is_better)}, none has a curve.")
+        picture, axes = _panels(metrics, 2.6, sharey=False)
+        styles = ("-", "--", ":")
+        for metric, axis in axes.items():
+            for place, (name, curves) in enumerate(self.curves.items()):
+                if metric in curves:
+                    x, value, low, high, over = curves[metric]
+                    style = styles[place // 10 % len(styles)]
+                    axis.plot(x, value, style, color=f"C{place % 10}", label=name)
+                    axis.fill_between(x, low, high, color=f"C{place % 10}", alpha=0.12, lw=0)
+                    axis.set_xlabel(over, fontsize="small")
+            axis.set_title(metric, fontsize="small")
+        handles = {
+            label: handle
+            for axis in axes.values()
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        picture.legend(
+            handles.values(), handles.keys(), loc="outside right upper", fontsize="small"
+        )
         return picture
 
 
@@ -148,26 +194,25 @@ def summary(
             continue
         images[name] += 1
         for m in measures:
-            has[name, m.name][place] = bool(row[m.name])
+            has[name, m.name][place] = all(row[column] for column in m.columns())
 
     weights = _weights(n, resamples, seed)
-    sums = {
+    every = {
         (name, m.name, other): _Sums(m, weights, has[name, m.name] & has[other, m.name])
         for m in measures
         for name in names
         for other in {name, against if name != against else name, *(names * (name == against))}
         if other == name or (has[name, m.name] != has[other, m.name]).any()
     }
+    of_method = {name: [s for key, s in every.items() if key[0] == name] for name in names}
     for row in store.rows():
         if not row["failure"]:
-            for (name, metric, _), total in sums.items():
-                if name == row["method"] and row[metric]:
-                    total.add(row, metric)
-    curves = {key: total.figures() for key, total in sums.items()}
+            for total in of_method[row["method"]]:
+                total.add(row)
 
-    def curve(name: str, metric: str, other: str) -> Array:
-        found = curves.get((name, metric, other))
-        return curves[name, metric, name] if found is None else found
+    def of(name: str, metric: str, other: str) -> Array:
+        found = every.get((name, metric, other), every[name, metric, name])
+        return found.figures()
 
     figures: dict[str, dict[str, Estimate]] = {name: {} for name in names}
     differences: dict[str, dict[str, Estimate]] = {n: {} for n in names if n != against}
@@ -176,9 +221,9 @@ def summary(
             mine = has[name, m.name]
             both = mine & has[against, m.name]
             if mine.any():
-                figures[name][m.name] = _estimate(curve(name, m.name, name), mine)
+                figures[name][m.name] = _estimate(of(name, m.name, name), mine)
             if name != against and both.any():
-                less = curve(name, m.name, against) - curve(against, m.name, name)
+                less = of(name, m.name, against) - of(against, m.name, name)
                 differences[name][m.name] = _estimate(less, both)
     return Summary(
         figures,
@@ -189,6 +234,14 @@ def summary(
         {name: why for name, (_, why) in reasons.items()},
         timings(output),
         {m.name: m.higher_is_better for m in measures},
+        {
+            name: {
+                m.name: every[name, m.name, name].band()
+                for m in measures
+                if m.axis is not None and has[name, m.name].any()
+            }
+            for name in names
+        },
     )
 
 
@@ -200,10 +253,10 @@ class _Sums:
         self.sums: Array | None = None
         self.waiting: list[tuple[int, Array]] = []
 
-    def add(self, row: Row, column: str) -> None:
+    def add(self, row: Row) -> None:
         place = int(row["index"])
         if self.images[place]:
-            self.waiting.append((place, self.measure.vector(row[column])))
+            self.waiting.append((place, self.measure.vector(row)))
             if len(self.waiting) == _CHUNK:
                 self._sum()
 
@@ -212,9 +265,25 @@ class _Sums:
         self._sum()
         if self.sums is None:
             return np.full(len(self.weights), np.nan)
-        counts = self.weights[:, self.images].sum(1, dtype=np.int64)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return self.measure.figure(self.sums, counts.astype(float))
+            return self.measure.figure(self.sums, self.counts)
+
+    def band(self) -> Band:
+        self._sum()
+        assert self.sums is not None
+        assert self.measure.axis is not None
+        over, x = self.measure.axis
+        with np.errstate(divide="ignore", invalid="ignore"):
+            curves = self.measure.curve(self.sums, self.counts)
+        spread = curves[1:][np.isfinite(curves[1:]).all(1)]
+        low, high = np.percentile(spread, [2.5, 97.5], axis=0) if len(spread) else curves[[0, 0]]
+        return Band(x, curves[0], low, high, over)
+
+    @cached_property
+    def counts(self) -> Array:
+        """Of images in each resample."""
+        found: Array = self.weights[:, self.images].sum(1, dtype=np.int64).astype(float)
+        return found
 
     def _sum(self) -> None:
         if self.waiting:
@@ -246,6 +315,23 @@ def _shown(found: Estimate | None, star: bool = False) -> str:
     if found is None:
         return ""
     return f"{found}{' *' if star and not found.low <= 0 <= found.high else ''}"
+
+
+def _panels(
+    metrics: Sequence[str], height: float, *, sharey: bool
+) -> tuple["Figure", dict[str, Any]]:
+    """A figure, and its axes by the metrics' names."""
+    from matplotlib.figure import Figure
+
+    columns = min(len(metrics), 3)
+    lines = -(-len(metrics) // columns)
+    picture = Figure(figsize=(1.5 + 3 * columns, lines * height), layout="constrained")
+    axes = list(picture.subplots(lines, columns, squeeze=False, sharey=sharey).flat)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    for axis in axes[len(metrics) :]:
+        axis.set_visible(False)
+    return picture, dict(zip(metrics, axes, strict=False))
 
 
 def _table(head: list[str], rows: Iterable[list[Any]]) -> str:

@@ -21,7 +21,8 @@ from captum_ext._model import Forward, floating_type, random_numbers, root_modul
 from captum_ext.attr import UpsampleWrapper
 from captum_ext.attr.fcam import fingerprint
 from captum_ext.evaluation.examples import Blocks, Failure, Prepared, is_the_machines, reason
-from captum_ext.evaluation.measures import Explained, Measure, make_measures
+from captum_ext.evaluation.measures import make_measures
+from captum_ext.evaluation.records import Explained, Record
 from captum_ext.evaluation.results import Summary, summary
 from captum_ext.evaluation.store import Store, Unit, Writer
 from captum_ext.fcam.guides import wrapped
@@ -30,7 +31,7 @@ from captum_ext.fcam.views import IMAGENET, digest, hash_of
 from captum_ext.metrics.localization import checked_maps
 
 TARGETS = ("label", "predicted")
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files
 _PATIENCE = timedelta(days=30)  # of a process that has finished, with the others
 _FIRST = 64  # examples in which ground truth is looked for
 
@@ -63,7 +64,7 @@ class Work(NamedTuple):
     """What each process has in hand."""
 
     methods: Sequence[Method]
-    measures: Sequence[Measure]
+    records: Sequence[Record]
     blocks: Blocks
     store: Store
     target: Target
@@ -113,12 +114,17 @@ def evaluate(
             (picture, label, boxes). Pictures are PIL images or tensors (C, H, W) of bytes or of
             floats in [0, 1]; boxes are (x1, y1, x2, y2) in the picture's pixels, half-open.
         metrics: "localization" (None, too) is what the ground truth allows of "pointing_game",
-            "energy", "max_box_acc", "max_box_acc_v2" and "pxap"; further ones are "insertion",
-            "deletion", "average_drop", "increase_in_confidence" and "road", which cost forward
-            passes. One or more of these names, or a mapping from them to their options:
-            ``{"localization": {}, "insertion": {"step": 0.1}}``. Other names map to functions of
-            `Explained` that give a number for each image. The pointing game and the energy take
-            boxes, and masks where there are none. Maps are min-maxed for the boxes and for PxAP.
+            "energy", "max_box_acc", "max_box_acc_v2", "pxap" and "px_iou". Further ones cost passes
+            of the model: "top_1_localization" and "top_5_localization" (boxes count only where the
+            model is right), "insertion", "deletion", "overall_score" (out of the rows of both),
+            "average_drop", "increase_in_confidence", "road", and Captum's "infidelity" (to Gaussian
+            `noise` of 0.1) and "sensitivity_max", which explains each image anew eleven times.
+            "total_variation" takes only the map. One or more of these names, or a mapping from them
+            to their options: ``{"localization": {}, "insertion": {"step": 0.1}}``. Other names map
+            to functions of `Explained` that give a number for each image; an attribute
+            `higher_is_better` of the function, where there is one, says which way is up. The
+            pointing game and the energy take boxes, and masks where there are none. Maps are
+            min-maxed for boxes and pixels.
         output: a folder, which all processes share.
         size: (H, W) that pictures are brought to, or one number for both; maps, boxes and masks are
             in these pixels. None leaves pictures as they are, and explains those of one size
@@ -184,9 +190,13 @@ def evaluate(
         "seed": seed,
         "methods": {method.name: _about(method) for method in every},
         "metrics": {m.name: {k: _plain(v) for k, v in m.options.items()} for m in measures},
+        "columns": {m.name: m.columns() for m in measures},
     }
     store = Store(output, settings)
-    work = Work(every, measures, blocks, store, target, seed, num_workers, show_progress)
+    records = {r.columns: r for m in measures for r in m.records}  # of several measures, once
+    work = Work(
+        every, list(records.values()), blocks, store, target, seed, num_workers, show_progress
+    )
     if devices == 1 and num_nodes == 1:
         run(work, what_is_left(work))
     else:
@@ -319,13 +329,16 @@ def _explained(
                 chosen,
                 [examples[place] for place in good],
                 extra,
+                maps.detach()[good],
+                method.attribution,
+                method.kwargs,
             )
-            for measure in work.measures:
-                served = [i for i, e in enumerate(found.examples) if measure.serves(e)]
+            for record in work.records:
+                served = [i for i, e in enumerate(found.examples) if record.serves(e)]
                 if served:
-                    cells = measure.cells(found.only(served))
-                    for i, cell in zip(served, cells, strict=True):
-                        rows[good[i]][measure.name] = cell
+                    cells = record.cells(found.only(served))
+                    for i, each in zip(served, cells, strict=True):
+                        rows[good[i]] |= zip(record.columns, each, strict=True)
         seconds[1] += _now(device) - middle
     return rows
 

@@ -12,7 +12,9 @@ off by the process that goes on with the file, and by nobody else.
 """
 
 import csv
+import errno
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +23,13 @@ from typing import Any, NamedTuple
 
 from captum_ext.fcam.stored import changes
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 SETTINGS = "settings.json"
-COLUMNS = ("index", "name", "method", "label", "target", "failure")  # and one for each measure
+COLUMNS = ("index", "name", "method", "label", "target", "failure")  # and those of the metrics
 TIMINGS = ("batch", "method", "images", "attribution_s", "metrics_s", "device")
 
 Row = dict[str, str]
@@ -41,7 +48,7 @@ class Store:
     Args:
         folder: made if it is not there.
         settings: those of the run, in plain types: "examples", "batch_size", "methods" and
-            "metrics" at least.
+            "columns", of each metric, at least.
 
     Raises:
         ValueError: the folder has the rows of other settings.
@@ -71,7 +78,8 @@ class Store:
             unfinished = self.folder / f"{SETTINGS}.{os.getpid()}.partial"
             unfinished.write_text(json.dumps(self.settings, indent=1) + "\n")
             unfinished.replace(file)
-        self.columns = (*COLUMNS, *self.settings["metrics"])
+        own = itertools.chain(*self.settings["columns"].values())
+        self.columns = (*COLUMNS, *dict.fromkeys(own))  # of several metrics, once
 
     @classmethod
     def read(cls, folder: str | Path) -> "Store":
@@ -178,11 +186,25 @@ def _rows_files(folder: Path) -> list[Path]:
 def _opened(file: Path, end: int, columns: Sequence[str]) -> io.BufferedWriter:
     """A file to append to, no longer than its first `end` bytes."""
     opened = file.open("ab")
+    if not _is_ours(opened):
+        opened.close()
+        raise RuntimeError(f"`output`: another process is writing to {file}.")
     opened.truncate(end)
     if end == 0:
         opened.write(_line(columns))
         opened.flush()
     return opened
+
+
+def _is_ours(opened: io.BufferedWriter) -> bool:
+    """Lock a file until it is closed, or the process ends; True where files cannot be locked."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def _line(cells: Sequence[Any]) -> bytes:

@@ -57,6 +57,8 @@ class Of(Attribution):
         self.function = function
 
     def attribute(self, inputs, target=None):
+        if isinstance(inputs, tuple):
+            return (self.attribute(inputs[0]),)
         if self.function is not None:
             return self.function(inputs)
         return inputs[:, :1].expand_as(inputs).contiguous()

@@ -24,9 +24,14 @@ from captum_ext.imaging import min_max
 from captum_ext.metrics import (
     MaxBoxAcc,
     PxAP,
+    PxIoU,
+    box_ious,
     boxes_to_masks,
+    deletion,
     energy_pointing_game,
+    in_top_k,
     insertion,
+    total_variation,
 )
 from tests.evaluation.subjects import Boxes, Of, lines, network, three_methods
 
@@ -67,8 +72,12 @@ def test_figures_are_those_of_the_metrics(tmp_path):
     auc = insertion(model, images, maps, [e.target for e in data], step=0.25).auc
     assert figures["insertion"] == pytest.approx(auc.mean().item())
     assert list(figures) == [
-        *("pointing_game", "energy", "max_box_acc", "max_box_acc_v2", "pxap", "insertion")
+        *("pointing_game", "energy", "max_box_acc", "max_box_acc_v2", "pxap", "px_iou"),
+        "insertion",
     ]
+    px_iou = PxIoU()
+    px_iou.update(maps, masks, ignored)
+    assert figures["px_iou"] == pytest.approx(px_iou.compute().item())
     # Of each image to the last bit.
     stored = np.array([row["insertion"] for row in rows(tmp_path / "new/run")], np.float32)
     wanted = [
@@ -78,6 +87,119 @@ def test_figures_are_those_of_the_metrics(tmp_path):
         for i, k in ((0, 3), (3, 3), (6, 1))
     ]
     assert np.array_equal(stored, torch.cat(wanted).numpy())
+
+
+def test_top_1_and_top_5_count_boxes_where_the_model_is_right(tmp_path):
+    """The model's answer is the first pixel: 0 to 9, and then the classes that follow."""
+
+    def model(x):
+        first = (10 * x[:, 0, 0, 0]).long()[:, None]
+        return -((torch.arange(10) - first) % 10).float()
+
+    data = Boxes(12)
+    names = ["max_box_acc", "top_1_localization", "top_5_localization"]
+    metrics = {name: {"iou_thresholds": [0.1]} for name in names}
+    found = evaluate({"a": Of(model)}, data, metrics, output=tmp_path, **QUIET).figures["a"]
+    images, target = torch.stack([e.image for e in data]), torch.tensor([e.target for e in data])
+    seen = {}
+    for k in (1, 5, 10):
+        right, metric = in_top_k(model(images), target, k), MaxBoxAcc((0.1,))
+        metric.update(min_max(images[:, :1])[:, 0], [e.boxes for e in data], right)
+        seen[k] = metric.compute().item()
+    assert 0 < seen[1] < seen[5] < seen[10]
+    assert [each.value for each in found.values()] == pytest.approx([seen[10], seen[1], seen[5]])
+
+
+def test_the_overall_score_is_read_out_of_insertion_and_deletion(tmp_path):
+    model, data = network(), Boxes()
+    options = {"insertion": {"step": 0.5}, "overall_score": {}}
+    found = evaluate({"a": Of(model)}, data, options, output=tmp_path / "a", **QUIET)
+    images = torch.stack([e.image for e in data])
+    target = [e.target for e in data]
+    first = insertion(model, images, images[:, 0], target, step=0.5)
+    second = deletion(model, images, images[:, 0], target)
+    wanted = (first.auc - second.auc).mean().item()
+    assert found.figures["a"]["overall_score"].value == pytest.approx(wanted, abs=1e-6)
+    assert "deletion" in rows(tmp_path / "a")[0]
+    alone = evaluate({"a": Of(model)}, data, "overall_score", output=tmp_path / "b", **QUIET)
+    assert list(alone.figures["a"]) == ["overall_score"]
+    assert alone.figures["a"]["overall_score"].value != pytest.approx(wanted, abs=1e-6)
+
+
+def test_infidelity_and_sensitivity_are_captums(tmp_path):
+    """Of a linear model, weights explain noise exactly, and are the same beside it."""
+    torch.manual_seed(0)
+    weights = torch.randn(3, 8, 8)
+
+    def linear(x):
+        return (x * weights).sum((1, 2, 3))[:, None]
+
+    methods = {
+        "weights": Of(linear, lambda x: weights.expand_as(x)),
+        "twice": Of(linear, lambda x: 2 * weights.expand_as(x)),
+        "image": Of(linear, lambda x: x),
+    }
+    metrics = {
+        "infidelity": {"noise": 0.5, "normalize": False},
+        "sensitivity_max": {"perturb_radius": 0.1, "n_perturb_samples": 5},
+        "total_variation": {"norm": "absolute"},
+    }
+    found = evaluate(methods, Boxes(), metrics, output=tmp_path, **QUIET, target=lambda example: 0)
+    figures = found.figures
+    assert figures["weights"]["infidelity"].value == pytest.approx(0, abs=1e-9)
+    # (2 w d - w d)^2, on average the variance of the noise by |w|^2.
+    assert 0.5 < figures["twice"]["infidelity"].value / (0.25 * weights.square().sum()) < 2
+    assert figures["twice"]["sensitivity_max"].value == 0
+    images = torch.stack([e.image for e in Boxes()])
+    bound = 0.1 * (images[0].numel() ** 0.5 / images.flatten(1).norm(dim=1)).mean()
+    assert 0.5 * bound < figures["image"]["sensitivity_max"].value < bound
+    wanted = total_variation(images, "absolute").mean().item()
+    assert figures["image"]["total_variation"].value == pytest.approx(wanted)
+    assert not any(found.higher_is_better.values())
+    with pytest.raises(ValueError, match="metrics: infidelity"):
+        evaluate(methods, Boxes(), {"infidelity": {"nose": 1}}, output=tmp_path / "b", **QUIET)
+
+
+def test_curves_are_those_of_the_metrics(tmp_path):
+    model, data = network(), Boxes()
+    metrics = {"insertion": {"step": 0.25}, "deletion": {"step": 5}}
+    metrics |= {"max_box_acc": {"iou_thresholds": [0.1]}, "max_box_acc_v2": {}}
+    metrics |= {"pxap": {}, "px_iou": {}, "energy": {}}
+    found = evaluate({"a": Of(model)}, data, metrics, output=tmp_path, **QUIET)
+    curves = found.curves["a"]
+    assert list(curves) == list(metrics)[:-1]
+    images, boxes = torch.stack([e.image for e in data]), [e.boxes for e in data]
+    masks, ignored = (torch.stack([getattr(e, n) for e in data]) for n in ("mask", "ignored"))
+    maps, target = min_max(images[:, :1])[:, 0], [e.target for e in data]
+    for name, function in (("insertion", insertion), ("deletion", deletion)):
+        curve = function(model, images, maps, target, **metrics[name])
+        wanted = [np.interp(np.arange(101) / 100, curve.shares, each) for each in curve.scores]
+        np.testing.assert_allclose(curves[name].value, np.mean(wanted, axis=0), atol=1e-6)
+    for name, contours in (("max_box_acc", "largest"), ("max_box_acc_v2", "all")):
+        deltas = (0.3, 0.5, 0.7) if contours == "all" else (0.1,)
+        ious = box_ious(maps, boxes, contours)
+        wanted = torch.stack([(ious >= delta).double().mean(0) for delta in deltas]).mean(0)
+        np.testing.assert_allclose(curves[name].value, wanted)
+        assert curves[name].value.max() > 0
+    metric = PxIoU()
+    metric.update(maps, masks, ignored)
+    np.testing.assert_allclose(curves["px_iou"].value, metric.curve(), atol=1e-6)
+    total = (masks & ~ignored).sum()
+    for place in range(101):
+        for cut in reversed(range(1001)):
+            shown = (maps >= cut / 1000) & ~ignored
+            right = (shown & masks).sum()
+            if right > 0 and right / total >= place / 100 - 1e-9:
+                break
+        assert curves["pxap"].value[place] == pytest.approx((right / shown.sum()).item()), place
+    for band in curves.values():
+        assert (band.low <= band.high).all()
+        assert (band.low <= band.value + 1e-9).mean() > 0.95
+    titles = [axis.get_title() for axis in found.curves_figure().axes]
+    assert titles == list(metrics)[:-1]
+    other = evaluate({"a": Of(model)}, data, "energy", output=tmp_path / "other", **QUIET)
+    with pytest.raises(ValueError, match="none has a curve"):
+        other.curves_figure()
 
 
 def test_intervals_are_those_of_resampled_data_sets(tmp_path):
@@ -241,6 +363,27 @@ def test_killed_at_ten_random_moments(tmp_path):
     assert sizes[0] < sizes[-1] < (tmp_path / "whole" / "rows.csv").stat().st_size
     _run(folder, 0)
     assert lines(folder) == wanted
+
+
+def test_two_runs_at_once_in_one_folder_are_an_error(tmp_path):
+    start = multiprocessing.get_context("spawn")
+    options = {"output": tmp_path, **QUIET, "batch_size": 1}
+    other = start.Process(
+        target=evaluate,
+        args=({"a": Of(network())}, Boxes(200, pause=0.05), "energy"),
+        kwargs=options,
+    )
+    other.start()
+    try:
+        while not list(tmp_path.glob("rows.csv")):
+            time.sleep(0.05)
+        with pytest.raises(RuntimeError, match="`output`: another process is writing"):
+            evaluate({"a": Of(network())}, Boxes(200), "energy", **options)
+    finally:
+        other.kill()
+        other.join()
+    found = evaluate({"a": Of(network())}, Boxes(200), "energy", **options)  # as soon as it is gone
+    assert found.images == {"a": 200}
 
 
 def test_rows_of_another_run_are_an_error(tmp_path):
@@ -550,8 +693,8 @@ def test_ground_truth_follows_the_picture_to_its_size(tmp_path):
         )
         found = rows(tmp_path / name)
         assert [row["failure"] for row in found] == [""] * 4
-        assert [row["max_box_acc"] != "" for row in found] == [True, False, False, True]
-        assert [row["pxap"] != "" for row in found] == [False, False, True, False]
+        assert [row["ious_largest_components"] != "" for row in found] == [True, False, False, True]
+        assert [row["pixel_counts"] != "" for row in found] == [False, False, True, False]
         assert found[1]["energy"] == ""
         energies = [float(found[i]["energy"]) for i in (0, 2, 3)]
         assert min(energies) > (0.999 if name == "own" else 0.8)
