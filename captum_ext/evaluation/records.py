@@ -183,8 +183,8 @@ def of_model(function: Callable[..., Any], options: Options, found: Explained) -
 
 
 def of_maps(function: Callable[..., Any], options: Options, found: Explained) -> Any:
-    """What a function of the maps alone says."""
-    return function(found.maps, **options)
+    """What a function of the maps alone says, scaled to [0, 1]."""
+    return function(_scaled(found.maps), **options)
 
 
 def label_in_top(k: int, found: Explained) -> Tensor:
@@ -198,9 +198,14 @@ def label_in_top(k: int, found: Explained) -> Tensor:
 
 
 def infidelity_to_noise(
-    found: Explained, *, noise: float = 0.1, n_perturb_samples: int = 10, normalize: bool = True
+    found: Explained,
+    *,
+    noise: float = 0.1,
+    perturb_func: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    n_perturb_samples: int = 10,
+    normalize: bool = True,
 ) -> Tensor:
-    """`captum.metrics.infidelity`, of Gaussian noise."""
+    """`captum.metrics.infidelity`, of Gaussian noise if there is no other `perturb_func`."""
 
     def perturbed(images: Tensor) -> tuple[Tensor, Tensor]:
         change = noise * torch.randn_like(images)
@@ -208,7 +213,7 @@ def infidelity_to_noise(
 
     values: Tensor = infidelity(
         found.forward_func,
-        perturbed,
+        perturbed if perturb_func is None else perturb_func,
         found.images,
         found.attributions.expand_as(found.images),
         additional_forward_args=found.additional_forward_args,

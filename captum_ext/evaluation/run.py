@@ -118,13 +118,14 @@ def evaluate(
             of the model: "top_1_localization" and "top_5_localization" (boxes count only where the
             model is right), "insertion", "deletion", "overall_score" (out of the rows of both),
             "average_drop", "increase_in_confidence", "road", and Captum's "infidelity" (to Gaussian
-            `noise` of 0.1) and "sensitivity_max", which explains each image anew eleven times.
-            "total_variation" takes only the map. One or more of these names, or a mapping from them
+            `noise` of 0.1, or a `perturb_func`; normalised, since maps have scales of their own)
+            and "sensitivity_max", which explains each image anew eleven times. "total_variation"
+            takes only the map. One or more of these names, or a mapping from them
             to their options: ``{"localization": {}, "insertion": {"step": 0.1}}``. Other names map
             to functions of `Explained` that give a number for each image; an attribute
             `higher_is_better` of the function, where there is one, says which way is up. The
             pointing game and the energy take boxes, and masks where there are none. Maps are
-            min-maxed for boxes and pixels.
+            min-maxed for boxes, pixels and the total variation.
         output: a folder, which all processes share.
         size: (H, W) that pictures are brought to, or one number for both; maps, boxes and masks are
             in these pixels. None leaves pictures as they are, and explains those of one size

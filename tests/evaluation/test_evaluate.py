@@ -126,6 +126,10 @@ def test_the_overall_score_is_read_out_of_insertion_and_deletion(tmp_path):
     assert alone.figures["a"]["overall_score"].value != pytest.approx(wanted, abs=1e-6)
 
 
+def whole_image(images):
+    return images, torch.zeros_like(images)
+
+
 def test_infidelity_and_sensitivity_are_captums(tmp_path):
     """Of a linear model, weights explain noise exactly, and are the same beside it."""
     torch.manual_seed(0)
@@ -153,9 +157,21 @@ def test_infidelity_and_sensitivity_are_captums(tmp_path):
     images = torch.stack([e.image for e in Boxes()])
     bound = 0.1 * (images[0].numel() ** 0.5 / images.flatten(1).norm(dim=1)).mean()
     assert 0.5 * bound < figures["image"]["sensitivity_max"].value < bound
-    wanted = total_variation(images, "absolute").mean().item()
+    wanted = total_variation(min_max(images.sum(1, keepdim=True)), "absolute").mean().item()
     assert figures["image"]["total_variation"].value == pytest.approx(wanted)
     assert not any(found.higher_is_better.values())
+    options = {"perturb_func": whole_image, "normalize": False}
+    hidden = evaluate(
+        methods,
+        Boxes(),
+        {"infidelity": options},
+        output=tmp_path / "h",
+        **QUIET,
+        target=lambda example: 0,
+    )
+    assert hidden.figures["weights"]["infidelity"].value == pytest.approx(0, abs=1e-9)
+    wanted = (images * weights).sum((1, 2, 3)).square().mean().item()  # (2 w x - w x)^2
+    assert hidden.figures["twice"]["infidelity"].value == pytest.approx(wanted, rel=1e-4)
     with pytest.raises(ValueError, match="metrics: infidelity"):
         evaluate(methods, Boxes(), {"infidelity": {"nose": 1}}, output=tmp_path / "b", **QUIET)
 
