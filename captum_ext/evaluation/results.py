@@ -1,7 +1,7 @@
 """What came of a run: figures with intervals, paired differences, failures; a table, a picture."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -85,6 +85,26 @@ class Summary:
     seconds: Mapping[str, tuple[float, float]]
     higher_is_better: Mapping[str, bool]
     curves: Mapping[str, Mapping[str, Band]]
+
+    def only(self, *metrics: str) -> "Summary":
+        """The same of some metrics, in this order.
+
+        Raises:
+            ValueError: a metric that the run does not have.
+        """
+        for metric in metrics:
+            check_choice("metrics", metric, self.higher_is_better)
+
+        def some(found: Mapping[str, Any]) -> dict[str, Any]:
+            return {metric: found[metric] for metric in metrics if metric in found}
+
+        return replace(
+            self,
+            figures={name: some(each) for name, each in self.figures.items()},
+            differences={name: some(each) for name, each in self.differences.items()},
+            higher_is_better=some(self.higher_is_better),
+            curves={name: some(each) for name, each in self.curves.items()},
+        )
 
     def markdown(self) -> str:
         """Both tables, and the failures. An asterisk is an interval without 0."""

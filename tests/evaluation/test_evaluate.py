@@ -306,6 +306,11 @@ def test_the_tables_and_the_picture(tmp_path):
     drawn = {float(line.get_xdata()[0]) for line in axes[0].lines if line.get_marker() == "o"}
     assert drawn == {each["energy"].value for each in found.figures.values()}
     assert all(a > 0 and m > 0 for a, m in found.seconds.values())
+    one = found.only("deletion")
+    assert one.markdown().startswith("| method | deletion ↓ | images |")
+    assert [axis.get_title() for axis in one.curves_figure().axes] == ["deletion"]
+    with pytest.raises(ValueError, match="`metrics` must be one of"):
+        found.only("deletions")
     targets = network()(torch.stack([e.image for e in Boxes()])).argmax(1)
     assert [int(row["target"]) for row in rows(tmp_path)] == targets.repeat(2).tolist()
     assert [row["label"] for row in rows(tmp_path)] == list("0120120") * 2
