@@ -116,7 +116,10 @@ def described(guide: Attribution, classifier: Module) -> str:
     """A guide with its layers and plain options, and those of the method that it wraps."""
     names = {module: name for name, module in classifier.named_modules()}
     options = []
+    captums = type(guide).__module__.partition(".")[0] == "captum"
     for name, value in sorted(vars(guide).items()):
+        if captums and name.startswith("_"):  # no options, and Occlusion's change as it is called
+            continue
         values = value if isinstance(value, list | tuple) else [value]
         if all(isinstance(one, int | float | str | None) for one in values):
             options.append(f"{name}={value!r}")

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from captum.attr import IntegratedGradients, LayerGradCam, NoiseTunnel, Saliency
+from captum.attr import IntegratedGradients, LayerGradCam, NoiseTunnel, Occlusion, Saliency
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -442,6 +442,18 @@ def test_rows_of_another_run_are_an_error(tmp_path):
     assert (tmp_path / "rows.csv").read_bytes() == whole
     with pytest.raises(FileNotFoundError):
         summary(tmp_path / "nothing")
+
+
+def test_a_method_that_was_called_before_is_the_same_method(tmp_path):
+    """Captum's Occlusion notes in itself that it has been called."""
+    method = Occlusion(network())
+    options = {"sliding_window_shapes": (3, 4, 4), "strides": (3, 2, 2)}
+    methods = {"occlusion": (method, options)}
+    first = evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
+    assert evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET).figures == first.figures
+    with pytest.raises(ValueError, match="rows of another run: methods: occlusion"):
+        options["strides"] = (3, 1, 1)
+        evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
 
 
 def test_the_order_of_metrics_and_methods_is_no_other_run(tmp_path):
