@@ -451,8 +451,8 @@ def test_a_method_that_was_called_before_is_the_same_method(tmp_path):
     methods = {"occlusion": (method, options)}
     first = evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
     assert evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET).figures == first.figures
+    options["strides"] = (3, 1, 1)
     with pytest.raises(ValueError, match="rows of another run: methods: occlusion"):
-        options["strides"] = (3, 1, 1)
         evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
 
 
