@@ -1,22 +1,20 @@
 """Metrics of attributions: plain functions, and torchmetrics classes over them."""
 
 from captum_ext.metrics.boxes import best_box_iou, box_from_map, center_gaussian, in_top_k
-from captum_ext.metrics.faithfulness import (
+from captum_ext.metrics.confidence import (
     AverageDrop,
+    IncreaseInConfidence,
+    average_drop,
+    increase_in_confidence,
+)
+from captum_ext.metrics.curves import (
     Curve,
     Deletion,
-    IncreaseInConfidence,
     Insertion,
     OverallScore,
-    Road,
-    RoadScores,
-    average_drop,
     deletion,
-    increase_in_confidence,
     insertion,
-    linear_imputation,
     overall_score,
-    road,
 )
 from captum_ext.metrics.localization import (
     EnergyPointingGame,
@@ -28,6 +26,7 @@ from captum_ext.metrics.localization import (
 )
 from captum_ext.metrics.masks import mask_iou, total_variation
 from captum_ext.metrics.pixels import PxIoU, pixel_counts, pixel_iou
+from captum_ext.metrics.road import Road, RoadScores, linear_imputation, road
 from captum_ext.metrics.wsol import MaxBoxAcc, PxAP, box_ious
 
 __all__ = [

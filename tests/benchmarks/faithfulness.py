@@ -39,7 +39,8 @@ from captum_ext.metrics import (
     overall_score,
     road,
 )
-from captum_ext.metrics.faithfulness import PERCENTILES, STEP, _laplacian
+from captum_ext.metrics.curves import STEP
+from captum_ext.metrics.road import PERCENTILES, _laplacian
 from tests.benchmarks.measuring import (
     MEBI,
     Calls,

@@ -1,0 +1,294 @@
+"""Insertion and deletion: the score while an image's pixels come or go, and the area under it."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from captum_ext._compat import TargetType
+from captum_ext._model import Forward, Score, Tensors, untouched
+from captum_ext.infill import Baselines, Infill
+from captum_ext.metrics.faithfulness import Means, Trial
+
+STEP = 1 / 28  # of the pixels: 224 x 8 of 224 x 224
+
+
+class Curve(NamedTuple):
+    """The score of each image, while its pixels come or go.
+
+    Attributes:
+        auc: (B,): the area under the curve, by the trapezoidal rule; the mean score.
+        scores: (B, n): at each share.
+        shares: (n,), from 0 to 1: of the pixels that were inserted, or deleted.
+    """
+
+    auc: Tensor
+    scores: Tensor
+    shares: Tensor
+
+
+class OverallScore(NamedTuple):
+    """Insertion less deletion.
+
+    Attributes:
+        score: (B,): `insertion.auc - deletion.auc`.
+        insertion: its curve.
+        deletion: its curve.
+    """
+
+    score: Tensor
+    insertion: Curve
+    deletion: Curve
+
+
+def insertion(
+    forward_func: Forward,
+    inputs: Tensor | Tensors,
+    attributions: Tensor | Tensors,
+    target: TargetType = None,
+    additional_forward_args: Any = None,
+    *,
+    baselines: Baselines = "blur",
+    step: float = STEP,
+    score: Score = "softmax",
+    generator: Generator | None = None,
+    internal_batch_size: int | None = None,
+    show_progress: bool = False,
+) -> Curve:
+    r"""How soon the score comes up when an image's pixels come back, the most relevant first.
+
+    With :math:`x_k` the baseline in which the k pixels of highest attribution are the image's,
+
+    .. math:: \operatorname{AUC} = \int_0^1 S(x_{\lfloor u H W \rceil}) \, du
+
+    by the trapezoidal rule over the steps (Petsiuk et al., "RISE", 2018). The higher, the better.
+    The first point is the bare baseline, the last the image itself. Any strictly increasing
+    function of the map gives the same.
+
+    Published settings: SESS and Group-CAM blur by `partial(infill.gaussian, sigma=50.0,
+    kernel_size=51)`, RISE by `sigma=5.0, kernel_size=11`; both step by 224 x 8 pixels of 224 x 224.
+    Their last step counts fully where it is shorter; ours by its length.
+
+    Args:
+        forward_func: the model; it gives logits, classes in dimension 1.
+        inputs: images (B, C, H, W), or a tuple of one such tensor.
+        attributions: (B, C, H, W) or (B, H, W); see `captum_ext.metrics.faithfulness`.
+        target: as in Captum; one for each image. The literature takes the model's first answer.
+        additional_forward_args: as in Captum. Tensors with an entry for each image follow it, all
+            else is handed on as it is.
+        baselines: what is there before a pixel comes: "blur" (10 pixels for 224), a number, a
+            tensor, "mean", "zeros", "local", "noise", or a callable; see
+            `captum_ext.infill.Infill`.
+        step: pixels at a time: an int is a number of pixels, a float a share of the image's. 1/28
+            (RISE, SESS: 1792 of 50176).
+        score: "softmax" (RISE), "sigmoid", "logit" (the output as it is) or a callable of it.
+        generator: of the order of equal pixels, and of "noise"; on the images' device. None is a
+            fixed order, and touches no global random state.
+        internal_batch_size: pictures in one pass of the model. None is 16 on a CPU and 64
+            elsewhere. Memory does not grow with the number of steps.
+        show_progress: whether to draw a progress bar.
+
+    Raises:
+        ValueError: images, attributions, an infill or an option that do not fit or are not finite;
+            scores that are not one number for each picture, or not finite.
+        TypeError: attributions, an infill, a generator or outputs of another type.
+        AssertionError: a target that does not select one score for each image, as in Captum.
+
+    Reference:
+        Petsiuk et al., https://arxiv.org/abs/1806.07421
+
+    Example:
+        >>> image, weights = torch.ones(1, 1, 2, 2), torch.tensor([[4.0, 3.0], [2.0, 1.0]])
+        >>> model = lambda x: (x * weights).sum((1, 2, 3))
+        >>> found = insertion(model, image, weights[None], baselines=0, step=1, score="logit")
+        >>> found.scores, found.auc  # the most relevant pixels first
+        (tensor([[ 0.,  4.,  7.,  9., 10.]]), tensor([6.2500]))
+    """
+    trial = Trial(forward_func, inputs, target, additional_forward_args, score, internal_batch_size)
+    ranks, infill = trial.ranks(attributions, generator), trial.infill(baselines, generator)
+    counts = _counts(step, ranks[0].numel())
+    with torch.no_grad(), untouched(forward_func):
+        return _inserted(trial, ranks, infill, counts, show_progress)
+
+
+def deletion(
+    forward_func: Forward,
+    inputs: Tensor | Tensors,
+    attributions: Tensor | Tensors,
+    target: TargetType = None,
+    additional_forward_args: Any = None,
+    *,
+    baselines: Baselines = "zeros",
+    step: float = STEP,
+    score: Score = "softmax",
+    generator: Generator | None = None,
+    internal_batch_size: int | None = None,
+    show_progress: bool = False,
+) -> Curve:
+    r"""How soon the score goes down when an image's pixels go, the most relevant first.
+
+    `insertion` the other way round: with :math:`x_k` the image in which the k pixels of highest
+    attribution are the baseline's. The lower, the better. The first point is the image itself, the
+    last the bare baseline.
+
+    Args:
+        forward_func: see `insertion`, as for the rest and for what is raised.
+        inputs: images (B, C, H, W), or a tuple of one such tensor.
+        attributions: (B, C, H, W) or (B, H, W).
+        target: as in Captum.
+        additional_forward_args: as in Captum.
+        baselines: what is left where a pixel went. "zeros" (RISE), the mean colour of normalised
+            images.
+        step: pixels at a time, or a share of them. 1/28.
+        score: "softmax", "sigmoid", "logit" or a callable of the output.
+        generator: of the order of equal pixels, and of "noise".
+        internal_batch_size: pictures in one pass of the model.
+        show_progress: whether to draw a progress bar.
+
+    Example:
+        >>> image, weights = torch.ones(1, 1, 2, 2), torch.tensor([[4.0, 3.0], [2.0, 1.0]])
+        >>> model = lambda x: (x * weights).sum((1, 2, 3))
+        >>> found = deletion(model, image, weights[None], step=0.5, score="logit")
+        >>> found.scores, found.shares, found.auc
+        (tensor([[10.,  3.,  0.]]), tensor([0.0000, 0.5000, 1.0000]), tensor([4.]))
+    """
+    trial = Trial(forward_func, inputs, target, additional_forward_args, score, internal_batch_size)
+    ranks, infill = trial.ranks(attributions, generator), trial.infill(baselines, generator)
+    counts = _counts(step, ranks[0].numel())
+    with torch.no_grad(), untouched(forward_func):
+        return _deleted(trial, ranks, infill, counts, show_progress)
+
+
+def overall_score(
+    forward_func: Forward,
+    inputs: Tensor | Tensors,
+    attributions: Tensor | Tensors,
+    target: TargetType = None,
+    additional_forward_args: Any = None,
+    *,
+    insertion_baselines: Baselines = "blur",
+    deletion_baselines: Baselines = "zeros",
+    step: float = STEP,
+    score: Score = "softmax",
+    generator: Generator | None = None,
+    internal_batch_size: int | None = None,
+    show_progress: bool = False,
+) -> OverallScore:
+    """The AUC of insertion less that of deletion (Zhang et al., "Group-CAM", 2021), and both.
+
+    The higher, the better. With the same baselines for both, a random map is expected to have 0.
+
+    Args:
+        forward_func: see `insertion`, as for the rest and for what is raised.
+        inputs: images (B, C, H, W), or a tuple of one such tensor.
+        attributions: (B, C, H, W) or (B, H, W).
+        target: as in Captum.
+        additional_forward_args: as in Captum.
+        insertion_baselines: "blur".
+        deletion_baselines: "zeros".
+        step: pixels at a time, or a share of them. 1/28.
+        score: "softmax", "sigmoid", "logit" or a callable of the output.
+        generator: of the order of equal pixels, and of "noise".
+        internal_batch_size: pictures in one pass of the model.
+        show_progress: whether to draw a progress bar.
+
+    Reference:
+        Zhang et al., https://arxiv.org/abs/2103.13859
+
+    Example:
+        >>> image, weights = torch.ones(1, 1, 2, 2), torch.tensor([[4.0, 3.0], [2.0, 1.0]])
+        >>> model = lambda x: (x * weights).sum((1, 2, 3))
+        >>> found = overall_score(
+        ...     model, image, weights[None], insertion_baselines=0, step=1, score="logit"
+        ... )
+        >>> found.score, found.insertion.auc, found.deletion.auc
+        (tensor([2.5000]), tensor([6.2500]), tensor([3.7500]))
+    """
+    trial = Trial(forward_func, inputs, target, additional_forward_args, score, internal_batch_size)
+    ranks = trial.ranks(attributions, generator)
+    coming, left = (trial.infill(b, generator) for b in (insertion_baselines, deletion_baselines))
+    counts = _counts(step, ranks[0].numel())
+    with torch.no_grad(), untouched(forward_func):
+        first = _inserted(trial, ranks, coming, counts, show_progress)
+        second = _deleted(trial, ranks, left, counts, show_progress)
+    return OverallScore(first.auc - second.auc, first, second)
+
+
+def _inserted(
+    trial: Trial, ranks: Tensor, infill: Infill, counts: list[int], show_progress: bool
+) -> Curve:
+    return _curve(trial.shown(ranks, infill, counts, show_progress), counts)
+
+
+def _deleted(
+    trial: Trial, ranks: Tensor, infill: Infill, counts: list[int], show_progress: bool
+) -> Curve:
+    left = [counts[-1] - count for count in counts]
+    return _curve(trial.shown(counts[-1] - 1 - ranks, infill, left, show_progress), counts)
+
+
+def _curve(scores: Tensor, counts: list[int]) -> Curve:
+    shares = scores.new_tensor(counts) / counts[-1]
+    return Curve(torch.trapezoid(scores, shares, dim=1), scores, shares)
+
+
+def _counts(step: Any, pixels: int) -> list[int]:
+    """How many pixels have come at each point of a curve, from 0 to all."""
+    whole = isinstance(step, int) and not isinstance(step, bool)
+    if whole and 1 <= step <= pixels:
+        return [*range(0, pixels, step), pixels]
+    if not isinstance(step, float) or not 0 < step <= 1:
+        raise ValueError(
+            f"`step` must be a number of pixels, an int from 1 to the images' {pixels}, or a share "
+            f"of them, a float above 0 and at most 1, got {step!r}."
+        )
+    share = max(step, 1 / pixels)
+    steps = math.ceil(1 / share)
+    return sorted({round(min(i * share, 1) * pixels) for i in range(steps)} | {pixels})
+
+
+# --- torchmetrics --------------------------------------------------------------------------------
+
+
+class Insertion(Means):
+    """The mean AUC of `insertion`.
+
+    Args:
+        **kwargs: see `torchmetrics.Metric`.
+
+    Raises:
+        TypeError: from `update`, for anything but what the function returns.
+        ValueError: from `update`, for values that are not finite.
+
+    Example:
+        >>> metric = Insertion()
+        >>> shares = torch.tensor([0.0, 1.0])
+        >>> metric.update(Curve(torch.tensor([0.5, 0.75]), torch.zeros(2, 2), shares))
+        >>> metric.compute()
+        tensor(0.6250)
+    """
+
+    higher_is_better = True
+
+    def _values(self, found: Any) -> Tensor:
+        if not isinstance(found, Curve):
+            raise TypeError(f"`found` must be a Curve, got {type(found)}.")
+        return found.auc[:, None]
+
+
+class Deletion(Insertion):
+    """The mean AUC of `deletion`; see `Insertion`.
+
+    Args:
+        **kwargs: see `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = Deletion()
+        >>> shares = torch.tensor([0.0, 1.0])
+        >>> metric.update(Curve(torch.tensor([0.25, 0.5]), torch.zeros(2, 2), shares))
+        >>> metric.compute()
+        tensor(0.3750)
+    """
+
+    higher_is_better = False
