@@ -15,7 +15,8 @@ from captum_ext._checks import check_count, check_size, is_finite
 from captum_ext._compat import _format_additional_forward_args
 from captum_ext._model import Forward, Score, full_precision, scored, untouched
 from captum_ext.imaging import blur, resize
-from captum_ext.metrics.localization import checked_maps, masks_to_boxes
+from captum_ext.metrics import masks_to_boxes
+from captum_ext.metrics._inputs import checked_maps
 
 Box = tuple[int, int, int, int]
 

@@ -28,7 +28,7 @@ from captum_ext.evaluation.store import Store, Unit, Writer
 from captum_ext.fcam.guides import wrapped
 from captum_ext.fcam.stored import described
 from captum_ext.fcam.views import IMAGENET, digest, hash_of
-from captum_ext.metrics.localization import checked_maps
+from captum_ext.metrics._inputs import checked_maps
 
 TARGETS = ("label", "predicted")
 FORMAT = 2  # of the files

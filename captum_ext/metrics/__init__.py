@@ -1,6 +1,13 @@
 """Metrics of attributions: plain functions, and torchmetrics classes over them."""
 
-from captum_ext.metrics.boxes import best_box_iou, box_from_map, center_gaussian, in_top_k
+from captum_ext.metrics.boxes import (
+    best_box_iou,
+    box_from_map,
+    boxes_to_masks,
+    center_gaussian,
+    in_top_k,
+    masks_to_boxes,
+)
 from captum_ext.metrics.confidence import (
     AverageDrop,
     IncreaseInConfidence,
@@ -19,15 +26,13 @@ from captum_ext.metrics.curves import (
 from captum_ext.metrics.localization import (
     EnergyPointingGame,
     PointingGame,
-    boxes_to_masks,
     energy_pointing_game,
-    masks_to_boxes,
     pointing_game,
 )
 from captum_ext.metrics.masks import mask_iou, total_variation
-from captum_ext.metrics.pixels import PxIoU, pixel_counts, pixel_iou
+from captum_ext.metrics.pixels import PxAP, PxIoU, pixel_counts, pixel_iou
 from captum_ext.metrics.road import Road, RoadScores, linear_imputation, road
-from captum_ext.metrics.wsol import MaxBoxAcc, PxAP, box_ious
+from captum_ext.metrics.wsol import MaxBoxAcc, box_ious
 
 __all__ = [
     "AverageDrop",

@@ -1,4 +1,4 @@
-"""Boxes out of maps, by the rule of the first papers, and whether they are right.
+"""Boxes: out of maps, by the rule of the first papers; whether they are right; masks of them.
 
 `box_from_map`, then `best_box_iou` with 0.5 and more as a hit, is localisation with the class known
 (GT-known). Together with `in_top_k` it is top-1 and top-5 localisation:
@@ -24,7 +24,13 @@ from scipy import ndimage
 from torch import Tensor
 
 from captum_ext._checks import check_count, check_range, warn
-from captum_ext.metrics.localization import checked_maps, masks_to_boxes
+from captum_ext._model import full_precision
+from captum_ext.metrics._inputs import (
+    check_boxes,
+    check_corners,
+    checked_maps,
+    checked_masks,
+)
 
 _IN_PLANE = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # eight neighbours
 
@@ -97,14 +103,7 @@ def best_box_iou(predicted: Tensor, true: Sequence[Tensor]) -> Tensor:
     """
     if predicted.dim() != 2 or predicted.shape[1] != 4:
         raise ValueError(f"`predicted` must be (B, 4), got {tuple(predicted.shape)}.")
-    if len(true) != len(predicted) or any(
-        b.dim() != 2 or b.shape[1] != 4 or not len(b) for b in true
-    ):
-        shapes = [tuple(b.shape) for b in true]
-        raise ValueError(
-            f"`true` must be a tensor (n, 4), n at least 1, for each of {len(predicted)}, "
-            f"got {shapes}."
-        )
+    check_boxes(true, len(predicted), "true")
     device = predicted.device
     if not len(true):
         return torch.zeros(0, device=device)
@@ -112,9 +111,8 @@ def best_box_iou(predicted: Tensor, true: Sequence[Tensor]) -> Tensor:
     image = torch.arange(len(true), device=device).repeat_interleave(counts)
     # Sides of pictures are whole numbers that float32 has exactly, and their products need not be.
     mine, theirs = predicted.double()[image], torch.cat(list(true)).to(device).double()
-    for name, boxes in (("predicted", mine), ("true", theirs)):
-        if not bool((torch.isfinite(boxes) & (boxes[:, :2] <= boxes[:, 2:]).repeat(1, 2)).all()):
-            raise ValueError(f"`{name}` must be finite and have x1 <= x2 and y1 <= y2.")
+    check_corners(mine, "predicted")
+    check_corners(theirs, "true")
     low = torch.maximum(mine[:, :2], theirs[:, :2])
     high = torch.minimum(mine[:, 2:], theirs[:, 2:])
     shared = (high - low).clamp(min=0).prod(1)
@@ -202,3 +200,64 @@ def center_gaussian(
         for n in size
     )
     return torch.outer(y, x).to(device, dtype)
+
+
+def boxes_to_masks(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """The pixels in any of an image's boxes: (B, H, W), bool.
+
+    Args:
+        boxes: for each image (n, 4): (x1, y1, x2, y2) in pixels, half-open: pixel (x, y) is in a
+            box where x1 <= x < x2 and y1 <= y < y2. Parts outside the image are cut off.
+        size: (H, W).
+
+    Raises:
+        ValueError: no image, boxes of another shape, not finite, or with x2 < x1 or y2 < y1.
+
+    Example:
+        >>> boxes_to_masks([torch.tensor([[1, 0, 3, 1]])], (2, 4)).int()
+        tensor([[[0, 1, 1, 0],
+                 [0, 0, 0, 0]]], dtype=torch.int32)
+    """
+    if not boxes or any(b.dim() != 2 or b.shape[1] != 4 for b in boxes):
+        shapes = [tuple(b.shape) for b in boxes]
+        raise ValueError(f"`boxes` must be a tensor (n, 4) for each image, got {shapes}.")
+    height, width = size
+    every = full_precision(torch.cat(list(boxes)))
+    check_corners(every)
+    x1, y1, x2, y2 = (
+        every[:, i].ceil().clamp(0, side).long() for i, side in enumerate((width, height) * 2)
+    )
+    counts = torch.tensor([len(b) for b in boxes], device=every.device)
+    image = torch.arange(len(boxes), device=every.device).repeat_interleave(counts)
+    # Summed along both axes, +1 and -1 at the corners of a box are 1 in it and 0 outside.
+    edges = torch.zeros(len(boxes), height + 1, width + 1, dtype=torch.int32, device=every.device)
+    one = edges.new_ones(len(every))
+    for y, x, sign in ((y1, x1, one), (y1, x2, -one), (y2, x1, -one), (y2, x2, one)):
+        edges.index_put_((image, y, x), sign, accumulate=True)
+    return edges.cumsum(1).cumsum(2)[:, :height, :width] > 0
+
+
+def masks_to_boxes(masks: Tensor) -> Tensor:
+    """The smallest box around each mask: (B, 4), int64, (x1, y1, x2, y2) in pixels, half-open.
+
+    Args:
+        masks: (B, H, W) or (B, 1, H, W), bool. Of an empty one the box is (0, 0, 0, 0).
+
+    Raises:
+        ValueError: another shape.
+        TypeError: masks that are not bool.
+
+    Example:
+        >>> masks_to_boxes(torch.tensor([[[False, True, True], [False, False, False]]]))
+        tensor([[1, 0, 3, 1]])
+    """
+    masks = checked_masks(masks)
+    (x1, x2), (y1, y2) = _ends(masks.any(1)), _ends(masks.any(2))
+    return torch.stack((x1, y1, x2, y2), 1)
+
+
+def _ends(occupied: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of (B, n), the first true cell and the one after the last; 0 and 0 if none is."""
+    cells = occupied.int()
+    last = cells.shape[1] - cells.flip(1).argmax(1)
+    return cells.argmax(1), last * cells.amax(1)

@@ -37,7 +37,7 @@ from captum_ext._model import (
 )
 from captum_ext.imaging import min_max
 from captum_ext.infill import Baselines, Infill
-from captum_ext.metrics.localization import checked_maps
+from captum_ext.metrics._inputs import checked_maps
 
 SEED = 0  # of the order of equal pixels, and of ROAD's noise
 

@@ -1,18 +1,17 @@
-"""Does an attribution lie on the object? The pointing game, by point and by mass, and boxes.
+"""Does an attribution lie on the object? The pointing game, by point and by mass.
 
 Attributions are (B, C, H, W) or (B, H, W). Channels that are all equal count as one map, others are
 summed. Regions are masks, (B, H, W) or (B, 1, H, W), bool; `boxes_to_masks` makes them from boxes.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from captum_ext._model import full_precision
+from captum_ext.metrics._inputs import checked_maps, checked_masks
 
 AVERAGES = ("micro", "macro", "none")
 
@@ -39,6 +38,7 @@ def pointing_game(attributions: Tensor, masks: Tensor, tolerance: float = 15) ->
         TypeError: masks that are not bool.
 
     Example:
+        >>> from captum_ext.metrics import boxes_to_masks
         >>> attributions = torch.zeros(1, 1, 8, 8)
         >>> attributions[0, 0, 2, 6] = 1
         >>> masks = boxes_to_masks([torch.tensor([[0, 0, 4, 4]])], (8, 8))
@@ -90,69 +90,6 @@ def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
     return inside / positive.sum(1).clamp(min=1)
 
 
-def boxes_to_masks(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """The pixels in any of an image's boxes: (B, H, W), bool.
-
-    Args:
-        boxes: for each image (n, 4): (x1, y1, x2, y2) in pixels, half-open: pixel (x, y) is in a
-            box where x1 <= x < x2 and y1 <= y < y2. Parts outside the image are cut off.
-        size: (H, W).
-
-    Raises:
-        ValueError: no image, boxes of another shape, not finite, or with x2 < x1 or y2 < y1.
-
-    Example:
-        >>> boxes_to_masks([torch.tensor([[1, 0, 3, 1]])], (2, 4)).int()
-        tensor([[[0, 1, 1, 0],
-                 [0, 0, 0, 0]]], dtype=torch.int32)
-    """
-    if not boxes or any(b.dim() != 2 or b.shape[1] != 4 for b in boxes):
-        shapes = [tuple(b.shape) for b in boxes]
-        raise ValueError(f"`boxes` must be a tensor (n, 4) for each image, got {shapes}.")
-    height, width = size
-    every = full_precision(torch.cat(list(boxes)))
-    ordered = every[:, 2:] >= every[:, :2]
-    if not bool(ordered.all() & torch.isfinite(every).all()):
-        raise ValueError("`boxes` must be finite and have x1 <= x2 and y1 <= y2.")
-    x1, y1, x2, y2 = (
-        every[:, i].ceil().clamp(0, side).long() for i, side in enumerate((width, height) * 2)
-    )
-    counts = torch.tensor([len(b) for b in boxes], device=every.device)
-    image = torch.arange(len(boxes), device=every.device).repeat_interleave(counts)
-    # Summed along both axes, +1 and -1 at the corners of a box are 1 in it and 0 outside.
-    edges = torch.zeros(len(boxes), height + 1, width + 1, dtype=torch.int32, device=every.device)
-    one = edges.new_ones(len(every))
-    for y, x, sign in ((y1, x1, one), (y1, x2, -one), (y2, x1, -one), (y2, x2, one)):
-        edges.index_put_((image, y, x), sign, accumulate=True)
-    return edges.cumsum(1).cumsum(2)[:, :height, :width] > 0
-
-
-def masks_to_boxes(masks: Tensor) -> Tensor:
-    """The smallest box around each mask: (B, 4), int64, (x1, y1, x2, y2) in pixels, half-open.
-
-    Args:
-        masks: (B, H, W) or (B, 1, H, W), bool. Of an empty one the box is (0, 0, 0, 0).
-
-    Raises:
-        ValueError: another shape.
-        TypeError: masks that are not bool.
-
-    Example:
-        >>> masks_to_boxes(torch.tensor([[[False, True, True], [False, False, False]]]))
-        tensor([[1, 0, 3, 1]])
-    """
-    masks = checked_masks(masks)
-    (x1, x2), (y1, y2) = _ends(masks.any(1)), _ends(masks.any(2))
-    return torch.stack((x1, y1, x2, y2), 1)
-
-
-def _ends(occupied: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of (B, n), the first true cell and the one after the last; 0 and 0 if none is."""
-    cells = occupied.int()
-    last = cells.shape[1] - cells.flip(1).argmax(1)
-    return cells.argmax(1), last * cells.amax(1)
-
-
 def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Both as (B, H, W), the maps in float32 or better."""
     masks = checked_masks(masks)
@@ -167,34 +104,6 @@ def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
         empty = (~filled).nonzero().flatten().tolist()
         raise ValueError(f"`masks` {empty} are empty: there is nothing to point at.")
     return maps, masks
-
-
-def checked_maps(maps: Tensor, name: str = "attributions") -> Tensor:
-    """One finite map for each image, (B, H, W), in float32 or better."""
-    if not isinstance(maps, Tensor):
-        raise TypeError(f"`{name}` must be a tensor, got {type(maps)}.")
-    if maps.dim() not in (3, 4) or 0 in maps.shape[1:]:
-        raise ValueError(f"`{name}` must be (B, C, H, W) or (B, H, W), got {tuple(maps.shape)}.")
-    values = maps.detach()
-    values = full_precision(values) if values.is_floating_point() else values.float()
-    if values.dim() == 4:
-        equal = (values == values[:, :1]).flatten(1).all(1)
-        values = torch.where(equal[:, None, None], values[:, 0], values.sum(1))
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"`{name}` has values that are not finite.")
-    return values
-
-
-def checked_masks(masks: Tensor, name: str = "masks") -> Tensor:
-    """Masks as (B, H, W)."""
-    if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
-        shown = masks.dtype if isinstance(masks, Tensor) else type(masks)
-        raise TypeError(f"`{name}` must be bool, got {shown}.")
-    if masks.dim() == 4 and masks.shape[1] == 1:
-        masks = masks[:, 0]
-    if masks.dim() != 3 or 0 in masks.shape[1:]:
-        raise ValueError(f"`{name}` must be (B, H, W) or (B, 1, H, W), got {tuple(masks.shape)}.")
-    return masks
 
 
 def _check_tolerance(tolerance: float) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import check_choice
-from captum_ext.metrics.localization import checked_maps, checked_masks
+from captum_ext.metrics._inputs import checked_maps, checked_masks
 
 NORMS = ("squared", "absolute")
 

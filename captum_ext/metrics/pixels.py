@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from captum_ext.metrics.localization import checked_maps, checked_masks
+from captum_ext.metrics._inputs import checked_masks, checked_unit_maps
 
 N_STEPS = 1000
 
@@ -36,9 +36,7 @@ def pixel_counts(
         >>> [counts[0, [0, 500, 1000]].tolist() for counts in pixel_counts(maps, masks)]
         [[0, 2, 0], [1, 0, 1]]
     """
-    values, masks = checked_maps(maps, "maps"), checked_masks(masks)
-    if bool((values < 0).any() | (values > 1).any()):
-        raise ValueError("`maps` must be in [0, 1]: bring them there by `imaging.min_max`.")
+    values, masks = checked_unit_maps(maps), checked_masks(masks)
     count = torch.ones_like(masks) if ignored is None else ~checked_masks(ignored, "ignored")
     if values.shape != masks.shape or count.shape != masks.shape:
         raise ValueError(
@@ -112,6 +110,41 @@ class PixelCounts(Metric):
         inside, outside = pixel_counts(maps, masks, ignored)
         self.inside = self.inside + inside.sum(0).to(self.inside.device)
         self.outside = self.outside + outside.sum(0).to(self.outside.device)
+
+
+class PxAP(PixelCounts):
+    r"""The average precision of the pixels of all images together.
+
+    Of thresholds 0, 0.001, ..., 0.999, 1 (not relative to a map's maximum),
+
+    .. math:: \operatorname{PxAP} = \sum_l \operatorname{Prec}(\tau_l)
+        (\operatorname{Rec}(\tau_l) - \operatorname{Rec}(\tau_{l+1}))
+
+    with the precision and recall of all pixels at or above a threshold. A map that is constant has
+    the share of the object's pixels.
+
+    Args:
+        **kwargs: see `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: see `update`.
+
+    Reference:
+        Choe et al., https://arxiv.org/abs/2001.07437
+
+    Example:
+        >>> metric = PxAP()
+        >>> maps = torch.tensor([[[0.9, 0.4], [0.4, 0.1]]])
+        >>> metric(maps, torch.tensor([[[True, True], [False, False]]]))
+        tensor(0.8333)
+    """
+
+    def compute(self) -> Tensor:
+        """In [0, 1]; NaN where no pixel was in a mask."""
+        tp, fp = (counts.flip(0).cumsum(0).double() for counts in (self.inside, self.outside))
+        precision = tp / (tp + fp).clamp(min=1)
+        recall = tp / tp[-1]
+        return (precision * torch.diff(recall, prepend=recall.new_zeros(1))).sum().float()
 
 
 class PxIoU(PixelCounts):

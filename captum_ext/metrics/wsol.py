@@ -1,34 +1,32 @@
-"""How well a map localises, as weakly supervised localisation is scored: MaxBoxAcc and PxAP.
+"""How well a map's boxes localise, as weakly supervised localisation is scored: MaxBoxAcc.
 
 The figures are those of Choe et al. ("Evaluating Weakly Supervised Object Localization Methods
 Right", CVPR 2020). Boxes are compared in plain pixels, or as the authors' code does, for figures
 beside published ones. Maps are in [0, 1]; `captum_ext.imaging.min_max` brings them there.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import higra as hg
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 from torchmetrics import Metric
 
 from captum_ext._checks import check_choice, check_range
-from captum_ext.metrics.localization import checked_maps
-from captum_ext.metrics.pixels import PixelCounts
+from captum_ext.metrics._inputs import check_boxes, check_corners, checked_unit_maps
+from captum_ext.metrics._regions import (
+    N_THRESHOLDS,
+    Array,
+    holes_of,
+    leaders,
+    outlined_areas,
+    regions_of,
+)
 
 CONTOURS = ("largest", "all")
 CONVENTIONS = ("components", "wsolevaluation")
-N_THRESHOLDS = 1000
-
-_Array = np.ndarray[Any, np.dtype[Any]]
-_EIGHT = np.ones((3, 3))  # neighbours
-
-
-# --- boxes ---------------------------------------------------------------------------------------
 
 
 def box_ious(
@@ -82,18 +80,10 @@ def box_ious(
     """
     check_choice("contours", contours, CONTOURS)
     check_choice("convention", convention, CONVENTIONS)
-    values = _in_unit_range(maps)
-    if len(boxes) != len(values) or any(
-        b.dim() != 2 or b.shape[1] != 4 or not len(b) for b in boxes
-    ):
-        shapes = [tuple(b.shape) for b in boxes]
-        raise ValueError(
-            f"`boxes` must be a tensor (n, 4), n at least 1, for each of {len(values)} images, got "
-            f"{shapes}."
-        )
-    ordered = [(b[:, 2:] >= b[:, :2]).all() & torch.isfinite(b).all() for b in boxes]
-    if not all(ordered):
-        raise ValueError("`boxes` must be finite and have x1 <= x2 and y1 <= y2.")
+    values = checked_unit_maps(maps)
+    check_boxes(boxes, len(values))
+    for one in boxes:
+        check_corners(one)
     ious = _ious if convention == "components" else _published_ious
     found = np.empty((len(values), N_THRESHOLDS), dtype=np.float32)
     for i, image in enumerate(values.double().cpu().numpy()):
@@ -101,169 +91,41 @@ def box_ious(
     return torch.from_numpy(found).to(maps.device)
 
 
-def _ious(image: _Array, true: _Array, every: bool) -> _Array:
+def _ious(image: Array, true: Array, every: bool) -> Array:
     """Of one map (H, W), at each threshold."""
     levels = np.searchsorted(np.arange(N_THRESHOLDS) / N_THRESHOLDS * image.max(), image)
-    regions = _regions(levels, hg.get_8_adjacency_implicit_graph)
+    regions = regions_of(levels, hg.get_8_adjacency_implicit_graph)
     ious = _best_ious(regions.boxes, true, inclusive=False)
     keys = (ious,) if every else (ious, regions.sums(np.ones(image.size)))
-    return np.append(ious, 0)[_leaders(regions.start, regions.stop, *keys)]
+    return np.append(ious, 0)[leaders(regions.start, regions.stop, *keys)]
 
 
-def _published_ious(image: _Array, true: _Array, every: bool) -> _Array:
+def _published_ious(image: Array, true: Array, every: bool) -> Array:
     """Of one map (H, W), at each threshold."""
     values = (255 * image).astype(np.uint8)
     thresholds = (np.arange(N_THRESHOLDS) * 0.001 * values.max()).astype(int)
     levels = np.searchsorted(thresholds, np.arange(256))[values]
-    regions = _regions(levels, hg.get_8_adjacency_implicit_graph)
+    regions = regions_of(levels, hg.get_8_adjacency_implicit_graph)
     start, stop, boxes = spans = regions.start, regions.stop, regions.boxes
     if every:
-        both = zip(spans, _holes(levels), strict=True)
+        both = zip(spans, holes_of(levels), strict=True)
         start, stop, boxes = (np.concatenate(parts) for parts in both)
     height, width = image.shape
     boxes = np.minimum(boxes, [width, height, width - 1, height - 1])
     ious = _best_ious(boxes, true, inclusive=True)
-    keys = (ious,) if every else (regions.first, _outlined_areas(levels, regions))
+    keys = (ious,) if every else (regions.first, outlined_areas(levels, regions))
     nothing = _best_ious(np.zeros((1, 4)), true, inclusive=True)
-    return np.append(ious, nothing)[_leaders(start, stop, *keys)]
+    return np.append(ious, nothing)[leaders(start, stop, *keys)]
 
 
-# In what follows `levels` (H, W) says how many thresholds are below a pixel: mask k is levels > k.
-
-
-@dataclass(frozen=True)
-class _Regions:
-    """Connected regions: each is one of mask k for start <= k < stop."""
-
-    start: _Array
-    stop: _Array
-    first: _Array  # pixel, row by row
-    boxes: _Array  # (n, 4), half-open
-    tree: Any
-    nodes: _Array
-
-    def sums(self, amounts: _Array) -> _Array:
-        """Over the pixels of each region, of amounts (H * W, ...)."""
-        sums: _Array = hg.accumulate_sequential(self.tree, amounts, hg.Accumulators.sum)
-        return sums[self.nodes]
-
-
-def _regions(levels: _Array, adjacency: Callable[[tuple[int, ...]], Any]) -> _Regions:
-    """The regions of all masks: the nodes of the max-tree."""
-    tree, stop = hg.component_tree_max_tree(adjacency(levels.shape), levels.astype(np.int16))
-    stop = stop.astype(np.int64)
-    start = stop[tree.parents()]
-    start[-1] = 0  # of the root, the whole image
-    nodes = tree.num_leaves() + np.flatnonzero((start < stop)[tree.num_leaves() :])
-    index, width = np.arange(levels.size), levels.shape[1]
-    ends = np.stack((index, index % width, -index, -(index % width)), 1)
-    ends = hg.accumulate_sequential(tree, ends, hg.Accumulators.min)[nodes].astype(np.int64)
-    first, left, last, right = ends.T * [[1], [1], [-1], [-1]]
-    boxes = np.stack((left, first // width, right + 1, last // width + 1), 1)
-    return _Regions(start[nodes], stop[nodes], first, boxes, tree, nodes)
-
-
-def _holes(levels: _Array) -> tuple[_Array, _Array, _Array]:
-    """Start and stop of all holes in regions, and the boxes of their outlines on the regions."""
-    holes = _regions(N_THRESHOLDS - levels, hg.get_4_adjacency_implicit_graph)
-    height, width = levels.shape
-    inner = (holes.boxes > 0).all(1) & (holes.boxes[:, 2:] < [width, height]).all(1)
-    start, stop = N_THRESHOLDS - holes.stop[inner], N_THRESHOLDS - holes.start[inner]
-    return start, stop, holes.boxes[inner] + [-1, -1, 1, 1]
-
-
-def _leaders(start: _Array, stop: _Array, *keys: _Array) -> _Array:
-    """Which region is the greatest in each mask, by the last key first; -1 where there is none."""
-    order = np.lexsort(keys)
-    rank = np.argsort(order)
-    # Any span of masks is two, overlapping, of 2**p: ranks[p, k] is for masks k to k + 2**p.
-    power = np.frexp(stop - start)[1] - 1
-    ranks = np.full((N_THRESHOLDS.bit_length(), N_THRESHOLDS), -1)
-    np.maximum.at(ranks, (power, start), rank)
-    np.maximum.at(ranks, (power, stop - 2**power), rank)
-    for p in range(len(ranks) - 1, 0, -1):
-        half = 2 ** (p - 1)
-        ranks[p - 1] = np.maximum(ranks[p - 1], ranks[p])
-        ranks[p - 1, half:] = np.maximum(ranks[p - 1, half:], ranks[p, :-half])
-    leaders: _Array = np.append(order, -1)[ranks[0]]
-    return leaders
-
-
-def _best_ious(boxes: _Array, true: _Array, inclusive: bool) -> _Array:
+def _best_ious(boxes: Array, true: Array, inclusive: bool) -> Array:
     """The best IoU of each box (n, 4) with any of the true ones (m, 4)."""
     low = np.maximum(boxes[:, None, :2], true[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], true[None, :, 2:])
     shared = (high - low + inclusive).clip(0).prod(2)
     areas = [(b[:, 2:] - b[:, :2] + inclusive).prod(1) for b in (boxes, true)]
-    ious: _Array = (shared / (areas[0][:, None] + areas[1] - shared)).max(1)
+    ious: Array = (shared / (areas[0][:, None] + areas[1] - shared)).max(1)
     return ious
-
-
-# --- areas within outlines -----------------------------------------------------------------------
-
-
-def _outlined_areas(levels: _Array, regions: _Regions) -> _Array:
-    """The area within each region's outline, or less where that cannot make it the largest.
-
-    Without a hole it is the region's own area, else between that and its box's: holes are filled
-    only where more than one region of a mask may be the largest.
-    """
-    areas: _Array
-    areas, euler = regions.sums(_by_squares(levels)).T
-    sides = regions.boxes[:, 2:] - regions.boxes[:, :2] - 1
-    most = np.where(euler == 1, areas, sides.prod(1))
-    # What the largest of each mask has at least; from mask to mask, which are nested, it falls.
-    least = np.zeros(N_THRESHOLDS)
-    np.maximum.at(least, regions.stop - 1, areas)
-    least = np.maximum.accumulate(least[::-1])[::-1]
-    # A region may be the largest of mask k for since <= k < stop.
-    since = np.maximum(regions.start, np.searchsorted(-least, -most)).clip(max=regions.stop)
-    begin, end = (np.bincount(k, minlength=N_THRESHOLDS + 1) for k in (since, regions.stop))
-    rivals = (begin - end).cumsum()
-    contested = np.append(0, (rivals > 1).cumsum())
-    for i in np.flatnonzero((euler < 1) & (contested[regions.stop] > contested[since])):
-        x1, y1, x2, y2 = regions.boxes[i]
-        labels, _ = ndimage.label(levels[y1:y2, x1:x2] > regions.start[i], _EIGHT)
-        areas[i] = _outlined_area(labels == labels[0, regions.first[i] % levels.shape[1] - x1])
-    return areas
-
-
-def _by_squares(levels: _Array) -> _Array:
-    """What each pixel adds to the area and to the Euler number of the regions it is in: (H * W, 2).
-
-    The area within a region's outline, holes apart, is a half for each square of four pixels of
-    which three are in the region, and 1 where all are. The Euler number, 1 less the number of
-    holes, is pixels - pairs side by side - squares with just a diagonal in the region + full
-    squares. A pair is in the regions that its lower pixel is in, a full square in those of its
-    lowest; a diagonal, in those of its lower pixel, is no longer alone in those of a third.
-    """
-    pixels = np.arange(levels.size).reshape(levels.shape)
-    order = levels * levels.size + pixels  # without ties
-    four = np.stack((order[1:, 1:], order[1:, :-1], order[:-1, 1:], order[:-1, :-1]))
-    lowest, second, third, highest = np.sort(four.reshape(4, -1), axis=0) % levels.size
-    pairs = np.minimum(order[1:], order[:-1]), np.minimum(order[:, 1:], order[:, :-1])
-    is_black = np.indices(levels.shape).sum(0).ravel() % 2 == 0  # of a chessboard
-    diagonal = is_black[third] == is_black[highest]
-
-    def count(pixels: _Array) -> _Array:
-        return np.bincount(pixels.ravel() % levels.size, minlength=levels.size)
-
-    area = 0.5 * (count(lowest) + count(second))
-    euler = 1 - count(pairs[0]) - count(pairs[1]) + count(lowest)
-    euler += count(second[diagonal]) - count(third[diagonal])
-    return np.stack((area, euler), 1)
-
-
-def _outlined_area(region: _Array) -> float:
-    """The area of the polygon through the centres of a region's outermost pixels.
-
-    Of each square of four neighbouring pixels, holes filled, it takes all if four are in the
-    region, a half if three are, and else nothing.
-    """
-    outside, _ = ndimage.label(np.pad(~region, 1, constant_values=True))
-    filled = (outside != outside[0, 0]).astype(np.int64)
-    four = filled[1:, 1:] + filled[1:, :-1] + filled[:-1, 1:] + filled[:-1, :-1]
-    return float((four == 4).sum() + 0.5 * (four == 3).sum())
 
 
 class MaxBoxAcc(Metric):
@@ -353,48 +215,3 @@ class MaxBoxAcc(Metric):
     def curves(self) -> Tensor:
         """BoxAcc at each IoU and threshold: (len(iou_thresholds), 1000)."""
         return self.hits / self.count
-
-
-# --- pixels --------------------------------------------------------------------------------------
-
-
-class PxAP(PixelCounts):
-    r"""The average precision of the pixels of all images together.
-
-    Of thresholds 0, 0.001, ..., 0.999, 1 (not relative to a map's maximum),
-
-    .. math:: \operatorname{PxAP} = \sum_l \operatorname{Prec}(\tau_l)
-        (\operatorname{Rec}(\tau_l) - \operatorname{Rec}(\tau_{l+1}))
-
-    with the precision and recall of all pixels at or above a threshold. A map that is constant has
-    the share of the object's pixels.
-
-    Args:
-        **kwargs: see `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: see `update`.
-
-    Reference:
-        Choe et al., https://arxiv.org/abs/2001.07437
-
-    Example:
-        >>> metric = PxAP()
-        >>> maps = torch.tensor([[[0.9, 0.4], [0.4, 0.1]]])
-        >>> metric(maps, torch.tensor([[[True, True], [False, False]]]))
-        tensor(0.8333)
-    """
-
-    def compute(self) -> Tensor:
-        """In [0, 1]; NaN where no pixel was in a mask."""
-        tp, fp = (counts.flip(0).cumsum(0).double() for counts in (self.inside, self.outside))
-        precision = tp / (tp + fp).clamp(min=1)
-        recall = tp / tp[-1]
-        return (precision * torch.diff(recall, prepend=recall.new_zeros(1))).sum().float()
-
-
-def _in_unit_range(maps: Tensor) -> Tensor:
-    values = checked_maps(maps, "maps")
-    if bool((values < 0).any() | (values > 1).any()):
-        raise ValueError("`maps` must be in [0, 1]: bring them there by `imaging.min_max`.")
-    return values

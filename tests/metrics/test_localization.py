@@ -15,7 +15,6 @@ from captum_ext.metrics import (
     PointingGame,
     boxes_to_masks,
     energy_pointing_game,
-    masks_to_boxes,
     pointing_game,
 )
 
@@ -228,68 +227,6 @@ def test_a_wrong_tolerance_is_named(tolerance: float) -> None:
         PointingGame(tolerance)
 
 
-# --- boxes ---------------------------------------------------------------------------------------
-
-
-def test_boxes_are_half_open_and_may_overlap_and_reach_outside() -> None:
-    boxes = [
-        torch.tensor([[1, 0, 3, 2], [2, 1, 4, 3]]),
-        torch.zeros(0, 4, dtype=torch.int64),
-        torch.tensor([[-5, 2, 1, 99], [3, 3, 3, 9]]),
-    ]
-    expected = """
-        .##.. ..... .....
-        .###. ..... .....
-        ..##. ..... #....
-        ..... ..... #....
-    """
-    rows = [line.split() for line in expected.split("\n") if line.strip()]
-    masks = boxes_to_masks(boxes, (4, 5))
-    drawn = [["".join(".#"[int(v)] for v in m[y]) for m in masks] for y in range(4)]
-    assert drawn == rows
-
-
-def test_fractions_of_pixels_follow_the_definition() -> None:
-    box = torch.tensor([[0.5, 1.0, 2.5, 2.0]])
-    assert boxes_to_masks([box], (3, 4))[0].nonzero().tolist() == [[1, 1], [1, 2]]
-
-
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 5))
-def test_boxes_and_masks_are_inverse(seed: int, n: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    low = torch.randint(0, 6, (n, 2), generator=generator)
-    boxes = torch.cat((low, low + torch.randint(1, 5, (n, 2), generator=generator)), 1)
-    masks = boxes_to_masks(list(boxes[:, None]), (10, 11))
-    sides = boxes[:, 2:] - boxes[:, :2]
-    assert masks.flatten(1).sum(1).tolist() == sides.prod(1).tolist()
-    assert masks_to_boxes(masks).tolist() == boxes.tolist()
-    together = boxes_to_masks([boxes], (10, 11))
-    assert torch.equal(together[0], masks.any(0))
-    assert masks_to_boxes(together).tolist() == [
-        [*boxes[:, :2].amin(0).tolist(), *boxes[:, 2:].amax(0).tolist()]
-    ]
-
-
-def test_the_box_of_nothing_is_empty() -> None:
-    assert masks_to_boxes(torch.zeros(1, 1, 3, 4, dtype=torch.bool)).tolist() == [[0, 0, 0, 0]]
-
-
-@pytest.mark.parametrize(
-    "boxes",
-    [
-        [],
-        [torch.zeros(4)],
-        [torch.tensor([[3, 0, 2, 5]])],
-        [torch.tensor([[0.0, 0.0, torch.nan, 5.0]])],
-        [torch.tensor([[-torch.inf, 0.0, 2.0, 5.0]])],
-    ],
-)
-def test_wrong_boxes_are_named(boxes: list[Tensor]) -> None:
-    with pytest.raises(ValueError, match="`boxes`"):
-        boxes_to_masks(boxes, (10, 10))
-
-
 # --- torchmetrics --------------------------------------------------------------------------------
 
 
@@ -418,5 +355,3 @@ def test_on_the_device() -> None:
     metric.update(*batch)
     assert metric.compute()["all"].is_cuda
     assert metric.compute()["all"].item() == 0.5
-    boxes = [torch.tensor([[1, 0, 3, 2]], device="cuda")]
-    assert masks_to_boxes(boxes_to_masks(boxes, (4, 4))).tolist() == [[1, 0, 3, 2]]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from captum_ext.metrics import PxAP, PxIoU, mask_iou, pixel_counts, pixel_iou
+from tests.metrics.by_thresholds import hard_maps
 
 
 def slow_px_iou(maps, masks, ignored):
@@ -114,6 +115,80 @@ def test_a_steeper_map_has_the_same():
     assert PxIoU()(maps, masks) == PxIoU()(0.2 + 0.5 * maps, masks)
 
 
+# --- PxAP ----------------------------------------------------------------------------------------
+
+
+def by_hand(maps, masks):
+    """Average precision over the thresholds, pixel by pixel."""
+    maps, masks = maps.flatten().double().numpy(), masks.flatten().numpy()
+    edges = np.arange(1001) / 1000
+    precision, recall = [], []
+    for tau in edges[::-1]:
+        chosen = maps >= tau
+        tp = (chosen & masks).sum()
+        precision.append(tp / chosen.sum() if chosen.any() else 0)
+        recall.append(tp / masks.sum())
+    return float(np.sum(np.array(precision) * np.diff(recall, prepend=0)))
+
+
+def test_pxap_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(4, 9, 11, generator=generator).double()
+    masks = torch.rand(4, 9, 11, generator=generator) < 0.2 + 0.5 * maps
+    metric = PxAP()
+    assert metric(maps, masks).item() == pytest.approx(by_hand(maps, masks), abs=1e-6)
+    pieces = PxAP()
+    for i in range(4):
+        pieces.update(maps[i : i + 1], masks[i : i + 1])
+    assert pieces.compute() == metric.compute()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_pxap_of_240_maps_is_that_of_the_definition(seed):
+    """With ignored pixels; the counts to the pixel."""
+    random = np.random.default_rng(seed)
+    together, every = PxAP(), []
+    for name, image in hard_maps(seed):
+        mask, ignored = random.random((2, *image.shape)) < [[[0.4]], [[0.2]]]
+        mask.flat[0], ignored.flat[0] = True, False
+        metric = PxAP()
+        tensors = [torch.from_numpy(one)[None] for one in (image, mask, ignored)]
+        metric.update(*tensors)
+        together.update(*tensors)
+        values, true = image[~ignored], mask[~ignored]
+        every.append((values, true))
+        for counts, pixels in ((metric.inside, values[true]), (metric.outside, values[~true])):
+            slow = [(pixels >= tau).sum() for tau in np.arange(1001) / 1000]
+            assert counts.flip(0).cumsum(0).flip(0).tolist() == slow, name
+        slow = by_hand(torch.from_numpy(values), torch.from_numpy(true))
+        assert metric.compute().item() == pytest.approx(slow, rel=1e-6), name
+    slow = by_hand(*(torch.from_numpy(np.concatenate(one)) for one in zip(*every, strict=True)))
+    assert together.compute().item() == pytest.approx(slow, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_a_constant_map_has_the_share_of_the_object(value):
+    masks = torch.zeros(1, 5, 8, dtype=torch.bool)
+    masks[0, :3, :2] = True
+    assert PxAP()(torch.full((1, 5, 8), value), masks).item() == pytest.approx(6 / 40)
+
+
+def test_perfect_maps_of_any_height_and_ignored_pixels():
+    masks = torch.zeros(2, 6, 6, dtype=torch.bool)
+    masks[:, 1:4, 2:5] = True
+    maps = masks * torch.tensor([1.0, 0.4])[:, None, None]
+    assert PxAP()(maps, masks) == 1
+    false = maps.clone()
+    false[:, 0] = 1
+    assert PxAP()(false, masks) < 0.8
+    ignored = torch.zeros_like(masks)
+    ignored[:, 0] = True
+    metric = PxAP()
+    metric.update(false, masks, ignored)
+    assert metric.compute() == 1
+    assert math.isnan(PxAP().compute())
+
+
 # --- of each image -------------------------------------------------------------------------------
 
 
@@ -155,7 +230,7 @@ def test_channels_masks_with_a_channel_and_half_precision():
     assert torch.equal(pixel_iou(halves.half(), masks), pixel_iou(halves, masks))
 
 
-@pytest.mark.parametrize("metric", [pixel_counts, pixel_iou, PxIoU()])
+@pytest.mark.parametrize("metric", [pixel_counts, pixel_iou, PxIoU(), PxAP()])
 def test_bad_input(metric):
     maps, masks = torch.rand(2, 4, 5), torch.ones(2, 4, 5, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"maps.*not finite"):

@@ -1,4 +1,4 @@
-"""MaxBoxAcc and PxAP of maps whose score is known, and against the slow definition.
+"""MaxBoxAcc of maps whose score is known, and against the slow definition.
 
 Parity with OpenCV is in tests/parity.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from captum_ext.metrics import MaxBoxAcc, PxAP, box_ious
+from captum_ext.metrics import MaxBoxAcc, box_ious
 from tests.metrics.by_thresholds import hard_maps, slow_ious, some_boxes
 
 BOTH = pytest.mark.parametrize("convention", ["components", "wsolevaluation"])
@@ -208,118 +208,36 @@ def test_batches_merge_and_images_may_not_count():
     assert math.isnan(MaxBoxAcc().compute())
 
 
-# --- PxAP ----------------------------------------------------------------------------------------
-
-
-def by_hand(maps, masks):
-    """Average precision over the thresholds, pixel by pixel."""
-    maps, masks = maps.flatten().double().numpy(), masks.flatten().numpy()
-    edges = np.arange(1001) / 1000
-    precision, recall = [], []
-    for tau in edges[::-1]:
-        chosen = maps >= tau
-        tp = (chosen & masks).sum()
-        precision.append(tp / chosen.sum() if chosen.any() else 0)
-        recall.append(tp / masks.sum())
-    return float(np.sum(np.array(precision) * np.diff(recall, prepend=0)))
-
-
-def test_pxap_by_hand():
-    generator = torch.Generator().manual_seed(0)
-    maps = torch.rand(4, 9, 11, generator=generator).double()
-    masks = torch.rand(4, 9, 11, generator=generator) < 0.2 + 0.5 * maps
-    metric = PxAP()
-    assert metric(maps, masks).item() == pytest.approx(by_hand(maps, masks), abs=1e-6)
-    pieces = PxAP()
-    for i in range(4):
-        pieces.update(maps[i : i + 1], masks[i : i + 1])
-    assert pieces.compute() == metric.compute()
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_pxap_of_240_maps_is_that_of_the_definition(seed):
-    """With ignored pixels; the counts to the pixel."""
-    random = np.random.default_rng(seed)
-    together, every = PxAP(), []
-    for name, image in hard_maps(seed):
-        mask, ignored = random.random((2, *image.shape)) < [[[0.4]], [[0.2]]]
-        mask.flat[0], ignored.flat[0] = True, False
-        metric = PxAP()
-        tensors = [torch.from_numpy(one)[None] for one in (image, mask, ignored)]
-        metric.update(*tensors)
-        together.update(*tensors)
-        values, true = image[~ignored], mask[~ignored]
-        every.append((values, true))
-        for counts, pixels in ((metric.inside, values[true]), (metric.outside, values[~true])):
-            slow = [(pixels >= tau).sum() for tau in np.arange(1001) / 1000]
-            assert counts.flip(0).cumsum(0).flip(0).tolist() == slow, name
-        slow = by_hand(torch.from_numpy(values), torch.from_numpy(true))
-        assert metric.compute().item() == pytest.approx(slow, rel=1e-6), name
-    slow = by_hand(*(torch.from_numpy(np.concatenate(one)) for one in zip(*every, strict=True)))
-    assert together.compute().item() == pytest.approx(slow, rel=1e-6)
-
-
-@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
-def test_a_constant_map_has_the_share_of_the_object(value):
-    masks = torch.zeros(1, 5, 8, dtype=torch.bool)
-    masks[0, :3, :2] = True
-    assert PxAP()(torch.full((1, 5, 8), value), masks).item() == pytest.approx(6 / 40)
-
-
-def test_perfect_maps_of_any_height_and_ignored_pixels():
-    masks = torch.zeros(2, 6, 6, dtype=torch.bool)
-    masks[:, 1:4, 2:5] = True
-    maps = masks * torch.tensor([1.0, 0.4])[:, None, None]
-    assert PxAP()(maps, masks) == 1
-    false = maps.clone()
-    false[:, 0] = 1
-    assert PxAP()(false, masks) < 0.8
-    ignored = torch.zeros_like(masks)
-    ignored[:, 0] = True
-    metric = PxAP()
-    metric.update(false, masks, ignored)
-    assert metric.compute() == 1
-    assert math.isnan(PxAP().compute())
-
-
 # --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [1.1, -0.1, float("nan")])
 def test_maps_out_of_range(value):
-    masks = torch.ones(1, 10, 12, dtype=torch.bool)
-    for call in (
-        lambda maps: box_ious(maps, boxes(0, 0, 2, 2)),
-        lambda maps: PxAP()(maps, masks),
-    ):
-        with pytest.raises(ValueError, match="maps"):
-            call(block(value))
+    with pytest.raises(ValueError, match="maps"):
+        box_ious(block(value), boxes(0, 0, 2, 2))
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "named"),
+    ("call", "named"),
     [
-        (lambda: box_ious(block(), []), ValueError, "boxes"),
-        (lambda: box_ious(block(), [torch.zeros(0, 4)]), ValueError, "boxes"),
-        (lambda: box_ious(block(), [torch.zeros(4)]), ValueError, "boxes"),
-        (lambda: box_ious(block(), boxes(2, 0, 1, 1)), ValueError, "boxes"),
-        (lambda: box_ious(block(), boxes(0, 0, 1, math.nan)), ValueError, "boxes"),
-        (lambda: box_ious(block(), boxes(0, 0, 1, math.inf)), ValueError, "boxes"),
-        (lambda: box_ious(block(), boxes(0, 0, 1, 1), "outer"), ValueError, "contours"),
-        (lambda: box_ious(block(), boxes(0, 0, 1, 1), "all", "x"), ValueError, "convention"),
-        (lambda: MaxBoxAcc((1.5,)), ValueError, "iou_thresholds"),
-        (lambda: MaxBoxAcc(()), ValueError, "iou_thresholds"),
-        (lambda: MaxBoxAcc(contours="x"), ValueError, "contours"),
-        (lambda: MaxBoxAcc(convention="x"), ValueError, "convention"),
+        (lambda: box_ious(block(), []), "boxes"),
+        (lambda: box_ious(block(), [torch.zeros(0, 4)]), "boxes"),
+        (lambda: box_ious(block(), [torch.zeros(4)]), "boxes"),
+        (lambda: box_ious(block(), boxes(2, 0, 1, 1)), "boxes"),
+        (lambda: box_ious(block(), boxes(0, 0, 1, math.nan)), "boxes"),
+        (lambda: box_ious(block(), boxes(0, 0, 1, math.inf)), "boxes"),
+        (lambda: box_ious(block(), boxes(0, 0, 1, 1), "outer"), "contours"),
+        (lambda: box_ious(block(), boxes(0, 0, 1, 1), "all", "x"), "convention"),
+        (lambda: MaxBoxAcc((1.5,)), "iou_thresholds"),
+        (lambda: MaxBoxAcc(()), "iou_thresholds"),
+        (lambda: MaxBoxAcc(contours="x"), "contours"),
+        (lambda: MaxBoxAcc(convention="x"), "convention"),
         (
             lambda: MaxBoxAcc().update(block(), boxes(0, 0, 1, 1), torch.ones(1)),
-            ValueError,
             "counted",
         ),
-        (lambda: PxAP()(block(), torch.ones(1, 10, 12)), TypeError, "masks"),
-        (lambda: PxAP()(block(), torch.ones(1, 9, 12) > 0), ValueError, "masks"),
     ],
 )
-def test_wrong_arguments(call, error, named):
-    with pytest.raises(error, match=named):
+def test_wrong_arguments(call, named):
+    with pytest.raises(ValueError, match=named):
         call()
