@@ -8,16 +8,10 @@ draws or reads the picture.
 """
 
 from captum_ext.datasets.classifiers import SmallCNN, TinyCNN, train_classifier
+from captum_ext.datasets.cub import Cub
 from captum_ext.datasets.examples import Example, is_difficult
 from captum_ext.datasets.fine_grained import PATTERNS, Batch, FineGrainedParts, Specimen
-from captum_ext.datasets.folders import (
-    VOC_CLASSES,
-    ClassFolders,
-    Cub,
-    Voc,
-    VocExample,
-    WsolFolder,
-)
+from captum_ext.datasets.folders import ClassFolders
 from captum_ext.datasets.pasted_scenes import KINDS, PastedScenes, Scene
 from captum_ext.datasets.textured_ellipses import (
     CUES,
@@ -26,6 +20,8 @@ from captum_ext.datasets.textured_ellipses import (
     EllipseScene,
     TexturedEllipses,
 )
+from captum_ext.datasets.voc import VOC_CLASSES, Voc, VocExample
+from captum_ext.datasets.wsol import WsolFolder
 
 __all__ = [
     "CUES",
