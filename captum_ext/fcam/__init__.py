@@ -5,17 +5,9 @@ Training needs Lightning, which the extra `train` installs: `pip install "captum
 
 from typing import TYPE_CHECKING, Any
 
+from captum_ext.fcam.crf import DenseCRFLoss, LocalCRFLoss, dense_crf_loss, local_crf_loss
 from captum_ext.fcam.decoder import FCAMDecoder, find_taps
-from captum_ext.fcam.losses import (
-    DenseCRFLoss,
-    LocalCRFLoss,
-    SizeLoss,
-    dense_crf_loss,
-    local_crf_loss,
-    log_barrier,
-    partial_cross_entropy,
-    size_loss,
-)
+from captum_ext.fcam.losses import SizeLoss, log_barrier, partial_cross_entropy, size_loss
 from captum_ext.fcam.seeding import SeedSampler, otsu
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ from captum_ext._model import (
     untouched,
 )
 from captum_ext.attr.fcam import FCAM
+from captum_ext.fcam.crf import DenseCRFLoss
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide
-from captum_ext.fcam.losses import DenseCRFLoss
 from captum_ext.fcam.seeding import SeedSampler
 from captum_ext.fcam.stored import about_run, cached_maps
 from captum_ext.fcam.training import FCAMModule, evaluated

@@ -11,10 +11,10 @@ from captum_ext.fcam import (
     DenseCRFLoss,
     LocalCRFLoss,
     SizeLoss,
+    crf,
     dense_crf_loss,
     local_crf_loss,
     log_barrier,
-    losses,
     partial_cross_entropy,
     size_loss,
 )
@@ -196,7 +196,7 @@ def test_chunks_change_nothing(monkeypatch):
     p, images = problem(3, (9, 11))
     whole = dense_crf_loss(p, images, side=None, **WIDE)
     gradient = torch.autograd.grad(whole, p)[0]
-    monkeypatch.setattr(losses, "CPU_CHUNK", 700)  # two rows, of 99
+    monkeypatch.setattr(crf, "CPU_CHUNK", 700)  # two rows, of 99
     parts = dense_crf_loss(p, images, side=None, **WIDE)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts, p)[0], gradient)
