@@ -91,7 +91,8 @@ def best_box_iou(predicted: Tensor, true: Sequence[Tensor]) -> Tensor:
 
     Args:
         predicted: (B, 4), (x1, y1, x2, y2).
-        true: for each image (n, 4), n at least 1.
+        true: for each image (n, 4), n at least 1. Images have no size here: what of a box is
+            outside counts as not found.
 
     Raises:
         ValueError: another shape or number, no true box, boxes that are not finite or have x2 < x1

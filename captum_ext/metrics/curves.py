@@ -292,3 +292,31 @@ class Deletion(Insertion):
     """
 
     higher_is_better = False
+
+
+class Overall(Means):
+    """The mean of `overall_score` and of its two AUCs: "score", "insertion" and "deletion".
+
+    Args:
+        **kwargs: see `torchmetrics.Metric`.
+
+    Raises:
+        TypeError: from `update`, for anything but what the function returns.
+        ValueError: from `update`, for values that are not finite.
+
+    Example:
+        >>> shares = torch.tensor([0.0, 1.0])
+        >>> up, down = (Curve(torch.tensor([a]), torch.zeros(1, 2), shares) for a in (0.75, 0.25))
+        >>> metric = Overall()
+        >>> metric.update(OverallScore(up.auc - down.auc, up, down))
+        >>> metric.compute()
+        {'score': tensor(0.5000), 'insertion': tensor(0.7500), 'deletion': tensor(0.2500)}
+    """
+
+    higher_is_better = True
+    names = ("score", "insertion", "deletion")
+
+    def _values(self, found: Any) -> Tensor:
+        if not isinstance(found, OverallScore):
+            raise TypeError(f"`found` must be an OverallScore, got {type(found)}.")
+        return torch.stack((found.score, found.insertion.auc, found.deletion.auc), 1)

@@ -184,19 +184,21 @@ class Means(Metric):
 
     is_differentiable = False
     full_state_update = False
+    names: tuple[str, ...] = ()  # of the means, where there are several
 
     total: Tensor
     count: Tensor
 
-    def __init__(self, n: int = 1, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # One float32 more or less is lost in the sum of a million images.
-        self.add_state("total", torch.zeros(n, dtype=torch.float64), dist_reduce_fx="sum")
+        zeros = torch.zeros(len(self.names) or 1, dtype=torch.float64)
+        self.add_state("total", zeros, dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     @abstractmethod
     def _values(self, found: Any) -> Tensor:
-        """Of each image, (B, n)."""
+        """Of each image, (B, one or as many as names)."""
 
     def update(self, found: Any) -> None:
         """Add a batch: what the function returned for it."""
@@ -207,8 +209,6 @@ class Means(Metric):
         self.count = self.count + len(values)
 
     def compute(self) -> Any:
-        """The mean; NaN without an image."""
-        return self._means()[0]
-
-    def _means(self) -> Tensor:
-        return (self.total / self.count).float()
+        """The mean, or each by its name; NaN without an image."""
+        means = (self.total / self.count).float()
+        return dict(zip(self.names, means, strict=True)) if self.names else means[0]

@@ -142,7 +142,8 @@ class _RegionScore(Metric):
             raise ValueError(f"`num_classes` must be positive, got {num_classes}.")
         self.num_classes, self.average, self.ignore_empty = num_classes, average, ignore_empty
         cells = (2, num_classes or 1)  # all and difficult, by class
-        self.add_state("total", torch.zeros(cells), dist_reduce_fx="sum")
+        # A float32 that counts hits stays at 2**24, and one that sums shares is off before.
+        self.add_state("total", torch.zeros(cells, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(cells, dtype=torch.int64), dist_reduce_fx="sum")
 
     @abstractmethod
@@ -175,8 +176,9 @@ class _RegionScore(Metric):
                 raise ValueError(f"`masks` must be {n}, one for each example, got {len(kept)}.")
             attributions, masks = attributions[kept], masks[kept]
             target, difficult = target[kept], difficult[kept]
-        scores = self._score(attributions, masks).to(self.total.dtype)
-        chosen = torch.stack((torch.ones_like(difficult), difficult))
+        scores = self._score(attributions, masks).to(self.total)
+        chosen = torch.stack((torch.ones_like(difficult), difficult)).to(scores.device)
+        target = target.to(scores.device)
         self.total = self.total.index_add(1, target, scores * chosen)
         self.count = self.count.index_add(1, target, chosen.long())
 
@@ -185,7 +187,7 @@ class _RegionScore(Metric):
         total, count = self.total, self.count
         if self.average == "micro":
             total, count = total.sum(1), count.sum(1)
-        shares = torch.where(count > 0, total / count, torch.nan)
+        shares = torch.where(count > 0, total / count, torch.nan).float()
         if self.average == "macro":
             shares = shares.nanmean(1)
         return {"all": shares[0], "difficult": shares[1]}
@@ -200,6 +202,7 @@ class _RegionScore(Metric):
                 f"`difficult` must be bool, ({n},), got {difficult.dtype}, "
                 f"{tuple(difficult.shape)}."
             )
+        difficult = difficult.to(device)
         if self.num_classes is None:
             return torch.zeros(n, dtype=torch.int64, device=device), difficult
         if target is None or target.shape != (n,) or target.is_floating_point():
@@ -207,7 +210,7 @@ class _RegionScore(Metric):
             raise ValueError(f"`target` must be integers, ({n},), got {got}.")
         if bool(((target < 0) | (target >= self.num_classes)).any()):
             raise ValueError(f"`target` must be in [0, {self.num_classes}), the `num_classes`.")
-        return target.long(), difficult
+        return target.long().to(device), difficult
 
 
 class PointingGame(_RegionScore):

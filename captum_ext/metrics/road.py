@@ -134,18 +134,12 @@ class Road(Means):
     """
 
     higher_is_better = True
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(3, **kwargs)
+    names = ("combined", "morf", "lerf")
 
     def _values(self, found: Any) -> Tensor:
         if not isinstance(found, RoadScores):
             raise TypeError(f"`found` must be RoadScores, got {type(found)}.")
         return torch.stack((found.score, found.morf.mean(1), found.lerf.mean(1)), 1)
-
-    def compute(self) -> dict[str, Tensor]:
-        """The three means; NaN without an image."""
-        return dict(zip(("combined", "morf", "lerf"), self._means(), strict=True))
 
 
 # --- imputation ----------------------------------------------------------------------------------

@@ -58,8 +58,9 @@ def box_ious(
     Args:
         maps: (B, H, W), or (B, C, H, W) with equal channels, in [0, 1].
         boxes: for each image (n, 4), n at least 1: (x1, y1, x2, y2) in pixels of the map,
-            half-open. To "wsolevaluation" both ends are inside, as the authors take theirs, which
-            end behind the object.
+            half-open. Nothing is cut off of a box that is outside the map, in whole or in part. To
+            "wsolevaluation" both ends are inside, as the authors take theirs, which end behind the
+            object.
         contours: "largest": only the region with the largest area counts (MaxBoxAcc); "all"
             (MaxBoxAccV2).
         convention: "components" or "wsolevaluation".

@@ -19,6 +19,7 @@ from captum_ext.metrics import (
     Deletion,
     IncreaseInConfidence,
     Insertion,
+    Overall,
     Road,
     RoadScores,
     average_drop,
@@ -196,6 +197,9 @@ def test_a_flat_map_shows_nothing_and_scale_and_shift_do_not_count() -> None:
     first = average_drop(model, x, attributions, score="logit")
     assert 0 < first.item() < 1
     torch.testing.assert_close(average_drop(model, x, 7 * attributions - 2, score="logit"), first)
+    without = torch.tensor([[1.0, 1, 1], [0, 0, 1]], dtype=D)[None]
+    for same in (without, 7 * without - 2, without / 1024):
+        assert increase_in_confidence(model, x, same, score="logit").tolist() == [True]
 
 
 def test_no_score_leaves_nothing_to_drop() -> None:
@@ -229,6 +233,55 @@ def test_perfect_constant_and_inverted_maps_are_ranked() -> None:
     debiased = [road(model, x, m, score="logit").score for m in (perfect, constant, -perfect)]
     assert debiased[0] > debiased[1] > debiased[2]
     assert debiased[0].item() == pytest.approx(-debiased[2].item(), rel=0.2)
+
+
+def test_perfect_inverted_and_constant_maps_to_the_digit() -> None:
+    """A model of four pixels, and maps that are its weights, their opposite, and nothing."""
+    weights = torch.tensor([[4.0, 3.0, -1.0, -2.0]], dtype=D)
+    model, x = Linear(weights), ones(3, 1, 1, 4)
+    maps = torch.stack((weights, -weights, torch.full_like(weights, 0.5)))
+    options: dict[str, Any] = {"step": 1, "score": "logit"}
+    found = overall_score(model, x, maps, insertion_baselines=0, deletion_baselines=0, **options)
+    assert found.insertion.scores[:2].tolist() == [[0, 4, 7, 6, 4], [0, -2, -3, 0, 4]]
+    assert found.deletion.scores[:2].tolist() == [[4, 0, -3, -2, 0], [4, 6, 7, 4, 0]]
+    assert found.insertion.auc[:2].tolist() == [19 / 4, -3 / 4]
+    assert found.deletion.auc[:2].tolist() == [-3 / 4, 19 / 4]
+    assert found.score[:2].tolist() == [22 / 4, -22 / 4]
+    # Scaled to [0, 1] the maps are 1, 5/6, 1/6, 0, their opposite, and 0.
+    drops = [0, (4 - (3 / 6 - 5 / 6 - 2)) / 4, 1]
+    assert average_drop(model, x, maps, score="logit").tolist() == pytest.approx(drops)
+    better = increase_in_confidence(model, x, maps, score="logit")
+    assert better.tolist() == [True, False, False]
+
+    ramp = torch.tensor([[[[8.0, 6.0, 4.0, 2.0, 0.0]]]], dtype=D)
+    both = road(
+        Linear(torch.ones(1, 5, dtype=D)),
+        ramp.repeat(2, 1, 1, 1),
+        torch.cat((ramp, -ramp)),
+        percentiles=[20, 40],
+        noise=0,
+        score="logit",
+    )
+    # 8 becomes 6, then 8 and 6 become 4; from the other end 0 becomes 2, then 2 and 0 become 4.
+    assert torch.allclose(both.morf, torch.tensor([[18, 14], [22, 26]], dtype=D))
+    assert torch.allclose(both.lerf, torch.tensor([[22, 26], [18, 14]], dtype=D))
+    assert torch.allclose(both.score, torch.tensor([4.0, -4.0], dtype=D))
+
+
+def test_a_constant_map_is_that_of_its_random_order() -> None:
+    """The order shows in a model whose weights are powers of two; a map of it has the same."""
+    model = Linear(2.0 ** torch.arange(12, dtype=D).reshape(3, 4))
+    x, constant = ones(1, 1, 3, 4), torch.full((1, 3, 4), 0.5, dtype=D)
+    coming = insertion(model, x, constant, baselines=0, step=1, score="logit").scores[0]
+    order = coming.diff().log2().round().long()
+    assert sorted(order.tolist()) == list(range(12)) != order.tolist()
+    explicit = torch.empty(12, dtype=D).scatter_(0, order, 12 - torch.arange(12.0, dtype=D))
+    noisy = torch.randn(1, 1, 3, 4, dtype=D, generator=Generator().manual_seed(0))
+    for function in (insertion, deletion, overall_score, road):
+        flat = numbers(function(model, noisy, constant, score="logit"))
+        assert torch.equal(
+            numbers(function(model, noisy, explicit.view(1, 3, 4), score="logit")), flat
+        )
 
 
 def mean_of_tied(values: Tensor) -> Tensor:
@@ -292,7 +345,7 @@ def test_only_the_order_counts(height: int, width: int, levels: int, seed: int) 
     values = torch.randint(levels, (2, height, width), generator=generator).to(D)
     x = torch.randn(2, 1, height, width, generator=generator, dtype=D)
     model = Linear(torch.randn(height, width, generator=generator, dtype=D))
-    for function in (insertion, deletion, road):
+    for function in (insertion, deletion, overall_score, road):
         first = numbers(function(model, x, values, score="logit"))
         for other in (values.exp(), values**3 - 5, values * 1e-30, (values / 8).bfloat16()):
             assert torch.equal(numbers(function(model, x, other, score="logit")), first)
@@ -659,6 +712,7 @@ def found_by(name: str, model: nn.Module, x: Tensor) -> Any:
     [
         (Insertion, "insertion"),
         (Deletion, "deletion"),
+        (Overall, "overall"),
         (AverageDrop, "drop"),
         (IncreaseInConfidence, "increase"),
         (Road, "road"),
@@ -679,11 +733,12 @@ def test_metrics_average_over_images_batches_and_processes(metric: Any, name: st
     whole._update_count = 1
     first = torch.cat([each_image(b)[0].double() for b in batches]).mean()
     computed = whole.compute()
-    if name == "road":
-        for key, i in (("combined", 0), ("morf", 1), ("lerf", 2)):
-            every = torch.cat([each_image(b)[i].reshape(len(b.score), -1) for b in batches])
-            assert computed[key].item() == pytest.approx(every.mean().item(), rel=1e-6)
-        computed = computed["combined"]
+    if whole.names:
+        places = {"combined": 0, "morf": 1, "lerf": 2} | {"score": 0, "insertion": 1, "deletion": 3}
+        for key, mean in computed.items():
+            every = torch.cat([each_image(b)[places[key]].reshape(len(b[0]), -1) for b in batches])
+            assert mean.item() == pytest.approx(every.mean().item(), rel=1e-6)
+        computed = computed[whole.names[0]]
     assert computed.item() == pytest.approx(first.item(), rel=1e-6)
     whole.reset()
     assert whole.count == 0
@@ -695,6 +750,7 @@ def test_metrics_average_over_images_batches_and_processes(metric: Any, name: st
     [
         (Insertion, torch.ones(2)),
         (Deletion, None),
+        (Overall, Curve(torch.ones(2), torch.ones(2, 2), torch.ones(2))),
         (AverageDrop, torch.ones(2, 2)),
         (AverageDrop, torch.ones(2) > 0),
         (IncreaseInConfidence, torch.ones(2)),
