@@ -355,3 +355,6 @@ def test_on_the_device() -> None:
     metric.update(*batch)
     assert metric.compute()["all"].is_cuda
     assert metric.compute()["all"].item() == 0.5
+    there = PointingGame(num_classes=3, ignore_empty=True)  # on the CPU, as it is made
+    there.update(*batch[:2], *examples()[2:])
+    assert there.compute()["all"].item() == 0.5
