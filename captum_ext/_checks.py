@@ -85,4 +85,4 @@ def warn(message: str) -> None:
 def _is_inside(frame: FrameType) -> bool:
     name = str(frame.f_globals.get("__name__"))
     inside = ("captum_ext", "captum", "torch", "lightning", "contextlib")
-    return name != "captum_ext.cli" and name.partition(".")[0] in inside
+    return not name.startswith("captum_ext.cli") and name.partition(".")[0] in inside

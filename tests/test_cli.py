@@ -5,6 +5,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tempfile
 import warnings
 import zlib
 from pathlib import Path
@@ -31,6 +32,7 @@ from captum_ext.attr import (
     suggest_reshape_transform,
     tokens_to_grid,
 )
+from captum_ext.cli import explain, methods
 
 torch.set_num_threads(1)
 
@@ -179,23 +181,23 @@ def test_every_layer_method_is_in_the_table():
         "LayerMap",
         "LayerTokenGradCam",
     }
-    assert {method.class_name for method in cli.METHODS} == ours | {"LayerGradCam"}, (
+    assert {method.class_name for method in methods.METHODS} == ours | {"LayerGradCam"}, (
         "LayerTokenGradCam is what grad-cam is on transformers"
     )
     for attribute in ("name", "title", "class_name"):
-        assert len({getattr(m, attribute) for m in cli.METHODS}) == len(cli.METHODS)
+        assert len({getattr(m, attribute) for m in methods.METHODS}) == len(methods.METHODS)
 
 
 def test_families_are_those_of_the_classes():
     from captum.attr import GradientAttribution, PerturbationAttribution
 
-    for method in cli.METHODS:
+    for method in methods.METHODS:
         cls = getattr(captum_ext.attr, method.class_name, LayerGradCam)
         assert (method.family == "gradient") == issubclass(cls, GradientAttribution)
         assert (method.family == "masking") == issubclass(cls, PerturbationAttribution)
 
 
-@pytest.mark.parametrize("method", cli.METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", methods.METHODS, ids=lambda m: m.name)
 def test_passes_and_gradients_are_as_the_table_says(method):
     torch.manual_seed(0)
     conv, relu = nn.Conv2d(3, 40, 3), nn.ReLU()
@@ -203,8 +205,8 @@ def test_passes_and_gradients_are_as_the_table_says(method):
     ran, differentiated = [0], []
     net.register_forward_hook(lambda module, x, y: ran.__setitem__(0, ran[0] + len(y)))
     net[-1].register_forward_hook(lambda module, x, y: differentiated.append(y.requires_grad))
-    cam = cli.attribution(method, explainable(net, layer="1"), "1", None)
-    cli._run(method, cam, torch.randn(1, 3, 16, 16), 3)
+    cam = methods.attribution(method, explainable(net, layer="1"), "1", None)
+    explain._run(method, cam, torch.randn(1, 3, 16, 16), 3)
     if not method.passes.endswith("*"):
         alive = 40  # no channel is flat here
         assert ran[0] == eval(method.passes, {"K": alive})
@@ -217,7 +219,7 @@ def test_methods_command(capsys):
     lines = captured.out.splitlines()
     assert captured.err == ""
     assert max(map(len, lines)) < 100
-    for line, method in zip(lines[1:], cli.METHODS, strict=False):
+    for line, method in zip(lines[1:], methods.METHODS, strict=False):
         assert line.split()[:3] == [method.name, method.class_name, method.family]
         assert line.endswith(f"{method.authors} {method.year}")
         assert line.index(method.class_name) == lines[0].index("class")
@@ -225,9 +227,9 @@ def test_methods_command(capsys):
 
 
 def test_names_are_matched_in_any_spelling():
-    found = cli.find_methods(["Grad-CAM++", "SCORE_CAM", "layercam", "cam", "score-cam"])
+    found = methods.find_methods(["Grad-CAM++", "SCORE_CAM", "layercam", "cam", "score-cam"])
     assert [m.name for m in found] == ["grad-cam++", "score-cam", "layer-cam", "cam"]
-    assert cli.find_methods(None) == cli.METHODS
+    assert methods.find_methods(None) == methods.METHODS
 
 
 def test_version_and_help_do_not_import_torch():
@@ -272,7 +274,7 @@ def test_grad_cam_of_tokens_is_the_formula():
     vit.module.zero_grad()
     a, g = (t[0, 1:].detach() for t in (seen["a"], seen["a"].grad))  # without the class token
     by_hand = (a * g.mean(0)).sum(1).reshape(4, 4)
-    cam = cli.attribution(cli.find_methods(["grad-cam"])[0], vit, vit.layer, tokens_to_grid)
+    cam = methods.attribution(methods.find_methods(["grad-cam"])[0], vit, vit.layer, tokens_to_grid)
     found = cam.attribute(x, target=3)[0, 0]
     assert by_hand.abs().max() > 1e-4
     assert torch.allclose(found, by_hand, rtol=1e-4, atol=1e-8)
@@ -281,9 +283,9 @@ def test_grad_cam_of_tokens_is_the_formula():
 def test_transformer_by_all_methods():
     vit = small_vit()
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    explanations, notes = cli.run_methods(vit, x, 3)
+    explanations, notes = explain.run_methods(vit, x, 3)
     names = [one.method.name for one in explanations]
-    assert names == [m.name for m in cli.METHODS if m.name != "cam"]
+    assert names == [m.name for m in methods.METHODS if m.name != "cam"]
     assert len(notes) == 1
     assert notes[0].startswith("cam does not work at layer encoder.layers.encoder_layer_1.ln_1")
     assert all(one.map.shape == (32, 32) for one in explanations)
@@ -296,8 +298,8 @@ def test_transformer_by_all_methods():
 def test_smooth_grad_cam_is_repeatable():
     vit = small_vit()
     x = torch.randn(1, 3, 32, 32)
-    smooth = cli.find_methods(["smooth-grad-cam++"])
-    first, second = (cli.run_methods(vit, x, 3, smooth)[0][0].map for _ in range(2))
+    smooth = methods.find_methods(["smooth-grad-cam++"])
+    first, second = (explain.run_methods(vit, x, 3, smooth)[0][0].map for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -333,8 +335,8 @@ def test_find_layer_reads_the_shape(shape, transform):
 
 
 def test_a_method_that_does_not_work_is_left_out(mobilenet, photo, here, capsys, monkeypatch):
-    few = tuple(m for m in cli.METHODS if m.name in ("cam", "layer-cam"))
-    monkeypatch.setattr(cli, "METHODS", few)
+    few = tuple(m for m in methods.METHODS if m.name in ("cam", "layer-cam"))
+    monkeypatch.setattr(methods, "METHODS", few)
     assert run("explain", photo, "--model", "mobilenet_v3_small", "--weights", mobilenet) == 0
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
@@ -351,7 +353,7 @@ def test_a_method_asked_for_that_does_not_work_is_an_error(mobilenet, photo, her
 
 
 def test_no_method_works(squeezenet, photo, here, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "METHODS", cli.find_methods(["layer-cam"]))
+    monkeypatch.setattr(methods, "METHODS", methods.find_methods(["layer-cam"]))
     model = ("--model", "squeezenet1_1", "--weights", squeezenet[1])
     monkeypatch.setattr(demo, "find_layer", lambda *_: ("features", tokens_to_grid))
     assert run("explain", photo, *model) == 2
@@ -369,10 +371,10 @@ def test_warnings_of_the_library_are_notes():
             y = self.conv(x).mean((2, 3))
             return self.head(y if float(y.sum()) > 1e9 else 2 * y)
 
-    method = cli.find_methods(["ablation-cam"])
+    method = methods.find_methods(["ablation-cam"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, notes = cli.run_methods(explainable(Branch()), torch.rand(1, 3, 8, 8), 1, method)
+        _, notes = explain.run_methods(explainable(Branch()), torch.rand(1, 3, 8, 8), 1, method)
     assert len(notes) == 1
     assert "`conv` cannot be run" in notes[0]
 
@@ -635,13 +637,13 @@ def test_the_picture_replaces_an_old_one_whole_or_not_at_all(
 
 def test_report_says_where_a_map_is_empty():
     vit = small_vit()
-    one, two = (cli.find_methods([name])[0] for name in ("layer-cam", "score-cam"))
+    one, two = (methods.find_methods([name])[0] for name in ("layer-cam", "score-cam"))
     explanations = [
-        cli.Explanation(one, torch.ones(4, 4), 0.5),
-        cli.Explanation(two, torch.zeros(4, 4), 12.35),
+        explain.Explanation(one, torch.ones(4, 4), 0.5),
+        explain.Explanation(two, torch.zeros(4, 4), 12.35),
     ]
     shares = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.03125, 0.03125])
-    assert cli.report(vit, explanations, shares, 5, "encoder").splitlines() == [
+    assert explain.report(vit, explanations, shares, 5, "encoder").splitlines() == [
         "model  vit",
         "layer  encoder",
         "",
@@ -832,7 +834,7 @@ def test_output_folder_that_is_not_writable(photo, here, capsys, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     assert run("explain", photo) == 2
     assert "not writable (Permission denied)" in one_line(capsys)
 

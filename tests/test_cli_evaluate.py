@@ -10,7 +10,7 @@ from captum.attr import LayerGradCam
 from PIL import Image
 
 from captum_ext import cli, demo, evaluation
-from captum_ext.cli_train import Folder
+from captum_ext.cli.pictures import Folder
 from captum_ext.evaluation import summary
 
 torch.set_num_threads(1)

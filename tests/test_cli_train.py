@@ -15,8 +15,11 @@ import torchvision.models
 from captum.attr import LayerGradCam
 from PIL import Image
 
-from captum_ext import cli, cli_train, demo
+from captum_ext import cli, demo
 from captum_ext.attr import FCAM, LayerScoreCam
+from captum_ext.cli import train_fcam
+from captum_ext.cli.options import check_devices
+from captum_ext.cli.pictures import Folder
 
 pytest.importorskip("lightning")
 
@@ -97,7 +100,7 @@ def asked(monkeypatch):
 def straight(weights, **options):
     """The same training by the library."""
     loaded = demo.load_model("resnet18", weights)
-    folder = cli_train.Folder("data")
+    folder = Folder("data")
     normalize = (loaded.preprocess.mean, loaded.preprocess.std)
     settings = {"size": 64, "n_epochs": 1, "batch_size": 4, "show_progress": False} | options
     guide = LayerGradCam(loaded.module, loaded.module.layer4)
@@ -175,7 +178,7 @@ def test_pictures_are_upright_and_in_rgb(here):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("L", (40, 20)).save("data/a/0.jpg", exif=exif)
-    picture, label = cli_train.Folder("data")[0]
+    picture, label = Folder("data")[0]
     assert (picture.size, picture.mode, label) == ((20, 40), "RGB", 0)
 
 
@@ -186,7 +189,7 @@ def test_defaults_are_those_of_fit_fcam(resnet, here, asked):
     model = ("--model", "resnet18", "--weights", resnet, "--device", "cpu")
     assert run("train-fcam", "data", *model) == 0
     parameters = inspect.signature(fit_fcam).parameters
-    for name in cli_train._OPTIONS:
+    for name in train_fcam._OPTIONS:
         assert asked[name] == parameters[name].default
     assert "trainer" not in asked
     assert type(asked["guide"]) is LayerGradCam
@@ -202,7 +205,7 @@ def test_the_papers_settings(here, command, asked):
 
 def test_every_option_comes_through(here, command, asked):
     given = {"resize": 72, "n_epochs": 2, "batch_size": 5, "seed": 9, "num_workers": 1}
-    options = [str(a) for n, v in given.items() for a in (cli_train._OPTIONS[n][0], v)]
+    options = [str(a) for n, v in given.items() for a in (train_fcam._OPTIONS[n][0], v)]
     folders = ("--checkpoints", "run", "--cache", "maps", "--devices", "2")
     guide = ("--guide", "Score_CAM", "--layer", "layer3")
     assert run(*command, *options, *folders, *guide, "--output", "d.pth") == 0
@@ -244,7 +247,7 @@ def test_pictures_that_another_process_could_not_read(here, monkeypatch):
     def gather(found, own):
         found[:] = [own, {0, 4}]
 
-    folder = cli_train.Folder("data")
+    folder = Folder("data")
     folder.unread[2] = True
     assert folder.unread_in_all() == [2]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -421,12 +424,12 @@ def test_the_output_is_not_the_weights(resnet, here, command, capsys):
 
 def test_devices_that_are_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    cli_train._check_devices(2, torch.device("cuda"))
-    cli_train._check_devices(9, torch.device("cpu"))
+    check_devices(2, torch.device("cuda"))
+    check_devices(9, torch.device("cpu"))
     with pytest.raises(demo.InputError, match="--devices 3 are more than the GPUs here, 2"):
-        cli_train._check_devices(3, torch.device("cuda"))
+        check_devices(3, torch.device("cuda"))
     with pytest.raises(demo.InputError, match="leave out --device cuda:1"):
-        cli_train._check_devices(2, torch.device("cuda:1"))
+        check_devices(2, torch.device("cuda:1"))
 
 
 def test_too_little_memory(here, command, capsys, monkeypatch):

@@ -8,28 +8,21 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captum_ext.cli import (
-    _PERTURBATIONS_PER_EVAL,
-    Method,
-    _say,
-    attribution,
+from captum_ext.cli.methods import PERTURBATIONS_PER_EVAL, Method, attribution, find_methods
+from captum_ext.cli.options import (
+    LARGEST_SEED,
+    check_devices,
     find_device,
-    find_methods,
+    integer,
+    noise,
 )
-from captum_ext.cli_train import (
-    _LARGEST_SEED,
-    Folder,
-    _check_classes,
-    _check_devices,
-    _integer,
-    _noise,
-)
+from captum_ext.cli.output import check_folder, say, whole
+from captum_ext.cli.pictures import Folder, check_classes
 
 if TYPE_CHECKING:
     from captum_ext.demo import LoadedModel
@@ -91,25 +84,25 @@ def add_command(commands: Any) -> None:
     )
     one.add_argument(
         "--size",
-        type=_integer(1),
+        type=integer(1),
         default=224,
         metavar="N",
         help="the side that whole pictures are brought to, in pixels (default: 224)",
     )
-    one.add_argument("--batch-size", type=_integer(1), default=16, metavar="N", help="default: 16")
+    one.add_argument("--batch-size", type=integer(1), default=16, metavar="N", help="default: 16")
     one.add_argument(
-        "--seed", type=_integer(0, _LARGEST_SEED), default=0, metavar="N", help="default: 0"
+        "--seed", type=integer(0, LARGEST_SEED), default=0, metavar="N", help="default: 0"
     )
     one.add_argument(
         "--workers",
-        type=_integer(0),
+        type=integer(0),
         default=0,
         metavar="N",
         help="processes that read pictures (default: 0)",
     )
     one.add_argument(
         "--devices",
-        type=_integer(1),
+        type=integer(1),
         default=1,
         metavar="N",
         help="GPUs to run on, or processes of a CPU (default: 1)",
@@ -126,17 +119,17 @@ def evaluate(arguments: argparse.Namespace) -> int:
         KeyboardInterrupt: Ctrl-C; its message says how to go on.
     """
     output = Path(arguments.output)
-    _check_folder(output)
+    check_folder(output)
     methods = find_methods(arguments.method, arguments.data)
     folder = Folder(arguments.data)
     device = find_device(arguments.device)
     if arguments.devices > 1:
-        _check_devices(arguments.devices, device)
+        check_devices(arguments.devices, device)
         _silence_lightning()
     from captum_ext import demo
 
     loaded = demo.load_model(arguments.model, arguments.weights)
-    fewer = _check_classes(folder, loaded)
+    fewer = check_classes(folder, loaded)
     loaded.module.to(device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
@@ -144,23 +137,20 @@ def evaluate(arguments: argparse.Namespace) -> int:
         warnings.filterwarnings("ignore", message="Some rows failed")  # which is said below
         made = _attributions(methods, loaded, arguments, bool(arguments.method))
         if fewer and _is_first():
-            _say("note", fewer)
+            say("note", fewer)
         found = _evaluated(arguments, made, folder, loaded)
     if not _is_first():
         return 0
     for text in dict.fromkeys(str(warning.message) for warning in caught):
-        _say("note", text)
+        say("note", text)
     failed = sum(found.failures.values())
     if failed:
         rows = failed + sum(found.images.values())
-        _say("note", f"{failed} of {rows} rows failed; their reasons are in {output}")
-    for name, content in (("summary.md", found.markdown().encode()), ("figure.png", None)):
-        unfinished = output / f".{name}.{os.getpid()}.png"
-        if content is None:
-            found.figure().savefig(unfinished, format="png")
-        else:
-            unfinished.write_bytes(content)
-        unfinished.replace(output / name)
+        say("note", f"{failed} of {rows} rows failed; their reasons are in {output}")
+    with whole(output / "summary.md") as unfinished:
+        unfinished.write_bytes(found.markdown().encode())
+    with whole(output / "figure.png") as unfinished:
+        found.figure().savefig(unfinished, format="png")
     print(found.markdown())
     print(f"written to {output}")
     return 1 if failed else 0
@@ -179,7 +169,7 @@ def _attributions(
     from captum_ext.demo import InputError
 
     device = next(loaded.module.parameters()).device
-    x = _noise(arguments.size).to(device)
+    x = noise(arguments.size).to(device)
     try:
         demo.probabilities(loaded, x)
     except InputError:
@@ -195,7 +185,7 @@ def _attributions(
     for method in methods:
         kwargs: dict[str, Any] = {"relu_attributions": True} if method.rectify else {}
         if method.family == "masking":
-            kwargs["perturbations_per_eval"] = _PERTURBATIONS_PER_EVAL
+            kwargs["perturbations_per_eval"] = PERTURBATIONS_PER_EVAL
         try:
             one = attribution(method, loaded, layer, reshape_transform)
             one.attribute(x, target=target, **kwargs)
@@ -204,7 +194,7 @@ def _attributions(
             if named:
                 raise InputError(said) from error
             if _is_first():
-                _say("note", f"{said} (left out)")
+                say("note", f"{said} (left out)")
             continue
         made[method.name] = (one, kwargs)
     if not made:
@@ -245,22 +235,6 @@ def _evaluated(
         if said == str(error) and not said.startswith("Not one of"):  # a mistake of ours
             raise
         raise InputError(said) from error
-
-
-def _check_folder(output: Path) -> None:
-    from captum_ext.demo import InputError
-
-    if output.exists() and not output.is_dir():
-        raise InputError(f"the output {str(output)!r} is a file: give a folder")
-    above = output if output.is_dir() else output.parent
-    if not above.is_dir():
-        raise InputError(f"the output folder {str(above)!r} does not exist: make it first")
-    try:
-        tempfile.TemporaryFile(dir=above).close()
-    except OSError as error:
-        raise InputError(
-            f"the output folder {str(above)!r} is not writable ({error.strerror}): give another"
-        ) from error
 
 
 def _silence_lightning() -> None:

@@ -1,0 +1,61 @@
+"""The command line: `explain`, `methods`, `train-fcam` and `evaluate`, a module each.
+
+Without arguments, `captum-ext explain` explains a photograph by every layer method. What
+takes long to import is imported only where it is used, so that `--help` and `methods` are quick.
+"""
+
+import argparse
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from captum_ext import __version__
+from captum_ext.cli import evaluate, explain, methods, train_fcam
+from captum_ext.cli.output import say
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        say("error", f"{message} (see {self.prog} --help)")
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("captum-ext", description="More attribution methods for Captum.")
+    parser.add_argument("--version", action="version", version=f"captum-ext {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (explain, methods, train_fcam, evaluate):
+        command.add_command(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code.
+
+    0; 1 where a part of an evaluation failed; 2 for what the user can put right; 130 for Ctrl-C.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int | None] = arguments.run
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        say("stopped", str(stop) or "interrupted")
+        return 130
+    except BrokenPipeError:  # `captum-ext methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        from captum_ext.demo import InputError
+
+        if not isinstance(error, InputError | OSError):
+            raise
+        say("error", str(error))
+        return 2
+    return code or 0

@@ -1,0 +1,7 @@
+"""`python -m captum_ext.cli` is `captum-ext`."""
+
+import sys
+
+from captum_ext.cli import main
+
+sys.exit(main())

@@ -1,0 +1,143 @@
+"""The layer methods by their names, and the command `captum-ext methods`."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from captum_ext.cli.output import table
+
+if TYPE_CHECKING:
+    from captum.attr import Attribution
+
+    from captum_ext.attr.layer.template import ReshapeTransform
+    from captum_ext.demo import LoadedModel
+
+PERTURBATIONS_PER_EVAL = 16  # the fastest on a CPU, by a little
+
+
+@dataclass(frozen=True)
+class Method:
+    """One layer method of the command line.
+
+    Attributes:
+        name: on the command line.
+        title: in the picture.
+        class_name: in `captum_ext.attr`, or in `captum.attr` for Captum's own.
+        family: "gradient", "masking" or "other".
+        gradients: whether it needs gradients.
+        passes: forward passes for an image; K is the number of the layer's channels.
+        authors: of the paper.
+        year: of the paper.
+        rectify: whether `attribute` is asked for the positive part, as the papers do.
+        seeded: whether it draws noise from a `generator`.
+    """
+
+    name: str
+    title: str
+    class_name: str
+    family: str
+    gradients: bool
+    passes: str
+    authors: str
+    year: int
+    rectify: bool = True
+    seeded: bool = False
+
+
+# fmt: off
+METHODS = (
+    Method("cam", "CAM", "LayerClassActivationMap", "other", False,
+           "1", "Zhou et al.", 2016),
+    Method("grad-cam", "Grad-CAM", "LayerGradCam", "gradient", True,
+           "1", "Selvaraju et al.", 2017),
+    Method("grad-cam++", "Grad-CAM++", "LayerGradCamPlusPlus", "gradient", True,
+           "1", "Chattopadhay et al.", 2018),
+    Method("smooth-grad-cam++", "Smooth Grad-CAM++", "LayerSmoothGradCamPlusPlus", "gradient", True,
+           "26", "Omeiza et al.", 2019, seeded=True),
+    Method("sharpen-focus", "Sharpen Focus", "LayerSharpenFocus", "gradient", True,
+           "1", "Wang et al.", 2019),
+    Method("xgrad-cam", "XGrad-CAM", "LayerXGradCam", "gradient", True,
+           "1", "Fu et al.", 2020),
+    Method("hires-cam", "HiResCAM", "LayerHiResCam", "gradient", True,
+           "1", "Draelos and Carin", 2020),
+    Method("layer-cam", "LayerCAM", "LayerCam", "gradient", True,
+           "1", "Jiang et al.", 2021),
+    Method("eigen-cam", "Eigen-CAM", "LayerEigenCam", "other", False,
+           "1", "Muhammad and Yeasin", 2020),
+    Method("score-cam", "Score-CAM", "LayerScoreCam", "masking", False,
+           "1 + K", "Wang et al.", 2020),
+    Method("ablation-cam", "Ablation-CAM", "LayerAblationCam", "masking", False,
+           "1 + K*", "Desai and Ramaswamy", 2020),
+    Method("group-cam", "Group-CAM", "LayerGroupCam", "masking", True,
+           "34", "Zhang et al.", 2021, rectify=False),
+)
+# fmt: on
+
+
+def add_command(commands: Any) -> None:
+    """Add `methods` to the subparsers of the command line."""
+    commands.add_parser("methods", help="list the methods").set_defaults(run=methods)
+
+
+def methods(arguments: argparse.Namespace) -> None:
+    """Run `captum-ext methods`."""
+    rows = [("method", "class", "family", "grad", "passes", "paper")]
+    for one in METHODS:
+        needed = "yes" if one.gradients else "no"
+        paper = f"{one.authors} {one.year}"
+        rows.append((one.name, one.class_name, one.family, needed, one.passes, paper))
+    print(table(rows))
+    print(
+        "\ngrad: whether gradients are needed. passes: forward passes for an image, where K is\n"
+        "the number of the layer's channels; * of the part behind the layer only."
+    )
+
+
+def find_methods(names: Sequence[str] | None, image: str | None = None) -> tuple[Method, ...]:
+    """The methods with these names, in any case; None is all of them.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    known = {_key(method.name): method for method in METHODS}
+    for name in names or ():
+        if _key(name) not in known:
+            from captum_ext._model import closest
+            from captum_ext.demo import InputError
+
+            hint = "; an IMAGE goes in front of --method" if image is None else ""
+            raise InputError(
+                f"unknown method {name!r}. Closest: "
+                f"{closest(name.lower(), [method.name for method in METHODS])}{hint}"
+            )
+    return tuple(dict.fromkeys(known[_key(name)] for name in names)) if names else METHODS
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def attribution(
+    method: Method,
+    loaded: "LoadedModel",
+    layer: str,
+    reshape_transform: "ReshapeTransform | None",
+) -> "Attribution":
+    """The method's attribution object.
+
+    Grad-CAM is Captum's own where it can read the layer.
+    """
+    import captum.attr
+    import torch
+
+    import captum_ext.attr
+
+    if method.name == "grad-cam" and reshape_transform is None:
+        return captum.attr.LayerGradCam(loaded.module, loaded.module.get_submodule(layer))
+    options: dict[str, Any] = {"reshape_transform": reshape_transform}
+    if method.name == "grad-cam":
+        return captum_ext.attr.LayerTokenGradCam(loaded.module, layer, **options)
+    if method.seeded:
+        options["generator"] = torch.Generator().manual_seed(0)
+    return getattr(captum_ext.attr, method.class_name)(loaded.module, layer, **options)
