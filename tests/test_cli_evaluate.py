@@ -1,5 +1,7 @@
 """`captum-ext evaluate`: what it measures, what it says, and what it refuses."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +126,14 @@ def test_ctrl_c_says_how_to_go_on(command, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "evaluate", stopped)
     assert run(*command) == 130
     assert "the same command goes on where it was" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_that_takes_long():
+    code = (
+        "import sys; from captum_ext.cli import main\n"
+        "try: main(['evaluate', '--help'])\n"
+        "finally: print([m for m in ('torch', 'torchvision', 'yaml') if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
+    assert "--config FILE" in ran.stdout

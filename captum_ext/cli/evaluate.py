@@ -1,127 +1,190 @@
-"""The command `captum-ext evaluate`: which method's maps are better, on a folder of pictures.
+"""The command `captum-ext evaluate`: which method's maps are better, on a data set.
 
-Like `cli`, it imports what takes long only where it is used.
+Like the rest of `captum_ext.cli`, it imports what takes long only where it is used.
 """
 
 import argparse
+import functools
 import logging
 import os
 import re
 import sys
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captum_ext.cli.methods import PERTURBATIONS_PER_EVAL, Method, attribution, find_methods
+from captum_ext.cli.attributions import find_attributions, make_attributions
+from captum_ext.cli.config import read_config
+from captum_ext.cli.layouts import DRAWN, LAYOUTS, Opened, check_labels, open_data
 from captum_ext.cli.options import (
     LARGEST_SEED,
+    add_options,
     check_devices,
     find_device,
     integer,
     noise,
 )
 from captum_ext.cli.output import check_folder, say, whole
-from captum_ext.cli.pictures import Folder, check_classes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from captum_ext.demo import LoadedModel
     from captum_ext.evaluation import Summary
 
-METRICS = ("insertion", "deletion")
-_FLAGS = {"output": "--output", "metrics": "--metrics", "size": "--size", "data": "DATA"}
+_FAITHFULNESS = ("insertion", "deletion")
+_FLAGS = {
+    "output": "--output",
+    "methods": "--method",
+    "metrics": "--metrics",
+    "size": "--size",
+    "data": "DATA",
+    "against": "--against",
+}
+# Of the options that are not given, neither to the command nor in a file. Others are None.
+_DEFAULTS: Mapping[str, Any] = {
+    "target": "label",
+    "output": "evaluation",
+    "size": 224,
+    "batch_size": 16,
+    "seed": 0,
+    "workers": 0,
+    "devices": 1,
+    "summarize": False,
+}
+_TRIED = 8  # pictures, of which one can be read, on which options of metrics are tried
 
 
 def add_command(commands: Any) -> None:
     """Add `evaluate` to the subparsers of the command line."""
     one = commands.add_parser(
         "evaluate",
-        help="measure which method's maps are better, on a folder of pictures",
-        description="Explain each picture of a folder, with one folder for each class, by one or "
-        "many layer methods, and measure their maps: figures with intervals, and paired "
-        "differences. A run that was stopped goes on where it was. The exit code is 1 where a "
-        "picture or a method failed; the rows say why.",
+        help="measure which method's maps are better, on a data set",
+        description="Explain each picture of a data set by one or many methods, and measure their "
+        "maps: figures with intervals, and paired differences. A run that was stopped goes on "
+        "where it was. The exit code is 1 where a picture or a method failed; the rows say why.",
+        argument_default=argparse.SUPPRESS,  # so that what is given is known
     )
-    one.add_argument("data", metavar="DATA", help="a folder with a folder for each class")
+    options = [
+        one.add_argument(
+            "data",
+            nargs="?",
+            metavar="DATA",
+            help="a folder with a folder for each class, or of another --layout",
+        ),
+        one.add_argument(
+            "--layout",
+            choices=LAYOUTS,
+            metavar="NAME",
+            help="classes, cub (CUB-200-2011), voc, wsol (wsolevaluation), and without DATA the "
+            f"drawn {', '.join(DRAWN)} (default: as the files in DATA are)",
+        ),
+        one.add_argument(
+            "--split",
+            metavar="NAME",
+            help="cub: test, train or all; voc: a file in ImageSets/Main; wsol: a folder in DATA "
+            "(default: test)",
+        ),
+        one.add_argument("--images", metavar="DIR", help="wsol: the folder of the pictures"),
+        one.add_argument(
+            "--masks", metavar="DIR", help="wsol: the folder of the masks (default: --images)"
+        ),
+        one.add_argument(
+            "--flagged",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="voc: count objects that are flagged as difficult",
+        ),
+        one.add_argument(
+            "--class-names",
+            metavar="FILE",
+            help="classes, voc: the names of the model's classes in their order, one on each line "
+            "(default: the folders, sorted; VOC's)",
+        ),
+        one.add_argument(
+            "--pictures",
+            type=integer(1),
+            metavar="N",
+            help="how many are drawn, where there is no DATA",
+        ),
+        *add_options(one, "--model", "--weights"),
+        *add_options(
+            one,
+            "--method",
+            help="see `captum-ext methods`, or a class of Captum that needs a model alone, such as "
+            "IntegratedGradients (default: all of `captum-ext methods`)",
+        ),
+        *add_options(one, "--layer"),
+        one.add_argument(
+            "--metrics",
+            nargs="+",
+            metavar="NAME",
+            help="of captum_ext.evaluation.evaluate (default: insertion and deletion, with "
+            "localization where it is known where the objects are)",
+        ),
+        one.add_argument(
+            "--target", choices=("label", "predicted"), help="what is explained (default: label)"
+        ),
+        one.add_argument(
+            "--output",
+            metavar="DIR",
+            help="where rows, the summary and the picture go (default: evaluation)",
+        ),
+        one.add_argument(
+            "--against",
+            metavar="METHOD",
+            help="which the others are compared with (default: the first)",
+        ),
+        one.add_argument(
+            "--summarize",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="only tell what is in --output, finished or not",
+        ),
+        one.add_argument(
+            "--size",
+            type=integer(1),
+            metavar="N",
+            help="the side that whole pictures are brought to, in pixels (default: 224)",
+        ),
+        one.add_argument("--batch-size", type=integer(1), metavar="N", help="default: 16"),
+        one.add_argument("--seed", type=integer(0, LARGEST_SEED), metavar="N", help="default: 0"),
+        one.add_argument(
+            "--workers",
+            type=integer(0),
+            metavar="N",
+            help="processes that read pictures (default: 0)",
+        ),
+        *add_options(one, "--devices", default=argparse.SUPPRESS),
+        *add_options(one, "--device"),
+    ]
     one.add_argument(
-        "--model",
-        required=True,
-        metavar="NAME",
-        help="efficientnet-lite0 or any classifier of torchvision",
-    )
-    one.add_argument(
-        "--weights",
+        "--config",
         metavar="FILE",
-        help="a file with the model's state dict; nothing is downloaded",
+        help="a file in YAML with a line `flag: value` for each, for what is not given here",
     )
-    one.add_argument(
-        "--method",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help="see `captum-ext methods` (default: all)",
-    )
-    one.add_argument("--layer", metavar="NAME", help="a dotted name (default: the last with a map)")
-    one.add_argument(
-        "--metrics",
-        nargs="+",
-        default=METRICS,
-        metavar="NAME",
-        help="insertion, deletion, average_drop, increase_in_confidence, road (default: insertion "
-        "and deletion)",
-    )
-    one.add_argument(
-        "--target",
-        choices=("label", "predicted"),
-        default="label",
-        help="what is explained (default: label)",
-    )
-    one.add_argument(
-        "--output",
-        default="evaluation",
-        metavar="DIR",
-        help="where rows, the summary and the picture go (default: evaluation)",
-    )
-    one.add_argument(
-        "--size",
-        type=integer(1),
-        default=224,
-        metavar="N",
-        help="the side that whole pictures are brought to, in pixels (default: 224)",
-    )
-    one.add_argument("--batch-size", type=integer(1), default=16, metavar="N", help="default: 16")
-    one.add_argument(
-        "--seed", type=integer(0, LARGEST_SEED), default=0, metavar="N", help="default: 0"
-    )
-    one.add_argument(
-        "--workers",
-        type=integer(0),
-        default=0,
-        metavar="N",
-        help="processes that read pictures (default: 0)",
-    )
-    one.add_argument(
-        "--devices",
-        type=integer(1),
-        default=1,
-        metavar="N",
-        help="GPUs to run on, or processes of a CPU (default: 1)",
-    )
-    one.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: a GPU if any)")
-    one.set_defaults(run=evaluate)
+    one.set_defaults(run=functools.partial(evaluate, options))
 
 
-def evaluate(arguments: argparse.Namespace) -> int:
+def evaluate(options: Sequence[argparse.Action], given: argparse.Namespace) -> int:
     """Run `captum-ext evaluate`; the exit code.
 
     Raises:
         InputError: anything that the user can put right.
         KeyboardInterrupt: Ctrl-C; its message says how to go on.
     """
+    arguments = _settings(options, given)
     output = Path(arguments.output)
+    if arguments.summarize:
+        found = _summary(arguments)
+        return _told(found, output) if _is_first() else 0
+    _check_required(arguments)
     check_folder(output)
-    methods = find_methods(arguments.method, arguments.data)
-    folder = Folder(arguments.data)
+    asked = find_attributions(arguments.method)
+    _check_against(arguments.against, [one.name for one in asked])
+    opened = open_data(arguments)
     device = find_device(arguments.device)
     if arguments.devices > 1:
         check_devices(arguments.devices, device)
@@ -129,20 +192,40 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from captum_ext import demo
 
     loaded = demo.load_model(arguments.model, arguments.weights)
-    fewer = check_classes(folder, loaded)
+    notes = [check_labels(opened, loaded, arguments.target)]
+    if arguments.layout is None and opened.layout != "classes":
+        notes.append(f"{arguments.data!r} has the files of --layout {opened.layout}")
     loaded.module.to(device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module="captum_ext|__main__")
         warnings.filterwarnings("ignore", message="Some rows failed")  # which is said below
-        made = _attributions(methods, loaded, arguments, bool(arguments.method))
-        if fewer and _is_first():
-            say("note", fewer)
-        found = _evaluated(arguments, made, folder, loaded)
+        x = noise(arguments.size).to(device)
+        _check_takes(loaded, x)
+        made, left_out = make_attributions(
+            asked,
+            loaded,
+            x,
+            layer=arguments.layer,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            keep_going=not arguments.method,
+        )
+        if _is_first():  # before hours are spent on it
+            for note in (*left_out, *notes):
+                if note:
+                    say("note", note)
+        _check_against(arguments.against, list(made))
+        found = _evaluated(arguments, made, opened, loaded)
     if not _is_first():
         return 0
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         say("note", text)
+    return _told(found, output)
+
+
+def _told(found: "Summary", output: Path) -> int:
+    """Print and write a summary; the exit code."""
     failed = sum(found.failures.values())
     if failed:
         rows = failed + sum(found.images.values())
@@ -156,54 +239,60 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _attributions(
-    methods: Sequence[Method],
-    loaded: "LoadedModel",
-    arguments: argparse.Namespace,
-    named: bool,
-) -> dict[str, Any]:
-    """The methods that work on this model, tried on noise, and arguments of their `attribute`."""
-    import torch
+# --- what is asked for ---------------------------------------------------------------------------
 
-    from captum_ext import demo
+
+def _settings(options: Sequence[argparse.Action], given: argparse.Namespace) -> argparse.Namespace:
+    """What the command line gives, before what the file says, before the defaults."""
+    settings = {option.dest: _DEFAULTS.get(option.dest) for option in options}
+    if "config" in given:
+        settings |= read_config(given.config, options, mappings=("method", "metrics"))
+    return argparse.Namespace(**settings | vars(given))
+
+
+def _check_required(arguments: argparse.Namespace) -> None:
     from captum_ext.demo import InputError
 
-    device = next(loaded.module.parameters()).device
-    x = noise(arguments.size).to(device)
+    lacking = [] if arguments.data or arguments.layout in DRAWN else ["DATA"]
+    lacking += [] if arguments.model else ["--model"]
+    if lacking:
+        hint = "; DATA goes in front of --method and --metrics" if "DATA" in lacking else ""
+        raise InputError(
+            f"the following arguments are required: {', '.join(lacking)}{hint} "
+            f"(see captum-ext evaluate --help)"
+        )
+
+
+def _check_against(against: str | None, names: Iterable[str]) -> None:
+    from captum_ext._model import closest
+    from captum_ext.demo import InputError
+
+    if against is not None and against not in names:
+        raise InputError(
+            f"--against {against!r} is none of the methods. Closest: {closest(against, [*names])}"
+        )
+
+
+def _check_takes(loaded: "LoadedModel", x: "Tensor") -> None:
+    """Raise an InputError where the model does not take pictures of this size."""
+    from captum_ext.demo import InputError, probabilities
+
     try:
-        demo.probabilities(loaded, x)
+        probabilities(loaded, x)
     except InputError:
         raise
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(
-            f"{loaded.name} does not take pictures of {arguments.size} x {arguments.size} pixels "
+            f"{loaded.name} does not take pictures of {x.shape[2]} x {x.shape[3]} pixels "
             f"({error}): give another --size"
         ) from error
-    layer, reshape_transform = demo.find_layer(loaded, x, arguments.layer)
-    made: dict[str, Any] = {}
-    target = torch.zeros(1, dtype=torch.int64, device=device)
-    for method in methods:
-        kwargs: dict[str, Any] = {"relu_attributions": True} if method.rectify else {}
-        if method.family == "masking":
-            kwargs["perturbations_per_eval"] = PERTURBATIONS_PER_EVAL
-        try:
-            one = attribution(method, loaded, layer, reshape_transform)
-            one.attribute(x, target=target, **kwargs)
-        except (ValueError, RuntimeError, AssertionError) as error:
-            said = f"{method.name} does not work at layer {layer} of {loaded.name}: {error}"
-            if named:
-                raise InputError(said) from error
-            if _is_first():
-                say("note", f"{said} (left out)")
-            continue
-        made[method.name] = (one, kwargs)
-    if not made:
-        raise InputError(f"no method works at layer {layer} of {loaded.name}: name another --layer")
-    return made
+
+
+# --- the evaluation ------------------------------------------------------------------------------
 
 
 def _evaluated(
-    arguments: argparse.Namespace, made: dict[str, Any], folder: Folder, loaded: "LoadedModel"
+    arguments: argparse.Namespace, made: Mapping[str, Any], opened: Opened, loaded: "LoadedModel"
 ) -> "Summary":
     """What the library finds, with its errors in the words of the command line."""
     import torch
@@ -211,30 +300,94 @@ def _evaluated(
     from captum_ext import evaluation
     from captum_ext.demo import InputError
 
+    metrics = arguments.metrics
+    if metrics is None:
+        metrics = (*(["localization"] if opened.has_objects else []), *_FAITHFULNESS)
+    settings: dict[str, Any] = {
+        "size": arguments.size,
+        "normalize": (loaded.preprocess.mean, loaded.preprocess.std),
+        "target": arguments.target,
+        "batch_size": arguments.batch_size,
+        "seed": arguments.seed,
+    }
     try:
-        return evaluation.evaluate(
+        if isinstance(metrics, Mapping):
+            metrics = {name: {} if value is None else value for name, value in metrics.items()}
+            _try_metrics(metrics, made, opened.data, settings)
+        found = evaluation.evaluate(
             made,
-            folder,
-            arguments.metrics,
+            opened.data,
+            metrics,
             output=arguments.output,
-            size=arguments.size,
-            normalize=(loaded.preprocess.mean, loaded.preprocess.std),
-            target=arguments.target,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
+            **settings,
             num_workers=arguments.workers,
             show_progress=sys.stdout.isatty() and sys.stderr.isatty(),
             devices=arguments.devices,
         )
+        return found if arguments.against is None else _summary(arguments)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on where it was") from None
     except torch.cuda.OutOfMemoryError as error:
         raise InputError("the GPU has too little memory: give a lower --batch-size") from error
+    except InputError:
+        raise
     except (ValueError, RuntimeError) as error:
-        said = re.sub(r"`(\w+)`", lambda name: _FLAGS.get(name[1], name[0]), str(error))
+        said = _in_flags(error)
         if said == str(error) and not said.startswith("Not one of"):  # a mistake of ours
             raise
         raise InputError(said) from error
+
+
+def _try_metrics(
+    metrics: Mapping[str, Any], made: Mapping[str, Any], data: Any, settings: Mapping[str, Any]
+) -> None:
+    """Measure one picture: a wrong option would be the failure of each row, after hours.
+
+    Raises:
+        InputError: options that a metric does not take.
+    """
+    from captum_ext import evaluation
+    from captum_ext.demo import InputError
+
+    refusal = None
+    name = next(iter(made))
+    for index in range(min(_TRIED, len(data))):
+        try:
+            picture = data[index]
+        except (OSError, ValueError):  # rows will say so
+            continue
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                evaluation.evaluate(
+                    {name: made[name]},
+                    [picture],
+                    metrics,
+                    output=folder,
+                    **settings,
+                    show_progress=False,
+                )
+            return
+        except (TypeError, ValueError, RuntimeError) as error:
+            refusal = error
+    if refusal is not None:
+        raise InputError(f"the options of metrics: {_in_flags(refusal)}") from refusal
+
+
+def _summary(arguments: argparse.Namespace) -> "Summary":
+    from captum_ext import evaluation
+    from captum_ext.demo import InputError
+
+    try:
+        return evaluation.summary(arguments.output, against=arguments.against)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no run in --output {arguments.output}") from error
+    except ValueError as error:
+        raise InputError(_in_flags(error)) from error
+
+
+def _in_flags(error: Exception) -> str:
+    """What an error of the library says, with flags for its arguments."""
+    return re.sub(r"`(\w+)`", lambda name: _FLAGS.get(name[1], name[0]), str(error))
 
 
 def _silence_lightning() -> None:

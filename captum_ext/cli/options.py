@@ -52,10 +52,11 @@ _SHARED: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser, *flags: str, **changes: Any) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, *flags: str, **changes: Any
+) -> list[argparse.Action]:
     """Add options that several commands have, each with these `changes`."""
-    for flag in flags:
-        parser.add_argument(flag, **{**_SHARED[flag], **changes})
+    return [parser.add_argument(flag, **{**_SHARED[flag], **changes}) for flag in flags]
 
 
 def find_device(name: str | None) -> "torch.device":

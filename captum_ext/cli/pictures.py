@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from captum_ext.demo import LoadedModel
+    from captum_ext.demo import InputError, LoadedModel
 
 
 class Folder:
@@ -28,17 +28,13 @@ class Folder:
         import torch
         from torchvision.datasets import ImageFolder
 
-        from captum_ext.demo import InputError, load_image
+        from captum_ext.demo import load_image
 
-        if not Path(root).is_dir():
-            raise InputError(f"the folder {root!r} does not exist or is not a folder")
+        check_is_folder(root)
         try:
             self._folder = ImageFolder(root, loader=load_image)
         except FileNotFoundError as error:
-            first = str(error).partition(". ")[0].rstrip(".")
-            raise InputError(
-                f"the folder {root!r} must have a folder of pictures for each class: {first}"
-            ) from error
+            raise no_pictures_by_class(root, error) from error
         self.root = root
         self.classes: list[str] = self._folder.classes
         self.samples: list[tuple[str, int]] = self._folder.samples
@@ -77,8 +73,29 @@ class Folder:
         return sorted(found)
 
 
-def check_classes(folder: Folder, loaded: "LoadedModel") -> str | None:
+def check_is_folder(root: str) -> None:
+    """Raise an InputError unless there is such a folder."""
+    from captum_ext.demo import InputError
+
+    if not Path(root).is_dir():
+        raise InputError(f"the folder {root!r} does not exist or is not a folder")
+
+
+def no_pictures_by_class(root: str, error: FileNotFoundError) -> "InputError":
+    """What torchvision says of a folder that is not by class, as an error of the user's."""
+    from captum_ext.demo import InputError
+
+    first = str(error).partition(". ")[0].rstrip(".")
+    return InputError(f"the folder {root!r} must have a folder of pictures for each class: {first}")
+
+
+def check_classes(folder: Any, loaded: "LoadedModel", title: str) -> str | None:
     """A remark where the classifier has more classes than the folder.
+
+    Args:
+        folder: has `classes`.
+        loaded: the classifier.
+        title: what the folder is called.
 
     Raises:
         InputError: it has fewer.
@@ -88,8 +105,8 @@ def check_classes(folder: Folder, loaded: "LoadedModel") -> str | None:
     found, known = len(folder.classes), len(loaded.categories)
     if found > known:
         raise InputError(
-            f"the folder {folder.root!r} has {found} classes, and {loaded.name} has {known}: give "
-            f"the weights of a classifier of these classes"
+            f"{title} has {found} classes, and {loaded.name} has {known}: give the weights of a "
+            f"classifier of these classes"
         )
     if found == known:
         return None

@@ -114,7 +114,7 @@ def train_fcam(arguments: argparse.Namespace) -> None:
     from captum_ext import demo
 
     loaded = demo.load_model(arguments.model, arguments.weights)
-    fewer = check_classes(folder, loaded)
+    fewer = check_classes(folder, loaded, f"the folder {folder.root!r}")
     loaded.module.to(device)
     checkpoint = _checkpoint(settings["checkpoints"])
 

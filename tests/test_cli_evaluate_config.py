@@ -1,0 +1,253 @@
+"""`captum-ext evaluate --config`: settings in YAML, methods and metrics with options."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from captum.attr import IntegratedGradients, LayerGradCam
+
+from captum_ext import cli, demo, evaluation
+from captum_ext.attr import AugmentedSR, LayerCam, SESSWrapper
+from captum_ext.cli.attributions import find_attributions
+from captum_ext.cli.config import read_config
+from captum_ext.cli.pictures import Folder
+from captum_ext.evaluation import summary
+from tests import test_cli_evaluate, test_readme
+from tests.test_cli_evaluate import run
+
+torch.set_num_threads(1)
+
+command, resnet = test_cli_evaluate.command, test_cli_evaluate.resnet
+
+
+@pytest.fixture
+def config(command, resnet):
+    """Write a file of settings, which has the model's."""
+
+    def write(text):
+        model = f"data: data\nmodel: resnet18\nweights: {resnet}\ndevice: cpu\nsize: 32\n"
+        Path("run.yaml").write_text(f"{model}{text}\n")
+        return ("evaluate", "--config", "run.yaml")
+
+    return write
+
+
+def refused(capsys, said, *argv):
+    assert run(*argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert error.startswith("captum-ext: error: ")
+    assert said in error
+    assert not Path("evaluation").exists()
+
+
+# --- what a file says ----------------------------------------------------------------------------
+
+
+def test_a_file_and_flags_give_the_same_rows(command, config, capsys):
+    flags = ("--method", "layer-cam", "--metrics", "average_drop", "--seed", 7, "--output", "a")
+    assert run(*command, *flags) == 0
+    told = capsys.readouterr().out
+    text = "layer: layer2\nbatch-size: 2\nmethod: [grad-cam, layer-cam]\nmetrics: average_drop\n"
+    assert run(*config(f"{text}seed: 7\noutput: b")) == 0
+    assert capsys.readouterr().out == told.replace("written to a", "written to b")
+    for name in ("rows.csv", "settings.json", "summary.md"):
+        assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
+
+
+def test_the_command_line_goes_before_the_file(config):
+    text = "layer: layer2\nmethod: [grad-cam, cam]\nmetrics: [road]\noutput: a\nseed: 3"
+    flags = ("--method", "layer-cam", "--metrics", "average_drop", "--output", "b")
+    assert run(*config(text), *flags) == 0
+    assert not Path("a").exists()
+    found = summary("b")
+    assert list(found.figures) == ["layer-cam"]
+    assert list(found.higher_is_better) == ["average_drop"]
+    assert '"seed": 3' in Path("b/settings.json").read_text()
+
+
+def test_what_is_empty_is_not_given(config, capsys):
+    text = "layer: layer2\nmethod: grad-cam\nmetrics: average_drop\nsplit:\nbatch-size:"
+    assert run(*config(text)) == 0
+    assert '"batch_size": 16' in Path("evaluation/settings.json").read_text()
+
+
+def options_of_evaluate():
+    parser = cli._Parser()
+    cli.evaluate.add_command(parser.add_subparsers())
+    given = parser.parse_args(["evaluate"])
+    assert vars(given).keys() == {"run"}  # nothing is given by default
+    return given.run.args[0]
+
+
+def test_every_flag_has_a_key(capsys):
+    assert run("evaluate", "--help") == 0
+    flags = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    keys = {option.option_strings[0] for option in options_of_evaluate() if option.option_strings}
+    assert flags == keys | {"--config"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("batchsize: 3", "unknown key 'batchsize'. Closest: batch-size"),
+        ("config: a.yaml", "unknown key 'config'"),
+        ("3: 4", "unknown key 3"),
+        ("batch-size: many", "batch-size: expected an integer, got 'many'"),
+        ("batch-size: true", "batch-size: expected an integer, got True"),
+        ("batch-size: 0", "batch-size: 0 is not 1 or more"),
+        ("seed: -1", "seed: -1 is not 0 to 4294967295"),
+        ("layer: 2", "layer: expected text, got 2"),
+        ("target: labels", "target: expected one of label, predicted, got 'labels'"),
+        ("layout: [cub]", "layout: expected text, got ['cub']"),
+        ("flagged: 1", "flagged: expected true or false, got 1"),
+        ("method: []", "method: expected one or more names, got []"),
+        ("method: {}", "method: expected one or more names, got {}"),
+        ('method: {"": cam}', "method: expected names of one line, got ''"),
+        ("method: {Saliency: {arguments: {target: 1}}}", "multiple values for keyword argument"),
+        (
+            "method: {IntegratedGradients: {arguments: {return_convergence_delta: true}}}",
+            "--method: IntegratedGradients: ['return_convergence_delta'] cannot be given",
+        ),
+        ("method: [1]", "method: expected one or more names, got [1]"),
+        ("size: {a: 1}", "size: expected an integer, got {'a': 1}"),
+        ("method: gradcan", "unknown method 'gradcan'. Closest: grad-cam"),
+        ("method: IntegratedGradient", "Closest: IntegratedGradients"),
+        ("method: LayerIntegratedGradients", "unknown method 'LayerIntegratedGradients'"),
+        ("method: {a: {methods: cam}}", "method: a: unknown key 'methods'. Closest: method"),
+        ("method: {a: {method: [cam]}}", "method: a: method: expected text"),
+        ("method: {cam: 3}", "method: cam: expected options of method, layer, arguments"),
+        ("method: {cam: {sess: 3}}", "method: cam: sess: expected a mapping, got 3"),
+        ("method: {a: cams}", "unknown method 'cams'"),
+        ("method: {a: {method: Saliency, layer: conv1}}", "method: a: Saliency takes no layer"),
+        ("method: {a: {method: Saliency, arguments: {ab: 1}}}", "a does not work on resnet18: "),
+        ("method: {cam: {sess: {scale: 3}}}", "cam does not work at layer layer4 of resnet18: "),
+        ("metrics: {insertion: {stp: 1}}", "the options of metrics: Not one of 1 rows"),
+        ("metrics: {insertion: {step: -1}}", "`step` must be"),
+        ("metrics: {pointing_game: {tolerence: 1}}", "unexpected keyword argument 'tolerence'"),
+        ("metrics: {insertions: }", "--metrics must be names of"),
+        ("against: cam\nmethod: grad-cam", "--against 'cam' is none of the methods"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_key(text, said, config, capsys):
+    refused(capsys, said, *config(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("- data", "must have lines `flag: value`"), ("a: [", "is not YAML: "), ("a: \0", "not YAML")],
+)
+def test_a_file_of_something_else(text, said, config, capsys):
+    argv = config("")
+    Path("run.yaml").write_text(text)
+    refused(capsys, said, *argv)
+
+
+def test_a_file_that_is_not_there(config, capsys):
+    config("")
+    refused(capsys, "nowhere.yaml", "evaluate", "--config", "nowhere.yaml")
+
+
+def test_what_is_required_may_be_in_the_file(config, capsys):
+    config("")
+    Path("run.yaml").write_text("size: 32")
+    said = "the following arguments are required: DATA, --model"
+    refused(capsys, said, "evaluate", "--config", "run.yaml")
+
+
+# --- methods and metrics with options ------------------------------------------------------------
+
+
+def test_wrappers_arguments_and_options_are_the_librarys(config, resnet):
+    text = """
+layer: layer2
+seed: 3
+method:
+  grad-cam:
+  early: {method: Layer_CAM, layer: layer1}
+  fine: {method: grad-cam, sess: {window: 32, scales: [40], smooth: false}}
+  moved: {method: grad-cam, augmented-sr: {n_augmentations: 2}}
+  IG: {method: IntegratedGradients, arguments: {n_steps: 3}}
+metrics: {insertion: {step: 0.5}, average_drop: }
+"""
+    assert run(*config(text)) == 0
+    loaded = demo.load_model("resnet18", resnet)
+    net = loaded.module
+    cam = LayerGradCam(net, net.layer2)
+    positive = {"relu_attributions": True}
+    generator = torch.Generator().manual_seed(3)
+    straight = {
+        "grad-cam": (cam, positive),
+        "early": (LayerCam(net, "layer1"), positive),
+        "fine": (SESSWrapper(cam, window=32, scales=[40], smooth=False), positive),
+        "moved": (AugmentedSR(cam, n_augmentations=2, generator=generator), positive),
+        "IG": (IntegratedGradients(net), {"n_steps": 3, "internal_batch_size": 16}),
+    }
+    metrics = {"insertion": {"step": 0.5}, "average_drop": {}}
+    options = {"size": 32, "seed": 3, "output": "straight", "show_progress": False}
+    found = evaluation.evaluate(straight, Folder("data"), metrics, **options)
+    assert summary("evaluation").figures == found.figures
+    assert len({str(each) for each in found.figures.values()}) == 5  # which are five maps
+
+
+def test_a_run_with_drawn_copies_goes_on(config, capsys):
+    text = "layer: layer2\nbatch-size: 1\nmetrics: average_drop\nmethod:\n"
+    argv = config(f"{text}  moved: {{method: grad-cam, augmented-sr: {{n_augmentations: 2}}}}")
+    assert run(*argv) == 0
+    rows = Path("evaluation/rows.csv")
+    whole = rows.read_bytes()
+    rows.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    assert run(*argv) == 0
+    assert rows.read_bytes() == whole
+
+
+def test_classes_of_captum_on_the_command_line(command):
+    flags = ("--metrics", "average_drop", "--output", "run")
+    assert run(*command, "--method", "Saliency", *flags) == 0
+    assert list(summary("run").figures) == ["grad-cam", "Saliency"]
+
+
+def test_names_are_found_in_any_spelling_and_once():
+    found = find_attributions(["Grad_CAM", "gradcam", "Saliency", "Saliency"])
+    assert [one.name for one in found] == ["grad-cam", "Saliency"]
+    assert [one.name for one in find_attributions(None)] == [m.name for m in cli.methods.METHODS]
+
+
+def test_the_readmes_file_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (text,) = re.findall(r"```\n(data: .*?)```", test_readme.README, re.DOTALL)
+    Path("run.yaml").write_text(text)
+    settings = read_config("run.yaml", options_of_evaluate(), ("method", "metrics"))
+    assert settings["batch_size"] == 32
+    assert list(settings["metrics"]) == ["localization", "insertion"]
+    asked = find_attributions(settings["method"])
+    assert [one.name for one in asked] == ["grad-cam", "layer3", "SESS", "IG"]
+    assert asked[2].wrappers == {"sess": {"n_scales": 6}}
+    assert asked[3].arguments == {"n_steps": 20}
+
+
+# --- the summary again ---------------------------------------------------------------------------
+
+
+def test_the_summary_is_told_again_against_another_method(command, capsys):
+    flags = ("--method", "layer-cam", "--metrics", "average_drop", "--output", "run")
+    assert run(*command, *flags) == 0
+    rows = Path("run/rows.csv").read_bytes()
+    capsys.readouterr()
+    again = ("evaluate", "--summarize", "--output", "run", "--against", "layer-cam")
+    assert run(*again) == 0
+    found = summary("run", against="layer-cam")
+    assert capsys.readouterr().out == f"{found.markdown()}\nwritten to run\n"
+    assert Path("run/summary.md").read_text() == found.markdown()
+    assert "less layer-cam" in found.markdown()
+    assert Path("run/rows.csv").read_bytes() == rows
+    assert run(*command, *flags, "--against", "layer-cam") == 0
+    assert found.markdown() in capsys.readouterr().out
+    assert run(*again[:-1], "cam") == 2
+    assert "--against must be one of ['grad-cam', 'layer-cam']" in capsys.readouterr().err
+
+
+def test_no_run_to_tell_of(command, capsys):
+    said = "there is no run in --output evaluation"
+    refused(capsys, said, "evaluate", "--summarize")
