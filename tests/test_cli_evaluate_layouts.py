@@ -215,6 +215,8 @@ def test_wsols_labels_are_classes_of_the_model(wsol, evaluated):
 def test_names_of_classes_are_the_models(photographs, evaluated):
     text(Path("names.txt"), "cat", "dog", "mouse")
     refused(evaluated, "has 3 classes, and sq", 2, photographs, "--class-names", "names.txt")
+    refused(evaluated, "has 3 classes, and sq", 4, photographs, "--class-names", "names.txt")
+    refused(evaluated, "there is no such file", 4, photographs, "--class-names", "nam.txt")
     text(Path("names.txt"), "cat")
     said = "--class-names lacks 'dog'"
     refused(evaluated, said, 2, photographs, "--class-names", "names.txt")

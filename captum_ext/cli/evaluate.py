@@ -400,7 +400,9 @@ def _silence_lightning() -> None:
         raise InputError(
             'several devices need Lightning of the extra `train`: pip install "captum_ext[train]"'
         ) from error
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    for name in ("lightning.fabric", "lightning.pytorch"):  # whichever was imported last speaks
+        logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _is_first() -> bool:

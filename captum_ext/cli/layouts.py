@@ -39,8 +39,10 @@ class Opened(NamedTuple):
     Attributes:
         data: as `captum_ext.evaluation.evaluate` takes it.
         layout: its layout.
-        title: what messages call it.
-        n_classes: how many it has; those that are used, where files do not say how many there are.
+        title: what messages call the origin of its classes.
+        n_classes: how many it has.
+        labels: "all" where these must be all classes of a model, "first" where they may be its
+            first ones, "used" where there may be more of them, since labels are all that is known.
         has_objects: whether it is known where the objects are.
     """
 
@@ -48,7 +50,8 @@ class Opened(NamedTuple):
     layout: str
     title: str
     n_classes: int
-    has_objects: bool
+    labels: str = "all"
+    has_objects: bool = True
 
 
 def open_data(arguments: argparse.Namespace) -> Opened:
@@ -57,7 +60,6 @@ def open_data(arguments: argparse.Namespace) -> Opened:
     Raises:
         InputError: no such folder, options of another layout, files that do not fit together.
     """
-    from captum_ext import datasets
     from captum_ext.demo import InputError
 
     layout = arguments.layout
@@ -70,45 +72,16 @@ def open_data(arguments: argparse.Namespace) -> Opened:
         raise InputError(f"--{name.replace('_', '-')} is for --layout {fitting}, not for {layout}")
     if layout in DRAWN:
         return _drawn(layout, arguments)
-    root, split = Path(arguments.data), given.get("split", "test")
-    names = _class_names(given["class_names"]) if "class_names" in given else None
-    data: Any
     try:
-        if layout == "classes":
-            data = datasets.ClassFolders(root, names)
-            return Opened(data, layout, f"the folder {str(root)!r}", len(data.classes), False)
-        if layout == "cub":
-            data = datasets.Cub(root, split, masks=(root / "segmentations").is_dir())
-            n = len(data.classes) or datasets.folders.N_CUB_CLASSES
-            return Opened(data, layout, f"the layout cub of {str(root)!r}", n, True)
-        if layout == "voc":
-            data = datasets.Voc(
-                root,
-                split,
-                use_flagged=bool(arguments.flagged),
-                classes=datasets.VOC_CLASSES if names is None else names,
-            )
-            return Opened(data, layout, f"the layout voc of {str(root)!r}", len(data.classes), True)
-        if "images" not in given:
-            raise InputError("--layout wsol needs the folder of the pictures: give --images DIR")
-        has_objects = (root / split / "localization.txt").is_file()
-        data = datasets.WsolFolder(
-            root,
-            given["images"],
-            split,
-            masks=given.get("masks"),
-            localization=has_objects,
-        )
-        n = 1 + max(target for _, target in data.samples)
-        return Opened(data, layout, f"the layout wsol of {str(root)!r}", n, has_objects)
+        return _READERS[layout](arguments.data, given)
     except InputError:
         raise
     except FileNotFoundError as error:
         if layout == "classes":
-            raise no_pictures_by_class(str(root), error) from error
+            raise no_pictures_by_class(arguments.data, error) from error
         raise InputError(
-            f"{str(error).rstrip('.')}: the layout is {layout} and the split {split!r} (--layout, "
-            f"--split)"
+            f"{str(error).rstrip('.')}: the layout is {layout} and the split "
+            f"{given.get('split', 'test')!r} (--layout, --split)"
         ) from error
     except ValueError as error:
         said = str(error).replace("`split`", "--split").replace("`classes`", "--class-names")
@@ -150,15 +123,16 @@ def check_labels(opened: Opened, loaded: "LoadedModel", target: str) -> str | No
     from captum_ext.demo import InputError
 
     found, known = opened.n_classes, len(loaded.categories)
-    up_to = opened.layout == "wsol"  # whose files do not say how many classes there are
-    has = f"{opened.title} has {f'labels up to {found - 1}' if up_to else f'{found} classes'}"
+    has = f"{opened.title} has {found} classes"
+    if opened.labels == "used":
+        has = f"{opened.title} has labels up to {found - 1}"
     if target == "predicted":
-        if found == known or (up_to and found < known):
+        if found == known or (opened.labels == "used" and found < known):
             return None
         return f"{has}, and {loaded.name} {known} classes: the predicted ones are explained"
-    if opened.layout == "classes":
+    if opened.labels == "first":
         return check_classes(opened.data, loaded, opened.title)
-    if found > known or (found < known and not up_to):
+    if found > known or (found < known and opened.labels == "all"):
         raise InputError(
             f"{has}, and {loaded.name} has {known} classes: give --weights of a classifier of "
             f"these classes, or --target predicted"
@@ -166,6 +140,64 @@ def check_labels(opened: Opened, loaded: "LoadedModel", target: str) -> str | No
     if found < known:
         return f"{has}, and {loaded.name} {known} classes: label i is taken for class i"
     return None
+
+
+# --- the layouts ---------------------------------------------------------------------------------
+
+
+def _by_class(root: str, given: Mapping[str, Any]) -> Opened:
+    from captum_ext.datasets import ClassFolders
+
+    names, title = _class_names(given)
+    data = ClassFolders(root, names)
+    labels = "first" if names is None else "all"
+    title = title or f"the folder {root!r}"
+    return Opened(data, "classes", title, len(data.classes), labels, has_objects=False)
+
+
+def _cub(root: str, given: Mapping[str, Any]) -> Opened:
+    from captum_ext.datasets import Cub
+    from captum_ext.datasets.folders import N_CUB_CLASSES
+
+    has_masks = (Path(root) / "segmentations").is_dir()
+    data = Cub(root, given.get("split", "test"), masks=has_masks)
+    return Opened(data, "cub", f"CUB in {root!r}", len(data.classes) or N_CUB_CLASSES)
+
+
+def _voc(root: str, given: Mapping[str, Any]) -> Opened:
+    from captum_ext.datasets import VOC_CLASSES, Voc
+
+    names, title = _class_names(given)
+    data = Voc(
+        root,
+        given.get("split", "test"),
+        use_flagged="flagged" in given,
+        classes=VOC_CLASSES if names is None else names,
+    )
+    return Opened(data, "voc", title or f"VOC in {root!r}", len(data.classes))
+
+
+def _wsol(root: str, given: Mapping[str, Any]) -> Opened:
+    from captum_ext.datasets import WsolFolder
+    from captum_ext.demo import InputError
+
+    if "images" not in given:
+        raise InputError("--layout wsol needs the folder of the pictures: give --images DIR")
+    split = given.get("split", "test")
+    has_objects = (Path(root) / split / "localization.txt").is_file()
+    data = WsolFolder(
+        root, given["images"], split, masks=given.get("masks"), localization=has_objects
+    )
+    n = 1 + max(target for _, target in data.samples)
+    return Opened(data, "wsol", f"the folder {root!r}", n, "used", has_objects)
+
+
+_READERS: Mapping[str, Callable[[str, Mapping[str, Any]], Opened]] = {
+    "classes": _by_class,
+    "cub": _cub,
+    "voc": _voc,
+    "wsol": _wsol,
+}
 
 
 def _drawn(layout: str, arguments: argparse.Namespace) -> Opened:
@@ -181,17 +213,23 @@ def _drawn(layout: str, arguments: argparse.Namespace) -> Opened:
     }[layout]
     options = {} if arguments.pictures is None else {"n": arguments.pictures}
     data: Any = kind(seed=arguments.seed, **options)
-    return Opened(data, layout, f"--layout {layout}", n_classes, True)
+    return Opened(data, layout, f"--layout {layout}", n_classes)
 
 
-def _class_names(file: str) -> list[str]:
+def _class_names(given: Mapping[str, Any]) -> tuple[list[str] | None, str]:
+    """The names in the file of --class-names, and what messages call it; None without it."""
     from captum_ext.demo import InputError
 
+    if "class_names" not in given:
+        return None, ""
+    title = f"--class-names {given['class_names']}"
     try:
-        names = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(given["class_names"]).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise InputError(f"{title}: there is no such file") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"--class-names {file} is no text: give a name on each line") from error
-    names = [name.strip() for name in names if name.strip()]
+        raise InputError(f"{title} is no text: give a name on each line") from error
+    names = [line.strip() for line in lines if line.strip()]
     if not names or len(set(names)) < len(names):
-        raise InputError(f"--class-names {file} must have a name on each line, each once")
-    return names
+        raise InputError(f"{title} must have a name on each line, each once")
+    return names, title
