@@ -123,10 +123,13 @@ def test_every_flag_has_a_key(capsys):
         ("method: {a: {method: Saliency, layer: conv1}}", "method: a: Saliency takes no layer"),
         ("method: {a: {method: Saliency, arguments: {ab: 1}}}", "a does not work on resnet18: "),
         ("method: {cam: {sess: {scale: 3}}}", "cam does not work at layer layer4 of resnet18: "),
-        ("metrics: {insertion: {stp: 1}}", "the options of metrics: Not one of 1 rows"),
-        ("metrics: {insertion: {step: -1}}", "`step` must be"),
-        ("metrics: {pointing_game: {tolerence: 1}}", "unexpected keyword argument 'tolerence'"),
-        ("metrics: {insertions: }", "--metrics must be names of"),
+        ("method: cam\nmetrics: {insertion: {stp: 1}}", "got 'stp'"),
+        ("method: cam\nmetrics: {insertion: {step: -1}}", "`step` must be"),
+        (
+            "method: cam\nmetrics: {pointing_game: {tolerence: 1}}",
+            "unexpected keyword argument 'tolerence'",
+        ),
+        ("method: cam\nmetrics: {insertions: }", "--metrics must be names of"),
         ("against: cam\nmethod: grad-cam", "--against 'cam' is none of the methods"),
     ],
 )

@@ -130,7 +130,7 @@ def add_command(commands: Any) -> None:
         one.add_argument(
             "--output",
             metavar="DIR",
-            help="where rows, the summary and the picture go (default: evaluation)",
+            help="where rows, the summary and its pictures go (default: evaluation)",
         ),
         one.add_argument(
             "--against",
@@ -234,6 +234,9 @@ def _told(found: "Summary", output: Path) -> int:
         unfinished.write_bytes(found.markdown().encode())
     with whole(output / "figure.png") as unfinished:
         found.figure().savefig(unfinished, format="png")
+    if any(found.curves.values()):
+        with whole(output / "curves.png") as unfinished:
+            found.curves_figure().savefig(unfinished, format="png")
     print(found.markdown())
     print(f"written to {output}")
     return 1 if failed else 0
@@ -313,7 +316,8 @@ def _evaluated(
     try:
         if isinstance(metrics, Mapping):
             metrics = {name: {} if value is None else value for name, value in metrics.items()}
-            _try_metrics(metrics, made, opened.data, settings)
+            if any(metrics.values()):
+                _try_metrics(metrics, made, opened.data, settings)
         found = evaluation.evaluate(
             made,
             opened.data,
@@ -346,6 +350,8 @@ def _try_metrics(
     Raises:
         InputError: options that a metric does not take.
     """
+    import torch
+
     from captum_ext import evaluation
     from captum_ext.demo import InputError
 
@@ -367,6 +373,8 @@ def _try_metrics(
                     show_progress=False,
                 )
             return
+        except torch.cuda.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError) as error:
             refusal = error
     if refusal is not None:
