@@ -7,9 +7,6 @@ import argparse
 import functools
 import logging
 import os
-import re
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from captum_ext.cli.attributions import find_attributions, make_attributions
 from captum_ext.cli.config import read_config
-from captum_ext.cli.layouts import DRAWN, LAYOUTS, Opened, check_labels, open_data
+from captum_ext.cli.layouts import DRAWN, LAYOUTS, check_labels, open_data
+from captum_ext.cli.measuring import evaluated, summarized
 from captum_ext.cli.options import (
     LARGEST_SEED,
     add_options,
@@ -34,15 +32,6 @@ if TYPE_CHECKING:
     from captum_ext.demo import LoadedModel
     from captum_ext.evaluation import Summary
 
-_FAITHFULNESS = ("insertion", "deletion")
-_FLAGS = {
-    "output": "--output",
-    "methods": "--method",
-    "metrics": "--metrics",
-    "size": "--size",
-    "data": "DATA",
-    "against": "--against",
-}
 # Of the options that are not given, neither to the command nor in a file. Others are None.
 _DEFAULTS: Mapping[str, Any] = {
     "target": "label",
@@ -54,7 +43,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "devices": 1,
     "summarize": False,
 }
-_TRIED = 8  # pictures, of which one can be read, on which options of metrics are tried
 
 
 def add_command(commands: Any) -> None:
@@ -178,7 +166,7 @@ def evaluate(options: Sequence[argparse.Action], given: argparse.Namespace) -> i
     arguments = _settings(options, given)
     output = Path(arguments.output)
     if arguments.summarize:
-        found = _summary(arguments)
+        found = summarized(arguments)
         return _told(found, output) if _is_first() else 0
     _check_required(arguments)
     check_folder(output)
@@ -216,7 +204,7 @@ def evaluate(options: Sequence[argparse.Action], given: argparse.Namespace) -> i
                 if note:
                     say("note", note)
         _check_against(arguments.against, list(made))
-        found = _evaluated(arguments, made, opened, loaded)
+        found = evaluated(arguments, made, opened, loaded)
     if not _is_first():
         return 0
     for text in dict.fromkeys(str(warning.message) for warning in caught):
@@ -291,111 +279,7 @@ def _check_takes(loaded: "LoadedModel", x: "Tensor") -> None:
         ) from error
 
 
-# --- the evaluation ------------------------------------------------------------------------------
-
-
-def _evaluated(
-    arguments: argparse.Namespace, made: Mapping[str, Any], opened: Opened, loaded: "LoadedModel"
-) -> "Summary":
-    """What the library finds, with its errors in the words of the command line."""
-    import torch
-
-    from captum_ext import evaluation
-    from captum_ext.demo import InputError
-
-    metrics = arguments.metrics
-    if metrics is None:
-        metrics = (*(["localization"] if opened.has_objects else []), *_FAITHFULNESS)
-    settings: dict[str, Any] = {
-        "size": arguments.size,
-        "normalize": (loaded.preprocess.mean, loaded.preprocess.std),
-        "target": arguments.target,
-        "batch_size": arguments.batch_size,
-        "seed": arguments.seed,
-    }
-    try:
-        if isinstance(metrics, Mapping):
-            metrics = {name: {} if value is None else value for name, value in metrics.items()}
-            if any(metrics.values()):
-                _try_metrics(metrics, made, opened.data, settings)
-        found = evaluation.evaluate(
-            made,
-            opened.data,
-            metrics,
-            output=arguments.output,
-            **settings,
-            num_workers=arguments.workers,
-            show_progress=sys.stdout.isatty() and sys.stderr.isatty(),
-            devices=arguments.devices,
-        )
-        return found if arguments.against is None else _summary(arguments)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on where it was") from None
-    except torch.cuda.OutOfMemoryError as error:
-        raise InputError("the GPU has too little memory: give a lower --batch-size") from error
-    except InputError:
-        raise
-    except (ValueError, RuntimeError) as error:
-        said = _in_flags(error)
-        if said == str(error) and not said.startswith("Not one of"):  # a mistake of ours
-            raise
-        raise InputError(said) from error
-
-
-def _try_metrics(
-    metrics: Mapping[str, Any], made: Mapping[str, Any], data: Any, settings: Mapping[str, Any]
-) -> None:
-    """Measure one picture: a wrong option would be the failure of each row, after hours.
-
-    Raises:
-        InputError: options that a metric does not take.
-    """
-    import torch
-
-    from captum_ext import evaluation
-    from captum_ext.demo import InputError
-
-    refusal = None
-    name = next(iter(made))
-    for index in range(min(_TRIED, len(data))):
-        try:
-            picture = data[index]
-        except (OSError, ValueError):  # rows will say so
-            continue
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                evaluation.evaluate(
-                    {name: made[name]},
-                    [picture],
-                    metrics,
-                    output=folder,
-                    **settings,
-                    show_progress=False,
-                )
-            return
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, RuntimeError) as error:
-            refusal = error
-    if refusal is not None:
-        raise InputError(f"the options of metrics: {_in_flags(refusal)}") from refusal
-
-
-def _summary(arguments: argparse.Namespace) -> "Summary":
-    from captum_ext import evaluation
-    from captum_ext.demo import InputError
-
-    try:
-        return evaluation.summary(arguments.output, against=arguments.against)
-    except FileNotFoundError as error:
-        raise InputError(f"there is no run in --output {arguments.output}") from error
-    except ValueError as error:
-        raise InputError(_in_flags(error)) from error
-
-
-def _in_flags(error: Exception) -> str:
-    """What an error of the library says, with flags for its arguments."""
-    return re.sub(r"`(\w+)`", lambda name: _FLAGS.get(name[1], name[0]), str(error))
+# --- processes ------------------------------------------------------------------------------------
 
 
 def _silence_lightning() -> None:
