@@ -157,7 +157,7 @@ def _by_class(root: str, given: Mapping[str, Any]) -> Opened:
 
 def _cub(root: str, given: Mapping[str, Any]) -> Opened:
     from captum_ext.datasets import Cub
-    from captum_ext.datasets.folders import N_CUB_CLASSES
+    from captum_ext.datasets.cub import N_CUB_CLASSES
 
     has_masks = (Path(root) / "segmentations").is_dir()
     data = Cub(root, given.get("split", "test"), masks=has_masks)
