@@ -28,6 +28,7 @@ try:
 except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+FORMAT = 2  # of the files
 SETTINGS = "settings.json"
 COLUMNS = ("index", "name", "method", "label", "target", "failure")  # and those of the metrics
 TIMINGS = ("batch", "method", "images", "attribution_s", "metrics_s", "device")
@@ -87,8 +88,15 @@ class Store:
 
         Raises:
             FileNotFoundError: there is none.
+            ValueError: it is another version's.
         """
-        return cls(folder, json.loads((Path(folder) / SETTINGS).read_text()))
+        settings = json.loads((Path(folder) / SETTINGS).read_text())
+        if settings.get("format") != FORMAT:
+            raise ValueError(
+                f"`output` {folder} has rows of format {settings.get('format')}, and this version "
+                f"reads {FORMAT}."
+            )
+        return cls(folder, settings)
 
     def rows(self) -> Iterator[Row]:
         """Those of all whole units, each once."""

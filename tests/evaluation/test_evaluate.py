@@ -17,7 +17,7 @@ from captum_ext.attr import FIDO, UpsampleWrapper
 from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
 from captum_ext.evaluation import Prepared, evaluate, summary
 from captum_ext.evaluation.examples import Blocks
-from captum_ext.evaluation.run import Method, _on
+from captum_ext.evaluation.methods import Method, on_device
 from captum_ext.evaluation.store import Store
 from captum_ext.fcam.views import IMAGENET
 from captum_ext.imaging import min_max
@@ -456,6 +456,16 @@ def test_a_method_that_was_called_before_is_the_same_method(tmp_path):
         evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
 
 
+def test_files_of_another_version_are_not_read(tmp_path):
+    evaluate({"a": Of(network())}, Boxes(), "energy", output=tmp_path, **QUIET)
+    file = tmp_path / "settings.json"
+    file.write_text(file.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(ValueError, match="rows of format 1, and this version reads 2"):
+        summary(tmp_path)
+    with pytest.raises(ValueError, match="rows of another run: format was 1 and is 2"):
+        evaluate({"a": Of(network())}, Boxes(), "energy", output=tmp_path, **QUIET)
+
+
 def test_the_order_of_metrics_and_methods_is_no_other_run(tmp_path):
     model, calls = network(), []
     methods = {"a": Of(model, lambda x: calls.append(0) or x), "b": Of(model)}
@@ -537,7 +547,7 @@ def test_each_process_has_everything_on_its_device():
     cam = LayerGradCam(model, model[0])
     decoder, mask = torch.nn.Linear(2, 2), torch.ones(3)
     cam.decoder, cam.mask = decoder, mask
-    moved = _on(there, Method("a", UpsampleWrapper(cam), {"baselines": mask, "n_steps": 3}))
+    moved = on_device(there, Method("a", UpsampleWrapper(cam), {"baselines": mask, "n_steps": 3}))
     assert moved.where[0] == there
     assert cam.forward_func is model
     assert cam.layer is model[0]

@@ -1,0 +1,140 @@
+"""The attributions of an evaluation: what they are known by, and what they are called with."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from captum.attr import Attribution, LayerAttribution
+from torch import Generator, Tensor
+from torch.nn import Module
+
+from captum_ext._model import Forward, floating_type, root_module
+from captum_ext.attr import UpsampleWrapper
+from captum_ext.attr.fcam import fingerprint
+from captum_ext.fcam.guides import wrapped
+from captum_ext.fcam.stored import described
+from captum_ext.fcam.views import digest
+
+
+class Method(NamedTuple):
+    """An attribution, and what its `attribute` is called with."""
+
+    name: str
+    attribution: Attribution
+    kwargs: Mapping[str, Any]
+
+    @property
+    def forward_func(self) -> Forward:
+        """The model."""
+        found: Forward = self.attribution.forward_func
+        return found
+
+    @property
+    def where(self) -> tuple[torch.device, torch.dtype]:
+        """Of the images that the model takes."""
+        root = root_module(self.forward_func)
+        if root is None:
+            return torch.device("cpu"), torch.float32
+        return next(root.parameters(), torch.empty(0)).device, floating_type(root)
+
+
+def checked_methods(methods: Any) -> list[Method]:
+    """Those of `evaluate`'s argument; layer attributions are laid over the image.
+
+    Raises:
+        TypeError: no mapping from names to attributions.
+        ValueError: an argument of `attribute` that is not the caller's.
+    """
+    if not isinstance(methods, Mapping) or not methods:
+        raise TypeError(
+            f"`methods` must be a mapping from names to attributions, at least one, got "
+            f"{methods!r}."
+        )
+    for name in methods:
+        if not isinstance(name, str) or not name or name.splitlines() != [name]:
+            raise TypeError(f"`methods` must have names of one line, got {name!r}.")
+    return [_method(name, value) for name, value in methods.items()]
+
+
+def _method(name: str, value: Any) -> Method:
+    attribution, kwargs = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
+    if not isinstance(attribution, Attribution) or not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"`methods`: {name} must be a Captum Attribution, or (Attribution, arguments of "
+            f"`attribute`), got {value!r}."
+        )
+    taken = {"inputs", "target", "return_convergence_delta"} & kwargs.keys()
+    if taken:
+        raise ValueError(f"`methods`: {name}: {sorted(taken)} cannot be given.")
+    if isinstance(attribution, LayerAttribution):
+        attribution = UpsampleWrapper(attribution)
+    return Method(name, attribution, kwargs)
+
+
+@contextmanager
+def seeded(method: Method, seed: int) -> Iterator[None]:
+    """A method's own generators, and those among its arguments, from a seed; then as before."""
+    found: list[Generator] = []
+    inner: Attribution | None = method.attribution
+    while inner is not None:
+        found += [value for value in vars(inner).values() if isinstance(value, Generator)]
+        inner = wrapped(inner)
+    found += [value for value in method.kwargs.values() if isinstance(value, Generator)]
+    states = [generator.get_state() for generator in found]
+    for generator in found:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(found, states, strict=True):
+            generator.set_state(state)
+
+
+def on_device(device: torch.device, method: Method) -> Method:
+    """A method whose model, other modules (a decoder) and tensors are on the device."""
+    root = root_module(method.forward_func)
+    if root is not None:
+        root.to(device)
+    inner: Attribution | None = method.attribution
+    while inner is not None:
+        for name, value in vars(inner).items():
+            if isinstance(value, Module | Tensor):
+                setattr(inner, name, value.to(device))  # a module stays the same object
+        inner = wrapped(inner)
+    kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in method.kwargs.items()}
+    return method._replace(kwargs=kwargs)
+
+
+# --- in words ------------------------------------------------------------------------------------
+
+
+def about(method: Method) -> str:
+    """A method, its options, its arguments and its model, as far as they can be known."""
+    root = root_module(method.forward_func)
+    if root is None:
+        made, model = method.attribution.get_name(), in_words(method.forward_func)
+    else:
+        made = described(method.attribution, root)
+        model = f"{type(root).__name__} {digest(sorted(fingerprint(root).items()))}"
+    arguments = [f"{key}={plain(value)!r}" for key, value in sorted(method.kwargs.items())]
+    return f"{made}, of {model}, called with ({', '.join(arguments)})"
+
+
+def plain(value: Any) -> Any:
+    """Something that JSON has, and that is the same in each process."""
+    if isinstance(value, int | float | str | None):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, Tensor):
+        return f"tensor {digest((tuple(value.shape), value.flatten().tolist()))}"
+    return in_words(value)
+
+
+def in_words(value: Any) -> str:
+    """A name, if there is one, else the type."""
+    if isinstance(value, str | None):
+        return str(value)
+    name = getattr(value, "__qualname__", None)
+    return str(name) if name else f"a {type(value).__name__}"
