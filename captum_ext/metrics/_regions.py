@@ -41,7 +41,7 @@ def regions_of(levels: Array, adjacency: Callable[[tuple[int, ...]], Any]) -> Re
     start = stop[tree.parents()]
     start[-1] = 0  # of the root, the whole image
     nodes = tree.num_leaves() + np.flatnonzero((start < stop)[tree.num_leaves() :])
-    index, width = np.arange(levels.size), levels.shape[1]
+    index, width = np.arange(levels.size, dtype=np.int32), levels.shape[1]
     ends = np.stack((index, index % width, -index, -(index % width)), 1)
     ends = hg.accumulate_sequential(tree, ends, hg.Accumulators.min)[nodes].astype(np.int64)
     first, left, last, right = ends.T * [[1], [1], [-1], [-1]]
@@ -113,19 +113,27 @@ def _by_squares(levels: Array) -> Array:
     squares. A pair is in the regions that its lower pixel is in, a full square in those of its
     lowest; a diagonal, in those of its lower pixel, is no longer alone in those of a third.
     """
-    pixels = np.arange(levels.size).reshape(levels.shape)
-    order = levels * levels.size + pixels  # without ties
-    four = np.stack((order[1:, 1:], order[1:, :-1], order[:-1, 1:], order[:-1, :-1]))
-    lowest, second, third, highest = np.sort(four.reshape(4, -1), axis=0) % levels.size
-    pairs = np.minimum(order[1:], order[:-1]), np.minimum(order[:, 1:], order[:, :-1])
-    is_black = np.indices(levels.shape).sum(0).ravel() % 2 == 0  # of a chessboard
-    diagonal = is_black[third] == is_black[highest]
+    bits = levels.size.bit_length()
+    kind: Any = np.int32 if bits + N_THRESHOLDS.bit_length() < 32 else np.int64
+    pixels = np.arange(levels.size, dtype=kind).reshape(levels.shape)
+    order = (levels.astype(kind) << bits) + pixels  # without ties
+    beside = np.minimum(order[:, 1:], order[:, :-1]), np.maximum(order[:, 1:], order[:, :-1])
+    (low, lower), (high, higher) = ((pair[:-1], pair[1:]) for pair in beside)
+    between = np.maximum(low, lower), np.minimum(high, higher)
+    is_black = np.add.outer(*map(np.arange, levels.shape)).ravel() % 2 == 0  # of a chessboard
+
+    def pixel(order: Array) -> Array:
+        found: Array = (order & (2**bits - 1)).ravel()
+        return found
 
     def count(pixels: Array) -> Array:
-        return np.bincount(pixels.ravel() % levels.size, minlength=levels.size)
+        return np.bincount(pixels, minlength=levels.size)
 
-    area = 0.5 * (count(lowest) + count(second))
-    euler = 1 - count(pairs[0]) - count(pairs[1]) + count(lowest)
+    lowest, second = count(pixel(np.minimum(low, lower))), pixel(np.minimum(*between))
+    third, highest = pixel(np.maximum(*between)), pixel(np.maximum(high, higher))
+    diagonal = is_black[third] == is_black[highest]
+    area = 0.5 * (lowest + count(second))
+    euler = 1 - count(pixel(beside[0])) - count(pixel(np.minimum(order[1:], order[:-1]))) + lowest
     euler += count(second[diagonal]) - count(third[diagonal])
     return np.stack((area, euler), 1)
 
