@@ -1,39 +1,38 @@
-"""What insertion, deletion and ROAD cost beside the model's own passes, in one run.
+"""What insertion, deletion and ROAD cost beside the model's own passes, and beside torchcam's.
 
-    python -m tests.benchmarks.faithfulness [--device cpu|cuda] [--repeats N] [--threads N]
-                                            [--images N] [--json FILE]
-
-Three tables, in Markdown, of a ResNet-18 at 112 pixels:
+Tables, in Markdown, of a ResNet-18 at 112 pixels, whose command is in `metrics.py`:
 
 - time of insertion and deletion of a batch of images, beside as many forward passes of batches of
   the same size, on a batch that is there already; and of the other functions beside theirs;
 - memory beyond one pass, for ever more steps and for ever larger passes;
 - the seconds of one imputation, and its largest error against SciPy's general solver, by the share
-  of pixels removed.
+  of pixels removed;
+- torchcam's metrics, given the same maps, target, steps, baseline and size of a pass. Their figures
+  are ours, which is checked first. They differ in what is shared: torchcam takes the bare baseline
+  and the image once for both curves (56 pictures for each image where ours takes 58), the latter
+  with a graph; its classification metric takes 2 pictures where our two functions take 4.
 
 How it is measured says `measuring.py`. The network has random weights; maps are of 7 x 7 cells,
 upsampled, as CAMs are.
 """
 
-import argparse
-import json
 import multiprocessing
-import time
-import warnings
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.sparse.linalg import spsolve
 from torch import Generator, Tensor, nn
+from torchcam.metrics import ClassificationMetric, DeletionInsertionMetric
 from torchvision.models import resnet18
 
-from captum_ext.imaging import resize
+from captum_ext.imaging import min_max, resize
 from captum_ext.metrics import (
     average_drop,
     deletion,
+    increase_in_confidence,
     insertion,
     linear_imputation,
     overall_score,
@@ -45,11 +44,11 @@ from tests.benchmarks.measuring import (
     MEBI,
     Calls,
     Row,
-    environment,
     markdown,
     measure,
     peaks,
     seconds_of,
+    speed_up,
 )
 
 SIDE = 112
@@ -57,6 +56,7 @@ TARGET = 7
 POINTS = round(1 / STEP) + 1
 BOTH = "insertion and deletion"
 FORWARDS = ": forwards"
+THEIRS = "torchcam, "
 
 
 def network(device: torch.device) -> nn.Module:
@@ -155,36 +155,100 @@ def imputation_rows() -> list[Row]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--images", type=int, help="in the batch; 4 on a CPU, 64 on a GPU")
-    parser.add_argument("--json", type=Path, help="write all numbers here")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    device = torch.device(arguments.device)
-    torch.set_num_threads(arguments.threads)
-    on_gpu = device.type == "cuda"
-    n, size = arguments.images or (64 if on_gpu else 4), 64 if on_gpu else 16
-    found = environment(device, arguments.threads)
-    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n")
+# --- torchcam ------------------------------------------------------------------------------------
 
-    start = time.perf_counter()
-    steps = measure(partial(step_calls, n, size), bare_of, arguments.repeats, device)
-    print(
+
+class Given:
+    """What torchcam takes for an extractor of maps: it gives those that it was made with."""
+
+    def __init__(self, model: nn.Module, maps: Tensor) -> None:
+        self.model, self.maps = model, maps
+
+    def __call__(self, *arguments: Any, **options: Any) -> list[Tensor]:
+        return [self.maps]
+
+    def fuse_cams(self, cams: list[Tensor]) -> Tensor:
+        return cams[0]
+
+    def _hooks_off(self) -> nullcontext[None]:
+        return nullcontext()
+
+
+def torchcam_calls(n: int, size: int, device: torch.device) -> Calls:
+    model, (x, maps) = network(device), pictures(n, device)
+    maps = min_max(maps)
+    batch = pictures(size, device)[0]
+    given, softmax = Given(model, maps[:, 0]), partial(torch.softmax, dim=-1)
+    options: dict[str, Any] = {"internal_batch_size": size}
+
+    def theirs() -> DeletionInsertionMetric:
+        metric = DeletionInsertionMetric(given, softmax, steps=POINTS - 1, batch_size=size)
+        metric.update(x, TARGET)
+        return metric
+
+    def ours() -> Any:
+        return overall_score(model, x, maps, TARGET, insertion_baselines="zeros", **options)
+
+    def their_drop() -> ClassificationMetric:
+        metric = ClassificationMetric(given, softmax)
+        metric.update(x, TARGET)
+        return metric
+
+    def our_drop() -> tuple[Tensor, Tensor]:
+        drop = average_drop(model, x, maps, TARGET, **options)
+        return drop, increase_in_confidence(model, x, maps, TARGET, **options)
+
+    def bare(counts: list[int]) -> None:
+        for count in counts:
+            forwards(model, batch, count)
+
+    found, expected = ours(), theirs().summary()
+    for curve, key in ((found.insertion, "insertion_auc"), (found.deletion, "deletion_auc")):
+        torch.testing.assert_close(curve.auc.mean().item(), expected[key], rtol=1e-3, atol=1e-6)
+    (drop, increase), expected = our_drop(), their_drop().summary()
+    torch.testing.assert_close(drop.mean().item(), expected["avg_drop"], rtol=1e-3, atol=1e-4)
+    assert increase.float().mean().item() == expected["conf_increase"]
+    drops = "average drop and increase"
+    return {
+        BOTH + FORWARDS: partial(bare, 2 * [n * POINTS]),
+        BOTH: ours,
+        THEIRS + BOTH: theirs,
+        drops + FORWARDS: partial(bare, 4 * [n]),
+        drops: our_drop,
+        THEIRS + drops: their_drop,
+    }
+
+
+def bare_of_both(name: str) -> str:
+    return bare_of(name.removeprefix(THEIRS))
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def sizes(images: int | None, device: torch.device) -> tuple[int, int]:
+    """Images in the batch, and pictures in a pass."""
+    on_gpu = device.type == "cuda"
+    return images or (64 if on_gpu else 4), 64 if on_gpu else 16
+
+
+def setting(n: int, size: int, repeats: int) -> str:
+    return (
         f"ResNet-18, {n} x 3 x {SIDE} x {SIDE}, {POINTS} points, at most {size} at once, "
-        f"{arguments.repeats} rounds\n"
+        f"{repeats} rounds"
     )
-    print(markdown(steps), end="\n\n")
+
+
+def faithfulness_tables(device: torch.device, repeats: int, images: int | None) -> dict[str, Any]:
+    n, size = sizes(images, device)
+    steps = measure(partial(step_calls, n, size), bare_of, repeats, device)
+    print(f"{setting(n, size, repeats)}\n\n{markdown(steps)}\n")
     ours = next(row for row in steps if row["name"] == BOTH)
     print(
-        f"{BOTH} take {ours['ratio']:.3f} times their own forwards ({ours['min']:.3f} to "
-        f"{ours['max']:.3f}); wished: at most 1.05\n",
+        f"Wished: {BOTH} take at most 1.05 times their own forwards; seen: {ours['ratio']:.3f} "
+        f"({ours['min']:.3f} to {ours['max']:.3f}).\n",
         flush=True,
     )
-
     memory = memory_rows(device)
     print("Peak memory, 4 images\n\n| | peak MiB | over a pass |\n|:--|--:|--:|")
     for row in memory:
@@ -194,12 +258,14 @@ def main() -> None:
     print("\nOne imputation\n\n| | ms | error |\n|:--|--:|--:|")
     for row in imputation:
         print(f"| {row['name']} | {1e3 * row['seconds']:.0f} | {row['error']:.0e} |")
-    print(f"\n{time.perf_counter() - start:.0f} seconds in all")
-
-    if arguments.json:
-        tables = {"environment": found, "steps": steps, "memory": memory, "imputation": imputation}
-        arguments.json.write_text(json.dumps(tables, indent=1, default=float))
+    print(flush=True)
+    return {"steps": steps, "memory": memory, "imputation": imputation}
 
 
-if __name__ == "__main__":
-    main()
+def torchcam_tables(device: torch.device, repeats: int, images: int | None) -> dict[str, Any]:
+    n, size = sizes(images, device)
+    rows = measure(partial(torchcam_calls, n, size), bare_of_both, repeats, device)
+    wished = "Wished, on a GPU: 5 times as fast as torchcam's." if device.type == "cuda" else ""
+    print(f"{setting(n, size, repeats)}, maps given\n\n{markdown(rows)}\n")
+    print(f"{speed_up(rows, THEIRS + BOTH, BOTH)}. {wished}\n", flush=True)
+    return {"torchcam": rows}

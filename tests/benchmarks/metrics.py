@@ -1,19 +1,26 @@
-"""What the metrics cost, beside the plain way to the same figures.
+"""What the metrics and `evaluate` cost, in one run.
 
-    python -m tests.benchmarks.metrics [--repeats N] [--threads N] [--json FILE]
+    python -m tests.benchmarks.metrics [--device cpu|cuda] [--repeats N] [--threads N]
+                                       [--images N] [--json FILE]
+                                       [--part boxes faithfulness torchcam flat evaluate]
 
-MaxBoxAcc, its 1000 thresholds on a map of 224 x 224: a class activation map of 7 x 7 upsampled; one
-that is nearly of two values, as F-CAM's are; and noise. It is compared with labelling by SciPy at
-each threshold ("components"), or drawing contours by OpenCV as the authors do ("wsolevaluation"),
-and with doing the latter only for the thresholds that differ, which are but 255 of a map of bytes.
-All have the same IoUs: this is checked before anything is timed.
+- boxes, on the CPU with one thread: MaxBoxAcc, its 1000 thresholds on a map of 224 x 224: a class
+  activation map of 7 x 7 upsampled; one that is nearly of two values, as F-CAM's are; and noise. It
+  is compared with labelling by SciPy at each threshold ("components"), or drawing contours by
+  OpenCV as the authors do ("wsolevaluation"), and with doing the latter only for the thresholds
+  that differ, which are but 255 of a map of bytes. All have the same IoUs: this is checked before
+  anything is timed. Each ratio is how many times as long as ours it takes.
+- faithfulness, torchcam: see `faithfulness.py`.
+- flat, evaluate: see `evaluation.py`.
 
-How it is measured says `measuring.py`; each ratio is how many times as long as ours it takes.
+How it is measured says `measuring.py`.
 """
 
 import argparse
 import functools
 import json
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,11 +33,14 @@ from torch import Tensor
 
 from captum_ext.imaging import min_max, resize
 from captum_ext.metrics import MaxBoxAcc, box_ious
+from tests.benchmarks.evaluation import evaluate_tables, flat_tables
+from tests.benchmarks.faithfulness import faithfulness_tables, torchcam_tables
 from tests.benchmarks.measuring import Calls, Row, environment, markdown, measure
 
 SIDE = 224
 TRUE = (40, 50, 150, 170)
 WISHED = 20
+PARTS = ("boxes", "faithfulness", "torchcam", "flat", "evaluate")
 KINDS = ("upsampled 7 x 7", "bimodal", "noise")
 EVERY, DISTINCT = "each threshold", "distinct thresholds"
 
@@ -135,25 +145,48 @@ def wish(rows: list[Row]) -> str:
     return f"Wished: {WISHED} times as fast as at {EVERY}; seen: {'; '.join(seen)}."
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7, help="rounds")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--json", type=Path, help="write all numbers here")
-    arguments = parser.parse_args()
-    device = torch.device("cpu")
-    torch.set_num_threads(arguments.threads)
-    cv2.setNumThreads(arguments.threads)
-    found = environment(device, arguments.threads)
-    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n")
-    tables: dict[str, Any] = {"environment": found}
+def box_tables(repeats: int, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    tables: dict[str, Any] = {}
     for kind in KINDS:
-        rows = measure(functools.partial(box_calls, kind), ours_of, arguments.repeats, device)
-        print(f"MaxBoxAcc, {kind}, {SIDE} x {SIDE}, {arguments.repeats} rounds\n")
+        build = functools.partial(box_calls, kind)
+        rows = measure(build, ours_of, repeats, torch.device("cpu"))
+        print(f"MaxBoxAcc, {kind}, {SIDE} x {SIDE}, one thread, {repeats} rounds\n")
         print(f"{markdown(rows)}\n\n{wish(rows)}\n", flush=True)
         tables[kind] = rows
-    if arguments.json:
-        arguments.json.write_text(json.dumps(tables, indent=1))
+    torch.set_num_threads(threads)
+    return tables
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--images", type=int, help="in a batch of faithfulness and torchcam")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="all, if not named")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    device, repeats, images = torch.device(given.device), given.repeats, given.images
+    torch.set_num_threads(given.threads)
+    tables: dict[str, Any] = {"environment": environment(device, given.threads), "seconds": {}}
+    print(", ".join(f"{k} {v}" for k, v in tables["environment"].items()), end="\n\n")
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "boxes": lambda: box_tables(repeats, given.threads),
+        "faithfulness": lambda: faithfulness_tables(device, repeats, images),
+        "torchcam": lambda: torchcam_tables(device, repeats, images),
+        "flat": flat_tables,
+        "evaluate": lambda: evaluate_tables(device, repeats),
+    }
+    for part in given.part:
+        start = time.perf_counter()
+        tables[part] = parts[part]()
+        tables["seconds"][part] = time.perf_counter() - start
+        print(f"({part}: {tables['seconds'][part]:.0f} seconds)\n", flush=True)
+        if given.json:
+            given.json.write_text(json.dumps(tables, indent=1, default=float))
 
 
 if __name__ == "__main__":
