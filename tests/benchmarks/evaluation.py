@@ -3,8 +3,9 @@
 The command is in `metrics.py`. "flat", on the CPU: 100, 1,000 and 10,000 scenes of 32 x 32, each in
 a process of its own; Grad-CAM of a small network with localisation and an insertion of 5 points, so
 that what is `evaluate`'s own weighs much. Seconds and the peak of resident memory, beyond what was
-there before: of the rows, and of `summary`, which is called apart. Then what it takes to see what
-is done, as a resumed run does, and to write rows that are there.
+there before (after a run of 16 scenes): of the rows, and of `summary`, which is called apart, also
+for four times the rows. Then what it takes to see what is done, as a resumed run does, and to write
+rows that are there.
 
 "evaluate": seconds of the maps of the 12 layer CAMs, upsampled, and of each metric, for one image
 of 224 x 224 and a ResNet-50 with random weights; and from these, with pen and paper, hours and
@@ -15,13 +16,14 @@ if a call takes long.
 import multiprocessing
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
+from typing import Any, NamedTuple
+from unittest.mock import Mock, patch
 
 import torch
 from captum.attr import Attribution, LayerGradCam
@@ -31,19 +33,22 @@ from torchvision.models import resnet50
 from captum_ext import attr
 from captum_ext.cli import METHODS, Method
 from captum_ext.datasets import TexturedEllipses
-from captum_ext.evaluation import Explained, Prepared, Summary, evaluate, summary
+from captum_ext.evaluation import Explained, Prepared, evaluate, summary
 from captum_ext.evaluation.examples import Blocks
 from captum_ext.evaluation.measures import LOCALIZATION, make_measures
 from captum_ext.evaluation.store import Store, Writer
 from captum_ext.fcam.views import IMAGENET
 from captum_ext.imaging import resize
-from tests.benchmarks.measuring import MEBI, Row, peak_memory, seconds_of
+from tests.benchmarks.faithfulness import forwards
+from tests.benchmarks.measuring import MEBI, peak_memory, seconds_of
 
-COUNTS = (100, 1_000, 10_000)
+COUNTS, TIMES = (100, 1_000, 10_000), 4
 IMAGENET_SIZE, WORKERS = 1_280_000, (1, 8, 64)
 ASSUMED = 2_000  # images that a GPU takes in a second: an assumption, for the example
 SIDE, BATCH, FEW = 224, 16, 4
 LONG = 20  # seconds for the rounds of one call
+LOCAL = [kind.name for kind in LOCALIZATION]
+PASSES = ("insertion", "deletion", "average_drop", "increase_in_confidence", "road")
 
 # --- is it flat? ---------------------------------------------------------------------------------
 
@@ -55,9 +60,9 @@ def small_network() -> nn.Module:
     return nn.Sequential(convolution, *pooled).eval()
 
 
-def rows_of(n: int, folder: Path) -> Summary:
+def rows_of(n: int, folder: Path) -> None:
     model = small_network()
-    return evaluate(
+    evaluate(
         {"Grad-CAM": LayerGradCam(model, model[0])},
         TexturedEllipses(n, seed=0, size=(32, 32)),
         {"localization": {}, "insertion": {"step": 0.25}},
@@ -66,75 +71,112 @@ def rows_of(n: int, folder: Path) -> Summary:
     )
 
 
-def of_call(call: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds, and MiB at the peak."""
-    seconds: list[float] = []
-    cpu = torch.device("cpu")
-    peak = peak_memory(lambda: seconds.append(seconds_of(call, cpu)), cpu)
-    return seconds[0], peak / MEBI
+class Cost(NamedTuple):
+    seconds: float
+    cpu: float  # seconds, which say more where others work on the machine
+    peak: float  # MiB beyond what was there before
 
 
-def flat_row(n: int, threads: int) -> Row:
-    """In a process of its own."""
+def of_call(call: Callable[[], Any]) -> Cost:
+    times: list[float] = []
+
+    def timed() -> None:
+        times.extend((time.perf_counter(), time.process_time()))
+        call()
+        times.extend((time.perf_counter(), time.process_time()))
+
+    peak = peak_memory(timed, torch.device("cpu"))
+    return Cost(times[2] - times[0], times[3] - times[1], peak / MEBI)
+
+
+def making(folder: Path, n: int, threads: int) -> Cost:
     torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rows_of(BATCH, folder / "first")
-        finished = Summary({}, {}, "", {"": n}, {}, {}, {}, {})
-        with patch("captum_ext.evaluation.run.summary", return_value=finished):
-            made = of_call(partial(rows_of, n, folder / "run"))
-        read = of_call(partial(summary, folder / "run"))
-        store = Store.read(folder / "run")
-        done = of_call(store.done)
-        opened = of_call(lambda: Writer(store, 0).close())
-        rows = list(store.rows())
-        writer = Writer(Store(folder / "again", store.settings), 0)
+    rows_of(BATCH, folder / "first")
+    nothing = Mock(images={"Grad-CAM": n}, failures={})
+    with patch("captum_ext.evaluation.run.summary", return_value=nothing):
+        return of_call(partial(rows_of, n, folder / "run"))
 
-        def write() -> None:
-            for start in range(0, n, BATCH):
-                writer.write(rows[start : start + BATCH], (start, "", BATCH, 0.0, 0.0, "cpu"))
 
-        written = of_call(write)
+def reading(folder: Path, threads: int) -> Cost:
+    torch.set_num_threads(threads)
+    summary(folder.parent / "first")
+    return of_call(partial(summary, folder))
+
+
+def resuming(folder: Path) -> Cost:
+    """What is done, and where to go on."""
+    store = Store.read(folder)
+    return of_call(lambda: (store.done(), Writer(store, 0).close()))
+
+
+def writing(folder: Path, times: int) -> Cost:
+    """The rows of a run so many times, as those of further images, into another."""
+    store = Store.read(folder / "run")
+    rows = list(store.rows())
+    settings = store.settings | {"examples": times * len(rows)}
+    writer = Writer(Store(folder / "again", settings), 0)
+
+    def write() -> None:
+        for start in range(0, times * len(rows), BATCH):
+            places = range(start, min(start + BATCH, times * len(rows)))
+            unit = [rows[place % len(rows)] | {"index": str(place)} for place in places]
+            writer.write(unit, (start // BATCH, "Grad-CAM", len(unit), 0.0, 0.0, "cpu"))
+
+    try:
+        return of_call(write)
+    finally:
         writer.close()
-        return {
-            "images": n,
-            "rows": made,
-            "summary": read,
-            "resume": (done[0] + opened[0], max(done[1], opened[1])),
-            "write": written,
-            "bytes": (folder / "run" / "rows.csv").stat().st_size / n,
-        }
+
+
+def alone(call: Callable[..., Cost], *arguments: Any) -> Cost:
+    """In a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(call, *arguments).result()
 
 
 def flat_tables() -> dict[str, Any]:
-    found = []
-    for n in COUNTS:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            found.append(process.submit(flat_row, n, torch.get_num_threads()).result())
+    threads, found = torch.get_num_threads(), []
     print(
-        "| images | ms of an image's row | peak MiB | ms of its summary | peak MiB | ms to see "
-        "that it is done | ms to write it | bytes |\n|--:|--:|--:|--:|--:|--:|--:|--:|"
+        "| images | ms of an image's row | of the CPU | peak MiB | ms of its summary | peak MiB | "
+        f"with {TIMES} times the rows | peak MiB | us to see that it is done | us to write it | "
+        f"bytes |\n|{10 * '--:|'}--:|"
     )
-    for row in found:
-        (rows, at), (read, high) = row["rows"], row["summary"]
-        each = [1e3 * s / row["images"] for s in (rows, read, row["resume"][0], row["write"][0])]
+    for n in COUNTS:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            row = {
+                "rows": alone(making, folder, n, threads),
+                "summary": alone(reading, folder / "run", threads),
+                "resume": alone(resuming, folder / "run"),
+                "write": alone(writing, folder, TIMES),
+                "more": alone(reading, folder / "again", threads),
+            }
+            size = (folder / "run" / "rows.csv").stat().st_size / n
+        found.append({"images": n, "bytes": size, **row})
+        rows, more = row["rows"], row["more"]
         print(
-            f"| {row['images']:,} | {each[0]:.2f} | {at:.0f} | {each[1]:.2f} | {high:.0f} | "
-            f"{each[2]:.3f} | {each[3]:.3f} | {row['bytes']:.0f} |"
+            f"| {n:,} | {1e3 * rows.seconds / n:.2f} | {1e3 * rows.cpu / n:.2f} | {rows.peak:.0f} "
+            f"| {1e3 * row['summary'].seconds / n:.2f} | {row['summary'].peak:.0f} "
+            f"| {1e3 * more.seconds / n / TIMES:.2f} | {more.peak:.0f} "
+            f"| {1e6 * row['resume'].seconds / n:.0f} "
+            f"| {1e6 * row['write'].seconds / n / TIMES:.0f} | {size:.0f} |",
+            flush=True,
         )
     first, last = found[0], found[-1]
-    ratio = last["rows"][0] / last["images"] / (first["rows"][0] / first["images"])
-    before = found[-2]
-    more = last["images"] - before["images"]
-    seconds = (last["summary"][0] - before["summary"][0]) / more
-    memory = (last["summary"][1] - before["summary"][1]) / more
+    clocks = [
+        last["rows"][place] / last["images"] / (first["rows"][place] / first["images"])
+        for place in (0, 1)
+    ]
+    further = (TIMES - 1) * last["images"]
+    seconds = (last["more"].seconds - last["summary"].seconds) / further
+    memory = (last["more"].peak - last["summary"].peak) / further
     print(
         f"\nWished: flat from {first['images']:,} to {last['images']:,} images; seen: a row takes "
-        f"{ratio:.2f} times as long, and {last['rows'][1] - first['rows'][1]:+.0f} MiB. A further "
-        f"image costs the summary {1e3 * seconds:.2f} ms for each method, and {1024 * memory:.2f} "
-        f"KiB: {IMAGENET_SIZE:,} images of 12 methods, "
-        f"{12 * seconds * IMAGENET_SIZE / 3600:.1f} hours, and {memory * IMAGENET_SIZE / 1024:.1f} "
-        f"GiB.\n",
+        f"{clocks[0]:.2f} times as long ({clocks[1]:.2f} times the CPU's time), and "
+        f"{last['rows'].peak - first['rows'].peak:+.0f} MiB. A further image costs the summary "
+        f"{1e3 * seconds:.2f} ms for each method, and {1024 * memory:.2f} KiB: of "
+        f"{IMAGENET_SIZE:,} images and 12 methods, {12 * seconds * IMAGENET_SIZE / 3600:.1f} hours "
+        f"and {memory * IMAGENET_SIZE / 1024:.1f} GiB.\n",
         flush=True,
     )
     return {"rows": found}
@@ -143,11 +185,19 @@ def flat_tables() -> dict[str, Any]:
 # --- what would ImageNet cost? -------------------------------------------------------------------
 
 
-def median_seconds(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """After an untimed call; if calls take long there are fewer, and of the longest only one."""
-    first = seconds_of(call, device)
-    rounds = min(repeats, int(LONG / first))
-    return statistics.median([seconds_of(call, device) for _ in range(rounds)] or [first])
+def beside(
+    call: Callable[[], Any], bare: Callable[[], Any], repeats: int, device: torch.device
+) -> tuple[float, float]:
+    """Seconds, and the ratio to the bare forwards of the same round; medians.
+
+    After an untimed call; if calls take long there are fewer, and of the longest only that one.
+    """
+    rounds = [(seconds_of(call, device), seconds_of(bare, device))]
+    count = min(repeats, int(LONG / rounds[0][0]))
+    if count:
+        rounds = [(seconds_of(call, device), seconds_of(bare, device)) for _ in range(count)]
+    seconds = statistics.median(mine for mine, _ in rounds)
+    return seconds, statistics.median(mine / other for mine, other in rounds)
 
 
 def made(method: Method, model: nn.Module, device: torch.device) -> Attribution:
@@ -186,9 +236,8 @@ def evaluate_tables(device: torch.device, repeats: int) -> dict[str, Any]:
     known = examples()
     x = torch.stack([example.image for example in known]).to(device)
     labels = torch.tensor([example.label for example in known], device=device)
-    with torch.no_grad():
-        bare = median_seconds(lambda: model(x), repeats, device) / len(x)
-
+    forward = partial(forwards, model, x, len(x))
+    bare = beside(forward, forward, repeats, device)[0] / len(x)
     print(
         f"ResNet-50, {SIDE} px, {BATCH} images at once; {1e3 * bare:.1f} ms for a bare forward "
         "pass of one\n\n"
@@ -202,19 +251,23 @@ def evaluate_tables(device: torch.device, repeats: int) -> dict[str, Any]:
             options["perturbations_per_eval"] = BATCH
         cam = made(method, model, device)
         call = partial(cam.attribute, x[:n], target=labels[:n], **options)
-        seconds = methods[method.title] = median_seconds(call, repeats, device) / n
+        seconds, ratio = beside(call, forward, repeats, device)
+        cost = methods[method.title] = {"seconds": seconds / n, "forwards": ratio * len(x) / n}
         print(
-            f"| {method.title} | {method.passes} | {seconds:.3f} | {seconds / bare:.1f} | {n} |",
+            f"| {method.title} | {method.passes} | {cost['seconds']:.3f} "
+            f"| {cost['forwards']:.1f} | {n} |",
             flush=True,
         )
 
     cells = torch.rand(len(x), 1, 7, 7, generator=torch.Generator().manual_seed(0)).to(device)
     maps = resize(cells, (SIDE, SIDE))[:, 0]
     print("\n| | passes | s for a map | in bare forwards | bytes |\n|:--|--:|--:|--:|--:|")
-    metrics = metric_costs(Explained(model, x, maps, labels, known), repeats, device)
+    cam = LayerGradCam(model, model.layer4)  # Captum's metrics would call it; they are not asked
+    found = Explained(model, x, maps, labels, known, None, maps[:, None], cam, {})
+    metrics = metric_costs(found, forward, repeats, device)
     for name, cost in metrics.items():
         print(
-            f"| {name} | {cost['passes']:g} | {cost['seconds']:.4f} | {cost['seconds'] / bare:.2f} "
+            f"| {name} | {cost['passes']:g} | {cost['seconds']:.4f} | {cost['forwards']:.2f} "
             f"| {cost['bytes']:.0f} |"
         )
     print()
@@ -223,32 +276,35 @@ def evaluate_tables(device: torch.device, repeats: int) -> dict[str, Any]:
 
 
 def metric_costs(
-    found: Explained, repeats: int, device: torch.device
+    found: Explained, forward: Callable[[], Any], repeats: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Seconds, pictures through the model and bytes in a row, for one map."""
-    names = [kind.name for kind in LOCALIZATION]
-    names += ["insertion", "deletion", "average_drop", "increase_in_confidence", "road"]
+    """Seconds, pictures through the model and bytes in a row, for one map, by what is written."""
     costs = {}
-    for measure in make_measures(names, found.examples):
-        many = device.type == "cuda" or measure.name in names[: len(LOCALIZATION)]
+    known = make_measures([*LOCAL, *PASSES], found.examples)
+    for record in {r.columns: r for measure in known for r in measure.records}.values():
+        name = record.columns[0]
+        many = device.type == "cuda" or name not in PASSES
         some = found.only(list(range(len(found.examples) if many else FEW)))
         n = len(some.examples)
         with counted(found.forward_func) as passes:  # type: ignore[arg-type]
-            cells = measure.cells(some)
-        costs[measure.name] = {
-            "seconds": median_seconds(partial(measure.cells, some), repeats, device) / n,
+            cells = record.cells(some)
+        seconds, ratio = beside(partial(record.cells, some), forward, repeats, device)
+        costs[name] = {
+            "seconds": seconds / n,
+            "forwards": ratio * len(found.images) / n,
             "passes": sum(passes) / n,
-            "on_cpu": measure.name in (*names[: len(LOCALIZATION)], "road"),
-            "bytes": sum(len(cell) + 1 for cell in cells) / n,
+            "bytes": sum(len(cell) + 1 for row in cells for cell in row) / n,
         }
     return costs
 
 
 def pen_and_paper(
-    bare: float, methods: Mapping[str, float], metrics: Mapping[str, Mapping[str, float]]
+    bare: float,
+    methods: Mapping[str, Mapping[str, float]],
+    metrics: Mapping[str, Mapping[str, float]],
 ) -> None:
     """Hours, with the seconds as measured, and with a GPU's rate as assumed; bytes."""
-    named = [kind.name for kind in LOCALIZATION]
+    named = [name for name in metrics if name not in PASSES]
     wanted = {
         "maps alone": [],
         "and localisation": named,
@@ -258,19 +314,19 @@ def pen_and_paper(
     head, rule = " | ".join(f"N = {n}" for n in WORKERS), "--:|" * len(WORKERS)
     measured, assumed = [], []
     for without in ((), ("Score-CAM",)):
-        kept = {name: seconds for name, seconds in methods.items() if name not in without}
+        kept = [cost for name, cost in methods.items() if name not in without]
         for name, columns in wanted.items():
             costs = [metrics[column] for column in columns]
-            seconds = sum(kept.values()) + len(kept) * sum(c["seconds"] for c in costs)
-            forwards = sum(kept.values()) / bare + len(kept) * sum(c["passes"] for c in costs)
+            seconds = sum(c["seconds"] for c in kept) + len(kept) * sum(c["seconds"] for c in costs)
+            passes = sum(c["forwards"] for c in kept) + len(kept) * sum(c["passes"] for c in costs)
             # The CPU's work: localisation has no passes, and ROAD solves linear systems.
-            work = [c["seconds"] - c["passes"] * bare for c in costs if c["on_cpu"]]
-            beside = len(kept) * sum(max(each, 0) for each in work)
+            work = [metrics[column] for column in columns if column in (*named, "road")]
+            own = len(kept) * bare * sum(max(c["forwards"] - c["passes"], 0) for c in work)
             size = IMAGENET_SIZE * len(kept) * sum(c["bytes"] for c in costs) / 1e9
             label = f"| {name}{', without Score-CAM' * bool(without)} |"
             measured.append(f"{label} {seconds:.2f} | {hours_of(seconds, 0)} | {size:.0f} |")
-            told = hours_of(forwards / ASSUMED + beside, 1)
-            assumed.append(f"{label} {forwards:,.0f} | {beside:.2f} | {told} |")
+            told = hours_of(passes / ASSUMED + own, 1)
+            assumed.append(f"{label} {passes:,.0f} | {own:.2f} | {told} |")
     print(
         f"{IMAGENET_SIZE:,} images x {len(methods)} methods, hours on N such machines\n\n"
         f"| | s for an image | {head} | GB of rows |\n|:--|--:|{rule}--:|"
