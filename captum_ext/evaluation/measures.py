@@ -60,6 +60,7 @@ class Measure(ABC):
         options: as they were given.
         records: what it is read out of. Two measures may share one.
         axis: what its curve is over, and its values there; None: there is no curve.
+        summed: what its vectors are called. Two measures may share them.
     """
 
     name: str
@@ -67,6 +68,10 @@ class Measure(ABC):
     options: Mapping[str, Any]
     records: Sequence[Record]
     axis: ClassVar[tuple[str, Array] | None] = None
+
+    @property
+    def summed(self) -> str:
+        return self.name
 
     def columns(self) -> list[str]:
         return [column for record in self.records for column in record.columns]
@@ -160,7 +165,7 @@ class _Top1(_MaxBoxAcc):
         self.records = [self.ious, Numbers(self.right, partial(label_in_top, self.k))]
 
     def vector(self, row: Row) -> Array:
-        return super().vector(row) * float(row[self.right])
+        return super().vector(row) & (float(row[self.right]) > 0)
 
 
 class _Top5(_Top1):
@@ -171,6 +176,10 @@ class _Pixels(Measure):
     def __init__(self) -> None:
         self.options = {}
         self.records = [PixelCounts()]
+
+    @property
+    def summed(self) -> str:
+        return "pixel_counts"
 
     def vector(self, row: Row) -> Array:
         return unpacked(row["pixel_counts"], "<i4")

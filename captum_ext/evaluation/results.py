@@ -1,8 +1,9 @@
 """What came of a run: figures with intervals, paired differences, failures; a table, a picture."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ from captum_ext.evaluation.store import Row, Store, timings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_CHUNK = 2048  # rows that are summed at once
+_CHUNK = 512  # rows that are summed at once
 
 
 class Estimate(NamedTuple):
@@ -217,22 +218,26 @@ def summary(
             has[name, m.name][place] = all(row[column] for column in m.columns())
 
     weights = _weights(n, resamples, seed)
-    every = {
-        (name, m.name, other): _Sums(m, weights, has[name, m.name] & has[other, m.name])
-        for m in measures
-        for name in names
-        for other in {name, against if name != against else name, *(names * (name == against))}
-        if other == name or (has[name, m.name] != has[other, m.name]).any()
-    }
-    of_method = {name: [s for key, s in every.items() if key[0] == name] for name in names}
+    sums: dict[tuple[str, str, str], _Sums] = {}
+
+    def sums_of(name: str, m: Measure, other: str) -> _Sums:
+        """Over the images that the method has the metric of, and the other method too."""
+        both = has[name, m.name] & has[other, m.name]
+        same = name if (both == has[name, m.name]).all() else other
+        return sums.setdefault((name, m.summed, same), _Sums(m.vector, weights, both))
+
+    for m, name in itertools.product(measures, names):
+        for other in (name, against) if name != against else names:
+            sums_of(name, m, other)
+    of_method = {name: [s for key, s in sums.items() if key[0] == name] for name in names}
     for row in store.rows():
         if not row["failure"]:
             for total in of_method[row["method"]]:
                 total.add(row)
 
-    def of(name: str, metric: str, other: str) -> Array:
-        found = every.get((name, metric, other), every[name, metric, name])
-        return found.figures()
+    @cache
+    def resampled(name: str, m: Measure, other: str) -> Array:
+        return sums_of(name, m, other).read(m.figure)
 
     figures: dict[str, dict[str, Estimate]] = {name: {} for name in names}
     differences: dict[str, dict[str, Estimate]] = {n: {} for n in names if n != against}
@@ -241,9 +246,9 @@ def summary(
             mine = has[name, m.name]
             both = mine & has[against, m.name]
             if mine.any():
-                figures[name][m.name] = _estimate(of(name, m.name, name), mine)
+                figures[name][m.name] = _estimate(resampled(name, m, name), mine)
             if name != against and both.any():
-                less = of(name, m.name, against) - of(against, m.name, name)
+                less = resampled(name, m, against) - resampled(against, m, name)
                 differences[name][m.name] = _estimate(less, both)
     return Summary(
         figures,
@@ -256,7 +261,7 @@ def summary(
         {m.name: m.higher_is_better for m in measures},
         {
             name: {
-                m.name: every[name, m.name, name].band()
+                m.name: _band(sums_of(name, m, name).read(m.curve), *m.axis)
                 for m in measures
                 if m.axis is not None and has[name, m.name].any()
             }
@@ -268,41 +273,31 @@ def summary(
 class _Sums:
     """Weighted sums of the vectors of some images: row 0 each image once, then the resamples."""
 
-    def __init__(self, measure: Measure, weights: Array, images: Array) -> None:
-        self.measure, self.weights, self.images = measure, weights, images
+    def __init__(self, vector: Callable[[Row], Array], weights: Array, images: Array) -> None:
+        self.vector, self.weights, self.images = vector, weights, images
         self.sums: Array | None = None
         self.waiting: list[tuple[int, Array]] = []
 
     def add(self, row: Row) -> None:
         place = int(row["index"])
         if self.images[place]:
-            self.waiting.append((place, self.measure.vector(row)))
+            self.waiting.append((place, self.vector(row)))
             if len(self.waiting) == _CHUNK:
                 self._sum()
 
-    def figures(self) -> Array:
-        """(R + 1,); NaN where a resample has none of the images."""
+    def read(self, function: Callable[[Array, Array], Array]) -> Array:
+        """Of sums and counts, (R + 1, ...); NaN where a resample has none of the images."""
         self._sum()
         if self.sums is None:
             return np.full(len(self.weights), np.nan)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return self.measure.figure(self.sums, self.counts)
-
-    def band(self) -> Band:
-        self._sum()
-        assert self.sums is not None
-        assert self.measure.axis is not None
-        over, x = self.measure.axis
-        with np.errstate(divide="ignore", invalid="ignore"):
-            curves = self.measure.curve(self.sums, self.counts)
-        spread = curves[1:][np.isfinite(curves[1:]).all(1)]
-        low, high = np.percentile(spread, [2.5, 97.5], axis=0) if len(spread) else curves[[0, 0]]
-        return Band(x, curves[0], low, high, over)
+            return function(self.sums, self.counts)
 
     @cached_property
     def counts(self) -> Array:
         """Of images in each resample."""
-        found: Array = self.weights[:, self.images].sum(1, dtype=np.int64).astype(float)
+        of_images = self.weights if self.images.all() else self.weights[:, self.images]
+        found: Array = of_images.sum(1, dtype=float)
         return found
 
     def _sum(self) -> None:
@@ -310,9 +305,11 @@ class _Sums:
             # As far as it goes, the order of the files should change no bit.
             self.waiting.sort(key=lambda pair: pair[0])
             places = [place for place, _ in self.waiting]
-            vectors = np.stack([vector for _, vector in self.waiting]).astype(float)
-            part = self.weights[:, places].astype(float) @ vectors
-            self.sums = part if self.sums is None else self.sums + part
+            vectors = np.stack([vector for _, vector in self.waiting])
+            # Sums of so few truth values are exact in float32, and take half the time.
+            kind = np.float32 if vectors.dtype == bool else np.float64
+            part = self.weights[:, places].astype(kind) @ vectors.astype(kind)
+            self.sums = part.astype(float) if self.sums is None else self.sums + part
             self.waiting = []
 
 
@@ -329,6 +326,12 @@ def _estimate(figures: Array, images: Array) -> Estimate:
     spread = figures[1:][np.isfinite(figures[1:])]
     low, high = np.percentile(spread, [2.5, 97.5]) if len(spread) else (np.nan, np.nan)
     return Estimate(float(figures[0]), float(low), float(high), int(images.sum()))
+
+
+def _band(curves: Array, over: str, x: Array) -> Band:
+    spread = curves[1:][np.isfinite(curves[1:]).all(1)]
+    low, high = np.percentile(spread, [2.5, 97.5], axis=0) if len(spread) else curves[[0, 0]]
+    return Band(x, curves[0], low, high, over)
 
 
 def _shown(found: Estimate | None, star: bool = False) -> str:

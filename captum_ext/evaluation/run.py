@@ -159,9 +159,8 @@ def evaluate(
     if devices == 1 and num_nodes == 1:
         run(work, what_is_left(work))
     else:
-        fabric = _fabric(every, devices, num_nodes, strategy)
-        fabric.launch(_launched, work)
-    found = summary(output)
+        _fabric(every, devices, num_nodes, strategy).launch(_launched, work)
+    found = _summary(output)
     if not any(found.images.values()):
         raise RuntimeError(
             f"Not one of {sum(found.failures.values())} rows came to anything. The first reason: "
@@ -191,8 +190,7 @@ def _launched(fabric: Any, work: Work) -> None:
     before = [method.where[0] for method in work.methods]
     methods = [on_device(fabric.device, method) for method in work.methods]
     # Shares do not take equally long, and the usual patience of half an hour may be too little.
-    alike = dist.is_available() and dist.is_initialized()
-    group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if alike else None
+    group = _patient_group()
     # As the first process finds it: others may look when there is more on disk.
     left = fabric.broadcast(what_is_left(work) if fabric.is_global_zero else None)
     try:
@@ -200,5 +198,23 @@ def _launched(fabric: Any, work: Work) -> None:
     finally:
         for method, device in zip(work.methods, before, strict=True):
             on_device(device, method)
-    if alike:
+    if group is not None:
         dist.barrier(group)
+
+
+def _summary(output: str | Path) -> Summary:
+    """Where each process goes on by itself, as with "ddp", the first one makes it for all."""
+    group = _patient_group()
+    if group is None:
+        return summary(output)
+    found = [summary(output) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0, group=group)
+    assert found[0] is not None
+    return found[0]
+
+
+def _patient_group() -> Any:
+    """All processes, if there are several here."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
