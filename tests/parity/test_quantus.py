@@ -1,0 +1,83 @@
+"""Quantus beside our metrics: the same where it is right, and where it is not."""
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import Saliency
+from torch import nn
+
+from captum_ext.metrics import deletion, energy_pointing_game, pointing_game
+
+quantus = pytest.importorskip("quantus")
+
+SIDE, STEP = 16, 32
+PLAIN = {"abs": False, "normalise": False, "disable_warnings": True}
+
+
+def network():
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 6, 5, stride=2)
+    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4)).eval()
+
+
+@pytest.fixture
+def given():
+    """What Quantus's metrics are called with; maps are of Captum's attribution."""
+    model = network()
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(5, 3, SIDE, SIDE, generator=generator)
+    masks = torch.zeros(5, 1, SIDE, SIDE, dtype=torch.bool)
+    for i in range(5):
+        masks[i, 0, :, i : i + 7] = True
+
+    def explain(model, inputs, targets, **kwargs):
+        inputs, targets = torch.as_tensor(inputs), torch.as_tensor(targets)
+        return Saliency(model).attribute(inputs, targets).sum(1, keepdim=True).numpy()
+
+    return {
+        "model": model,
+        "x_batch": images.numpy(),
+        "y_batch": np.arange(5) % 4,
+        "s_batch": masks.numpy(),
+        "explain_func": explain,
+        "device": "cpu",
+    }
+
+
+def ours(given):
+    found = given["explain_func"](given["model"], given["x_batch"], given["y_batch"])
+    return torch.as_tensor(found), torch.as_tensor(given["s_batch"])
+
+
+def test_the_pointing_game_is_ours_without_tolerance(given):
+    maps, masks = ours(given)
+    hits = pointing_game(maps, masks, tolerance=0)
+    assert hits.tolist() == quantus.PointingGame(**PLAIN)(**given)
+    assert 0 < hits.sum() < 5
+    maps[:] = masks
+    assert pointing_game(maps, masks, tolerance=0).all()
+
+
+def test_the_mass_in_the_mask(given):
+    found = quantus.RelevanceMassAccuracy(**PLAIN)(**given)
+    assert found == pytest.approx(energy_pointing_game(*ours(given)).tolist(), rel=1e-5)
+    assert len(set(found)) == 5
+
+
+def test_its_pixel_flipping_is_our_deletion_channel_by_channel(given):
+    """It hides each channel of a pixel by itself, so that every third point is a whole step."""
+    metric = quantus.PixelFlipping(features_in_step=STEP, perturb_baseline=0.0, **PLAIN)
+    theirs = np.array(metric(**given))
+    maps, _ = ours(given)
+    images, target = torch.as_tensor(given["x_batch"]), given["y_batch"].tolist()
+    mine = deletion(given["model"], images, maps, target, step=STEP)
+    assert theirs.shape == (5, 3 * SIDE * SIDE // STEP)
+    np.testing.assert_allclose(theirs[:, 2::3], mine.scores[:, 1:], atol=1e-5)
+    assert mine.scores.std() > 0.02
+
+
+def test_where_there_is_no_object_it_counts_a_hit_and_we_refuse(given):
+    given["s_batch"] = np.zeros_like(given["s_batch"])
+    assert quantus.PointingGame(**PLAIN)(**given) == [True] * 5
+    with pytest.raises(ValueError, match="are empty"):
+        pointing_game(*ours(given))
