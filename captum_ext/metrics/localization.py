@@ -102,7 +102,8 @@ def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
     filled = masks.flatten(1).any(1)
     if not bool(filled.all()):
         empty = (~filled).nonzero().flatten().tolist()
-        raise ValueError(f"`masks` {empty} are empty: there is nothing to point at.")
+        shown = str(empty) if len(empty) <= 8 else f"{empty[:8]} and {len(empty) - 8} more"
+        raise ValueError(f"`masks` {shown} are empty: there is nothing to point at.")
     return maps, masks
 
 
