@@ -862,3 +862,21 @@ def test_the_data_sets_of_this_package_are_taken_as_they_are(data, known):
     inside = boxes_to_masks([example.boxes], (96, 128))[0]
     assert 0.9 < (example.mask & inside).sum() / example.mask.sum() <= 1
     assert example.label == data[1].target
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_finds_what_it_finds_on_the_cpu(tmp_path):
+    metrics = {"localization": {}, "top_1_localization": {}, "overall_score": {}, "road": {}}
+    metrics |= {"average_drop": {}, "infidelity": {"perturb_func": whole_image}}
+    metrics |= {"total_variation": {}, "sensitivity_max": {"n_perturb_samples": 2}}
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = network().to(device)
+        methods = {"Grad-CAM": LayerGradCam(model, model[0]), "IG": IntegratedGradients(model)}
+        found[device] = evaluate(methods, Boxes(), metrics, output=tmp_path / device, **QUIET)
+    assert all("cuda" in line for line in (tmp_path / "cuda/timings.csv").read_text().split()[1:])
+    for name, figures in found["cpu"].figures.items():
+        for metric, figure in figures.items():
+            if metric != "sensitivity_max":  # whose noise is another on a GPU
+                other = found["cuda"].figures[name][metric]
+                assert other.value == pytest.approx(figure.value, rel=1e-3, abs=1e-4), metric
