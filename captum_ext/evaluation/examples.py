@@ -210,8 +210,9 @@ def _boxes(boxes: Any, before: tuple[int, int], after: tuple[int, int]) -> Tenso
             f"boxes must be (x1, y1, x2, y2) with x1 < x2 and y1 < y2, and not outside of an image "
             f"of {width} x {height}, got {found.tolist()}."
         )
-    scale = found.new_tensor([after[1] / width, after[0] / height]).repeat(2)
-    return found.clamp(min=0).minimum(found.new_tensor([width, height] * 2)) * scale
+    old, new = found.new_tensor([width, height] * 2), found.new_tensor([after[1], after[0]] * 2)
+    # Divided last: a corner that comes to a whole pixel is not a little less, or more.
+    return found.clamp(min=0).minimum(old) * new / old
 
 
 def _mask(name: str, mask: Any, before: tuple[int, int], after: tuple[int, int]) -> Tensor | None:

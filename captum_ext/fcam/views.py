@@ -144,8 +144,10 @@ class Boxed(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(
                 f"{name} has boxes {tuple(boxes.shape)}: they must be (n, 4), n at least 1."
             )
-        scale = torch.tensor([width / pixels.shape[2], height / pixels.shape[1]]).repeat(2)
-        return resized_to(pixels, self.pictures.size), (boxes * scale).floor()
+        old = boxes.new_tensor([pixels.shape[2], pixels.shape[1]] * 2)
+        # Divided last: a corner that comes to a whole pixel is not a little less.
+        boxes = boxes * boxes.new_tensor([width, height] * 2) / old
+        return resized_to(pixels, self.pictures.size), boxes.floor()
 
 
 def as_batch(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:

@@ -19,7 +19,7 @@ from captum_ext.evaluation import Prepared, evaluate, summary
 from captum_ext.evaluation.examples import Blocks
 from captum_ext.evaluation.methods import Method, on_device
 from captum_ext.evaluation.store import Store
-from captum_ext.fcam.views import IMAGENET
+from captum_ext.fcam.views import IMAGENET, Boxed
 from captum_ext.imaging import min_max
 from captum_ext.metrics import (
     MaxBoxAcc,
@@ -745,6 +745,18 @@ def test_ground_truth_follows_the_picture_to_its_size(tmp_path):
         assert figures["max_box_acc"].images == 2
         assert figures["pxap"].value > 0.9
         assert figures["max_box_acc"].value == 1
+
+
+def test_corners_of_boxes_that_come_to_whole_pixels_are_whole():
+    """49 x (7 / 49) is less than 7, and 29 x (100 / 29) more than 100."""
+    for side, new in ((49, 7), (93, 31), (500, 224), (375, 224), (333, 224)):
+        image = Image.new("RGB", (side, side))
+        ends = [x for x in range(1, side + 1) if x * new % side == 0]
+        boxes = [[0, 0, x, x] for x in ends]
+        wanted = [x * new // side for x in ends]
+        found = Blocks([(image, 0, boxes)], 1, (new, new), IMAGENET).example(0).boxes
+        assert found[:, 2].tolist() == found[:, 3].tolist() == wanted
+        assert Boxed([(image, 0, boxes)], (new, new))[0][1][:, 2].tolist() == wanted
 
 
 def test_grey_models_and_colour_models_take_either():
