@@ -388,4 +388,6 @@ def measure_of(name: str, options: Mapping[str, Any]) -> Measure:
 
 
 def _region(example: Prepared) -> Any:
-    return example.region
+    """None where no pixel is in it: there is nothing to point at."""
+    region = example.region
+    return None if region is None or not bool(region.any()) else region

@@ -759,6 +759,27 @@ def test_corners_of_boxes_that_come_to_whole_pixels_are_whole():
         assert Boxed([(image, 0, boxes)], (new, new))[0][1][:, 2].tolist() == wanted
 
 
+def test_an_image_without_an_object_is_not_pointed_at_and_counts_for_pixels(tmp_path):
+    """An empty mask, one that is gone at the size of the run, and a box between two pixels."""
+    data = [Boxes()[i] for i in range(4)]
+    for i in (1, 2, 3):
+        data[i].boxes = None
+    data[1].mask = torch.zeros(8, 8, dtype=torch.bool)
+    data[2].mask = torch.zeros(8, 8, dtype=torch.bool)
+    data[2].mask[0, 0] = True
+    data[3].boxes = [0.5, 0.5, 1.5, 1.5]
+    options = QUIET | {"size": 4}
+    found = evaluate({"a": Of(network())}, data, output=tmp_path, **options)
+    assert found.failures == {"a": 0}
+    cells = [[bool(row[name]) for row in rows(tmp_path)] for name in ("energy", "pixel_counts")]
+    assert cells == [[True, False, False, False], [True] * 4]
+    kept = [Blocks(data, 4, (4, 4), None).example(i) for i in range(4)]
+    pxap = PxAP()
+    for one in kept:
+        pxap.update(min_max(one.image[None, :1])[:, 0], one.mask[None], one.ignored[None])
+    assert found.figures["a"]["pxap"].value == pytest.approx(pxap.compute().item())
+
+
 def test_grey_models_and_colour_models_take_either():
     grey = Image.new("L", (4, 3), 51)
     colour = Image.new("RGB", (4, 3), (255, 0, 0))
