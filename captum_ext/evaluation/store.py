@@ -229,10 +229,14 @@ def _cells(line: bytes) -> list[str] | None:
     """None for a line that was cut off."""
     if not line.endswith(b"\n"):
         return None
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, len(line)))  # a curve of each pixel is longer
     try:
         return next(csv.reader([line.decode()], strict=True))
     except (UnicodeDecodeError, csv.Error, StopIteration):
         return None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -335,6 +335,19 @@ def test_cut_off_at_any_byte_it_ends_with_the_same_rows(tmp_path):
         assert file.read_bytes() == whole  # one process: even the order is the same
 
 
+def test_cells_longer_than_the_csv_module_takes_by_itself(tmp_path):
+    """A curve of each pixel is, in pictures of 224 x 224."""
+    before = csv.field_size_limit(64)
+    try:
+        metrics = {"deletion": {"step": 1}}
+        found = evaluate({"a": Of(network())}, Boxes(), metrics, output=tmp_path, **QUIET)
+        assert csv.field_size_limit() == 64
+    finally:
+        csv.field_size_limit(before)
+    assert all(len(row["deletion_curve"]) > 64 for row in rows(tmp_path))
+    assert found.images == {"a": 7}
+
+
 def test_a_line_lost_in_the_middle_loses_its_batch_alone(tmp_path):
     """Someone deletes a failed row, to have it done again: what follows must not be lost."""
     calls = []
