@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import DataParallel, Module
@@ -469,11 +470,19 @@ def floating_type(module: Module) -> torch.dtype:
 
 @contextmanager
 def random_numbers(device: torch.device, seed: int) -> Iterator[None]:
-    """Torch's global random numbers, of the CPU and this device, from a seed; then as they were."""
+    """Torch's global random numbers, of the CPU and this device, from a seed; then as they were.
+
+    NumPy's too: Captum's GradientShap draws these.
+    """
     cuda = [device] if device.type == "cuda" else []
+    numpys = np.random.get_state()
     with torch.random.fork_rng(cuda):
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach other devices
         for one in cuda:
             with torch.cuda.device(one):
                 torch.cuda.manual_seed(seed)
-        yield
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpys)

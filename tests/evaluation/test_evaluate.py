@@ -9,7 +9,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from captum.attr import IntegratedGradients, LayerGradCam, NoiseTunnel, Occlusion, Saliency
+from captum.attr import (
+    GradientShap,
+    IntegratedGradients,
+    LayerGradCam,
+    NoiseTunnel,
+    Occlusion,
+    Saliency,
+)
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -519,6 +526,19 @@ def test_random_numbers_depend_on_the_seed_the_images_and_the_name_alone(tmp_pat
     assert energy["noisy"] != energy["again"]  # streams of their own
     evaluate({"noisy": methods["noisy"]}, Boxes(), output=tmp_path / "s", seed=1, **options)
     assert [row["energy"] for row in rows(tmp_path / "s")] != energy["noisy"]
+
+
+def test_methods_that_draw_numpys_numbers_give_the_same_rows_again(tmp_path):
+    methods = {"shap": (GradientShap(network()), {"baselines": torch.zeros(2, 3, 8, 8)})}
+    state = np.random.get_state()[1].copy()
+    evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
+    assert np.array_equal(np.random.get_state()[1], state)
+    wanted = lines(tmp_path)
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:4]))
+    np.random.random()
+    evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
+    assert lines(tmp_path) == wanted
 
 
 # --- several processes ---------------------------------------------------------------------------
