@@ -53,9 +53,9 @@ def evaluate(
     Rows are appended to ``output/rows.csv`` as they come, one for each image and method. A run that
     was killed, at any moment, goes on where it was when it is called again, and ends with the same
     rows, in another order at most: images are taken in fixed batches of consecutive ones, and
-    random numbers come from the seed, the batch and the method's name alone. (On other devices, or
-    with another number of threads, models differ in the last bits.) Rows of another run are an
-    error. `summary` reads them again, at any time.
+    random numbers come from the seed, the batch and the names of method and metric alone. (On other
+    devices, or with another number of threads, models differ in the last bits.) Rows of another run
+    are an error. `summary` reads them again, at any time.
 
     A picture that cannot be read, ground truth that cannot be right, a method that raises and a map
     that is not finite or of another size than the image become rows with the reason, and the rest

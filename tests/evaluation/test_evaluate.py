@@ -500,6 +500,21 @@ def test_the_order_of_metrics_and_methods_is_no_other_run(tmp_path):
         assert len(calls) <= left
 
 
+def test_random_numbers_of_a_metric_do_not_depend_on_the_others(tmp_path):
+    own = torch.Generator().manual_seed(5)
+    fido = {"n_steps": 1, "n_masks": 2, "generator": own}
+    model = network()
+    methods = {"FIDO": (FIDO(model), fido), "noisy": three_methods()["noisy"]}
+    names = ["infidelity", "sensitivity_max"]
+    cells = {}
+    for metrics in (names, names[::-1], names[:1], names[1:]):
+        folder = tmp_path / "-".join(metrics)
+        evaluate(methods, Boxes(), metrics, output=folder, **QUIET)
+        for name in metrics:
+            cells.setdefault(name, set()).add(tuple(row[name] for row in rows(folder)))
+    assert {name: len(each) for name, each in cells.items()} == dict.fromkeys(names, 1)
+
+
 # --- random numbers ------------------------------------------------------------------------------
 
 
