@@ -156,11 +156,12 @@ def evaluate(
     work = Work(
         every, list(records.values()), blocks, store, target, seed, num_workers, show_progress
     )
-    if devices == 1 and num_nodes == 1:
+    if devices == 1 and num_nodes == 1:  # perhaps in one process of several, of the caller's
         run(work, what_is_left(work))
+        found = summary(output)
     else:
         _fabric(every, devices, num_nodes, strategy).launch(_launched, work)
-    found = _summary(output)
+        found = _summary(output)
     if not any(found.images.values()):
         raise RuntimeError(
             f"Not one of {sum(found.failures.values())} rows came to anything. The first reason: "

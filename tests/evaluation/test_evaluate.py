@@ -585,6 +585,31 @@ def test_two_processes_give_the_rows_of_one(strategy, tmp_path):
     assert again.figures == found.figures
 
 
+def _alone(rank, folder):
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    if rank == 0:
+        evaluate({"a": Of(network())}, Boxes(), "energy", output=folder / "run", **QUIET)
+        (folder / "done").touch()
+    while not (folder / "done").exists():
+        time.sleep(0.05)
+
+
+def test_one_of_several_processes_evaluates_by_itself(tmp_path):
+    """As a training does in its first process."""
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=_alone, args=(rank, tmp_path)) for rank in (0, 1)]
+    for one in both:
+        one.start()
+    try:
+        both[0].join(60)
+        assert both[0].exitcode == 0
+    finally:
+        for one in both:
+            one.kill()
+    assert summary(tmp_path / "run").images == {"a": 7}
+
+
 def rows_of(file):
     return {int(row["index"]) for row in csv.DictReader(file.open())}
 
