@@ -218,7 +218,7 @@ def _is_ours(opened: io.BufferedWriter) -> bool:
 def _line(cells: Sequence[Any]) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow([_one_line(cell) for cell in cells])
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="backslashreplace")  # a file's name may be no text at all
 
 
 def _one_line(cell: Any) -> str:

@@ -780,6 +780,14 @@ def test_a_cut_file_in_a_folder_of_pictures(tmp_path):
         evaluate(methods, folder, output=tmp_path / "other", show_progress=False)
 
 
+def test_a_file_whose_name_is_no_text(tmp_path):
+    entry = Boxes()[0]
+    entry.name = "caf\udce9.png"  # what Python makes of a byte that is no UTF-8
+    options = QUIET | {"output": tmp_path}
+    assert evaluate({"a": Of(network())}, [entry], "energy", **options).images == {"a": 1}
+    assert rows(tmp_path)[0]["name"] == r"caf\udce9.png"
+
+
 # --- data and arguments --------------------------------------------------------------------------
 
 
