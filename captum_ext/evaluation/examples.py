@@ -184,7 +184,8 @@ def is_the_machines(error: Exception) -> bool:
         return error.errno in OUT_OF
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return any(words in said for words in ("CUDA error", "DefaultCPUAllocator", "out of memory"))
 
 
 def _part(entry: Any, *names: str, place: int | None = None) -> Any:

@@ -732,9 +732,22 @@ def test_a_method_that_fails_beside_one_that_does_not(function, said, tmp_path):
         evaluate({"bad": methods["bad"]}, Boxes(), CHEAP, output=tmp_path / "x", **QUIET)
 
 
+def out_of_memory():
+    try:
+        torch.empty(2**60)
+    except RuntimeError as error:
+        return error
+
+
 @pytest.mark.parametrize("size", [3, 1])
 @pytest.mark.parametrize(
-    "error", [MemoryError(), torch.cuda.OutOfMemoryError(), RuntimeError("CUDA error: assert")]
+    "error",
+    [
+        MemoryError(),
+        out_of_memory(),
+        torch.cuda.OutOfMemoryError(),
+        RuntimeError("CUDA error: assert"),
+    ],
 )
 def test_the_machines_fault_is_no_row(error, size, tmp_path):
     def fail(x):
