@@ -1,6 +1,7 @@
 """`evaluate`: attributions x a data set x metrics."""
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,7 @@ from captum_ext.evaluation.methods import (
     plain,
 )
 from captum_ext.evaluation.results import Summary, summary
-from captum_ext.evaluation.store import FORMAT, Store
+from captum_ext.evaluation.store import COLUMNS, FORMAT, Store
 from captum_ext.evaluation.units import Target, Work, run, what_is_left
 from captum_ext.fcam.views import IMAGENET
 
@@ -151,8 +152,11 @@ def evaluate(
         "metrics": {m.name: {k: plain(v) for k, v in m.options.items()} for m in measures},
         "columns": {m.name: m.columns() for m in measures},
     }
-    store = Store(output, settings)
     records = {r.columns: r for m in measures for r in m.records}  # of several measures, once
+    every_column = Counter((*COLUMNS, *itertools.chain(*records)))
+    if twice := [column for column, n in every_column.items() if n > 1]:
+        raise ValueError(f"`metrics`: rows have columns {twice} already: choose other names.")
+    store = Store(output, settings)
     work = Work(
         every, list(records.values()), blocks, store, target, seed, num_workers, show_progress
     )

@@ -900,12 +900,12 @@ def test_metrics_of_the_callers_own(tmp_path):
     found = evaluate(
         {"a": Of(network())},
         Boxes(),
-        {"label": labels, "energy": {}},
+        {"tenth": labels, "energy": {}},
         output=tmp_path,
         **QUIET,
         target=lambda example: 2 - example.label,
     )
-    assert found.figures["a"]["label"].value == pytest.approx(np.mean([0.2, 0.1, 0] * 2 + [0.2]))
+    assert found.figures["a"]["tenth"].value == pytest.approx(np.mean([0.2, 0.1, 0] * 2 + [0.2]))
     assert summary(tmp_path).figures == found.figures
     assert json.loads((tmp_path / "settings.json").read_text())["target"].endswith("<lambda>")
 
@@ -936,6 +936,12 @@ def test_workers_and_the_progress_bar_change_nothing(tmp_path, capsys):
         ({"metrics": "insertions"}, ValueError, "`metrics` must be names of"),
         ({"metrics": {"energy": 3}}, ValueError, "`metrics`"),
         ({"metrics": []}, ValueError, "`metrics`"),
+        ({"metrics": {"method": len}}, ValueError, r"`metrics`.*\['method'\] already"),
+        (
+            {"metrics": {"insertion": {}, "insertion_curve": len}},
+            ValueError,
+            r"\['insertion_curve'\] already",
+        ),
         ({"batch_size": 0}, ValueError, "`batch_size`"),
         ({"target": "labels"}, ValueError, "`target`"),
         ({"size": (3,)}, ValueError, "`size`"),
