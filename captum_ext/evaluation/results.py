@@ -337,7 +337,7 @@ def _band(curves: Array, over: str, x: Array) -> Band:
 def _shown(found: Estimate | None, star: bool = False) -> str:
     if found is None:
         return ""
-    return f"{found}{' *' if star and not found.low <= 0 <= found.high else ''}"
+    return f"{found}{' *' if star and (found.low > 0 or found.high < 0) else ''}"
 
 
 def _panels(

@@ -323,6 +323,17 @@ def test_the_tables_and_the_picture(tmp_path):
     assert [row["label"] for row in rows(tmp_path)] == list("0120120") * 2
 
 
+def test_no_asterisk_where_nothing_is_known(tmp_path):
+    """Without a pixel in a mask there is no PxAP, and no interval."""
+    data = [Boxes()[i] for i in range(3)]
+    for entry in data:
+        entry.mask = torch.zeros_like(entry.mask)
+    methods = {"a": Of(network()), "b": Of(network(), lambda x: -x)}
+    text = evaluate(methods, data, "pxap", output=tmp_path, **QUIET).markdown()
+    assert text.count("nan [nan, nan]") == 3
+    assert "*" not in text
+
+
 # --- killed and gone on with ---------------------------------------------------------------------
 
 
