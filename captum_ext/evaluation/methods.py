@@ -8,6 +8,7 @@ import torch
 from captum.attr import Attribution, LayerAttribution
 from torch import Generator, Tensor
 from torch.nn import Module
+from torch.utils._pytree import tree_map
 
 from captum_ext._model import Forward, floating_type, root_module
 from captum_ext.attr import UpsampleWrapper
@@ -102,7 +103,7 @@ def on_device(device: torch.device, method: Method) -> Method:
             if isinstance(value, Module | Tensor):
                 setattr(inner, name, value.to(device))  # a module stays the same object
         inner = wrapped(inner)
-    kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in method.kwargs.items()}
+    kwargs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, dict(method.kwargs))
     return method._replace(kwargs=kwargs)
 
 

@@ -631,13 +631,15 @@ def test_each_process_has_everything_on_its_device():
     cam = LayerGradCam(model, model[0])
     decoder, mask = torch.nn.Linear(2, 2), torch.ones(3)
     cam.decoder, cam.mask = decoder, mask
-    moved = on_device(there, Method("a", UpsampleWrapper(cam), {"baselines": mask, "n_steps": 3}))
+    kwargs = {"baselines": mask, "additional_forward_args": (mask, 2), "n_steps": 3}
+    moved = on_device(there, Method("a", UpsampleWrapper(cam), kwargs))
     assert moved.where[0] == there
     assert cam.forward_func is model
     assert cam.layer is model[0]
     assert cam.layer.weight.device == there
     assert cam.decoder is decoder
     assert decoder.weight.device == cam.mask.device == moved.kwargs["baselines"].device == there
+    assert moved.kwargs["additional_forward_args"][0].device == there
     assert moved.kwargs["n_steps"] == 3
 
 
