@@ -11,6 +11,7 @@ import torch
 from captum.attr import Attribution
 from captum.metrics import infidelity, sensitivity_max
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from captum_ext._model import Forward
 from captum_ext.evaluation.examples import Prepared
@@ -229,10 +230,18 @@ def sensitivity_to_noise(
     found: Explained, *, perturb_radius: float = 0.02, n_perturb_samples: int = 10
 ) -> Tensor:
     """`captum.metrics.sensitivity_max`: the method explains images with a little noise, too."""
+
+    def explained(images: Any, **kwargs: Any) -> Any:
+        # Captum takes views of them, which channels last and expanded maps do not have.
+        return tree_map(Tensor.contiguous, found.attribution.attribute(images, **kwargs))
+
+    def perturbed(images: Tensor) -> Tensor:  # Captum's own is float32
+        return images + torch.empty_like(images).uniform_(-perturb_radius, perturb_radius)
+
     values: Tensor = sensitivity_max(
-        found.attribution.attribute,
+        explained,
         found.images,
-        perturb_radius=perturb_radius,
+        perturbed,
         n_perturb_samples=n_perturb_samples,
         max_examples_per_batch=len(found.images),
         target=found.target,

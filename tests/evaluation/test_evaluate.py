@@ -183,6 +183,23 @@ def test_infidelity_and_sensitivity_are_captums(tmp_path):
         evaluate(methods, Boxes(), {"infidelity": {"nose": 1}}, output=tmp_path / "b", **QUIET)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_any_precision_and_of_channels_last(kind, tmp_path):
+    model = network().to(kind, memory_format=torch.channels_last)
+    methods = {"s": Saliency(model), "first": Of(model, lambda x: x[:, :1].expand_as(x))}
+    metrics = ["localization", "insertion", "road", "infidelity", "sensitivity_max"]
+    found = evaluate(methods, Boxes(), metrics, output=tmp_path / "a", **QUIET)
+    assert found.failures == {"s": 0, "first": 0}, found.reasons
+    singles = {"s": Saliency(network()), "first": Of(network())}
+    wanted = evaluate(singles, Boxes(), metrics[:3], output=tmp_path / "b", **QUIET)
+    for name, figures in wanted.figures.items():
+        for metric in ("energy", "insertion", "pxap"):
+            value = found.figures[name][metric].value
+            assert value == pytest.approx(figures[metric].value, abs=0.02), (name, metric)
+    bound = 0.02 * (192**0.5 / torch.stack([e.image for e in Boxes()]).flatten(1).norm(dim=1))
+    assert 0 < found.figures["first"]["sensitivity_max"].value < 1.5 * bound.mean()
+
+
 def test_curves_are_those_of_the_metrics(tmp_path):
     model, data = network(), Boxes()
     metrics = {"insertion": {"step": 0.25}, "deletion": {"step": 5}}
