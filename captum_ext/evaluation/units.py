@@ -140,6 +140,7 @@ def _explained(
         if good:
             finite = checked_maps(maps.detach()[good])
             chosen = None if target is None else target[good]
+            each = maps if maps.dim() == 4 else maps[:, None]
             found = Explained(
                 method.forward_func,
                 images[good],
@@ -147,7 +148,7 @@ def _explained(
                 chosen,
                 [examples[place] for place in good],
                 extra,
-                maps.detach()[good],
+                each.detach()[good],
                 method.attribution,
                 method.kwargs,
             )

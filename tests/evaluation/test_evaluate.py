@@ -183,6 +183,17 @@ def test_infidelity_and_sensitivity_are_captums(tmp_path):
         evaluate(methods, Boxes(), {"infidelity": {"nose": 1}}, output=tmp_path / "b", **QUIET)
 
 
+def test_maps_without_a_channel_are_those_of_one(tmp_path):
+    """As many as the images have channels, which the batch could be taken for."""
+    model, found = network(), []
+    for name, function in (("a", lambda x: x[:, 0]), ("b", lambda x: x[:, :1])):
+        evaluate(
+            {"m": Of(model, function)}, Boxes(6), "infidelity", output=tmp_path / name, **QUIET
+        )
+        found.append([row["infidelity"] for row in rows(tmp_path / name)])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
 def test_models_of_any_precision_and_of_channels_last(kind, tmp_path):
     model = network().to(kind, memory_format=torch.channels_last)
