@@ -145,7 +145,7 @@ def evaluate(
         "batch_size": batch_size,
         "data": blocks.about(),
         "size": sides,
-        "normalize": normalize,
+        "normalize": None if normalize is None else [[*map(float, one)] for one in normalize],
         "target": in_words(target),
         "seed": seed,
         "methods": {method.name: about(method) for method in every},

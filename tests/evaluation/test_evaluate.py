@@ -933,6 +933,13 @@ def test_grey_models_and_colour_models_take_either():
         assert found.image.amax().item() == pytest.approx(1 if picture is colour else mean)
 
 
+def test_means_and_deviations_may_be_arrays(tmp_path):
+    options = QUIET | {"output": tmp_path, "normalize": ([0.0] * 3, [0.5] * 3)}
+    first = evaluate({"a": Of(network())}, Boxes(), "energy", **options)
+    options["normalize"] = np.zeros(3), np.full(3, 0.5)
+    assert evaluate({"a": Of(network())}, Boxes(), "energy", **options).figures == first.figures
+
+
 def test_metrics_of_the_callers_own(tmp_path):
     def labels(found):
         assert found.maps.shape == found.images.shape[:1] + found.images.shape[2:]
