@@ -357,7 +357,8 @@ def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
     for name, value in items:
         if name == "localization":
             every = [kind() for kind in LOCALIZATION]
-            made |= {m.name: m for m in every if any(m.serves(e) for e in known)}
+            # Where no example is known, rows say why.
+            made |= {m.name: m for m in every if not known or any(m.serves(e) for e in known)}
         elif callable(value) and name not in MEASURES:
             made[name] = _Custom(name, value, bool(getattr(value, "higher_is_better", True)))
         elif name in MEASURES and isinstance(value, Mapping):

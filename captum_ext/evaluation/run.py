@@ -138,7 +138,10 @@ def evaluate(
     blocks = Blocks(data, batch_size, sides, normalize)
     first = (blocks.example(index) for index in range(min(_FIRST, len(data))))
     known = itertools.islice((e for e in first if isinstance(e, Prepared)), 8)
-    measures = make_measures(metrics, list(known))
+    some = list(known)
+    measures = make_measures(metrics, some)
+    if blind := [m.name for m in measures if some and not any(m.serves(e) for e in some)]:
+        warn(f"`metrics` {blind}: the first examples of `data` lack the boxes or masks for these.")
     settings = {
         "format": FORMAT,
         "examples": len(data),

@@ -842,6 +842,19 @@ def test_a_file_whose_name_is_no_text(tmp_path):
     assert rows(tmp_path)[0]["name"] == r"caf\udce9.png"
 
 
+def test_metrics_for_which_no_example_has_the_truth(tmp_path):
+    data = [(entry.image, entry.target) for entry in (Boxes()[i] for i in range(3))]
+    with pytest.warns(UserWarning, match=r"`metrics` \['pxap'\].* lack the boxes or masks"):
+        found = evaluate(
+            {"a": Of(network())}, data, ["pxap", "deletion"], output=tmp_path / "a", **QUIET
+        )
+    assert list(found.figures["a"]) == ["deletion"]
+    options = QUIET | {"normalize": IMAGENET, "output": tmp_path / "b"}
+    normalised = [(image - 0.5, target, [0, 0, 4, 4]) for image, target in data]
+    with pytest.raises(RuntimeError, match=r"Not one of 3 rows.*floats must be in \[0, 1\]"):
+        evaluate({"a": Of(network())}, normalised, **options)
+
+
 # --- data and arguments --------------------------------------------------------------------------
 
 
