@@ -1,6 +1,6 @@
 """The attributions of an evaluation: what they are known by, and what they are called with."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import torch
 from captum.attr import Attribution, LayerAttribution
 from torch import Generator, Tensor
 from torch.nn import Module
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from captum_ext._model import Forward, floating_type, root_module
 from captum_ext.attr import UpsampleWrapper
@@ -113,13 +113,28 @@ def on_device(device: torch.device, method: Method) -> Method:
 def about(method: Method) -> str:
     """A method, its options, its arguments and its model, as far as they can be known."""
     root = root_module(method.forward_func)
-    if root is None:
-        made, model = method.attribution.get_name(), in_words(method.forward_func)
-    else:
-        made = described(method.attribution, root)
-        model = f"{type(root).__name__} {digest(sorted(fingerprint(root).items()))}"
+    model = in_words(method.forward_func) if root is None else _in_digits(root)
+    made = described(method.attribution, root or Module())
+    held = _held(method.attribution, set() if root is None else set(root.modules()))
     arguments = [f"{key}={plain(value)!r}" for key, value in sorted(method.kwargs.items())]
-    return f"{made}, of {model}, called with ({', '.join(arguments)})"
+    return f"{', '.join([made, *held])}, of {model}, called with ({', '.join(arguments)})"
+
+
+def _in_digits(module: Module) -> str:
+    return f"{type(module).__name__} {digest(sorted(fingerprint(module).items()))}"
+
+
+def _held(attribution: Attribution, own: Collection[Module]) -> list[str]:
+    """Its tensors, and modules that are no part of the model, such as a decoder."""
+    held = []
+    for name, value in sorted(vars(attribution).items()):
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                held.append(f"{name}={plain(leaf)}")
+            elif isinstance(leaf, Module) and leaf not in own:
+                held.append(f"{name}={_in_digits(leaf)}")
+    inner = wrapped(attribution)
+    return held if inner is None else held + _held(inner, own)
 
 
 def plain(value: Any) -> Any:

@@ -20,12 +20,13 @@ from captum.attr import (
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from captum_ext.attr import FIDO, UpsampleWrapper
+from captum_ext.attr import FCAM, FIDO, UpsampleWrapper
 from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
 from captum_ext.evaluation import Prepared, evaluate, summary
 from captum_ext.evaluation.examples import Blocks
 from captum_ext.evaluation.methods import Method, on_device
 from captum_ext.evaluation.store import Store
+from captum_ext.fcam import FCAMDecoder
 from captum_ext.fcam.views import IMAGENET, Boxed
 from captum_ext.imaging import min_max
 from captum_ext.metrics import (
@@ -513,6 +514,20 @@ def test_a_method_that_was_called_before_is_the_same_method(tmp_path):
     options["strides"] = (3, 1, 1)
     with pytest.raises(ValueError, match="rows of another run: methods: occlusion"):
         evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
+
+
+def test_a_decoder_that_was_trained_again_is_another_method(tmp_path):
+    model = network()
+    decoder = FCAMDecoder.reading(model, torch.rand(1, 3, 8, 8), ["0"], widths=(4,)).eval()
+    methods = {"F-CAM": NoiseTunnel(FCAM(model, decoder)), "mask": Of(model)}
+    methods["mask"].of = [torch.ones(3)]
+    evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
+    evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
+    for parameter, name in ((decoder.head.weight.data, "F-CAM"), (methods["mask"].of[0], "mask")):
+        parameter *= 2
+        with pytest.raises(ValueError, match=f"another run: methods: {name} was"):
+            evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
+        parameter /= 2
 
 
 def test_files_of_another_version_are_not_read(tmp_path):
