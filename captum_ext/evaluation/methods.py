@@ -121,7 +121,8 @@ def about(method: Method) -> str:
 
 
 def _in_digits(module: Module) -> str:
-    return f"{type(module).__name__} {digest(sorted(fingerprint(module).items()))}"
+    mode = " in train mode" if any(part.training for part in module.modules()) else ""
+    return f"{type(module).__name__} {digest(sorted(fingerprint(module).items()))}{mode}"
 
 
 def _held(attribution: Attribution, own: Collection[Module]) -> list[str]:

@@ -477,7 +477,7 @@ def test_rows_of_another_run_are_an_error(tmp_path):
 
     run()
     whole = (tmp_path / "rows.csv").read_bytes()
-    other = network()
+    other, trained = network(), network().train()
     with torch.no_grad():
         other[4].bias += 1
     for changed, said in (
@@ -489,6 +489,7 @@ def test_rows_of_another_run_are_an_error(tmp_path):
         ({"metrics": {"energy": {}, "pointing_game": {"tolerance": 1}}}, "metrics: pointing_game"),
         ({"methods": {"b": Of(model)}}, "methods: b was None.*methods: a was"),
         ({"methods": {"a": Of(other)}}, "methods: a was"),
+        ({"methods": {"a": Of(trained)}}, "methods: a was .* and is .* in train mode"),
         ({"methods": {"a": (Of(model), {"k": 1})}}, "methods: a was .*k=1"),
         ({"size": 9}, r"size was None and is \[9, 9\]"),
         ({"target": "predicted"}, "target was 'label' and is 'predicted'"),
