@@ -127,6 +127,7 @@ class Blocks(Dataset[list[Prepared | Failure]]):
         if not bool(torch.isfinite(pixels).all()):
             raise ValueError("the image has values that are not finite.")
         boxes = _part(entry, "boxes", "box", place=2)
+        boxes = None if boxes is not None and len(boxes) == 0 else boxes  # known to have none
         return Prepared(
             index,
             name,

@@ -329,7 +329,7 @@ class _Custom(Measure):
 
     def __init__(self, name: str, function: Callable[[Explained], Any], higher: bool) -> None:
         self.name, self.higher_is_better = name, higher
-        self.options = {"higher_is_better": higher}
+        self.options = {"function": function, "higher_is_better": higher}
         self.records = [Numbers(name, function)]
 
 

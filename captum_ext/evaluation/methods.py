@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,15 @@ class Method(NamedTuple):
     def where(self) -> tuple[torch.device, torch.dtype]:
         """Of the images that the model takes."""
         root = root_module(self.forward_func)
+        if root is None:  # a function: its layers are of the model, if the method has any
+            root = next(
+                (
+                    m
+                    for m in tree_leaves(vars(_innermost(self.attribution)).get("layer"))
+                    if isinstance(m, Module)
+                ),
+                None,
+            )
         if root is None:
             return torch.device("cpu"), torch.float32
         return next(root.parameters(), torch.empty(0)).device, floating_type(root)
@@ -100,11 +110,23 @@ def on_device(device: torch.device, method: Method) -> Method:
     inner: Attribution | None = method.attribution
     while inner is not None:
         for name, value in vars(inner).items():
-            if isinstance(value, Module | Tensor):
-                setattr(inner, name, value.to(device))  # a module stays the same object
+            if isinstance(value, Module | Tensor | Generator):
+                setattr(inner, name, _there(device, value))
         inner = wrapped(inner)
-    kwargs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, dict(method.kwargs))
-    return method._replace(kwargs=kwargs)
+    return method._replace(kwargs=tree_map(partial(_there, device), dict(method.kwargs)))
+
+
+def _there(device: torch.device, value: Any) -> Any:
+    """A module stays the same object. One GPU's generator is a new one there; `seeded` seeds it."""
+    if isinstance(value, Generator):
+        other = value.device.type == device.type and value.device != device
+        return Generator(device) if other else value
+    return value.to(device) if isinstance(value, Module | Tensor) else value
+
+
+def _innermost(attribution: Attribution) -> Attribution:
+    inner = wrapped(attribution)
+    return attribution if inner is None else _innermost(inner)
 
 
 # --- in words ------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ A folder has
 
 - `settings.json`: of what the rows are;
 - `rows.csv`, and `rows.1.csv`, ... of further processes: a line for each image and method;
-- `timings.csv`, likewise: a line for each batch and method. It differs from run to run.
+- `timings.csv`, likewise: a line for each batch and method. It differs from run to run;
+- `rows.csv.lock`, likewise: empty, and locked while a process writes.
 
 Rows come a unit at a time, which is a batch of images explained by one method. Only whole units
 count; what is behind the last of them, a line that was torn or a unit that was not finished, is cut
@@ -29,7 +30,7 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 2  # of the files
-SETTINGS = "settings.json"
+SETTINGS, ROWS = "settings.json", "rows.csv"
 COLUMNS = ("index", "name", "method", "label", "target", "failure")  # and those of the metrics
 TIMINGS = ("batch", "method", "images", "attribution_s", "metrics_s", "device")
 
@@ -63,12 +64,15 @@ class Store:
             before = json.loads(file.read_text())
             saved, found = _flat(before), _flat(self.settings)
             changed = changes(saved, found | dict.fromkeys(saved.keys() - found.keys()))
-            if changed:
+            if changed and not self._is_empty(before):
                 raise ValueError(
                     f"`output` {self.folder} has the rows of another run: {changed}. Name another "
                     f"folder, or delete it."
                 )
-            self.settings = before  # in the order of its columns
+            if changed:
+                self._write_settings()
+            else:
+                self.settings = before  # in the order of its columns
         else:
             if _rows_files(self.folder):
                 raise ValueError(
@@ -76,11 +80,29 @@ class Store:
                     f"of this run. Name another folder."
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
-            unfinished = self.folder / f"{SETTINGS}.{os.getpid()}.partial"
-            unfinished.write_text(json.dumps(self.settings, indent=1) + "\n")
-            unfinished.replace(file)
+            self._write_settings()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of all rows, and of the metrics; what several metrics share, once."""
         own = itertools.chain(*self.settings["columns"].values())
-        self.columns = (*COLUMNS, *dict.fromkeys(own))  # of several metrics, once
+        return (*COLUMNS, *dict.fromkeys(own))
+
+    def _write_settings(self) -> None:
+        unfinished = self.folder / f"{SETTINGS}.{os.getpid()}.partial"
+        unfinished.write_text(json.dumps(self.settings, indent=1) + "\n")
+        unfinished.replace(self.folder / SETTINGS)
+
+    def _is_empty(self, settings: Mapping[str, Any]) -> bool:
+        """Whether a run of these settings finished nothing, and is not about to."""
+        if settings.get("format") != FORMAT:
+            return False
+        before = Store.__new__(Store)
+        before.folder, before.settings = self.folder, dict(settings)
+        if before.done():
+            return False
+        _locked(self.folder / ROWS).close()
+        return True
 
     @classmethod
     def read(cls, folder: str | Path) -> "Store":
@@ -153,6 +175,7 @@ class Writer:
         suffix = ".csv" if rank == 0 else f".{rank}.csv"
         self.columns = store.columns
         rows, timings = (store.folder / f"{name}{suffix}" for name in ("rows", "timings"))
+        self.lock = _locked(rows)
         ends = [end for _, _, end in store._units(rows)] if rows.is_file() else []
         self.rows = _opened(rows, ends[-1] if ends else 0, self.columns)
         whole = timings.read_bytes() if timings.is_file() else b""
@@ -169,6 +192,7 @@ class Writer:
     def close(self) -> None:
         self.rows.close()
         self.timings.close()
+        self.lock.close()
 
 
 def timings(folder: str | Path) -> dict[str, tuple[float, float]]:
@@ -194,9 +218,6 @@ def _rows_files(folder: Path) -> list[Path]:
 def _opened(file: Path, end: int, columns: Sequence[str]) -> io.BufferedWriter:
     """A file to append to, no longer than its first `end` bytes."""
     opened = file.open("ab")
-    if not _is_ours(opened):
-        opened.close()
-        raise RuntimeError(f"`output`: another process is writing to {file}.")
     opened.truncate(end)
     if end == 0:
         opened.write(_line(columns))
@@ -204,15 +225,21 @@ def _opened(file: Path, end: int, columns: Sequence[str]) -> io.BufferedWriter:
     return opened
 
 
-def _is_ours(opened: io.BufferedWriter) -> bool:
-    """Lock a file until it is closed, or the process ends; True where files cannot be locked."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    return True
+def _locked(file: Path) -> io.BufferedWriter:
+    """What keeps other processes from writing to a file, until it is closed or the process ends.
+
+    A file of its own: a lock falls when its process closes the file anywhere, as readers of rows
+    do. Where files cannot be locked, nothing is kept.
+    """
+    opened = file.with_name(f"{file.name}.lock").open("ab")
+    if fcntl is not None:
+        try:
+            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                opened.close()
+                raise RuntimeError(f"`output`: another process is writing to {file}.") from None
+    return opened
 
 
 def _line(cells: Sequence[Any]) -> bytes:

@@ -189,7 +189,13 @@ def _target(
         extra = method.kwargs.get("additional_forward_args")
         extra = extra if isinstance(extra, tuple) else () if extra is None else (extra,)
         with torch.no_grad():
-            predicted: Tensor = method.forward_func(images, *extra).argmax(1)
+            scores = method.forward_func(images, *extra)
+        if scores.dim() != 2:
+            raise ValueError(
+                f"`target` 'predicted' needs a model with scores (B, K), got "
+                f"{tuple(scores.shape)}: None is for models with one output."
+            )
+        predicted: Tensor = scores.argmax(1)
         return predicted
     labels = [e.label if isinstance(target, str) else int(target(e)) for e in examples]
     return torch.tensor(labels, device=images.device)

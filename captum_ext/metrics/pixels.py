@@ -42,7 +42,8 @@ def pixel_counts(
         raise ValueError(
             f"`maps` {tuple(values.shape)}, `masks` {tuple(masks.shape)} and `ignored` must agree."
         )
-    edges = torch.arange(N_STEPS + 1, device=values.device, dtype=values.dtype) / N_STEPS
+    # On the CPU: a GPU multiplies by 1 / 1000, which is off by a bit in every second edge.
+    edges = (torch.arange(N_STEPS + 1, dtype=values.dtype) / N_STEPS).to(values.device)
     n, n_cells = len(values), N_STEPS + 1
     row = 2 * torch.arange(n, device=values.device)[:, None, None] + (~masks).long()
     cells = row * n_cells + torch.bucketize(values.contiguous(), edges, right=True) - 1

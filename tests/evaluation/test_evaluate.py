@@ -25,7 +25,7 @@ from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
 from captum_ext.evaluation import Prepared, evaluate, summary
 from captum_ext.evaluation.examples import Blocks
 from captum_ext.evaluation.methods import Method, on_device
-from captum_ext.evaluation.store import Store
+from captum_ext.evaluation.store import Store, Writer
 from captum_ext.fcam import FCAMDecoder
 from captum_ext.fcam.views import IMAGENET, Boxed
 from captum_ext.imaging import min_max
@@ -467,6 +467,82 @@ def test_two_runs_at_once_in_one_folder_are_an_error(tmp_path):
     assert found.images == {"a": 200}
 
 
+def refused(folder, told):
+    try:
+        Writer(Store.read(folder), 0)
+    except RuntimeError as error:
+        told.put(str(error))
+    else:
+        told.put("")
+
+
+def test_a_process_that_reads_what_it_writes_keeps_its_files(tmp_path):
+    evaluate({"a": Of(network())}, Boxes(), "energy", output=tmp_path, **QUIET)
+    start = multiprocessing.get_context("spawn")
+    told = start.Queue()
+    writer = Writer(Store.read(tmp_path), 0)
+    summary(tmp_path)
+    for wanted in ("`output`: another process is writing", ""):
+        other = start.Process(target=refused, args=(tmp_path, told))
+        other.start()
+        assert told.get(timeout=60).startswith(wanted)
+        other.join()
+        writer.close()
+
+
+def test_settings_may_change_while_nothing_is_finished(tmp_path):
+    """As after too little memory for the first batch."""
+
+    def out_of_memory(x):
+        raise MemoryError
+
+    methods = {"a": Of(network(), out_of_memory)}
+    with pytest.raises(MemoryError):
+        evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
+    methods = {"a": Of(network())}
+    found = evaluate(
+        methods, Boxes(), ["energy", "pxap"], output=tmp_path, **QUIET | {"batch_size": 1}
+    )
+    alone = evaluate(methods, Boxes(), ["energy", "pxap"], output=tmp_path / "b", **QUIET)
+    assert found.figures == alone.figures
+    with pytest.raises(ValueError, match="batch_size was 1 and is 3"):
+        evaluate(methods, Boxes(), ["energy", "pxap"], output=tmp_path, **QUIET)
+
+
+def test_another_function_under_one_name_is_another_run(tmp_path):
+    def one(found):
+        return found.maps.amax((1, 2))
+
+    def other(found):
+        return found.maps.amin((1, 2))
+
+    evaluate({"a": Of(network())}, Boxes(), {"mine": one}, output=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match="rows of another run: metrics: mine"):
+        evaluate({"a": Of(network())}, Boxes(), {"mine": other}, output=tmp_path, **QUIET)
+
+
+def test_boxes_known_to_be_none_are_no_boxes(tmp_path):
+    data = [Boxes()[i] for i in range(3)]
+    data[1].boxes = torch.zeros(0, 4)
+    found = evaluate({"a": Of(network())}, data, output=tmp_path, **QUIET)
+    assert found.failures == {"a": 0}
+    assert found.figures["a"]["max_box_acc"].images == 2
+    assert found.figures["a"]["energy"].images == 3  # by its mask
+
+
+def test_images_go_where_a_functions_layer_is():
+    model = network().double()
+    cam = LayerGradCam(lambda x: model(x), model[0])
+    assert Method("a", UpsampleWrapper(cam), {}).where == (torch.device("cpu"), torch.float64)
+    assert Method("b", Of(lambda x: model(x)), {}).where[1] == torch.float32
+
+
+def test_one_output_has_no_predicted_class(tmp_path):
+    methods = {"a": Of(lambda x: x.sum((1, 2, 3)))}
+    with pytest.raises(RuntimeError, match=r"needs a model with scores \(B, K\), got \(1,\)"):
+        evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET, target="predicted")
+
+
 def test_rows_of_another_run_are_an_error(tmp_path):
     model, data = network(), Boxes()
     good = {"methods": {"a": Of(model)}, "data": data, "metrics": ["energy"], **QUIET}
@@ -708,7 +784,7 @@ def test_what_is_wrong_with_one_image_becomes_a_row(tmp_path):
     data[1] = Cut()
     data[2].boxes = torch.tensor([[8, 0, 9, 4]])
     data[3].boxes = torch.tensor([[4, 4, 2, 6]])
-    data[4].boxes = torch.zeros(0, 4)
+    data[4].boxes = torch.zeros(2, 3)
     data[5].mask = torch.zeros(8, 9, dtype=torch.bool)
     data[6].image = data[6].image * 2 - 1
     data[7].image = data[7].image * torch.inf
