@@ -22,11 +22,13 @@ from captum_ext.attr.layer import (
     suggest_reshape_transform,
     tokens_to_grid,
 )
+from captum_ext.attr.rise import RISE, RISEMaps
 from captum_ext.attr.wrappers import AugmentedSR, SESSWrapper, UpsampleWrapper
 
 __all__ = [
     "FCAM",
     "FIDO",
+    "RISE",
     "AugmentedSR",
     "FIDOMasks",
     "GradientCam",
@@ -43,6 +45,7 @@ __all__ = [
     "LayerSmoothGradCamPlusPlus",
     "LayerTokenGradCam",
     "LayerXGradCam",
+    "RISEMaps",
     "SESSWrapper",
     "UpsampleWrapper",
     "channels_last_to_first",

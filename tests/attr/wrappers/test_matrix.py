@@ -32,7 +32,7 @@ from captum.attr import (
 from torch import Tensor, nn
 
 import captum_ext.attr
-from captum_ext.attr import FCAM, FIDO, AugmentedSR, SESSWrapper, UpsampleWrapper
+from captum_ext.attr import FCAM, FIDO, RISE, AugmentedSR, SESSWrapper, UpsampleWrapper
 from captum_ext.fcam import FCAMDecoder
 from tests.methods import EVERY
 
@@ -104,6 +104,7 @@ INPUT = {
     "KernelShap": Base(KernelShap, sampled, True),
     "FIDO": Base(FIDO, lambda x: {"n_steps": 2, "n_masks": 2, "baselines": 0.0}, True),
     "FCAM": Base(fcam),
+    "RISE": Base(RISE, lambda x: {"n_masks": 20, "grid": 4}, True),
 }
 LAYER = {"LayerGradCam": Base(lambda net: LayerGradCam(net, net.relu2))} | {
     name: Base(

@@ -1,0 +1,540 @@
+"""RISE (Petsiuk, Das, Saenko, BMVC 2018)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from captum.attr import PerturbationAttribution
+from torch import Generator, Tensor
+
+from captum_ext._checks import check_choice, check_count, check_generator, check_size, is_finite
+from captum_ext._compat import (
+    TargetType,
+    _expand_additional_forward_args,
+    _expand_target,
+    _format_additional_forward_args,
+    _format_baseline,
+    _format_output,
+    _format_tensor_into_tuples,
+    _is_tuple,
+    _run_forward,
+    _select_targets,
+    _validate_input,
+    log_usage,
+    progress,
+)
+from captum_ext._model import (
+    Forward,
+    Score,
+    Tensors,
+    check_one_score_each,
+    full_precision,
+    scored,
+    untouched,
+    without_autocast,
+)
+from captum_ext.imaging import resize
+from captum_ext.infill import OF_IMAGES
+
+ESTIMATORS = ("standard", "self-normalized")
+BLOCK = 256  # masks whose random numbers are drawn at once; between blocks RISE may stop
+
+
+@dataclass(frozen=True, eq=False)
+class RISEMaps:
+    """What RISE found for T targets of B examples, in float32 (float64 for inputs in float64).
+
+    Attributes:
+        maps: (T, B, 1, *spatial).
+        standard_errors: (T, B, 1, *spatial), of the maps; infinite where nothing is known of them:
+            of one mask, and where a self-normalized map has a pixel that no mask has shown.
+        n_masks: (T, B), the masks that the map is made of; fewer than were asked for where
+            `tolerance` was met.
+    """
+
+    maps: Tensor
+    standard_errors: Tensor
+    n_masks: Tensor
+
+
+class RISE(PerturbationAttribution):
+    r"""RISE: a pixel matters if the score is high when random masks show it.
+
+    With f the score, b the baseline, and N random masks m, whose values have the mean p (Eq. 6),
+
+    .. math::
+        S = \frac{1}{N p} \sum_n f(x \odot m_n + b \odot (1 - m_n)) \, m_n
+
+    estimates the mean score of the masks that show the pixel. Where f is a constant q, S is q times
+    the mean of the masks drawn over p, which is noise alone. The self-normalized estimator divides
+    by that mean, and is q:
+
+    .. math::
+        S' = \sum_n f_n \, m_n \, / \sum_n m_n
+
+    with a bias of the order 1/N.
+
+    **Masks** (section 3.2): a grid whose cells are 1 with probability p and else 0, upsampled
+    bilinearly to one cell more than the input has, and cut to the input's size at a random place
+    within a cell. A cell has ceil(size / grid) pixels. Where that is 1, a dimension is neither
+    upsampled nor shifted, so that pixels are independent. Masks are drawn once for the whole batch,
+    and do not depend on `perturbations_per_eval` nor on the number format; more of them begin with
+    the same ones.
+
+    **Where paper and code differ.** The paper, and TorchRay, have 8000 masks for a ResNet-50 and
+    4000 for a VGG-16, a grid of 7 and p = 0.5; the published notebooks 6000 masks, a grid of 8 and
+    p = 0.1. The defaults are the paper's. Its code upsamples by scikit-image, whose border differs
+    a little. Copies of it that come with other methods weigh by the model's raw output:
+    `score="logit"`.
+
+    Args:
+        forward_func: the model; it gives logits, classes in dimension 1.
+        score: f: "softmax" (the paper), "logit", "sigmoid", or a callable of the output.
+
+    Raises:
+        ValueError: an unknown score.
+
+    Reference:
+        Petsiuk, Das, Saenko, "RISE: Randomized Input Sampling for Explanation of Black-box Models",
+        https://arxiv.org/abs/1806.07421
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from captum_ext.attr import RISE
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> x = torch.rand(2, 3, 16, 16)
+        >>> RISE(net).attribute(x, target=[1, 3], n_masks=50, grid=4).shape
+        torch.Size([2, 3, 16, 16])
+        >>> found = RISE(net).estimate(x, targets=[0, 1, [1, 3]], n_masks=50, grid=4)
+        >>> found.maps.shape, found.standard_errors.shape
+        (torch.Size([3, 2, 1, 16, 16]), torch.Size([3, 2, 1, 16, 16]))
+    """
+
+    def __init__(self, forward_func: Forward, score: Score = "softmax") -> None:
+        scored(forward_func, score)
+        super().__init__(forward_func)
+        self.score = score
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        return False
+
+    @classmethod
+    def get_name(cls) -> str:
+        return cls.__name__
+
+    def attribute_future(self) -> None:
+        raise NotImplementedError(f"attribute_future is not implemented for {self.get_name()}.")
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Tensor | Tensors,
+        baselines: Any = None,
+        target: TargetType = None,
+        additional_forward_args: Any = None,
+        *,
+        n_masks: int = 8000,
+        p: float = 0.5,
+        grid: int | tuple[int, ...] = 7,
+        estimator: str = "standard",
+        tolerance: float | None = None,
+        generator: Generator | None = None,
+        perturbations_per_eval: int = 16,
+        show_progress: bool = False,
+    ) -> Any:
+        r"""The map of each example: one forward pass for each mask, and nothing backwards.
+
+        Args:
+            inputs: a tensor (B, C, \*spatial) with one to three spatial dimensions, or a tuple. Of
+                a tuple, the first tensor of floats with spatial dimensions is masked, and with it,
+                by the same masks, those of its spatial size; the others are passed on as they are,
+                and their attributions are 0.
+            baselines: what shows where the mask is 0, in any of Captum's forms; None is 0, which in
+                normalised images is the mean colour (the paper). For images also "blur", "mean" or
+                "zeros", see `captum_ext.infill.Infill`; `NoiseTunnel` does not know these names.
+            target: as in Captum; one for each example.
+            additional_forward_args: as in Captum.
+            n_masks: N, or the most masks where there is a `tolerance`. 8000 (paper).
+            p: the probability that a cell is shown. 0.5 (paper).
+            grid: cells along each spatial dimension, or one number for all. 7 (paper).
+            estimator: "standard" (paper) or "self-normalized".
+            tolerance: stop an example where its largest standard error is at most this share of the
+                map's range, the largest value minus the smallest. It is looked at after every 256
+                masks. None runs all.
+            generator: of all random numbers; None takes torch's global one.
+            perturbations_per_eval: masks in one forward pass, for each example; at most 256 are
+                used. Memory beyond that pass does not grow with `n_masks`.
+            show_progress: whether to draw a progress bar.
+
+        Returns:
+            The maps, of the inputs' shapes and dtypes, equal in all channels.
+
+        Raises:
+            ValueError: inputs without spatial dimensions or that are not finite; an option out of
+                range, or a grid finer than the input; scores that are not finite, or no scores of
+                each example.
+            TypeError: a generator of another type.
+            AssertionError: a target that does not select one score for each example, and baselines
+                that do not go with the inputs, as in Captum.
+        """
+        examples: Tensors = _format_tensor_into_tuples(inputs)
+        found = self._estimate(
+            examples, [target], baselines, additional_forward_args, n_masks, p, grid, estimator,
+            tolerance, generator, perturbations_per_eval, show_progress, tolerance is not None,
+        ).maps[0]  # fmt: skip
+        masked = _masked_inputs(examples)
+        whole = tuple(
+            found.to(x.dtype).expand(x.shape).contiguous() if is_masked else torch.zeros_like(x)
+            for x, is_masked in zip(examples, masked, strict=True)
+        )
+        return _format_output(_is_tuple(inputs), whole)
+
+    def estimate(
+        self,
+        inputs: Tensor | Tensors,
+        targets: Sequence[TargetType],
+        baselines: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        n_masks: int = 8000,
+        p: float = 0.5,
+        grid: int | tuple[int, ...] = 7,
+        estimator: str = "standard",
+        tolerance: float | None = None,
+        generator: Generator | None = None,
+        perturbations_per_eval: int = 16,
+        show_progress: bool = False,
+    ) -> RISEMaps:
+        """The maps of several targets from the same forward passes, with their standard errors.
+
+        Each map is that of `attribute` for its target with the same random numbers. Memory grows
+        with the number of targets by three numbers for each example and pixel.
+
+        Args:
+            inputs: as in `attribute`, as all that follows.
+            targets: a list of targets, each in any of Captum's forms: `[1, 2]` is two maps of each
+                example, `[[1, 2]]` one of each of two.
+            baselines: what shows where the mask is 0.
+            additional_forward_args: as in Captum.
+            n_masks: N.
+            p: the probability that a cell is shown.
+            grid: cells along each spatial dimension.
+            estimator: "standard" or "self-normalized".
+            tolerance: of each map; passes go on until the last is done.
+            generator: of all random numbers.
+            perturbations_per_eval: masks in one forward pass, for each example.
+            show_progress: whether to draw a progress bar.
+
+        Returns:
+            Maps, standard errors and the number of masks. The standard error of a self-normalized
+            map is that of the ratio to first order.
+
+        Raises:
+            ValueError: as in `attribute`, and no targets.
+            TypeError: as in `attribute`.
+            AssertionError: as in `attribute`.
+        """
+        if not isinstance(targets, Sequence | Tensor) or len(targets) == 0:
+            raise ValueError(f"`targets` must be a list of at least one target, got {targets!r}.")
+        return self._estimate(
+            _format_tensor_into_tuples(inputs), list(targets), baselines, additional_forward_args,
+            n_masks, p, grid, estimator, tolerance, generator, perturbations_per_eval,
+            show_progress, True,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _estimate(
+        self,
+        inputs: Tensors,
+        targets: Sequence[TargetType],
+        baselines: Any,
+        additional_forward_args: Any,
+        n_masks: int,
+        p: float,
+        grid: int | tuple[int, ...],
+        estimator: str,
+        tolerance: float | None,
+        generator: Generator | None,
+        perturbations_per_eval: int,
+        show_progress: bool,
+        with_errors: bool,
+    ) -> RISEMaps:
+        is_masked = _masked_inputs(inputs)
+        first = inputs[is_masked.index(True)]
+        check_count("n_masks", n_masks)
+        check_count("perturbations_per_eval", perturbations_per_eval)
+        check_choice("estimator", estimator, ESTIMATORS)
+        if tolerance is not None:
+            check_size("tolerance", tolerance, positive=True)
+        check_generator(generator, first.device)
+        masks = GridMasks(first, grid, p, generator)
+        fills = _fills(baselines, inputs)
+        extra = _format_additional_forward_args(additional_forward_args)
+        forward = scored(
+            self.forward_func, _probabilities if self.score == "softmax" else self.score
+        )
+        n_examples = len(first)
+
+        def scores_under(m: Tensor) -> Tensor:
+            """(n, T * B) of the masks (n, *spatial)."""
+            n = len(m)
+            composites = tuple(
+                _blend(x, b, m) if masked else torch.cat([x] * n)
+                for x, b, masked in zip(inputs, fills, is_masked, strict=True)
+            )
+            more = _expand_additional_forward_args(extra, n)
+            output = _run_forward(forward, composites, None, more)
+            if output.dim() == 0 or len(output) != n * n_examples:
+                raise ValueError(
+                    f"`forward_func` must give scores for each of {n * n_examples} examples, got "
+                    f"{tuple(output.shape)}."
+                )
+            chosen = [_select_targets(output, _expand_target(target, n)) for target in targets]
+            for score in chosen:
+                check_one_score_each(score)
+            return torch.stack([score.reshape(n, n_examples) for score in chosen], 1).flatten(1)
+
+        chunks: Any = _chunks(n_masks, perturbations_per_eval)
+        if show_progress:
+            chunks = progress(chunks, desc=f"{self.get_name()} attribution")
+        sums = _Sums(with_errors)
+        maps = errors = used = None
+        is_done = torch.zeros(len(targets) * n_examples, dtype=torch.bool, device=first.device)
+        with untouched(self.forward_func):
+            for start, stop in chunks:
+                m = masks(start, stop)
+                sums.add(scores_under(m), m.flatten(1))
+                if stop % BLOCK and stop < n_masks:
+                    continue
+                sums.check()
+                if tolerance is None and stop < n_masks:
+                    continue
+                now, error = sums.estimates(p, estimator)
+                count = torch.full_like(is_done, stop, dtype=torch.int64)
+                if maps is None or errors is None or used is None:
+                    maps, errors, used = now, error, count
+                else:  # what is done stays as it was: a batch equals its examples one by one
+                    maps = torch.where(is_done[:, None], maps, now)
+                    errors = torch.where(is_done[:, None], errors, error)
+                    used = torch.where(is_done, used, count)
+                if tolerance is not None:
+                    low, high = torch.aminmax(now, dim=1)
+                    is_done |= error.amax(1) <= tolerance * (high - low)
+                    if bool(is_done.all()):
+                        break
+        assert maps is not None
+        assert errors is not None
+        assert used is not None
+        shape = (len(targets), n_examples)
+        whole = (*shape, 1, *first.shape[2:])
+        return RISEMaps(maps.reshape(whole), errors.reshape(whole), used.reshape(shape))
+
+
+class GridMasks:
+    """Random masks of the spatial size of `x`, in [0, 1] and of mean `p`: coarse, shifted grids.
+
+    Args:
+        x: (B, C, *spatial).
+        grid: cells along each spatial dimension, or one number for all.
+        p: the probability that a cell is 1.
+        generator: of all random numbers.
+
+    Raises:
+        ValueError: `p` outside (0, 1); a grid that is not one of whole cells, or finer than `x`.
+    """
+
+    def __init__(
+        self, x: Tensor, grid: int | tuple[int, ...], p: float, generator: Generator | None
+    ) -> None:
+        size = tuple(x.shape[2:])
+        cells = grid if isinstance(grid, tuple | list) else (grid,) * len(size)
+        if not is_finite(p) or not 0 < p < 1:
+            raise ValueError(f"`p` must be a number greater than 0 and less than 1, got {p!r}.")
+        if len(cells) != len(size):
+            raise ValueError(f"`grid` must have a number for each of {size}, got {grid!r}.")
+        for n in cells:
+            check_count("grid", n)
+        if any(n > pixels for n, pixels in zip(cells, size, strict=True)):
+            raise ValueError(f"`grid` is finer than the inputs' {size}: got {grid!r}.")
+        self.cells, self.p, self.generator = tuple(cells), p, generator
+        self.device = x.device
+        self.shifts = [math.ceil(pixels / n) for n, pixels in zip(cells, size, strict=True)]
+        self.pixels = [torch.arange(pixels, device=x.device) for pixels in size]
+        # Bilinear upsampling is one small matrix for each dimension, so that a mask is made where
+        # it is cut, and the cuts of a chunk, each elsewhere, need no loop.
+        self.upsampling = [
+            resize(
+                torch.eye(n, dtype=full_precision(x).dtype, device=x.device)[:, None],
+                ((n + 1) * shift if shift > 1 else n,),
+            )[:, 0].T.contiguous()
+            for n, shift in zip(cells, self.shifts, strict=True)
+        ]
+        self.numbers: Tensor | None = None
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """The masks from `start` to `stop`, (stop - start, *spatial), within the next block."""
+        n_cells = math.prod(self.cells)
+        if start % BLOCK == 0:
+            self.numbers = torch.rand(
+                BLOCK, n_cells + len(self.cells), generator=self.generator, device=self.device,
+                dtype=torch.float32,
+            )  # fmt: skip
+        assert self.numbers is not None
+        first = start - start % BLOCK
+        numbers = self.numbers[start - first : stop - first]
+        shown = numbers[:, :n_cells] < self.p
+        masks = shown.reshape(-1, *self.cells).to(self.upsampling[0])
+        with without_autocast(masks):
+            for dim, (matrix, shift, pixels) in enumerate(
+                zip(self.upsampling, self.shifts, self.pixels, strict=True), 1
+            ):
+                if shift > 1:
+                    at = (numbers[:, n_cells + dim - 1] * shift).long().clamp(max=shift - 1)
+                    rows = matrix[at[:, None] + pixels]  # (n, pixels, cells)
+                    line = masks.movedim(dim, 1)
+                    cut = rows @ line.reshape(len(masks), line.shape[1], -1)
+                    masks = cut.reshape(cut.shape[:2] + line.shape[2:]).movedim(1, dim)
+        return masks.clamp(0, 1)  # off by rounding
+
+
+class _Sums:
+    """Running sums over masks, from which both estimators and their standard errors follow.
+
+    Scores are counted from that of the first mask: large scores that hardly differ lose no digits,
+    and a constant one is exact.
+    """
+
+    def __init__(self, with_errors: bool) -> None:
+        self.with_errors, self.n = with_errors, 0
+        self.is_finite: Tensor | None = None
+
+    def add(self, scores: Tensor, masks: Tensor) -> None:
+        """Add masks (n, P) and their scores (n, R)."""
+        f = scores.to(masks)
+        if self.n == 0:
+            self.first = f[0].clone()
+            rows, pixels = f.shape[1], masks.shape[1]
+            self.g = f.new_zeros(rows)
+            self.m, self.mm = masks.new_zeros(pixels), masks.new_zeros(pixels)
+            self.gm = masks.new_zeros(rows, pixels)
+            if self.with_errors:
+                self.gmm, self.ggmm = torch.zeros_like(self.gm), torch.zeros_like(self.gm)
+        finite = torch.isfinite(f).all()
+        self.is_finite = finite if self.is_finite is None else self.is_finite & finite
+        g = f - self.first
+        self.n += len(f)
+        self.g += g.sum(0)
+        self.m += masks.sum(0)
+        with without_autocast(masks):
+            self.gm.addmm_(g.T, masks)
+            if self.with_errors:
+                squares = masks.square()
+                self.mm += squares.sum(0)
+                self.gmm.addmm_(g.T, squares)
+                self.ggmm.addmm_(g.square().T, squares)
+
+    def check(self) -> None:
+        """Raise a ValueError for scores that are not finite. It waits for the device."""
+        if self.is_finite is None or not bool(self.is_finite):
+            raise ValueError("The scores of the masked inputs are not finite.")
+
+    def estimates(self, p: float, estimator: str) -> tuple[Tensor, Tensor]:
+        """The maps (R, P) and their standard errors."""
+        first, n = self.first[:, None], self.n
+        maps: Tensor
+        if estimator == "standard":
+            fm = self.gm + first * self.m
+            maps = fm / (n * p)
+        else:
+            ratio = torch.where(self.m > 0, self.gm / self.m, self.g[:, None] / n)
+            maps = first + ratio
+        if not self.with_errors or n == 1:
+            return maps, torch.full_like(maps, torch.inf)
+        if estimator == "standard":
+            ffmm = self.ggmm + 2 * first * self.gmm + first.square() * self.mm
+            variance = (ffmm - fm.square() / n) / (n - 1)
+            return maps, (variance.clamp(min=0) / n).sqrt() / p
+        residuals = self.ggmm - 2 * ratio * self.gmm + ratio.square() * self.mm
+        errors = (residuals.clamp(min=0) * (n / (n - 1))).sqrt() / self.m
+        return maps, torch.where(self.m > 0, errors, torch.inf)
+
+
+def _chunks(n_masks: int, size: int) -> list[tuple[int, int]]:
+    """From where to where each pass goes, within blocks, and in about equal parts of these."""
+    chunks = []
+    for first in range(0, n_masks, BLOCK):
+        count = min(BLOCK, n_masks - first)
+        step = math.ceil(count / math.ceil(count / size))
+        stop = first + count
+        chunks += [(start, min(start + step, stop)) for start in range(first, stop, step)]
+    return chunks
+
+
+def _masked_inputs(inputs: Tensors) -> list[bool]:
+    """Which of the inputs are masked."""
+    spatial = [x.is_floating_point() and 3 <= x.dim() <= 5 and x.numel() > 0 for x in inputs]
+    if not any(spatial):
+        raise ValueError(
+            f"`inputs` must have a tensor of floats (B, C, *spatial) with one to three spatial "
+            f"dimensions, got {[(tuple(x.shape), x.dtype) for x in inputs]}."
+        )
+    size = inputs[spatial.index(True)].shape[2:]
+    masked = [can and x.shape[2:] == size for x, can in zip(inputs, spatial, strict=True)]
+    for x, is_masked in zip(inputs, masked, strict=True):
+        if is_masked and not bool(torch.isfinite(x).all()):
+            raise ValueError("`inputs` are not finite.")
+    return masked
+
+
+def _fills(baselines: Any, inputs: Tensors) -> Any:
+    """Numbers or tensors, one for each of the inputs."""
+    given = baselines if isinstance(baselines, tuple) else (baselines,)
+    if any(isinstance(b, str) for b in given):
+        if len(given) != len(inputs):
+            raise ValueError(f"`baselines` must be one for each of {len(inputs)} inputs.")
+        given = tuple(
+            _named(b, x) if isinstance(b, str) else b for b, x in zip(given, inputs, strict=True)
+        )
+        baselines = tuple(0 if b is None else b for b in given)
+    fills = _format_baseline(baselines, inputs)
+    _validate_input(inputs, fills)
+    for x, fill in zip(inputs, fills, strict=True):
+        if isinstance(fill, Tensor) and not _broadcasts(fill, x):
+            raise ValueError(
+                f"`baselines` must broadcast to the inputs, got {tuple(fill.shape)} for "
+                f"{tuple(x.shape)}."
+            )
+    return fills
+
+
+def _broadcasts(fill: Tensor, x: Tensor) -> bool:
+    sizes = zip(reversed(fill.shape), reversed(x.shape), strict=False)
+    return fill.dim() <= x.dim() and all(n in (1, m) for n, m in sizes)
+
+
+def _named(name: str, x: Tensor) -> Tensor:
+    check_choice("baselines", name, OF_IMAGES)
+    if x.dim() != 4:
+        raise ValueError(f"`baselines` {name!r} is for images (B, C, H, W), got {tuple(x.shape)}.")
+    return OF_IMAGES[name](x).expand_as(x)
+
+
+def _blend(x: Tensor, baseline: Tensor | float, masks: Tensor) -> Tensor:
+    """X m + b (1 - m) for each of n masks (n, *spatial), mask after mask: (n * B, ...)."""
+    m = masks.to(x.dtype)[:, None, None]
+    if not isinstance(baseline, Tensor) and baseline == 0:
+        return (x * m).flatten(0, 1)
+    return torch.lerp(torch.as_tensor(baseline, dtype=x.dtype, device=x.device), x, m).flatten(0, 1)
+
+
+def _probabilities(output: Tensor) -> Tensor:
+    if output.dim() < 2 or output.shape[1] < 2:
+        raise ValueError(
+            f"`score` 'softmax' needs two classes or more in dimension 1, got outputs of shape "
+            f"{tuple(output.shape)}: for one logit there are 'sigmoid' and 'logit'."
+        )
+    return full_precision(output).softmax(1)
