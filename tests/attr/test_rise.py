@@ -562,6 +562,18 @@ def test_noise_tunnel_and_wrappers() -> None:
     assert finer.shape == x.shape
 
 
+def test_a_progress_bar_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = rise(images())
+    assert not capsys.readouterr().err
+    assert torch.equal(rise(images(), show_progress=True), quiet)
+    assert "RISE attribution" in capsys.readouterr().err
+
+
+def test_dataparallel_without_a_gpu() -> None:
+    net, x = small_net(dtype=torch.float64), images()
+    assert torch.equal(rise(x, nn.DataParallel(net)), rise(x, net))
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 
