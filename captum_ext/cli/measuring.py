@@ -68,7 +68,10 @@ def evaluated(
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on where it was") from None
     except torch.cuda.OutOfMemoryError as error:
-        raise InputError("the GPU has too little memory: give a lower --batch-size") from error
+        raise InputError(
+            "the GPU has too little memory: give a lower --batch-size (and another --output, once a "
+            "batch is finished)"
+        ) from error
     except InputError:
         raise
     except (ValueError, RuntimeError) as error:
