@@ -94,7 +94,10 @@ def test_a_corrupt_picture_is_a_failed_row_and_the_exit_code_says_so(command, ca
     ("more", "said"),
     [
         (("--metrics", "insertions"), "--metrics must be names of"),
-        (("--metrics", "localization"), "--metrics: the first examples of DATA have neither"),
+        (
+            ("--metrics", "localization"),
+            "--metrics: the first 3 examples of DATA that can be read have neither",
+        ),
         (("--output", "no/where"), "'no' does not exist"),
         (("--output", "file"), "is a file"),
         (("--method", "gradcan"), "unknown method 'gradcan'"),

@@ -69,8 +69,8 @@ def evaluated(
         raise KeyboardInterrupt("interrupted; the same command goes on where it was") from None
     except torch.cuda.OutOfMemoryError as error:
         raise InputError(
-            "the GPU has too little memory: give a lower --batch-size (and another --output, once a "
-            "batch is finished)"
+            "the GPU has too little memory: give a lower --batch-size (and another --output, once "
+            "a batch is finished)"
         ) from error
     except InputError:
         raise

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from kornia.color import rgb_to_grayscale
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from captum_ext.fcam.views import OUT_OF, as_bytes_of, checked_channels, digest, resized_to
 from captum_ext.imaging import resize
@@ -81,6 +81,11 @@ class Blocks(Dataset[list[Prepared | Failure]]):
         size: tuple[int, int] | None,
         normalize: tuple[Sequence[float], Sequence[float]] | None,
     ) -> None:
+        if isinstance(data, str | Path | DataLoader):
+            raise ValueError(
+                f"`data` must be a data set, such as captum_ext.datasets.ClassFolders(folder), got "
+                f"{type(data).__name__}."
+            )
         if not isinstance(data, Sized) or len(data) == 0:
             raise ValueError("`data` must have a length, and at least one picture.")
         self.data: Any = data
@@ -132,7 +137,7 @@ class Blocks(Dataset[list[Prepared | Failure]]):
             index,
             name,
             pixels,
-            int(label),
+            _class(label),
             None if boxes is None else _boxes(boxes, before, after),
             _mask("mask", _part(entry, "mask", "part"), before, after),
             _mask("ignored", _part(entry, "ignored"), before, after),
@@ -196,6 +201,12 @@ def _part(entry: Any, *names: str, place: int | None = None) -> Any:
             return getattr(entry, name)
     plain = type(entry) in (tuple, list) and place is not None and place < len(entry)
     return entry[place] if plain else None
+
+
+def _class(label: Any) -> int:
+    if isinstance(label, bool | str) or int(label) != label:
+        raise ValueError(f"labels must be indices of classes, got {label!r}.")
+    return int(label)
 
 
 def _boxes(boxes: Any, before: tuple[int, int], after: tuple[int, int]) -> Tensor:

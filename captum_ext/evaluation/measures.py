@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from captum_ext._checks import check_choice, check_range
+from captum_ext._model import closest
 from captum_ext.evaluation.examples import Prepared
 from captum_ext.evaluation.records import (
     Array,
@@ -355,7 +356,8 @@ def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
     items = metrics.items() if isinstance(metrics, Mapping) else ((name, {}) for name in metrics)
     made: dict[str, Measure] = {}
     for name, value in items:
-        if name == "localization":
+        value = {} if value is None else value
+        if name == "localization" and value == {}:
             every = [kind() for kind in LOCALIZATION]
             # Where no example is known, rows say why.
             made |= {m.name: m for m in every if not known or any(m.serves(e) for e in known)}
@@ -364,17 +366,20 @@ def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
         elif name in MEASURES and isinstance(value, Mapping):
             made[name] = MEASURES[name](**value)
         else:
+            near = closest(str(name), ["localization", *MEASURES])
             raise ValueError(
                 f"`metrics` must be names of {['localization', *MEASURES]}, with options where "
-                f"they are a mapping, or other names with functions, got {name!r}: {value!r}."
+                f"they are a mapping (of single metrics, not of 'localization'), or other names "
+                f"with functions, got {name!r}: {value!r}. Closest: {near}"
             )
     if _Overall.name in made:
         both = [made.get(kind.name) or kind() for kind in (_Insertion, _Deletion)]
         made[_Overall.name].records = [record for one in both for record in one.records]
     if not made:
         raise ValueError(
-            "`metrics`: the first examples of `data` have neither boxes nor masks, so that no "
-            f"localisation can be measured: name others, of {list(MEASURES)}."
+            f"`metrics`: the first {len(known)} examples of `data` that can be read have neither "
+            f"boxes nor masks, so that no localisation can be measured: name others, of "
+            f"{list(MEASURES)}."
         )
     return list(made.values())
 

@@ -1,8 +1,10 @@
 """The attributions of an evaluation: what they are known by, and what they are called with."""
 
+import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import CellType, CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +62,7 @@ def checked_methods(methods: Any) -> list[Method]:
     if not isinstance(methods, Mapping) or not methods:
         raise TypeError(
             f"`methods` must be a mapping from names to attributions, at least one, got "
-            f"{methods!r}."
+            f"{type(methods).__name__}."
         )
     for name in methods:
         if not isinstance(name, str) or not name or name.splitlines() != [name]:
@@ -73,14 +75,28 @@ def _method(name: str, value: Any) -> Method:
     if not isinstance(attribution, Attribution) or not isinstance(kwargs, Mapping):
         raise TypeError(
             f"`methods`: {name} must be a Captum Attribution, or (Attribution, arguments of "
-            f"`attribute`), got {value!r}."
+            f"`attribute`), got {type(value).__name__}."
         )
     taken = {"inputs", "target", "return_convergence_delta"} & kwargs.keys()
     if taken:
         raise ValueError(f"`methods`: {name}: {sorted(taken)} cannot be given.")
     if isinstance(attribution, LayerAttribution):
         attribution = UpsampleWrapper(attribution)
+    known = _arguments(attribution)
+    if known is not None and (unknown := sorted(kwargs.keys() - known)):
+        raise ValueError(f"`methods`: {name} has no arguments {unknown}, but {sorted(known)}.")
     return Method(name, attribution, kwargs)
+
+
+def _arguments(attribution: Attribution) -> set[str] | None:
+    """What `attribute` takes by name, a wrapper's with those of what it wraps; None: anything."""
+    parameters = inspect.signature(attribution.attribute).parameters.values()
+    own = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if all(p.kind != p.VAR_KEYWORD for p in parameters):
+        return own
+    inner = wrapped(attribution)
+    others = None if inner is None else _arguments(inner)
+    return None if others is None else own | others
 
 
 @contextmanager
@@ -172,8 +188,31 @@ def plain(value: Any) -> Any:
 
 
 def in_words(value: Any) -> str:
-    """A name, if there is one, else the type."""
+    """A name, if there is one, else the type; of a function also a digest of what it does."""
     if isinstance(value, str | None):
         return str(value)
-    name = getattr(value, "__qualname__", None)
-    return str(name) if name else f"a {type(value).__name__}"
+    name = getattr(value, "__qualname__", None) or f"a {type(value).__name__}"
+    code = getattr(value, "__code__", None)
+    return str(name) if code is None else f"{name} {digest(_does(value, depth=3))}"
+
+
+def _does(function: Any, depth: int) -> list[Any]:
+    """The code of a function, its defaults, and what it finds around it, as far as it is plain."""
+    code = function.__code__
+    closed = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    found = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+    around = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    parts: list[Any] = _code(code)
+    for value in around + closed + found:
+        if isinstance(value, Module):
+            parts.append(_in_digits(value))
+        elif isinstance(value, FunctionType):
+            parts.append(_does(value, depth - 1) if depth else value.__qualname__)
+        elif isinstance(value, int | float | str | Tensor | list | tuple | None):
+            parts.append(plain(value))
+    return parts
+
+
+def _code(code: CodeType) -> list[Any]:
+    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return [code.co_code.hex(), list(code.co_names), constants]

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CHUNK = 512  # rows that are summed at once
+_ENOUGH = 10  # images, for an asterisk
+_LEGEND = (
+    "In brackets, 95% bootstrap intervals over the images; in parentheses, how many images a "
+    "figure is of, where not all have it. Figures that choose the best threshold choose it anew "
+    "in each resample, so that their intervals lie high."
+)
+_STAR = f" An asterisk: the interval is without 0, of at least {_ENOUGH} images."
 
 
 class Estimate(NamedTuple):
@@ -107,21 +114,25 @@ class Summary:
             curves={name: some(each) for name, each in self.curves.items()},
         )
 
+    def __str__(self) -> str:
+        return self.markdown()
+
     def markdown(self) -> str:
-        """Both tables, and the failures. An asterisk is an interval without 0."""
+        """Both tables, how to read them, and the failures."""
         metrics = list(self.higher_is_better)
         heads = [f"{m} {'↑' if self.higher_is_better[m] else '↓'}" for m in metrics]
         rows = [
-            [name, *(_shown(each.get(m)) for m in metrics), str(self.images[name])]
+            [name, *(_shown(each.get(m), self.images[name]) for m in metrics), self.images[name]]
             for name, each in self.figures.items()
         ]
         parts = [_table(["method", *heads, "images"], rows)]
         if self.differences:
             rows = [
-                [name, *(_shown(each.get(m), star=True) for m in metrics)]
+                [name, *(_shown(each.get(m), self.images[name], star=True) for m in metrics)]
                 for name, each in self.differences.items()
             ]
             parts.append(_table([f"less {_escaped(self.against)}", *heads], rows))
+        parts.append(_LEGEND + (_STAR if self.differences else ""))
         failed = [
             f"- {name}: {n} failed, the first for: {self.reasons[name]}"
             for name, n in self.failures.items()
@@ -334,10 +345,12 @@ def _band(curves: Array, over: str, x: Array) -> Band:
     return Band(x, curves[0], low, high, over)
 
 
-def _shown(found: Estimate | None, star: bool = False) -> str:
+def _shown(found: Estimate | None, images: int, star: bool = False) -> str:
     if found is None:
         return ""
-    return f"{found}{' *' if star and (found.low > 0 or found.high < 0) else ''}"
+    is_sure = found.images >= _ENOUGH and (found.low > 0 or found.high < 0)
+    of = f" ({found.images})" if found.images != images else ""
+    return f"{found}{of}{' *' if star and is_sure else ''}"
 
 
 def _panels(
@@ -359,7 +372,7 @@ def _panels(
 
 def _table(head: list[str], rows: Iterable[list[Any]]) -> str:
     every = [head, ["---"] * len(head), *([_escaped(row[0]), *row[1:]] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in every)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in every)
 
 
 def _escaped(text: str) -> str:

@@ -2,8 +2,9 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from datetime import timedelta
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from captum.attr import Attribution
 
 from captum_ext._checks import check_choice, check_count, warn
+from captum_ext._model import untouched
 from captum_ext.evaluation.examples import Blocks, Prepared
 from captum_ext.evaluation.measures import make_measures
 from captum_ext.evaluation.methods import (
@@ -39,7 +41,7 @@ def evaluate(
     *,
     output: str | Path,
     size: int | tuple[int, int] | None = None,
-    normalize: tuple[Sequence[float], Sequence[float]] | None = IMAGENET,
+    normalize: Any = IMAGENET,
     target: Target = "label",
     batch_size: int = 16,
     seed: int = 0,
@@ -89,8 +91,9 @@ def evaluate(
         size: (H, W) that pictures are brought to, or one number for both; maps, boxes and masks are
             in these pixels. None leaves pictures as they are, and explains those of one size
             together.
-        normalize: (mean, std) of the channels, as the models expect pictures. None takes tensors of
-            floats as they are.
+        normalize: (mean, std) of the channels, as the models expect pictures, or what has them as
+            attributes, such as the `preprocess` of `captum_ext.demo.load_model()`; ImageNet's if
+            nothing is said. None takes tensors of floats as they are.
         target: what is explained: each image's "label", the class "predicted" by the method's
             model, a callable of the `Prepared`, or None, for models with one output.
         batch_size: images that a method explains at once.
@@ -128,13 +131,11 @@ def evaluate(
         check_choice("target", target, TARGETS)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"`seed` must be an integer, got {seed!r}.")
-    sides = (size, size) if isinstance(size, int) else size
-    if sides is not None:
-        if len(sides) != 2:
-            raise ValueError(f"`size` must be one or two numbers of pixels, got {size!r}.")
-        for side in sides:
-            check_count("size", side)
-        sides = (sides[0], sides[1])
+    sides = None if size is None else _sides(size)
+    if not isinstance(normalize, tuple | list | None):
+        normalize = (normalize.mean, normalize.std)
+    if Path(output).exists() and not Path(output).is_dir():
+        raise ValueError(f"`output` must be a folder, and {str(output)!r} is a file.")
     blocks = Blocks(data, batch_size, sides, normalize)
     first = (blocks.example(index) for index in range(min(_FIRST, len(data))))
     known = itertools.islice((e for e in first if isinstance(e, Prepared)), 8)
@@ -142,6 +143,8 @@ def evaluate(
     measures = make_measures(metrics, some)
     if blind := [m.name for m in measures if some and not any(m.serves(e) for e in some)]:
         warn(f"`metrics` {blind}: the first examples of `data` lack the boxes or masks for these.")
+    if target == "label" and some:
+        _compare_classes(every, data, some[0])
     settings = {
         "format": FORMAT,
         "examples": len(data),
@@ -177,6 +180,33 @@ def evaluate(
     if any(found.failures.values()):
         warn(f"Some rows failed: {found.failures}. Their reasons are in {store.folder}.")
     return found
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    sides = size if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2 or not all(isinstance(s, Integral) and int(s) > 0 for s in sides):
+        raise ValueError(f"`size` must be one or two numbers of pixels, got {size!r}.")
+    return int(sides[0]), int(sides[1])
+
+
+def _compare_classes(methods: Sequence[Method], data: Any, example: Prepared) -> None:
+    """Warn where labels seem to be of other classes than the models'."""
+    classes = getattr(data, "classes", None)
+    if not isinstance(classes, Sized) or not len(classes):
+        return
+    for method in {id(m.forward_func): m for m in methods}.values():
+        device, kind = method.where
+        try:
+            with torch.no_grad(), untouched(method.forward_func):
+                scores = method.forward_func(example.image[None].to(device, kind))
+        except Exception:  # whatever it is, rows say so
+            return
+        if scores.dim() == 2 and 1 < scores.shape[1] != len(classes):
+            warn(
+                f"`data` has {len(classes)} classes and the model of {method.name} has "
+                f"{scores.shape[1]}: labels are taken for indices of the model's. ClassFolders "
+                f"takes them in the model's order, and `target` 'predicted' needs none."
+            )
 
 
 # --- several processes ---------------------------------------------------------------------------

@@ -112,6 +112,8 @@ class Store:
             FileNotFoundError: there is none.
             ValueError: it is another version's.
         """
+        if not (Path(folder) / SETTINGS).is_file():
+            raise FileNotFoundError(f"`output`: there is no run in {folder}.")
         settings = json.loads((Path(folder) / SETTINGS).read_text())
         if settings.get("format") != FORMAT:
             raise ValueError(

@@ -198,6 +198,8 @@ def _target(
         predicted: Tensor = scores.argmax(1)
         return predicted
     labels = [e.label if isinstance(target, str) else int(target(e)) for e in examples]
+    if min(labels) < 0:
+        raise ValueError(f"`target` must be indices of classes, at least 0, got {labels}.")
     return torch.tensor(labels, device=images.device)
 
 

@@ -56,7 +56,7 @@ class Of(Attribution):
         super().__init__(model)
         self.function = function
 
-    def attribute(self, inputs, target=None):
+    def attribute(self, inputs, target=None, gain=1):
         if isinstance(inputs, tuple):
             return (self.attribute(inputs[0]),)
         if self.function is not None:
