@@ -1,5 +1,6 @@
 """`captum-ext evaluate`: what it measures, what it says, and what it refuses."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,16 @@ def command(resnet, tmp_path, monkeypatch):
         Image.fromarray(pixels).save(f"data/{name}/0.png")
     model = ("--model", "resnet18", "--weights", resnet, "--device", "cpu", "--layer", "layer2")
     return ("evaluate", "data", *model, "--size", 32, "--method", "grad-cam", "--batch-size", 2)
+
+
+def test_a_folder_of_some_classes_needs_their_places(command, capsys):
+    """Else the first folders would be taken for the model's first classes."""
+    shutil.rmtree("data/c")
+    assert run(*command, "--output", "run") == 2
+    said = capsys.readouterr().err
+    assert "has 2 classes, and resnet18 has 3 classes" in said
+    assert "--class-names" in said
+    assert not Path("run").exists()
 
 
 def test_it_is_the_library_s_evaluation(command, resnet, capsys):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from captum_ext.cli.pictures import check_classes, check_is_folder, no_pictures_by_class
+from captum_ext.cli.pictures import check_is_folder, no_pictures_by_class
 
 if TYPE_CHECKING:
     from captum_ext.demo import LoadedModel
@@ -41,8 +41,8 @@ class Opened(NamedTuple):
         layout: its layout.
         title: what messages call the origin of its classes.
         n_classes: how many it has.
-        labels: "all" where these must be all classes of a model, "first" where they may be its
-            first ones, "used" where there may be more of them, since labels are all that is known.
+        labels: "all" where these must be all classes of a model, "nameless" where names may be given
+            for them, "used" where there may be more of them, since labels are all that is known.
         has_objects: whether it is known where the objects are.
     """
 
@@ -130,12 +130,13 @@ def check_labels(opened: Opened, loaded: "LoadedModel", target: str) -> str | No
         if found == known or (opened.labels == "used" and found < known):
             return None
         return f"{has}, and {loaded.name} {known} classes: the predicted ones are explained"
-    if opened.labels == "first":
-        return check_classes(opened.data, loaded, opened.title)
-    if found > known or (found < known and opened.labels == "all"):
+    if found > known or (found < known and opened.labels != "used"):
+        names = (
+            ", --class-names with them in the model's order" if opened.labels == "nameless" else ""
+        )
         raise InputError(
             f"{has}, and {loaded.name} has {known} classes: give --weights of a classifier of "
-            f"these classes, or --target predicted"
+            f"these classes{names}, or --target predicted"
         )
     if found < known:
         return f"{has}, and {loaded.name} {known} classes: label i is taken for class i"
@@ -150,7 +151,7 @@ def _by_class(root: str, given: Mapping[str, Any]) -> Opened:
 
     names, title = _class_names(given)
     data = ClassFolders(root, names)
-    labels = "first" if names is None else "all"
+    labels = "nameless" if names is None else "all"
     title = title or f"the folder {root!r}"
     return Opened(data, "classes", title, len(data.classes), labels, has_objects=False)
 
