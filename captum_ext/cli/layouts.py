@@ -41,8 +41,9 @@ class Opened(NamedTuple):
         layout: its layout.
         title: what messages call the origin of its classes.
         n_classes: how many it has.
-        labels: "all" where these must be all classes of a model, "nameless" where names may be given
-            for them, "used" where there may be more of them, since labels are all that is known.
+        labels: "all" where these must be all classes of a model, "nameless" where names may be
+            given for them, "used" where there may be more of them, since labels are all that is
+            known.
         has_objects: whether it is known where the objects are.
     """
 
