@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from captum_ext._compat import _format_additional_forward_args
 from captum_ext._model import random_numbers, untouched
 from captum_ext.evaluation.examples import Blocks, Failure, Prepared, is_the_machines, reason
 from captum_ext.evaluation.methods import Method, seeded
@@ -186,8 +187,7 @@ def _target(
     if target is None:
         return None
     if target == "predicted":
-        extra = method.kwargs.get("additional_forward_args")
-        extra = extra if isinstance(extra, tuple) else () if extra is None else (extra,)
+        extra = _format_additional_forward_args(method.kwargs.get("additional_forward_args")) or ()
         with torch.no_grad():
             scores = method.forward_func(images, *extra)
         if scores.dim() != 2:
