@@ -22,10 +22,11 @@ from captum_ext._model import (
     root_module,
     untouched,
 )
+from captum_ext.attr._named import Named
 from captum_ext.fcam.decoder import FCAMDecoder
 
 
-class FCAM(Attribution):
+class FCAM(Named, Attribution):
     r"""F-CAM: a decoder on the features of a frozen classifier says what is foreground.
 
     .. math:: M = \operatorname{softmax}(D(f_1(x), ..., f_L(x)))_1
@@ -81,17 +82,6 @@ class FCAM(Attribution):
             )
         self.decoder = decoder
         self.layers = [find_module(forward_func, layer, "layers") for layer in named]
-
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        return False
-
-    @classmethod
-    def get_name(cls) -> str:
-        return cls.__name__
-
-    def attribute_future(self) -> None:
-        raise NotImplementedError(f"attribute_future is not implemented for {self.get_name()}.")
 
     @log_usage()
     def attribute(

@@ -22,6 +22,7 @@ from captum_ext._model import Forward, Tensors, full_precision, untouched
 from captum_ext.attr._concrete_dropout import DROPOUTS
 from captum_ext.attr._log_odds import OUTPUTS
 from captum_ext.attr._masked_scores import SDR, SSR, MaskedScores, Score, regulariser
+from captum_ext.attr._named import Named
 from captum_ext.imaging import resize
 from captum_ext.infill import Baselines, Infill, gaussian
 
@@ -50,7 +51,7 @@ class FIDOMasks:
     losses: Tensor
 
 
-class FIDO(PerturbationAttribution):
+class FIDO(Named, PerturbationAttribution):
     r"""FIDO: which pixels suffice for the model's decision, and which does it need?
 
     Each pixel is replaced by the infill with a probability theta = sigmoid(logit) of its own, and
@@ -158,13 +159,6 @@ class FIDO(PerturbationAttribution):
     @property
     def multiplies_by_inputs(self) -> bool:
         return False
-
-    @classmethod
-    def get_name(cls) -> str:
-        return cls.__name__
-
-    def attribute_future(self) -> None:
-        raise NotImplementedError(f"attribute_future is not implemented for {self.get_name()}.")
 
     @log_usage()
     def attribute(

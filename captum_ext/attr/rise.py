@@ -1,6 +1,5 @@
 """RISE (Petsiuk, Das, Saenko, BMVC 2018)."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from captum.attr import PerturbationAttribution
 from torch import Generator, Tensor
 
-from captum_ext._checks import check_choice, check_count, check_generator, check_size, is_finite
+from captum_ext._checks import check_choice, check_count, check_generator, check_size
 from captum_ext._compat import (
     TargetType,
     _expand_additional_forward_args,
@@ -33,13 +32,13 @@ from captum_ext._model import (
     full_precision,
     scored,
     untouched,
-    without_autocast,
 )
-from captum_ext.imaging import resize
+from captum_ext.attr._grid_masks import BLOCK, GridMasks, chunks_of
+from captum_ext.attr._masked_means import MaskedMeans
+from captum_ext.attr._named import Named
 from captum_ext.infill import OF_IMAGES
 
 ESTIMATORS = ("standard", "self-normalized")
-BLOCK = 256  # masks whose random numbers are drawn at once; between blocks RISE may stop
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class RISEMaps:
     n_masks: Tensor
 
 
-class RISE(PerturbationAttribution):
+class RISE(Named, PerturbationAttribution):
     r"""RISE: a pixel matters if the score is high when random masks show it.
 
     With f the score, b the baseline, and N random masks m, whose values have the mean p (Eq. 6),
@@ -121,13 +120,6 @@ class RISE(PerturbationAttribution):
     @property
     def multiplies_by_inputs(self) -> bool:
         return False
-
-    @classmethod
-    def get_name(cls) -> str:
-        return cls.__name__
-
-    def attribute_future(self) -> None:
-        raise NotImplementedError(f"attribute_future is not implemented for {self.get_name()}.")
 
     @log_usage()
     def attribute(
@@ -298,10 +290,10 @@ class RISE(PerturbationAttribution):
                 check_one_score_each(score)
             return torch.stack([score.reshape(n, n_examples) for score in chosen], 1).flatten(1)
 
-        chunks: Any = _chunks(n_masks, perturbations_per_eval)
+        chunks: Any = chunks_of(n_masks, perturbations_per_eval)
         if show_progress:
             chunks = progress(chunks, desc=f"{self.get_name()} attribution")
-        sums = _Sums(with_errors)
+        sums = MaskedMeans(with_errors)
         maps = errors = used = None
         is_done = torch.zeros(len(targets) * n_examples, dtype=torch.bool, device=first.device)
         with untouched(self.forward_func):
@@ -332,146 +324,6 @@ class RISE(PerturbationAttribution):
         shape = (len(targets), n_examples)
         whole = (*shape, 1, *first.shape[2:])
         return RISEMaps(maps.reshape(whole), errors.reshape(whole), used.reshape(shape))
-
-
-class GridMasks:
-    """Random masks of the spatial size of `x`, in [0, 1] and of mean `p`: coarse, shifted grids.
-
-    Args:
-        x: (B, C, *spatial).
-        grid: cells along each spatial dimension, or one number for all.
-        p: the probability that a cell is 1.
-        generator: of all random numbers.
-
-    Raises:
-        ValueError: `p` outside (0, 1); a grid that is not one of whole cells, or finer than `x`.
-    """
-
-    def __init__(
-        self, x: Tensor, grid: int | tuple[int, ...], p: float, generator: Generator | None
-    ) -> None:
-        size = tuple(x.shape[2:])
-        cells = grid if isinstance(grid, tuple | list) else (grid,) * len(size)
-        if not is_finite(p) or not 0 < p < 1:
-            raise ValueError(f"`p` must be a number greater than 0 and less than 1, got {p!r}.")
-        if len(cells) != len(size):
-            raise ValueError(f"`grid` must have a number for each of {size}, got {grid!r}.")
-        for n in cells:
-            check_count("grid", n)
-        if any(n > pixels for n, pixels in zip(cells, size, strict=True)):
-            raise ValueError(f"`grid` is finer than the inputs' {size}: got {grid!r}.")
-        self.cells, self.p, self.generator = tuple(cells), p, generator
-        self.device = x.device
-        self.shifts = [math.ceil(pixels / n) for n, pixels in zip(cells, size, strict=True)]
-        self.pixels = [torch.arange(pixels, device=x.device) for pixels in size]
-        # Bilinear upsampling is one small matrix for each dimension, so that a mask is made where
-        # it is cut, and the cuts of a chunk, each elsewhere, need no loop.
-        self.upsampling = [
-            resize(
-                torch.eye(n, dtype=full_precision(x).dtype, device=x.device)[:, None],
-                ((n + 1) * shift if shift > 1 else n,),
-            )[:, 0].T.contiguous()
-            for n, shift in zip(cells, self.shifts, strict=True)
-        ]
-        self.numbers: Tensor | None = None
-
-    def __call__(self, start: int, stop: int) -> Tensor:
-        """The masks from `start` to `stop`, (stop - start, *spatial), within the next block."""
-        n_cells = math.prod(self.cells)
-        if start % BLOCK == 0:
-            self.numbers = torch.rand(
-                BLOCK, n_cells + len(self.cells), generator=self.generator, device=self.device,
-                dtype=torch.float32,
-            )  # fmt: skip
-        assert self.numbers is not None
-        first = start - start % BLOCK
-        numbers = self.numbers[start - first : stop - first]
-        shown = numbers[:, :n_cells] < self.p
-        masks = shown.reshape(-1, *self.cells).to(self.upsampling[0])
-        with without_autocast(masks):
-            for dim, (matrix, shift, pixels) in enumerate(
-                zip(self.upsampling, self.shifts, self.pixels, strict=True), 1
-            ):
-                if shift > 1:
-                    at = (numbers[:, n_cells + dim - 1] * shift).long().clamp(max=shift - 1)
-                    rows = matrix[at[:, None] + pixels]  # (n, pixels, cells)
-                    line = masks.movedim(dim, 1)
-                    cut = rows @ line.reshape(len(masks), line.shape[1], -1)
-                    masks = cut.reshape(cut.shape[:2] + line.shape[2:]).movedim(1, dim)
-        return masks.clamp(max=1)  # TF32, where it is switched on, rounds the weights up, too
-
-
-class _Sums:
-    """Running sums over masks, from which both estimators and their standard errors follow.
-
-    Scores are counted from that of the first mask: large scores that hardly differ lose no digits,
-    and a constant one is exact.
-    """
-
-    def __init__(self, with_errors: bool) -> None:
-        self.with_errors, self.n = with_errors, 0
-        self.is_finite: Tensor | None = None
-
-    def add(self, scores: Tensor, masks: Tensor) -> None:
-        """Add masks (n, P) and their scores (n, R)."""
-        f = scores.to(masks)
-        if self.n == 0:
-            self.first = f[0].clone()
-            rows, pixels = f.shape[1], masks.shape[1]
-            self.g = f.new_zeros(rows)
-            self.m, self.mm = masks.new_zeros(pixels), masks.new_zeros(pixels)
-            self.gm = masks.new_zeros(rows, pixels)
-            if self.with_errors:
-                self.gmm, self.ggmm = torch.zeros_like(self.gm), torch.zeros_like(self.gm)
-        finite = torch.isfinite(f).all()
-        self.is_finite = finite if self.is_finite is None else self.is_finite & finite
-        g = f - self.first
-        self.n += len(f)
-        self.g += g.sum(0)
-        self.m += masks.sum(0)
-        with without_autocast(masks):
-            self.gm.addmm_(g.T, masks)
-            if self.with_errors:
-                squares = masks.square()
-                self.mm += squares.sum(0)
-                self.gmm.addmm_(g.T, squares)
-                self.ggmm.addmm_(g.square().T, squares)
-
-    def check(self) -> None:
-        """Raise a ValueError for scores that are not finite. It waits for the device."""
-        if self.is_finite is None or not bool(self.is_finite):
-            raise ValueError("The scores of the masked inputs are not finite.")
-
-    def estimates(self, p: float, estimator: str) -> tuple[Tensor, Tensor]:
-        """The maps (R, P) and their standard errors."""
-        first, n = self.first[:, None], self.n
-        maps: Tensor
-        if estimator == "standard":
-            fm = self.gm + first * self.m
-            maps = fm / (n * p)
-        else:
-            ratio = torch.where(self.m > 0, self.gm / self.m, self.g[:, None] / n)
-            maps = first + ratio
-        if not self.with_errors or n == 1:
-            return maps, torch.full_like(maps, torch.inf)
-        if estimator == "standard":
-            ffmm = self.ggmm + 2 * first * self.gmm + first.square() * self.mm
-            variance = (ffmm - fm.square() / n) / (n - 1)
-            return maps, (variance.clamp(min=0) / n).sqrt() / p
-        residuals = self.ggmm - 2 * ratio * self.gmm + ratio.square() * self.mm
-        errors = (residuals.clamp(min=0) * (n / (n - 1))).sqrt() / self.m
-        return maps, torch.where(self.m > 0, errors, torch.inf)
-
-
-def _chunks(n_masks: int, size: int) -> list[tuple[int, int]]:
-    """From where to where each pass goes, within blocks, and in about equal parts of these."""
-    chunks = []
-    for first in range(0, n_masks, BLOCK):
-        count = min(BLOCK, n_masks - first)
-        step = math.ceil(count / math.ceil(count / size))
-        stop = first + count
-        chunks += [(start, min(start + step, stop)) for start in range(first, stop, step)]
-    return chunks
 
 
 def _masked_inputs(inputs: Tensors) -> list[bool]:

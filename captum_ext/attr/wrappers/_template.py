@@ -30,6 +30,7 @@ from captum_ext._checks import check_choice, is_finite, one_batch_of_images
 from captum_ext._compat import progress
 from captum_ext._model import Forward, Tensors, full_precision
 from captum_ext._receptive_field import receptive_field, unit_offset
+from captum_ext.attr._named import Named
 from captum_ext.attr.wrappers._following import Arguments, Place, chain
 from captum_ext.attr.wrappers.upsample import UpsampleWrapper
 
@@ -48,7 +49,7 @@ SIGNS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class ImageWrapper(Attribution):
+class ImageWrapper(Named, Attribution):
     """Base of the wrappers that have an image's attribution made of those of other pictures.
 
     Args:
@@ -86,13 +87,6 @@ class ImageWrapper(Attribution):
 
     def has_convergence_delta(self) -> bool:
         return False
-
-    @classmethod
-    def get_name(cls) -> str:
-        return cls.__name__
-
-    def attribute_future(self) -> None:
-        raise NotImplementedError(f"attribute_future is not implemented for {self.get_name()}.")
 
     @property
     def _base(self) -> Attribution:

@@ -1,0 +1,68 @@
+"""The sums of RISE, and the maps that follow from them."""
+
+import torch
+from torch import Tensor
+
+from captum_ext._model import without_autocast
+
+
+class MaskedMeans:
+    """Running sums over masks, from which both estimators and their standard errors follow.
+
+    Scores are counted from that of the first mask: large scores that hardly differ lose no digits,
+    and a constant one is exact.
+    """
+
+    def __init__(self, with_errors: bool) -> None:
+        self.with_errors, self.n = with_errors, 0
+        self.is_finite: Tensor | None = None
+
+    def add(self, scores: Tensor, masks: Tensor) -> None:
+        """Add masks (n, P) and their scores (n, R)."""
+        f = scores.to(masks)
+        if self.n == 0:
+            self.first = f[0].clone()
+            rows, pixels = f.shape[1], masks.shape[1]
+            self.g = f.new_zeros(rows)
+            self.m, self.mm = masks.new_zeros(pixels), masks.new_zeros(pixels)
+            self.gm = masks.new_zeros(rows, pixels)
+            if self.with_errors:
+                self.gmm, self.ggmm = torch.zeros_like(self.gm), torch.zeros_like(self.gm)
+        finite = torch.isfinite(f).all()
+        self.is_finite = finite if self.is_finite is None else self.is_finite & finite
+        g = f - self.first
+        self.n += len(f)
+        self.g += g.sum(0)
+        self.m += masks.sum(0)
+        with without_autocast(masks):
+            self.gm.addmm_(g.T, masks)
+            if self.with_errors:
+                squares = masks.square()
+                self.mm += squares.sum(0)
+                self.gmm.addmm_(g.T, squares)
+                self.ggmm.addmm_(g.square().T, squares)
+
+    def check(self) -> None:
+        """Raise a ValueError for scores that are not finite. It waits for the device."""
+        if self.is_finite is None or not bool(self.is_finite):
+            raise ValueError("The scores of the masked inputs are not finite.")
+
+    def estimates(self, p: float, estimator: str) -> tuple[Tensor, Tensor]:
+        """The maps (R, P) and their standard errors."""
+        first, n = self.first[:, None], self.n
+        maps: Tensor
+        if estimator == "standard":
+            fm = self.gm + first * self.m
+            maps = fm / (n * p)
+        else:
+            ratio = torch.where(self.m > 0, self.gm / self.m, self.g[:, None] / n)
+            maps = first + ratio
+        if not self.with_errors or n == 1:
+            return maps, torch.full_like(maps, torch.inf)
+        if estimator == "standard":
+            ffmm = self.ggmm + 2 * first * self.gmm + first.square() * self.mm
+            variance = (ffmm - fm.square() / n) / (n - 1)
+            return maps, (variance.clamp(min=0) / n).sqrt() / p
+        residuals = self.ggmm - 2 * ratio * self.gmm + ratio.square() * self.mm
+        errors = (residuals.clamp(min=0) * (n / (n - 1))).sqrt() / self.m
+        return maps, torch.where(self.m > 0, errors, torch.inf)
