@@ -11,11 +11,13 @@ _SUBPACKAGES = (
     "datasets",
     "demo",
     "evaluation",
+    "features",
     "fcam",
     "gallery",
     "imaging",
     "infill",
     "metrics",
+    "perception",
     "tta",
 )
 

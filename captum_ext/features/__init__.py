@@ -1,0 +1,3 @@
+"""Feature visualisation: what the units of a network look for."""
+
+__all__: list[str] = []
