@@ -1,6 +1,5 @@
 """F-CAM (Belharbi et al., WACV 2022): the foreground at full resolution, in one forward pass."""
 
-import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.nn import Module
 
 from captum_ext._checks import one_batch_of_images
 from captum_ext._compat import TargetType, log_usage
+from captum_ext._fingerprint import check_same, dtypes_of, fingerprint
 from captum_ext._model import (
     Forward,
     Tensors,
@@ -141,7 +141,7 @@ class FCAM(Named, Attribution):
                 "center": decoder.has_center,
                 "layers": [names[layer] for layer in self.layers],
                 "classifier": digests,
-                "dtypes": _dtypes(root),
+                "dtypes": dtypes_of(root),
             },
             path,
         )
@@ -167,62 +167,10 @@ class FCAM(Named, Attribution):
             raise ValueError(f"`path` {path} has no decoder of F-CAM in it.")
         digests, root = fingerprint(forward_func), root_module(forward_func)
         assert root is not None
-        _check_same(saved, digests, _dtypes(root), path)
+        check_same(saved, digests, dtypes_of(root), path)
         decoder = FCAMDecoder(
             saved["channels"], saved["widths"], saved["center"], layers=saved["layers"]
         )
         decoder.load_state_dict(saved["decoder"])
         some = next(root.parameters(), torch.empty(0))
         return cls(forward_func, decoder.to(some.device).eval())
-
-
-def fingerprint(forward_func: Forward) -> dict[str, str]:
-    """A digest of each parameter and buffer of the model, by name.
-
-    Raises:
-        ValueError: a plain function, whose parameters are not known.
-    """
-    root = root_module(forward_func)
-    if root is None:
-        raise ValueError(f"`forward_func` must be a torch.nn.Module, got {forward_func!r}.")
-    digests = {}
-    for name, value in root.state_dict().items():
-        if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            head = f"{value.dtype}{tuple(value.shape)}".encode()
-            digests[name] = hashlib.sha256(head + flat.numpy().tobytes()).hexdigest()[:16]
-    return digests
-
-
-def _dtypes(root: Module) -> dict[str, str]:
-    return {k: str(v.dtype) for k, v in root.state_dict().items() if isinstance(v, Tensor)}
-
-
-def _check_same(
-    file: dict[str, Any], found: dict[str, str], dtypes: dict[str, str], path: str | Path
-) -> None:
-    saved, before = file["classifier"], file.get("dtypes", {})
-    missing, added = sorted(saved.keys() - found), sorted(found.keys() - saved)
-    changed = sorted(name for name in saved.keys() & found if saved[name] != found[name])
-    cast = [name for name in changed if before.get(name, dtypes[name]) != dtypes[name]]
-    if cast and cast == changed and not missing and not added:
-        one = cast[0]
-        raise ValueError(
-            f"`forward_func` has {len(cast)} tensors in another dtype than when the decoder in "
-            f"{path} was saved ({one} is {dtypes[one]} and was {before[one]}, ...), so they cannot "
-            f"be compared. Load the decoder first, and convert the classifier after that."
-        )
-    said = [
-        f"{len(names)} of its tensors {what} ({', '.join(names[:3])}, ...)"
-        for names, what in (
-            (missing, "are not in this one"),
-            (added, "of this one are not in that"),
-            (changed, "have other values here"),
-        )
-        if names
-    ]
-    if said:
-        raise ValueError(
-            f"`forward_func` is not the classifier that the decoder in {path} was trained with: "
-            f"{'; '.join(said)}. Load the classifier's weights first, or train a decoder for it."
-        )

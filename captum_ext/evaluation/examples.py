@@ -12,7 +12,7 @@ from kornia.color import rgb_to_grayscale
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from captum_ext.fcam.views import OUT_OF, as_bytes_of, checked_channels, digest, resized_to
+from captum_ext._pictures import OUT_OF, as_bytes_of, checked_channels, digest, resized_to
 from captum_ext.imaging import resize
 from captum_ext.metrics import boxes_to_masks
 

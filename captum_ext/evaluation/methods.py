@@ -13,12 +13,12 @@ from torch import Generator, Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
 
+from captum_ext._fingerprint import fingerprint
 from captum_ext._model import Forward, floating_type, root_module
+from captum_ext._pictures import digest
 from captum_ext.attr import UpsampleWrapper
-from captum_ext.attr.fcam import fingerprint
 from captum_ext.fcam.guides import wrapped
 from captum_ext.fcam.stored import described
-from captum_ext.fcam.views import digest
 
 
 class Method(NamedTuple):

@@ -14,6 +14,7 @@ from captum.attr import Attribution
 
 from captum_ext._checks import check_choice, check_count, warn
 from captum_ext._model import untouched
+from captum_ext._pictures import IMAGENET
 from captum_ext.evaluation.examples import Blocks, Prepared
 from captum_ext.evaluation.measures import make_measures
 from captum_ext.evaluation.methods import (
@@ -27,7 +28,6 @@ from captum_ext.evaluation.methods import (
 from captum_ext.evaluation.results import Summary, summary
 from captum_ext.evaluation.store import COLUMNS, FORMAT, Store
 from captum_ext.evaluation.units import Target, Work, run, what_is_left
-from captum_ext.fcam.views import IMAGENET
 
 TARGETS = ("label", "predicted")
 _PATIENCE = timedelta(days=30)  # of a process that has finished, with the others

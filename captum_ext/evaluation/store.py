@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captum_ext.fcam.stored import changes
+from captum_ext._fingerprint import changes
 
 try:
     import fcntl

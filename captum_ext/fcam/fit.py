@@ -1,10 +1,8 @@
 """`fit_fcam`: a decoder for a classifier, in one call (the extra `train`)."""
 
-import signal
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,22 +22,16 @@ from captum_ext._model import (
     root_module,
     untouched,
 )
+from captum_ext._pictures import IMAGENET, Pictures, checked_channels, hash_of
+from captum_ext._training import Shuffled, evaluated, interruptible
 from captum_ext.attr.fcam import FCAM
 from captum_ext.fcam.crf import DenseCRFLoss
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide
 from captum_ext.fcam.seeding import SeedSampler
 from captum_ext.fcam.stored import about_run, cached_maps
-from captum_ext.fcam.training import FCAMModule, evaluated
-from captum_ext.fcam.views import (
-    IMAGENET,
-    Boxed,
-    Pictures,
-    Shuffled,
-    as_batch,
-    checked_channels,
-    hash_of,
-)
+from captum_ext.fcam.training import FCAMModule
+from captum_ext.fcam.views import Boxed, as_batch
 
 COLLAPSED = 0.6  # ln 2 is the loss of a decoder that says 1/2 everywhere
 
@@ -208,7 +200,7 @@ def fit_fcam(
             settings["callbacks"] = [*(given if isinstance(given, list) else [given]), saver]
             file = Path(checkpoints) / "last.ckpt"
             resumed = file if file.is_file() else None
-        with _interruptible(), warnings.catch_warnings():
+        with interruptible(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You defined a `validation_step`")
             Trainer(**settings).fit(module, loader, judged, ckpt_path=resumed)
     if module.unread:
@@ -229,21 +221,6 @@ def fit_fcam(
 def crf_side(size: tuple[int, int]) -> int:
     """To how many pixels a side the CRF reduces views of this size: a quarter, but at least 16."""
     return max(max(size) // 4, 16)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt again: Lightning ends the process, and ignores the next one."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as ended:
-        if isinstance(ended.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from ended
-        raise
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
 
 
 def _n_classes(output: Any) -> int:

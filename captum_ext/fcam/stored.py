@@ -1,7 +1,6 @@
 """What a training stores of its guide, and by what it knows its own files again."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,9 @@ from torch.nn import Module
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from captum_ext.attr.fcam import fingerprint
+from captum_ext._fingerprint import changes, fingerprint
+from captum_ext._pictures import Pictures, digest
 from captum_ext.fcam.guides import guidance, wrapped
-from captum_ext.fcam.views import Pictures, digest
 
 if TYPE_CHECKING:
     from captum_ext.fcam.training import FCAMModule
@@ -104,12 +103,6 @@ def about_run(module: "FCAMModule", pictures: Pictures, batch_size: int) -> dict
         "batch_size": batch_size,
         "stored_maps": module.maps is not None,
     }
-
-
-def changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """What is not as it was, in words."""
-    changed = [name for name in found if saved.get(name) != found[name]]
-    return "; ".join(f"{name} was {saved.get(name)!r} and is {found[name]!r}" for name in changed)
 
 
 def described(guide: Attribution, classifier: Module) -> str:

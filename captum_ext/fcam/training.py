@@ -1,8 +1,7 @@
 """Training of an F-CAM decoder on a frozen classifier, by Lightning (the extra `train`)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +12,15 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from captum_ext._checks import check_size
+from captum_ext._fingerprint import changes
 from captum_ext._model import find_module, floating_type, layer_activations, random_numbers
+from captum_ext._pictures import IMAGENET, checked_channels, hash_of
+from captum_ext._training import evaluated
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide, guidance
 from captum_ext.fcam.losses import SizeLoss, partial_cross_entropy
 from captum_ext.fcam.seeding import IGNORED, SeedSampler
-from captum_ext.fcam.stored import changes
-from captum_ext.fcam.views import IMAGENET, View, checked_channels, hash_of, random_view
+from captum_ext.fcam.views import View, random_view
 from captum_ext.imaging import resize
 from captum_ext.metrics import MaxBoxAcc
 
@@ -277,16 +278,3 @@ class FCAMModule(LightningModule):
         return torch.optim.SGD(
             self.decoder.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=1e-4
         )
-
-
-@contextmanager
-def evaluated(module: Module) -> Iterator[None]:
-    """The module in eval mode, and then each part as it was."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -31,13 +31,13 @@ from torch import nn
 from torchvision.models import resnet50
 
 from captum_ext import attr
+from captum_ext._pictures import IMAGENET
 from captum_ext.cli.methods import METHODS, Method
 from captum_ext.datasets import TexturedEllipses
 from captum_ext.evaluation import Explained, Prepared, evaluate, summary
 from captum_ext.evaluation.examples import Blocks
 from captum_ext.evaluation.measures import LOCALIZATION, make_measures
 from captum_ext.evaluation.store import Store, Writer
-from captum_ext.fcam.views import IMAGENET
 from captum_ext.imaging import resize
 from tests.benchmarks.faithfulness import forwards
 from tests.benchmarks.measuring import MEBI, peak_memory, seconds_of

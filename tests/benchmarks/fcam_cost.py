@@ -41,14 +41,15 @@ from torch.nn import functional as F
 from torchvision import models
 
 from captum_ext._model import layer_activations
+from captum_ext._pictures import hash_of
+from captum_ext._training import evaluated
 from captum_ext.attr import FCAM
 from captum_ext.fcam import DenseCRFLoss, FCAMDecoder, FCAMModule, dense_crf_loss, local_crf_loss
 from captum_ext.fcam.crf import CHUNK, CPU_CHUNK, _features, _products
 from captum_ext.fcam.fit import crf_side
 from captum_ext.fcam.guides import guidance
 from captum_ext.fcam.losses import partial_cross_entropy
-from captum_ext.fcam.training import evaluated
-from captum_ext.fcam.views import View, hash_of, random_view
+from captum_ext.fcam.views import View, random_view
 from tests.benchmarks.measuring import (
     MEBI,
     Calls,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from captum_ext._pictures import Pictures
 from captum_ext.datasets import (
     Example,
     FineGrainedParts,
@@ -13,7 +14,7 @@ from captum_ext.datasets import (
     TexturedEllipses,
     is_difficult,
 )
-from captum_ext.fcam.views import Boxed, Pictures
+from captum_ext.fcam.views import Boxed
 
 SETS = {
     "pasted": PastedScenes(6, seed=3, size=(160, 200)),

@@ -22,6 +22,7 @@ from captum.attr import (
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from captum_ext._pictures import IMAGENET
 from captum_ext.attr import FCAM, FIDO, UpsampleWrapper
 from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
 from captum_ext.evaluation import Prepared, evaluate, summary
@@ -29,7 +30,7 @@ from captum_ext.evaluation.examples import Blocks
 from captum_ext.evaluation.methods import Method, in_words, on_device
 from captum_ext.evaluation.store import Store, Writer
 from captum_ext.fcam import FCAMDecoder
-from captum_ext.fcam.views import IMAGENET, Boxed
+from captum_ext.fcam.views import Boxed
 from captum_ext.imaging import min_max
 from captum_ext.metrics import (
     MaxBoxAcc,

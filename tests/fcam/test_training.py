@@ -13,13 +13,15 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
+from captum_ext._pictures import IMAGENET, Pictures
+from captum_ext._training import Shuffled, evaluated
 from captum_ext.attr import FCAM, LayerClassActivationMap, SESSWrapper
 from captum_ext.datasets import TexturedEllipses
 from captum_ext.fcam import DenseCRFLoss, FCAMDecoder, SeedSampler
 from captum_ext.fcam.fit import fit_fcam
 from captum_ext.fcam.guides import guidance
-from captum_ext.fcam.training import IMAGENET, FCAMModule, evaluated
-from captum_ext.fcam.views import Boxed, Pictures, Shuffled, random_view
+from captum_ext.fcam.training import FCAMModule
+from captum_ext.fcam.views import Boxed, random_view
 from captum_ext.metrics import MaxBoxAcc
 
 SMALL = {
