@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from captum_ext._checks import warn
+from captum_ext._checks import check_count, warn
 
 # What Pillow raises for files that are missing, cut off, damaged, too large or no pictures.
 _UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
@@ -48,6 +48,7 @@ class Pictures(Dataset[Item]):
         size: (H, W).
         n_classes: labels must be below it.
         argument: what errors call `data`.
+        has_labels: whether labels are read. Entries may be pictures alone where they are not.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class Pictures(Dataset[Item]):
         size: tuple[int, int],
         n_classes: int | None = None,
         argument: str = "data",
+        has_labels: bool = True,
     ) -> None:
         if not isinstance(data, Sized) or len(data) == 0:
             raise ValueError(f"`{argument}` must have a length, and at least one picture.")
         self.data: Any = data
         self.size, self.n_classes, self.argument = size, n_classes, argument
+        self.has_labels = has_labels
 
     def __len__(self) -> int:
         return len(self.data)
@@ -70,7 +73,7 @@ class Pictures(Dataset[Item]):
         if found is None:
             return Item(torch.zeros(3, *self.size, dtype=torch.uint8), 0, index, False)
         entry, pixels = found
-        label = int(entry_part(entry, "target", 1))
+        label = int(entry_part(entry, "target", 1)) if self.has_labels else 0
         if label < 0 or (self.n_classes is not None and label >= self.n_classes):
             raise ValueError(
                 f"`{self.argument}`: the label of {self.name(index)} is {label}, and the "
@@ -82,7 +85,8 @@ class Pictures(Dataset[Item]):
         """An entry and its pixels, (3, H, W); None, and a warning, where it cannot be read."""
         try:
             entry = self.data[index]
-            return entry, as_bytes_of(entry_part(entry, "image", 0))
+            alone = isinstance(entry, Tensor | Image.Image)
+            return entry, as_bytes_of(entry if alone else entry_part(entry, "image", 0))
         except _UNREADABLE as error:
             if isinstance(error, OSError) and error.errno in OUT_OF:
                 raise
@@ -96,14 +100,29 @@ class Pictures(Dataset[Item]):
         samples = getattr(self.data, "samples", None)
         return str(samples[index][0]) if samples else f"picture {index}"
 
+    def warn_of(self, unread: set[int]) -> None:
+        """Say which pictures could not be read, and were left out of a training."""
+        if unread:
+            some = ", ".join(self.name(place) for place in sorted(unread)[:3])
+            warn(
+                f"{len(unread)} of {len(self)} pictures cannot be read and are left out: "
+                f"{some}{', ...' if len(unread) > 3 else ''}"
+            )
+
     def about(self) -> str:
-        """By what the set is known again: names and labels of files, or labels of some entries."""
+        """By what the set is known again: names and labels of files, or some labels or pictures."""
+        if not self.has_labels:
+            return f"{len(self)}, {self.about_pixels()}"
         samples = getattr(self.data, "samples", None)
         if samples:
             known = [(Path(name).parts[-2:], int(label)) for name, label in samples]
         else:
             known = [((str(place),), self[place].label) for place in self.probes()]
         return f"{len(self)}, {digest(known)}"
+
+    def about_pixels(self) -> str:
+        """As `about`, by the pixels of some entries."""
+        return digest([self[place].pixels.numpy().tobytes() for place in self.probes()])
 
     def probes(self) -> range:
         """Some of the places, evenly."""
@@ -148,6 +167,16 @@ def resized_to(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
     resized: Tensor = resize(pixels, list(size), antialias=True)
     return resized
+
+
+def checked_pair(name: str, value: Any) -> tuple[int, int]:
+    """(H, W) of one number or two."""
+    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"`{name}` must be one or two numbers of pixels, got {value!r}.")
+    for side in pair:
+        check_count(name, side)
+    return pair
 
 
 def checked_channels(normalize: Any) -> tuple[Tensor, Tensor]:

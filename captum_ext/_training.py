@@ -1,16 +1,100 @@
-"""What trainings have in common: modes, interrupts and the order of pictures."""
+"""What trainings by Lightning have in common: checkpoints that resume, modes, order, interrupts."""
 
 import signal
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Generator
 from torch.nn import Module
 from torch.utils.data import Sampler
 
+from captum_ext._fingerprint import changes
 from captum_ext._pictures import hash_of
+
+
+class ResumableModule(LightningModule):
+    """A module that goes on from a checkpoint of the same settings only.
+
+    Attributes:
+        settings: what the run must have in common with the one that was killed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings: dict[str, Any] = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = self.settings
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of a run with other settings, or of a longer one."""
+        changed = changes(checkpoint.get("run", {}), self.settings)
+        if changed:
+            raise ValueError(
+                f"`checkpoints` has another run's: {changed}. Name another folder, or delete it."
+            )
+        done = checkpoint["epoch"] + 1
+        if self.trainer.max_epochs is not None and done > self.trainer.max_epochs >= 0:
+            raise ValueError(
+                f"`n_epochs` is {self.trainer.max_epochs}, and `checkpoints` has a run of {done}: "
+                f"name another folder, or delete it."
+            )
+
+
+def run_trainer(
+    module: ResumableModule,
+    pictures: Any,
+    validation: Any,
+    *,
+    device: torch.device,
+    n_epochs: int,
+    checkpoints: str | Path | None,
+    show_progress: bool,
+    trainer: Mapping[str, Any] | None,
+) -> None:
+    """Train, and go on from the last checkpoint if there is one.
+
+    Args:
+        module: with its settings.
+        pictures: a loader.
+        validation: a loader, or None.
+        device: the classifier's.
+        n_epochs: in all, with those before.
+        checkpoints: a folder, or None.
+        show_progress: whether to draw progress bars.
+        trainer: arguments of Lightning's `Trainer` that go before these.
+    """
+    settings = {
+        "max_epochs": n_epochs,
+        "accelerator": "cpu" if device.type == "cpu" else "gpu",
+        "devices": 1 if device.index is None else [device.index],
+        "logger": False,
+        "enable_progress_bar": show_progress,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": checkpoints is not None,
+        "use_distributed_sampler": True,
+        **(trainer or {}),
+    }
+    resumed = None
+    if checkpoints is not None:
+        saver = ModelCheckpoint(
+            checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
+        )
+        given = settings.get("callbacks") or []
+        settings["callbacks"] = [*(given if isinstance(given, list) else [given]), saver]
+        file = Path(checkpoints) / "last.ckpt"
+        resumed = file if file.is_file() else None
+    with interruptible(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You defined a `validation_step`")
+        Trainer(**settings).fit(module, pictures, validation, ckpt_path=resumed)
 
 
 @contextmanager

@@ -163,6 +163,22 @@ def percentile(x: Tensor, q: float) -> Tensor:
     return torch.lerp(low, high, rank % 1).reshape(x.shape[:2] + (1,) * (x.dim() - 2)).to(x.dtype)
 
 
+def one_channel(x: Tensor) -> Tensor:
+    """The sum over the channels of each map of `x` (B, C, *spatial); of equal ones, one of them.
+
+    Methods that give a purely spatial map repeat it over the channels.
+
+    Example:
+        >>> one_channel(torch.tensor([[[2.0, 3.0], [2.0, 3.0]], [[2.0, 3.0], [0.0, 1.0]]]))[:, 0]
+        tensor([[2., 3.],
+                [2., 4.]])
+    """
+    values = full_precision(x) if x.is_floating_point() else x.float()
+    equal = (values == values[:, :1]).flatten(1).all(1)
+    equal = equal.reshape(-1, *[1] * (x.dim() - 1))
+    return torch.where(equal, values[:, :1], values.sum(1, keepdim=True))
+
+
 def min_max(x: Tensor) -> Tensor:
     """Scale each map of `x` (B, C, *spatial) to [0, 1]; a flat map becomes zeros.
 

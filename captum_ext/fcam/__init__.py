@@ -5,6 +5,7 @@ Training needs Lightning, which the extra `train` installs: `pip install "captum
 
 from typing import TYPE_CHECKING, Any
 
+from captum_ext._lazy import from_training
 from captum_ext.fcam.crf import DenseCRFLoss, LocalCRFLoss, dense_crf_loss, local_crf_loss
 from captum_ext.fcam.decoder import FCAMDecoder, find_taps
 from captum_ext.fcam.losses import SizeLoss, log_barrier, partial_cross_entropy, size_loss
@@ -41,13 +42,4 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    try:
-        return getattr(import_module(_LAZY[name]), name)
-    except ModuleNotFoundError as error:
-        if error.name != "lightning":
-            raise
-        raise ImportError(f'`{name}` needs Lightning: pip install "captum_ext[train]".') from error
+    return from_training(__name__, _LAZY, name)

@@ -1,6 +1,5 @@
 """`fit_fcam`: a decoder for a classifier, in one call (the extra `train`)."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any
 
 import torch
 from captum.attr import Attribution
-from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -22,8 +19,8 @@ from captum_ext._model import (
     root_module,
     untouched,
 )
-from captum_ext._pictures import IMAGENET, Pictures, checked_channels, hash_of
-from captum_ext._training import Shuffled, evaluated, interruptible
+from captum_ext._pictures import IMAGENET, Pictures, checked_channels, checked_pair, hash_of
+from captum_ext._training import Shuffled, evaluated, run_trainer
 from captum_ext.attr.fcam import FCAM
 from captum_ext.fcam.crf import DenseCRFLoss
 from captum_ext.fcam.decoder import FCAMDecoder
@@ -141,8 +138,8 @@ def fit_fcam(
         raise TypeError(f"`seed` must be an integer, got {seed!r}.")
     if not isinstance(trainer, Mapping | None):
         raise TypeError(f"`trainer` must be a mapping of arguments, got {type(trainer)}.")
-    view = _pair("size", size)
-    whole = view if resize is None else _pair("resize", resize)
+    view = checked_pair("size", size)
+    whole = view if resize is None else checked_pair("resize", resize)
     if whole[0] < view[0] or whole[1] < view[1]:
         raise ValueError(f"`resize` must be at least `size`, {view}, got {whole}.")
     device = next(root.parameters(), torch.empty(0)).device
@@ -177,38 +174,20 @@ def fit_fcam(
         judged = None
         if boxed is not None:
             judged = DataLoader(boxed, batch_size, collate_fn=as_batch, num_workers=num_workers)
-        settings = {
-            "max_epochs": n_epochs,
-            "accelerator": "cpu" if device.type == "cpu" else "gpu",
-            "devices": 1 if device.index is None else [device.index],
-            "logger": False,
-            "enable_progress_bar": show_progress,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "enable_checkpointing": checkpoints is not None,
-            "use_distributed_sampler": True,
-            **(trainer or {}),
-        }
-        resumed = None
         if checkpoints is not None:
             module.settings = about_run(module, pictures, batch_size)
             module.settings["validation"] = 0 if boxed is None else len(boxed)
-            saver = ModelCheckpoint(
-                checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
-            )
-            given = settings.get("callbacks") or []
-            settings["callbacks"] = [*(given if isinstance(given, list) else [given]), saver]
-            file = Path(checkpoints) / "last.ckpt"
-            resumed = file if file.is_file() else None
-        with interruptible(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "You defined a `validation_step`")
-            Trainer(**settings).fit(module, loader, judged, ckpt_path=resumed)
-    if module.unread:
-        some = ", ".join(pictures.name(place) for place in sorted(module.unread)[:3])
-        warn(
-            f"{len(module.unread)} of {len(pictures)} pictures cannot be read and are left out: "
-            f"{some}{', ...' if len(module.unread) > 3 else ''}"
+        run_trainer(
+            module,
+            loader,
+            judged,
+            device=device,
+            n_epochs=n_epochs,
+            checkpoints=checkpoints,
+            show_progress=show_progress,
+            trainer=trainer,
         )
+    pictures.warn_of(module.unread)
     if module.seed_loss > COLLAPSED:
         warn(
             f"The decoder has learned nothing, or has collapsed: in the last epoch its loss at the "
@@ -228,12 +207,3 @@ def _n_classes(output: Any) -> int:
         shown = tuple(output.shape) if isinstance(output, Tensor) else type(output)
         raise ValueError(f"`classifier` must give logits (N, classes), got {shown}.")
     return output.shape[1]
-
-
-def _pair(name: str, value: Any) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"`{name}` must be one or two numbers of pixels, got {value!r}.")
-    for side in pair:
-        check_count(name, side)
-    return pair

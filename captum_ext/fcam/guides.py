@@ -7,8 +7,8 @@ from captum.attr import Attribution
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._model import Forward, full_precision, root_module
-from captum_ext.imaging import min_max, resize
+from captum_ext._model import Forward, root_module
+from captum_ext.imaging import min_max, one_channel, resize
 
 
 def guidance(
@@ -53,9 +53,7 @@ def guidance(
             f"`guide` {guide.get_name()} gives maps of a single pixel: choose a layer in front of "
             f"it, or larger pictures."
         )
-    values = full_precision(found.detach())
-    equal = (values == values[:, :1]).flatten(1).all(1)[:, None, None, None]
-    maps = torch.where(equal, values[:, :1], values.sum(1, keepdim=True))
+    maps = one_channel(found.detach())
     maps = torch.where(torch.isfinite(maps).flatten(1).all(1)[:, None, None, None], maps, 0)
     maps = min_max(maps.clamp(min=0) if rectify else maps)
     return maps if size is None else resize(maps, size)

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from captum.attr import Attribution
 from kornia.color import rgb_to_grayscale
-from lightning import LightningModule
 from torch import Generator, Tensor
 from torch.nn import Module
 
 from captum_ext._checks import check_size
-from captum_ext._fingerprint import changes
 from captum_ext._model import find_module, floating_type, layer_activations, random_numbers
 from captum_ext._pictures import IMAGENET, checked_channels, hash_of
-from captum_ext._training import evaluated
+from captum_ext._training import ResumableModule, evaluated
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide, guidance
 from captum_ext.fcam.losses import SizeLoss, partial_cross_entropy
@@ -25,7 +23,7 @@ from captum_ext.imaging import resize
 from captum_ext.metrics import MaxBoxAcc
 
 
-class FCAMModule(LightningModule):
+class FCAMModule(ResumableModule):
     r"""What Lightning trains: the decoder, by seeds, colour and size.
 
     .. math:: L = L_{seeds} + w_{crf} E_{crf}(S_1) + w_{size} L_{size}(S)
@@ -119,7 +117,6 @@ class FCAMModule(LightningModule):
         self.localisation = MaxBoxAcc(convention="wsolevaluation")
         self.best: dict[str, Any] = {}
         self.unread: set[int] = set()
-        self.settings: dict[str, Any] = {}
 
     @property
     def classifier(self) -> Module:
@@ -256,23 +253,12 @@ class FCAMModule(LightningModule):
             self.decoder.load_state_dict(self.best["decoder"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["fcam"] = {"settings": self.settings, "best": self.best}
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["best"] = self.best
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of a run with other settings, or of a longer one."""
-        saved = checkpoint.get("fcam", {"settings": {}, "best": {}})
-        changed = changes(saved["settings"], self.settings)
-        if changed:
-            raise ValueError(
-                f"`checkpoints` has another run's: {changed}. Name another folder, or delete it."
-            )
-        done = checkpoint["epoch"] + 1
-        if self.trainer.max_epochs is not None and done > self.trainer.max_epochs >= 0:
-            raise ValueError(
-                f"`n_epochs` is {self.trainer.max_epochs}, and `checkpoints` has a run of {done}: "
-                f"name another folder, or delete it."
-            )
-        self.best = saved["best"]
+        super().on_load_checkpoint(checkpoint)
+        self.best = checkpoint["best"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from captum_ext._model import full_precision
+from captum_ext.imaging import one_channel
 
 
 def checked_maps(maps: Tensor, name: str = "attributions") -> Tensor:
@@ -15,10 +15,7 @@ def checked_maps(maps: Tensor, name: str = "attributions") -> Tensor:
     if maps.dim() not in (3, 4) or 0 in maps.shape[1:]:
         raise ValueError(f"`{name}` must be (B, C, H, W) or (B, H, W), got {tuple(maps.shape)}.")
     values = maps.detach()
-    values = full_precision(values) if values.is_floating_point() else values.float()
-    if values.dim() == 4:
-        equal = (values == values[:, :1]).flatten(1).all(1)
-        values = torch.where(equal[:, None, None], values[:, 0], values.sum(1))
+    values = one_channel(values if values.dim() == 4 else values[:, None])[:, 0]
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"`{name}` has values that are not finite.")
     return values

@@ -796,8 +796,8 @@ def test_boxes_select_the_epoch_and_nothing_else(tmp_path):
     again = validated(tmp_path)  # there is nothing left to train
     assert equal(state(again.decoder), state(runs[best].decoder))
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert saved["fcam"]["best"]["epoch"] == best
-    assert saved["fcam"]["best"]["score"] == pytest.approx(scores[best])
+    assert saved["best"]["epoch"] == best
+    assert saved["best"]["score"] == pytest.approx(scores[best])
 
 
 def test_boxes_are_those_of_the_pictures_brought_to_size():

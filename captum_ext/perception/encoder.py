@@ -1,0 +1,151 @@
+"""A classifier up to a layer: what Perception Visualization decodes."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from kornia.color import rgb_to_grayscale
+from torch import Tensor
+from torch.nn import Module
+
+from captum_ext._compat import _run_forward
+from captum_ext._model import (
+    Forward,
+    Tensors,
+    copies,
+    find_module,
+    floating_type,
+    full_precision,
+    intercept,
+    module_name,
+    root_module,
+)
+from captum_ext._pictures import IMAGENET, checked_channels
+
+
+class LayerEncoder:
+    r"""E: pictures to the latents of a layer, without what the classifier does behind it.
+
+    A call gives `E(images)`, with a graph to the images where they need one; no gradient is ever
+    taken with respect to a parameter. The classifier is run as it stands.
+
+    Args:
+        forward_func: the classifier: a module, or its bound method.
+        layer: whose output is decoded, as a module or by name. The paper has the input of the
+            global average pooling: `"layer4"` of a ResNet, `"features"` of many others.
+        normalize: mean and standard deviation of each channel, as the classifier expects pictures;
+            of one channel where it takes grey ones. ImageNet's. (The authors' classifier takes
+            pictures in [0, 1] as they are: `((0, 0, 0), (1, 1, 1))`.)
+        reshape_transform: of the layer's output to (N, C, h, w), as the layer methods take it;
+            `tokens_to_grid` for a vision transformer.
+
+    Raises:
+        ValueError: a plain function, a layer that is unknown, `normalize` out of range.
+        TypeError: a layer of another kind.
+
+    Shape:
+        - images: (N, channels, H, W), as the classifier takes them.
+        - latents: (N, C, h, w), in float32 or better.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> encoder = LayerEncoder(resnet18().eval(), "layer4")
+        >>> encoder(encoder.images(torch.rand(2, 3, 64, 64))).shape
+        torch.Size([2, 512, 2, 2])
+    """
+
+    def __init__(
+        self,
+        forward_func: Forward,
+        layer: Module | str,
+        *,
+        normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET,
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        root = root_module(forward_func)
+        if root is None:
+            raise ValueError(f"`forward_func` must be a torch.nn.Module, got {forward_func!r}.")
+        self.forward_func, self.root = forward_func, root
+        self.layer = find_module(forward_func, layer)
+        self.mean, self.std = checked_channels(normalize)
+        self.reshape_transform = reshape_transform
+
+    @property
+    def channels(self) -> int:
+        """How many the images have, 3 or 1."""
+        return len(self.mean)
+
+    @property
+    def name(self) -> str:
+        """Of the layer."""
+        return module_name(self.forward_func, self.layer).strip("`")
+
+    def images(self, pictures: Tensor) -> Tensor:
+        """Pictures in [0, 1] as the classifier takes them, in its dtype."""
+        if self.channels == 1 and pictures.shape[1] == 3:
+            pictures = rgb_to_grayscale(pictures)
+        images = (pictures - self.mean.to(pictures)) / self.std.to(pictures)
+        return images.to(floating_type(self.root))
+
+    def pictures(self, images: Tensor) -> Tensor:
+        """Images as the classifier takes them as pictures, cut off at [0, 1]."""
+        values = full_precision(images.detach())
+        return (values * self.std.to(values) + self.mean.to(values)).clamp(0, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The latents of images.
+
+        Raises:
+            ValueError: the layer does not run, or has no height and width.
+        """
+        try:
+            with intercept([self.layer], _stop):
+                _run_forward(self.forward_func, copies((images,)))
+        except _ReachedError as reached:
+            tensors = reached.tensors
+        else:
+            raise ValueError(
+                f"`layer` {self.name} did not run in the forward pass. Is it part of this model, "
+                f"eager and not compiled?"
+            )
+        latents = tensors[0]
+        if self.reshape_transform is not None:
+            latents = self.reshape_transform(latents)
+        if latents.dim() != 4 or latents.shape[2:].numel() == 1:
+            raise ValueError(
+                f"`layer` {self.name} has no space to decode: of images {tuple(images.shape)} it "
+                f"gives {tuple(latents.shape)}, and (N, C, h, w) of more than one cell is needed. "
+                f"Choose a layer in front of the pooling, or a `reshape_transform` for tokens."
+            )
+        return full_precision(latents)
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass: the layer's tensors are known."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+
+def _stop(index: int, tensors: Tensors) -> Tensors:
+    raise _ReachedError(tensors)
+
+
+def stride_of(encoder: LayerEncoder, images: Tensor) -> tuple[int, int]:
+    """The latent's channels, and how many pixels a side one of its cells has: a power of two.
+
+    Raises:
+        ValueError: no such power brings the images' size to the latent's, rounded up or down.
+    """
+    with torch.no_grad():
+        _, channels, *cells = encoder(images[:1]).shape
+    sides = list(zip(images.shape[2:], cells, strict=True))
+    powers = [2**i for i in range(max(images.shape[2:]).bit_length())]
+    fitting = [s for s in powers if all(n in (side // s, -(-side // s)) for side, n in sides)]
+    if not fitting:
+        raise ValueError(
+            f"`layer` {encoder.name} gives {tuple(cells)} cells of {tuple(images.shape[2:])} "
+            f"pixels, and a decoder doubles the size so many times: choose a layer, or images, of "
+            f"which the ratio is a power of two."
+        )
+    return channels, min(fitting, key=lambda s: sum(abs(side / s - n) for side, n in sides))

@@ -1,0 +1,556 @@
+"""Perception Visualization: encoder, decoder, losses and the picture."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+from captum.attr import IntegratedGradients, LayerGradCam, NoiseTunnel, Saliency
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kornia.metrics import ssim
+from skimage.metrics import structural_similarity as skimage_ssim
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import densenet121, mobilenet_v3_small, resnet18, swin_t, vgg11, vit_b_16
+
+from captum_ext.attr import FIDO, RISE, LayerEigenCam, SESSWrapper, UpsampleWrapper
+from captum_ext.attr.layer import channels_last_to_first, tokens_to_grid
+from captum_ext.perception import (
+    LayerEncoder,
+    PerceptionDecoder,
+    PerceptionVisualization,
+    composite,
+    deep_similarity,
+    perception_loss,
+    structural_similarity,
+)
+
+PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # pictures as they are
+
+
+class Invertible(nn.Module):
+    """Pixels of each 4 x 4 block as channels: nothing is lost."""
+
+    def __init__(self):
+        super().__init__()
+        self.unshuffle = nn.PixelUnshuffle(4)
+        self.head = nn.Linear(48, 5, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.head(self.unshuffle(x).mean((2, 3)))
+
+
+class Inverse(nn.Module):
+    def forward(self, latents, size):
+        return F.pixel_shuffle(latents, 4)
+
+
+class Fixed(Saliency):
+    """An attribution whose map is given."""
+
+    def __init__(self, maps):
+        super().__init__(lambda x: x.sum((1, 2, 3)))
+        self.maps = maps
+
+    def attribute(self, inputs, target=None):
+        return self.maps
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    ).eval()
+
+
+def pv_of(model=None, attribution=None, layer="4", **options):
+    model = model or small()
+    encoder = LayerEncoder(model, layer)
+    x = torch.rand(1, 3, 32, 32)
+    decoder = PerceptionDecoder.reading(encoder, x, [8, 4], [1, 1]).eval()
+    attribution = attribution or LayerGradCam(model, model[4])
+    return PerceptionVisualization(attribution, encoder, decoder, **options)
+
+
+# --- the encoder ---------------------------------------------------------------------------------
+
+
+def test_latents_are_what_the_layer_puts_out_and_nothing_behind_it_runs():
+    model = small()
+    ran = []
+    model[5].register_forward_hook(lambda *args: ran.append(1))
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(LayerEncoder(model, "4")(x), model[:5](x))
+    assert not ran
+    model(x)
+    assert ran
+
+
+def test_the_gradient_of_latents_reaches_the_images():
+    model = small().double()
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    (ours,) = torch.autograd.grad(LayerEncoder(model, model[4])(x).square().sum(), x)
+    (direct,) = torch.autograd.grad(model[:5](x).square().sum(), x)
+    assert torch.equal(ours, direct)
+    assert ours.abs().max() > 0
+
+
+def test_pictures_and_images_by_hand():
+    encoder = LayerEncoder(small(), "4", normalize=((0.5, 0.25, 0.0), (0.5, 0.25, 2.0)))
+    picture = torch.tensor([1.0, 0.5, 0.5]).reshape(1, 3, 1, 1)
+    image = encoder.images(picture)
+    assert image.flatten().tolist() == [1.0, 1.0, 0.25]
+    assert torch.equal(encoder.pictures(image), picture)
+    assert encoder.pictures(image + 9).max() == 1
+    assert encoder.pictures(image - 9).min() == 0
+
+
+def test_images_have_the_classifiers_dtype_and_latents_full_precision():
+    model = small().bfloat16()
+    encoder = LayerEncoder(model, "4")
+    images = encoder.images(torch.rand(1, 3, 32, 32))
+    assert images.dtype == torch.bfloat16
+    assert encoder(images).dtype == torch.float32
+
+
+def test_grey_classifiers():
+    model = nn.Sequential(nn.Conv2d(1, 4, 2, stride=2), nn.Flatten(), nn.Linear(4 * 64, 2)).eval()
+    encoder = LayerEncoder(model, "0", normalize=((0.5,), (0.5,)))
+    color = torch.rand(2, 3, 16, 16)
+    images = encoder.images(color)
+    weights = torch.tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)
+    assert torch.allclose(encoder.pictures(images), (weights * color).sum(1, keepdim=True))
+    decoder = PerceptionDecoder.reading(encoder, images, [4], [1])
+    assert decoder(encoder(images)).shape == (2, 1, 16, 16)
+
+
+def test_the_encoder_leaves_no_trace(trace_free):
+    model, x = small(), torch.rand(1, 3, 32, 32)
+    with trace_free(model, x):
+        LayerEncoder(model, "4")(x)
+    model[4].register_forward_hook(lambda *args: 1 / 0)
+    with trace_free(model, x), pytest.raises(ZeroDivisionError):
+        LayerEncoder(model, "4")(x)
+
+
+def test_threads_encode_by_one_model_at_once():
+    model = small()
+    encoders = [LayerEncoder(model, name) for name in ("2", "4")] * 4
+    xs = [torch.rand(1, 3, 32, 32) for _ in encoders]
+    expected = [encoder(x) for encoder, x in zip(encoders, xs, strict=True)]
+    wrong = []
+
+    def run(i):
+        for _ in range(20):
+            if not torch.equal(encoders[i](xs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("layer", ["5", "6", "7"])
+def test_a_layer_without_space(layer):
+    encoder = LayerEncoder(small(), layer)
+    with pytest.raises(ValueError, match=f"`layer` {layer} has no space to decode"):
+        PerceptionDecoder.reading(encoder, torch.rand(1, 3, 32, 32))
+
+
+def test_a_layer_that_does_not_run_or_is_unknown():
+    model = small()
+    with pytest.raises(ValueError, match="did not run"):
+        LayerEncoder(model, nn.ReLU())(torch.rand(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="Closest"):
+        LayerEncoder(model, "44")
+    with pytest.raises(ValueError, match=r"must be a torch.nn.Module"):
+        LayerEncoder(lambda x: x, "4")
+    with pytest.raises(ValueError, match="normalize"):
+        LayerEncoder(model, "4", normalize=((0.5, 0.5), (1, 1)))
+
+
+# --- the decoder ---------------------------------------------------------------------------------
+
+
+def test_the_papers_decoder():
+    """From 7 x 7 x 2048 to 224 x 224: widths, convolutions and the number of weights by hand."""
+    decoder = PerceptionDecoder(2048, 32)
+    assert decoder.widths == [512, 512, 256, 128, 64]
+    assert decoder.convolutions == [2, 2, 2, 1, 1]
+    inputs, count = 2048, 64 * 3 * 9 + 3
+    for width, n in zip(decoder.widths, decoder.convolutions, strict=True):
+        count += inputs * width * 4 + width + 2 * width + n * (width * width * 9 + width)
+        inputs = width
+    assert sum(p.numel() for p in decoder.parameters()) == count
+    assert decoder(torch.rand(1, 2048, 7, 7)).shape == (1, 3, 224, 224)
+
+
+@given(power=st.integers(0, 7), h=st.integers(1, 3), w=st.integers(1, 3), n=st.integers(1, 2))
+@settings(max_examples=25, deadline=None)
+def test_shape_and_range(power, h, w, n):
+    decoder = PerceptionDecoder(5, 2**power, [3] * power, [1] * power).eval()
+    pictures = decoder(9 * torch.randn(n, 5, h, w))
+    assert pictures.shape == (n, 3, h * 2**power, w * 2**power)
+    assert bool(((pictures >= 0) & (pictures <= 1)).all())
+
+
+@pytest.mark.parametrize("stride", [1, 2, 8, 128])
+def test_default_widths_of_other_strides(stride):
+    decoder = PerceptionDecoder(4, stride)
+    wanted = ([512, 512, 512, 512, 256, 128, 64] if stride == 128 else [256, 128, 64])[
+        -(stride.bit_length() - 1) or 9 :
+    ]
+    assert decoder.widths == wanted
+    assert len(decoder.convolutions) == len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "options", "channels", "stride"),
+    [
+        (resnet18, "layer4", {}, 512, 32),
+        (resnet18, "layer1", {}, 64, 4),
+        (vgg11, "features", {}, 512, 32),
+        (densenet121, "features", {}, 1024, 32),
+        (mobilenet_v3_small, "features", {}, 576, 32),
+        (vit_b_16, "encoder.ln", {"reshape_transform": tokens_to_grid}, 768, 16),
+        (swin_t, "features", {"reshape_transform": channels_last_to_first}, 768, 32),
+    ],
+)
+def test_it_is_built_from_the_layer(make, layer, options, channels, stride):
+    model = make(weights=None).eval()
+    encoder = LayerEncoder(model, layer, **options)
+    x = torch.rand(1, 3, 224, 224)
+    n_blocks = stride.bit_length() - 1
+    decoder = PerceptionDecoder.reading(encoder, x, [4] * n_blocks, [1] * n_blocks).eval()
+    assert (decoder.channels, decoder.stride) == (channels, stride)
+    pv = PerceptionVisualization(Saliency(model), encoder, decoder)
+    assert pv.reconstruct(x).shape == x.shape
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 90), (95, 64), (100, 127)])
+@pytest.mark.parametrize("make", [resnet18, vgg11])
+def test_sizes_that_are_no_multiple_of_the_stride(make, size):
+    """A ResNet has a cell for the rest of the picture, a VGG has none."""
+    encoder = LayerEncoder(make(weights=None).eval(), "layer4" if make is resnet18 else "features")
+    x = torch.rand(1, 3, *size)
+    decoder = PerceptionDecoder.reading(encoder, x, [4] * 5, [1] * 5)
+    assert decoder.stride == 32
+    assert decoder(encoder(x), size).shape == (1, 3, *size)
+
+
+def test_a_stride_that_is_no_power_of_two():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=3), nn.Flatten(), nn.Linear(400, 2))
+    with pytest.raises(ValueError, match="power of two"):
+        PerceptionDecoder.reading(LayerEncoder(model, "0"), torch.rand(1, 3, 30, 30))
+    with pytest.raises(ValueError, match="`stride` must be a power of two, got 12"):
+        PerceptionDecoder(4, 12)
+
+
+def test_a_decoder_that_does_not_fit():
+    decoder = PerceptionDecoder(8, 4, [4, 4], [1, 1])
+    with pytest.raises(ValueError, match=r"`latents` must be \(N, 8, h, w\)"):
+        decoder(torch.rand(1, 9, 4, 4))
+    with pytest.raises(ValueError, match="does not fit"):
+        decoder(torch.rand(1, 8, 4, 4), (32, 32))
+    for name in ("widths", "convolutions"):
+        with pytest.raises(ValueError, match=f"`{name}` must be 2 numbers"):
+            PerceptionDecoder(8, 4, **{name: [1]})
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1"):
+            PerceptionDecoder(8, 4, **{name: [1, 0]})
+
+
+def test_half_a_decoder():
+    decoder = PerceptionDecoder(8, 4, [4, 4], [1, 1]).bfloat16().eval()
+    assert decoder(torch.rand(1, 8, 4, 4).bfloat16(), (16, 15)).dtype == torch.bfloat16
+
+
+# --- its file ------------------------------------------------------------------------------------
+
+
+def test_a_file_brings_the_decoder_back(tmp_path):
+    model, x = small(), torch.rand(2, 3, 32, 32)
+    encoder = LayerEncoder(model, "4")
+    decoder = PerceptionDecoder.reading(encoder, x, [8, 4], [2, 1])
+    decoder(encoder(x))  # batch statistics, which are part of it
+    decoder.eval().save(tmp_path / "decoder.pt", encoder)
+    torch.load(tmp_path / "decoder.pt", weights_only=True)
+    found = PerceptionDecoder.load(tmp_path / "decoder.pt", encoder)
+    assert not found.training
+    assert torch.equal(found(encoder(x)), decoder(encoder(x)))
+
+
+def test_files_that_are_refused(tmp_path):
+    model, x = small(), torch.rand(2, 3, 32, 32)
+    encoder, file = LayerEncoder(model, "4"), tmp_path / "decoder.pt"
+    PerceptionDecoder.reading(encoder, x, [8, 4], [2, 1]).save(file, encoder)
+    with pytest.raises(ValueError, match="of layer 4, and the encoder's is 2"):
+        PerceptionDecoder.load(file, LayerEncoder(model, "2"))
+    saved = torch.load(file, weights_only=True)
+    torch.save(saved | {"widths": [8, 8]}, file)
+    with pytest.raises(ValueError, match=r"of another architecture than it says.*blocks"):
+        PerceptionDecoder.load(file, encoder)
+    torch.save(saved, file)
+    other = small()
+    with torch.no_grad():
+        other[0].weight[0, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match=r"not the classifier.*0\.weight"):
+        PerceptionDecoder.load(file, LayerEncoder(other, "4"))
+    torch.save({"some": "thing"}, file)
+    with pytest.raises(ValueError, match="no decoder of Perception Visualization"):
+        PerceptionDecoder.load(file, encoder)
+    file.write_text("nothing")
+    with pytest.raises(ValueError, match="no decoder of Perception Visualization"):
+        PerceptionDecoder.load(file, encoder)
+    with pytest.raises(FileNotFoundError):
+        PerceptionDecoder.load(tmp_path / "none.pt", encoder)
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+def test_ssim_is_scikit_images():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(2, 3, 24, 31, dtype=torch.float64, generator=generator)
+    y = (x + 0.3 * torch.randn(x.shape, dtype=torch.float64, generator=generator)).clamp(0, 1)
+    found = structural_similarity(x, y)
+    for i in range(2):
+        for c in range(3):
+            _, full = skimage_ssim(
+                x[i, c].numpy(), y[i, c].numpy(), data_range=1.0, gaussian_weights=True,
+                sigma=1.5, use_sample_covariance=False, full=True,
+            )  # fmt: skip
+            assert found[i, c].item() == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-10)
+    assert torch.equal(structural_similarity(x, x), torch.ones(2, 3, dtype=torch.float64))
+    assert (structural_similarity(x, 1 - x) < 0).all()
+
+
+def test_the_loss_by_hand():
+    x = torch.zeros(2, 3, 11, 11, dtype=torch.float64)
+    y = torch.full_like(x, 0.5)
+    z, w = torch.zeros(2, 4, 1, 2, dtype=torch.float64), torch.full((2, 4, 1, 2), 3.0)
+    parts = perception_loss(x, y, z, w.double())
+    # Of two flat pictures SSIM is c_1 / (0.25 + c_1), c_1 = 1e-4.
+    expected = {"pixel": 0.2 * 0.25, "deep": 0.4 * 9, "ssim": -0.4 * 3 * 1e-4 / (0.25 + 1e-4)}
+    assert {k: v.item() for k, v in parts.items()} == pytest.approx(expected, rel=1e-9)
+    assert perception_loss(x, y, z, w, (0.4, 0, 0.6)).keys() == {"pixel", "ssim"}
+    assert deep_similarity(z, w).tolist() == [9.0, 9.0]
+
+
+def test_pictures_that_are_too_small():
+    x = torch.rand(1, 3, 10, 20)
+    with pytest.raises(ValueError, match="at least 11 x 11"):
+        structural_similarity(x, x)
+    with pytest.raises(ValueError, match="`pictures`"):
+        structural_similarity(torch.rand(1, 3, 20, 20), torch.rand(1, 3, 20, 21))
+
+
+def test_ssim_accumulates_in_single_precision():
+    x = torch.rand(1, 3, 32, 32).bfloat16()
+    found = structural_similarity(x, 1 - x)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, ssim(x.float(), (1 - x).float(), 11)[..., 5:-5, 5:-5].mean((2, 3)))
+
+
+# --- the picture ---------------------------------------------------------------------------------
+
+
+def test_an_invertible_encoder_gives_the_picture_back():
+    """x^ = x, the latents agree, and what the mask shows is the picture."""
+    model = Invertible()
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    encoder = LayerEncoder(model, "unshuffle", normalize=PLAIN)
+    cam = UpsampleWrapper(LayerGradCam(model, model.unshuffle))
+    pv = PerceptionVisualization(cam, encoder, Inverse())
+    image, mask, reconstruction = pv.visualize(x, target=2)
+    assert torch.equal(reconstruction, x)
+    similarity, distance = pv.quality(x)
+    assert torch.equal(distance, torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(similarity, torch.ones(2, dtype=torch.float64))
+    assert torch.allclose(image, 1 - mask * (1 - x), atol=1e-12)
+    assert 0 < mask.min(1).values.max() <= 1
+
+
+@pytest.mark.parametrize(("value", "shown"), [(1.0, True), (7.0, True), (0.0, False), (-1, False)])
+def test_mask_of_one_shows_all_and_of_zero_nothing(value, shown):
+    x = torch.rand(2, 3, 32, 32)
+    pv = pv_of(attribution=Fixed(torch.full((2, 1, 8, 8), value)))
+    image, mask, reconstruction = pv.visualize(x)
+    assert torch.equal(image, reconstruction if shown else torch.ones_like(x))
+    assert torch.equal(mask, torch.full((2, 1, 32, 32), float(shown)))
+    assert reconstruction.std() > 0
+
+
+def test_the_mask_by_hand():
+    """Channels summed, negative values cut off, divided by the largest, resized."""
+    maps = torch.tensor([[[[1.0, -4.0]], [[3.0, 1.0]]]])  # sums 4 and -3
+    x = torch.rand(1, 3, 32, 32)
+    mask = pv_of(attribution=Fixed(maps)).mask(x)
+    line = F.interpolate(torch.tensor([[[[1.0, 0.0]]]]), (32, 32), mode="bilinear")
+    assert torch.equal(mask, line)
+    twice = torch.tensor([[[[4.0, -3.0]], [[4.0, -3.0]]]])  # equal channels: one of them
+    assert torch.equal(pv_of(attribution=Fixed(twice)).mask(x), line)
+    high = torch.tensor([[[[8.0, 6.0]]]])
+    assert pv_of(attribution=Fixed(high)).mask(x).min() == 0.75
+    assert torch.equal(pv_of(attribution=Fixed(high), scale="min-max").mask(x), line)
+    assert (
+        pv_of(attribution=Fixed(high.expand(1, 1, 1, 2) * 0 + 5), scale="min-max")
+        .mask(x)
+        .eq(0)
+        .all()
+    )
+
+
+def test_threshold_gamma_and_background():
+    x = torch.rand(1, 3, 32, 32)
+    plain = pv_of(attribution=Fixed(torch.rand(1, 1, 32, 32)))
+    mask = plain.mask(x)
+    edited = PerceptionVisualization(
+        plain.attribution, plain.encoder, plain.decoder, threshold=0.3, gamma=2 / 3, background=0.5
+    )
+    image, found, reconstruction = edited.visualize(x)
+    assert torch.equal(found, torch.where(mask < 0.3, 0, mask) ** (2 / 3))
+    assert torch.allclose(image, found * reconstruction + 0.5 * (1 - found))
+    assert (mask < 0.3).any()
+
+
+def test_composite_of_the_picture_is_the_panel_beside_it():
+    x, m = torch.rand(2, 3, 4, 4), torch.rand(2, 1, 4, 4)
+    assert torch.allclose(composite(x, m), 1 - m * (1 - x))
+
+
+def methods(model):
+    cam = LayerGradCam(model, model[4])
+    return {
+        "layer": cam,
+        "ours": LayerEigenCam(model, model[4]),
+        "upsampled": UpsampleWrapper(cam),
+        "SESS": SESSWrapper(cam, n_scales=2),
+        "pixels": IntegratedGradients(model),
+        "tunnel": NoiseTunnel(Saliency(model)),
+        "FIDO": FIDO(model),
+        "RISE": RISE(model),
+    }
+
+
+@pytest.mark.parametrize("name", methods(small()))
+def test_any_attribution_makes_the_mask(name, trace_free):
+    model, x = small(), torch.rand(2, 3, 32, 32)
+    pv = pv_of(model, methods(model)[name])
+    options = {"FIDO": {"n_steps": 2, "n_masks": 1}, "RISE": {"n_masks": 8, "grid": 4}}
+    with trace_free(model, x, keeps_rng=False):
+        torch.manual_seed(0)
+        found = pv.visualize(x, target=[1, 2], **options.get(name, {}))
+    assert 0.65 < found.mask.max() <= 1
+    assert found.mask.min() >= 0
+    torch.manual_seed(0)
+    maps = pv.attribution.attribute(x, target=[1, 2], **options.get(name, {}))
+    positive = maps.sum(1, keepdim=True).clamp(min=0)
+    scaled = (positive / positive.amax((2, 3), keepdim=True)).nan_to_num()
+    expected = F.interpolate(scaled, (32, 32), mode="bilinear")
+    assert torch.allclose(found.mask, expected, atol=1e-5)
+
+
+def test_a_batch_is_its_images_and_no_grad_and_frozen_change_nothing():
+    model = small()
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+    pv, x = pv_of(model, UpsampleWrapper(LayerGradCam(model, model[4]))), torch.rand(3, 3, 32, 32)
+    target = [0, 3, 1]
+    together = pv.visualize(x, target=target)
+    for i in range(3):
+        alone = pv.visualize(x[i : i + 1], target=target[i])
+        for one, all_ in zip(alone, together, strict=True):
+            assert torch.allclose(one[0], all_[i], atol=1e-6)
+    assert not any(part.requires_grad for part in together)
+
+
+def test_train_mode_is_warned_of_and_its_statistics_stay(trace_free):
+    model = small().train()
+    pv, x = pv_of(model), torch.rand(2, 3, 32, 32)
+    pv.decoder.train()
+    with trace_free(model, x), trace_free(pv.decoder), pytest.warns(UserWarning, match="train"):
+        pv.reconstruct(x)
+
+
+def test_other_sizes_than_those_of_the_training():
+    pv = pv_of()
+    for size in ((32, 48), (33, 50), (16, 64)):
+        x = torch.rand(1, 3, *size)
+        assert pv.visualize(x, target=0).image.shape == x.shape
+
+
+def test_half_precision():
+    model = small().bfloat16()
+    encoder = LayerEncoder(model, "4")
+    decoder = PerceptionDecoder(12, 4, [4, 4], [1, 1]).eval()
+    pv = PerceptionVisualization(Saliency(model), encoder, decoder)
+    found = pv.visualize(torch.rand(2, 3, 32, 32).bfloat16(), target=1)
+    assert {part.dtype for part in found} == {torch.float32}
+
+
+def test_what_is_wrong_is_said():
+    x = torch.rand(2, 3, 32, 32)
+    model = small()
+    encoder, decoder = LayerEncoder(model, "4"), PerceptionDecoder(12, 4, [4, 4], [1, 1]).eval()
+    cam = LayerGradCam(model, model[4])
+    for wrong in ((model, encoder, decoder), (cam, model, decoder), (cam, encoder, len)):
+        with pytest.raises(TypeError, match="must be a"):
+            PerceptionVisualization(*wrong)
+    for name, value in (
+        ("scale", "none"),
+        ("threshold", 1.5),
+        ("gamma", 0),
+        ("background", -0.1),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            PerceptionVisualization(cam, encoder, decoder, **{name: value})
+    pv = PerceptionVisualization(cam, encoder, decoder)
+    with pytest.raises(ValueError, match="not finite"):
+        pv.visualize(x * torch.nan, target=0)
+    with pytest.raises(ValueError, match="`inputs` must be images"):
+        pv.visualize(x[0], target=0)
+    with pytest.raises(AssertionError):
+        pv.visualize(x, target=[0])
+    grey = PerceptionDecoder(12, 4, [4, 4], [1, 1], colors=1).eval()
+    with pytest.raises(ValueError, match=r"`decoder` must give pictures \(2, 3, 32, 32\)"):
+        PerceptionVisualization(cam, encoder, grey).reconstruct(x)
+    with pytest.raises(ValueError, match="does not fit"):
+        PerceptionVisualization(
+            cam, encoder, PerceptionDecoder(12, 8, [4] * 3, [1] * 3).eval()
+        ).reconstruct(x)
+    for maps in (torch.rand(2, 8), torch.rand(1, 1, 8, 8), None):
+        with pytest.raises(ValueError, match="`attribution` must give a map"):
+            PerceptionVisualization(Fixed(maps), encoder, decoder).mask(x)
+    with pytest.raises(ValueError, match="not finite"):
+        PerceptionVisualization(Fixed(torch.rand(2, 1, 8, 8) / 0), encoder, decoder).mask(x)
+
+
+def test_nothing_is_warned_of(no_warnings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Setting forward, backward hooks")
+        pv_of().visualize(torch.rand(1, 3, 32, 32), target=0)
+
+
+@pytest.mark.gpu
+def test_on_the_device():
+    model = small()
+    x = torch.rand(2, 3, 32, 32)
+    cpu = pv_of(model)
+    expected = cpu.visualize(x, target=1), cpu.quality(x)
+    model.cuda(), cpu.decoder.cuda()
+    found = cpu.visualize(x.cuda(), target=1), cpu.quality(x.cuda())
+    for ours, theirs in zip(sum(found, ()), sum(expected, ()), strict=True):
+        assert ours.is_cuda
+        assert torch.allclose(ours.cpu(), theirs, atol=1e-4)
