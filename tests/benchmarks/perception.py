@@ -1,0 +1,238 @@
+"""What do reconstructions keep, and do they show what the classifier sees?
+
+    python -m tests.benchmarks.perception [--train N] [--test N] [--epochs N] [--threads N]
+                                          [--output FOLDER]
+
+The pictures are `captum_ext.datasets.TexturedEllipses` (64 x 64): one object, whose texture is the
+class, among distractors, in random colours. A `TinyCNN` learns the class, and a second one, the
+witness, learns it from other pictures and other weights. Decoders for some layers of the first are
+trained by `fit_perception`, with the authors' weights of the loss, and once without the term of the
+latents (their "no_dsim"). Then, on pictures that none of the networks has seen:
+
+- SSIM of the reconstructions, and of the mean of the training pictures, the best constant guess;
+- the same of the distance of latents ("deep similarity"; smaller is nearer);
+- whether the classifier gives its answer again when it is shown the reconstruction;
+- whether the witness, shown the reconstruction, gives the classifier's answer: what only the
+  classifier can see in a picture that was made by its own gradient, the witness does not;
+- the same where the classifier is wrong: here the answer is not the truth, and a witness who is
+  shown the picture itself says the truth.
+
+In brackets are 95% intervals: of means by the normal approximation, of shares by Wilson's.
+FOLDER gets `perception.json`, with the table; `perception_classifier.pt`, the weights of the
+classifier; and `perception_<layer>.pt`, the decoders that the tutorial loads.
+"""
+
+import argparse
+import json
+import logging
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from captum.attr import LayerGradCam
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from captum_ext.datasets import TexturedEllipses, TinyCNN, train_classifier
+from captum_ext.perception import (
+    LayerEncoder,
+    PerceptionDecoder,
+    PerceptionVisualization,
+    deep_similarity,
+    fit_perception,
+    structural_similarity,
+)
+from tests.benchmarks.measuring import environment
+
+SEEDS = {"train": 3000, "witness": 3001, "test": 3002}
+NORMALIZE = ((0.5,) * 3, (0.25,) * 3)
+BATCH = 250
+# By name: the layer, widths of the decoder's blocks, weights of the loss, and the file.
+DECODERS: dict[str, tuple[str, tuple[int, ...], tuple[float, float, float], str | None]] = {
+    'layer "4" (8 x 8)': ("4", (64, 32, 16), (0.2, 0.4, 0.4), "perception_4.pt"),
+    'layer "4", without the latents': ("4", (64, 32, 16), (0.4, 0.0, 0.6), None),
+    'layer "2" (16 x 16)': ("2", (32, 16), (0.2, 0.4, 0.4), "perception_2.pt"),
+    'layer "0" (32 x 32)': ("0", (16,), (0.2, 0.4, 0.4), None),
+}
+
+Row = dict[str, Any]
+
+
+class Pictures(Dataset[Tensor]):
+    """Drawn once, and without labels."""
+
+    def __init__(self, scenes: TexturedEllipses) -> None:
+        self.pixels = scenes.batch().pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.pixels[index]
+
+
+@torch.no_grad()
+def answers(network: nn.Module, encoder: LayerEncoder, pictures: Tensor) -> Tensor:
+    return torch.cat([network(encoder.images(part)).argmax(1) for part in pictures.split(BATCH)])
+
+
+def mean_of(values: Tensor) -> tuple[float, float, float]:
+    """And its interval."""
+    mean, error = values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+    return mean, mean - error, mean + error
+
+
+def share_of(hits: Tensor) -> tuple[float, float, float]:
+    """And Wilson's interval."""
+    n, z = len(hits), 1.96
+    if not n:
+        return math.nan, math.nan, math.nan
+    p = hits.double().mean().item()
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return p, middle - half, middle + half
+
+
+@torch.no_grad()
+def distances(encoder: LayerEncoder, pictures: Tensor, others: Tensor) -> Tensor:
+    return torch.cat(
+        [
+            deep_similarity(encoder(encoder.images(x)), encoder(encoder.images(y)))
+            for x, y in zip(pictures.split(BATCH), others.split(BATCH), strict=True)
+        ]
+    )
+
+
+def measured(
+    network: TinyCNN,
+    witness: TinyCNN,
+    encoder: LayerEncoder,
+    decoder: PerceptionDecoder,
+    train: Tensor,
+    test: Tensor,
+    targets: Tensor,
+) -> Row:
+    pv = PerceptionVisualization(LayerGradCam(network, network[4]), encoder, decoder)
+    found = torch.cat([pv.reconstruct(encoder.images(part)) for part in test.split(BATCH)])
+    guess = train.mean(0, keepdim=True).expand_as(test)
+    said, again = (answers(network, encoder, x) for x in (test, found))
+    heard, truth = (answers(witness, encoder, x) for x in (found, test))
+    wrong = said != targets
+    return {
+        "ssim": mean_of(structural_similarity(test, found).mean(1)),
+        "ssim of the mean picture": mean_of(structural_similarity(test, guess).mean(1)),
+        "latents": mean_of(distances(encoder, test, found)),
+        "latents of the mean picture": mean_of(distances(encoder, test, guess)),
+        "classifier again": share_of(again == said),
+        "witness": share_of(heard == said),
+        "n wrong": int(wrong.sum()),
+        "witness, wrong": share_of((heard == said)[wrong]),
+        "witness, wrong, of the picture": share_of((truth == said)[wrong]),
+        "right": share_of(~wrong),
+    }
+
+
+def cell(found: tuple[float, float, float], percent: bool = False) -> str:
+    scale, digits = (100, 0) if percent else (1, 2)
+    mean, low, high = (f"{scale * value:.{digits}f}" for value in found)
+    return f"{mean} ({low} to {high})"
+
+
+def table(rows: dict[str, Row]) -> str:
+    lines = [
+        "| | SSIM | of the mean picture | distance of latents | of the mean picture | "
+        "classifier: same answer, % | witness: the classifier's answer, % | where it is wrong, % |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in rows.items():
+        cells = [
+            cell(row[key])
+            for key in (
+                "ssim",
+                "ssim of the mean picture",
+                "latents",
+                "latents of the mean picture",
+            )
+        ] + [cell(row[key], True) for key in ("classifier again", "witness", "witness, wrong")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--train", type=int, default=1000, help="pictures")
+    parser.add_argument("--test", type=int, default=2000, help="pictures")
+    parser.add_argument("--epochs", type=int, default=20, help="of each decoder")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="a folder for the table and the weights")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(arguments.threads)
+    found = environment(torch.device("cpu"), arguments.threads)
+    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n", flush=True)
+
+    start = time.perf_counter()
+    scenes = TexturedEllipses(arguments.train, SEEDS["train"])
+    network = train_classifier(scenes)
+    witness = train_classifier(TexturedEllipses(arguments.train, SEEDS["witness"]), seed=1)
+    pictures = Pictures(scenes)
+    test = TexturedEllipses(arguments.test, SEEDS["test"]).batch()
+    print(f"two classifiers: {time.perf_counter() - start:.0f} s", flush=True)
+
+    rows: dict[str, Row] = {}
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    decoders = []
+    for name, (layer, widths, weights, file) in DECODERS.items():
+        encoder = LayerEncoder(network, layer, normalize=NORMALIZE)
+        begun = time.perf_counter()
+        decoder = fit_perception(
+            encoder,
+            pictures,
+            size=64,
+            n_epochs=arguments.epochs,
+            batch_size=16,
+            lr=3e-3,
+            widths=widths,
+            weights=weights,
+            show_progress=False,
+        )
+        seconds = time.perf_counter() - begun
+        after = network.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        row = measured(
+            network, witness, encoder, decoder, pictures.pixels / 255, test.pixels / 255,
+            test.targets,
+        )  # fmt: skip
+        rows[name] = row | {"seconds": seconds}
+        decoders.append((file, decoder, encoder))
+        print(f"{name}: {seconds:.0f} s", flush=True)
+
+    some = next(iter(rows.values()))
+    text = (
+        f"The classifier is right on {cell(some['right'], True)}% of {arguments.test} pictures and "
+        f"wrong on {some['n wrong']}; of these, the witness who is shown the picture itself gives "
+        f"the classifier's answer in {cell(some['witness, wrong, of the picture'], True)}%. "
+        f"E is unchanged, to the bit."
+    )
+    seconds = time.perf_counter() - start
+    print(f"\n{table(rows)}\n\n{text}\n\n{seconds:.0f} seconds in all")
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        content = {
+            "environment": found, "table": table(rows), "text": text, "rows": rows,
+            "seconds": seconds,
+        }  # fmt: skip
+        (arguments.output / "perception.json").write_text(json.dumps(content, indent=1) + "\n")
+        torch.save(network.state_dict(), arguments.output / "perception_classifier.pt")
+        for file, decoder, encoder in decoders:
+            if file is not None:
+                decoder.save(arguments.output / file, encoder)
+
+
+if __name__ == "__main__":
+    main()
