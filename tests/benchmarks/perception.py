@@ -48,7 +48,7 @@ from captum_ext.perception import (
 )
 from tests.benchmarks.measuring import environment
 
-SEEDS = {"train": 3000, "witness": 3001, "test": 3002}
+SEEDS = {"train": 4000, "witness": 4001, "test": 4002}
 NORMALIZE = ((0.5,) * 3, (0.25,) * 3)
 BATCH = 250
 # By name: the layer, widths of the decoder's blocks, weights of the loss, and the file.
