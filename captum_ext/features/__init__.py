@@ -1,3 +1,5 @@
 """Feature visualisation: what the units of a network look for."""
 
-__all__: list[str] = []
+from captum_ext.features.activation_maximization import ActivationMaximization, PreferredInputs
+
+__all__ = ["ActivationMaximization", "PreferredInputs"]

@@ -1,0 +1,154 @@
+"""The scores of images: a class's, or the activation of a unit of a layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from captum_ext._compat import (
+    _format_additional_forward_args,
+    _run_forward,
+    _select_targets,
+)
+from captum_ext._model import (
+    Forward,
+    Seen,
+    Tensors,
+    check_one_score_each,
+    full_precision,
+    intercept,
+    layer_activations,
+    one_target_each,
+    scored,
+    without_autocast,
+)
+
+SCALE = 1024  # of an fp16 score in the backward pass: it has no numbers for a pixel's share
+
+
+class _ReachedError(BaseException):
+    """The layer has run, and nothing behind it is needed. No model's `except Exception` has it."""
+
+
+class UnitScores:
+    """S of images (B, C, *spatial), one number each, and its gradient by the images.
+
+    Args:
+        forward_func: the model.
+        layer: whose units are looked at; None looks at the model's output.
+        reshape_transform: turns what the layer gives into (B, K, ...).
+        target: which class or unit, of each of the images.
+        additional_forward_args: as in Captum.
+        images: the first of them; the first pass is made of these, all through the model.
+        kind: the dtype that the model takes.
+    """
+
+    def __init__(
+        self,
+        forward_func: Forward,
+        layer: Module | None,
+        reshape_transform: Callable[[Tensor], Tensor] | None,
+        target: Any,
+        additional_forward_args: Any,
+        images: Tensor,
+        kind: torch.dtype,
+    ) -> None:
+        self.forward_func, self.layer, self.kind = forward_func, layer, kind
+        self.reshape_transform = reshape_transform
+        self.target = target if callable(target) else one_target_each(target, images)
+        if layer is not None and isinstance(self.target, Tensor):
+            self.target = self.target.tolist()
+        if layer is not None and isinstance(self.target, list):
+            self.target = [(t,) if isinstance(t, int) else t for t in self.target]
+            for t in self.target:
+                assert isinstance(t, tuple), f"Target element type {type(t)} in list is not valid."
+        extra = _format_additional_forward_args(additional_forward_args)
+        if extra is not None:  # no graph may hold a tensor that inference_mode made
+            extra = tuple(
+                e.clone() if isinstance(e, Tensor) and e.is_inference() else e for e in extra
+            )
+        self.extra = extra
+
+    def whole_pass(self, images: Tensor) -> Tensor:
+        """What a call gives, without a graph; the layer is seen to run, and to run once."""
+        with torch.no_grad():
+            if self.layer is None:
+                return self(images)
+            inputs = (images.to(self.kind),)
+            found, _ = layer_activations(self.forward_func, [self.layer], inputs, None, self.extra)
+            return self._of_layer(found[0], len(images))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B,), in float32 or better."""
+        x = images.to(self.kind, copy=True)  # the model's first step may work in place
+        if self.layer is not None:
+            return self._of_layer(self._activations(self.layer, x), len(images))
+        output = _run_forward(scored(self.forward_func, "logit"), (x,), self.target, self.extra)
+        check_one_score_each(output)
+        return _one_each(output.flatten(), len(images))
+
+    def with_gradient(self, images: Tensor, transform: Any) -> tuple[Tensor, Tensor]:
+        """The scores of the transformed images, and their gradient by the images themselves."""
+        leaf = images.detach().requires_grad_()
+        score = self(transform(leaf))
+        kind = images.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        scale = SCALE if torch.float16 in (self.kind, autocast) else 1
+        found = None
+        if score.requires_grad:
+            total, again = score.sum(), scale > 1
+            (found,) = torch.autograd.grad(
+                total * scale, leaf, allow_unused=True, retain_graph=again
+            )
+            if again and found is not None and not bool(torch.isfinite(found).all()):
+                scale = 1
+                (found,) = torch.autograd.grad(total, leaf)
+        if found is None:
+            raise ValueError(
+                "`forward_func` gives scores that have no gradient with respect to its input."
+            )
+        return score.detach(), found / scale
+
+    def _activations(self, layer: Module, x: Tensor) -> Tensors:
+        seen = Seen(self.forward_func, [layer], None)
+
+        def keep(index: int, tensors: Tensors) -> Tensors:
+            seen.by_device[index][tensors[0].device] = tensors
+            if not seen.parallel:
+                raise _ReachedError
+            return tuple(t.clone() for t in tensors)  # the model may go on in place
+
+        try:
+            with intercept([layer], keep, every_thread=seen.parallel):
+                _run_forward(self.forward_func, (x,), None, self.extra)
+        except _ReachedError:
+            pass
+        return seen.gather()[0]
+
+    def _of_layer(self, activations: Tensors, n: int) -> Tensor:
+        if len(activations) != 1:
+            raise ValueError(f"`layer` must put out one tensor, got {len(activations)}.")
+        a, target = activations[0], self.target
+        if self.reshape_transform is not None:
+            a = self.reshape_transform(a)
+        with without_autocast(a):
+            if callable(target):
+                score = full_precision(target(a))
+            elif isinstance(target, list):
+                units = [full_precision(a[i, *place]) for i, place in enumerate(target)]
+                score = torch.stack([unit.mean() for unit in units])
+            else:
+                if target is None:  # of a layer with one channel
+                    check_one_score_each(a.flatten(2)[..., 0] if a.dim() > 2 else a)
+                score = full_precision(_select_targets(a, target)).reshape(len(a), -1).mean(1)
+        return _one_each(score, n)
+
+
+def _one_each(score: Tensor, n: int) -> Tensor:
+    if score.shape != (n,):
+        raise ValueError(
+            f"There must be one score for each of {n} images, got {tuple(score.shape)}."
+        )
+    return score
