@@ -188,7 +188,8 @@ class ActivationMaximization:
                 weighted by 1 / \|f\|, or "pixel". "fourier".
             l2: lambda, of the sum of squares of the image's numbers. 1e-4.
             tv: lambda_TV, of the sum of absolute differences of neighbours; images (2D) only. 0.
-            noise: standard deviation of Gaussian noise on the start, the same for all images. 0.
+            noise: standard deviation of Gaussian noise on the start, the same for all images. 0. A
+                network without biases, and one that was never trained, has no gradient at zeros.
             jitter: the largest shift, in pixels along each dimension, by which the images are
                 moved in each step before the model sees them (what leaves comes in at the other
                 side); the same for all images. 8; 0 does not move them.
@@ -267,11 +268,14 @@ class ActivationMaximization:
             objectives_before = before - penalties(images)
             space = Fourier(images) if parametrization == "fourier" else Pixels()
             parameters = space.encode(images)
-            ascent = (
-                optimizer([parameters])
-                if callable(optimizer)
-                else OPTIMIZERS[optimizer]([parameters], lr=lr)
-            )
+            if callable(optimizer):
+                ascent = optimizer([parameters])
+                if not isinstance(ascent, torch.optim.Optimizer):
+                    raise TypeError(
+                        f"`optimizer` must make a torch.optim.Optimizer, got {type(ascent)}."
+                    )
+            else:
+                ascent = OPTIMIZERS[optimizer]([parameters], lr=lr)
             history = before.new_zeros(2, n_steps, len(images))
             for step in steps:
                 shift = None if shifts is None else shifts[step]
@@ -298,8 +302,9 @@ class ActivationMaximization:
         if worse:
             warn(
                 f"The objective of {len(worse)} of {len(images)} images did not increase (the "
-                f"first is {worse[0]}): a smaller `lr`, `l2` or `tv`, or a start with `noise`, may "
-                f"help."
+                f"first is {worse[0]}). A smaller `lr`, `l2` or `tv` or more `n_steps` may help, "
+                f"and `noise` where the start itself has no gradient, as zeros in a network "
+                f"without biases."
             )
         return PreferredInputs(
             images,
