@@ -89,14 +89,15 @@ def checked_normalize(normalize: Any) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def channels(normalize: tuple[Tensor, Tensor], images: Tensor) -> list[Tensor]:
-    """Mean and standard deviation, to go with the images."""
-    found = [values.to(images).reshape(-1, *[1] * (images.dim() - 2)) for values in normalize]
-    if len(found[0]) not in (1, images.shape[1]):
+def channels(normalize: tuple[Tensor, Tensor] | None, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, to go with the images; 0 and 1 where they are not known."""
+    values = torch.tensor([[0.0], [1.0]]) if normalize is None else torch.stack(normalize)
+    if values.shape[1] not in (1, images.shape[1]):
         raise ValueError(
-            f"`normalize` is of {len(found[0])} channels, and the images have {images.shape[1]}."
+            f"`normalize` is of {values.shape[1]} channels, and the images have {images.shape[1]}."
         )
-    return found
+    mean, std = values.to(images).reshape(2, -1, *[1] * (images.dim() - 2))
+    return mean, std
 
 
 def pictures(images: Tensor, normalize: tuple[Tensor, Tensor] | None) -> Tensor:

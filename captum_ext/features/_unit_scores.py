@@ -58,6 +58,7 @@ class UnitScores:
         self.forward_func, self.layer, self.kind = forward_func, layer, kind
         self.reshape_transform = reshape_transform
         self.target = target if callable(target) else one_target_each(target, images)
+        self.target = _for_graphs(self.target)
         if layer is not None and isinstance(self.target, Tensor):
             self.target = self.target.tolist()
         if layer is not None and isinstance(self.target, list):
@@ -65,11 +66,7 @@ class UnitScores:
             for t in self.target:
                 assert isinstance(t, tuple), f"Target element type {type(t)} in list is not valid."
         extra = _format_additional_forward_args(additional_forward_args)
-        if extra is not None:  # no graph may hold a tensor that inference_mode made
-            extra = tuple(
-                e.clone() if isinstance(e, Tensor) and e.is_inference() else e for e in extra
-            )
-        self.extra = extra
+        self.extra = None if extra is None else tuple(map(_for_graphs, extra))
 
     def whole_pass(self, images: Tensor) -> Tensor:
         """What a call gives, without a graph; the layer is seen to run, and to run once."""
@@ -144,6 +141,11 @@ class UnitScores:
                     check_one_score_each(a.flatten(2)[..., 0] if a.dim() > 2 else a)
                 score = full_precision(_select_targets(a, target)).reshape(len(a), -1).mean(1)
         return _one_each(score, n)
+
+
+def _for_graphs(value: Any) -> Any:
+    """No graph may hold a tensor that inference_mode made."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _one_each(score: Tensor, n: int) -> Tensor:

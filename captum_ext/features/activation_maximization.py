@@ -179,10 +179,9 @@ class ActivationMaximization:
                 a list or tensor of N targets makes N images.
             additional_forward_args: as in Captum.
             n_steps: of the ascent. 256.
-            optimizer: "adam"; "normalized", the gradient over its root mean square, so that the
-                pixels of each image move by `lr` in the mean; "gradient", which is plain; or a
-                callable that makes a `torch.optim.Optimizer` of a list of tensors, which has an
-                `lr` of its own.
+            optimizer: "adam"; "normalized", the gradient over its root mean square, so that
+                what each step moves has that of `lr`; "gradient", which is plain; or a callable
+                that makes a `torch.optim.Optimizer` of a list of tensors, with its own `lr`.
             lr: eta. 0.02.
             parametrization: what the optimiser moves: "fourier", the frequencies of the image,
                 weighted by 1 / \|f\|, or "pixel". "fourier".
@@ -234,13 +233,11 @@ class ActivationMaximization:
         if tv and start.dim() != 4:
             raise ValueError(f"`tv` is for images (B, C, H, W), got {tuple(start.shape)}.")
         check_generator(generator, start.device)
-        low, high = None, None
-        if self.normalize is not None:
-            mean, std = channels(self.normalize, start)
-            low, high = (-mean / std, (1 - mean) / std) if clip else (None, None)
+        mean, std = channels(self.normalize, start)
+        is_limited = clip and self.normalize is not None
 
         def limited(x: Tensor) -> Tensor:
-            return x if low is None else x.clamp(low, high)
+            return x.clamp(-mean / std, (1 - mean) / std) if is_limited else x
 
         def penalties(x: Tensor) -> Tensor:
             of_size = l2 * x.square().flatten(1).sum(1)
@@ -290,13 +287,14 @@ class ActivationMaximization:
                 ascent.step()
                 images = space.decode(parameters)
                 is_blurred = blur_every and (step + 1) % blur_every == 0 and step + 1 < n_steps
-                if is_blurred or low is not None:
+                if is_blurred or is_limited:
                     images = limited(gaussian(images, blur_sigma) if is_blurred else images)
                     parameters.copy_(space.encode(images))
                 if step % LOOK == 0 or step + 1 == n_steps:
                     _check_finite(images, history[:, : step + 1], lr)
             after = scores.whole_pass(images)
             objectives = after - penalties(images)
+            shown = pictures(images, self.normalize)
         _check_finite(after, history, lr)
         worse = (objectives <= objectives_before).nonzero().flatten().tolist()
         if worse:
@@ -307,14 +305,7 @@ class ActivationMaximization:
                 f"without biases."
             )
         return PreferredInputs(
-            images,
-            pictures(images, self.normalize),
-            before,
-            after,
-            objectives_before,
-            objectives,
-            history[0],
-            history[1],
+            images, shown, before, after, objectives_before, objectives, *history.unbind()
         )
 
 

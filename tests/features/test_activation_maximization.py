@@ -26,7 +26,9 @@ PLAIN: dict[str, Any] = {
     "jitter": 0,
     "blur_every": 0,
 }
+GREY = ((0.5,) * 3, (0.2,) * 3)
 SIZES = {1: (13,), 2: (12, 9), 3: (6, 7, 5)}
+pytestmark = pytest.mark.filterwarnings("ignore:The objective of")
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -515,15 +517,19 @@ def test_grad_modes_and_frozen_parameters(mode: Any, layer: Any, trace_free: Tra
     net, start = small_net(), torch.randn(1, 3, 12, 9)
     expected = maximize(net, start, layer=layer)
     net.requires_grad_(False)
+    targets, factor = [1, 1], torch.ones(())
+    several = maximize(net, start, targets, layer=layer, normalize=GREY)
     with mode(), trace_free(net, start):
         found = maximize(net, start, layer=layer)
-        made_here = maximize(net, start + 0, layer=layer)
-    for images in (found.images, made_here.images):
-        assert torch.equal(images, expected.images)
-        assert not images.requires_grad
-        assert not images.is_inference()
-    assert not found.scores.requires_grad
-    assert not found.objective_history.requires_grad
+        made_here = maximize(
+            lambda x, factor: net(x * factor), start + 0, torch.tensor(targets), layer=net.conv2
+            if layer else None, normalize=GREY, additional_forward_args=factor + 0,
+        )  # fmt: skip
+    assert torch.equal(found.images, expected.images)
+    assert torch.equal(made_here.images, several.images)
+    for value in (*vars(found).values(), *vars(made_here).values()):
+        assert not value.requires_grad
+        assert not value.is_inference()
     grown = maximize(net, start.clone().requires_grad_(), layer=layer)
     assert torch.equal(grown.images, expected.images)
 
