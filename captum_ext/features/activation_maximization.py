@@ -79,8 +79,8 @@ class ActivationMaximization:
     .. math::
         I^* = \arg\max_I \; S(I) - \lambda \|I\|_2^2 - \lambda_{TV} TV(I)
 
-    is found by gradient ascent on the image, from zeros, the mean colour of normalised images. By
-    plain ascent without TV a step is
+    is found by gradient ascent on the image, from zeros, the mean colour of normalised images. Of
+    plain ascent (``optimizer="gradient", parametrization="pixel"``) without TV a step is
 
     .. math::
         I \leftarrow I + \eta \, (\partial S / \partial I - 2 \lambda I)
@@ -182,7 +182,7 @@ class ActivationMaximization:
             optimizer: "adam"; "normalized", the gradient over its root mean square, so that
                 what each step moves has that of `lr`; "gradient", which is plain; or a callable
                 that makes a `torch.optim.Optimizer` of a list of tensors, with its own `lr`.
-            lr: eta. 0.02.
+            lr: eta. 0.02, for the first two; plain ascent needs one that goes with the scores.
             parametrization: what the optimiser moves: "fourier", the frequencies of the image,
                 weighted by 1 / \|f\|, or "pixel". "fourier".
             l2: lambda, of the sum of squares of the image's numbers. 1e-4.
