@@ -161,17 +161,16 @@ def test_a_normalized_step_moves_pixels_by_lr() -> None:
 
 def test_total_variation() -> None:
     """A step of plain ascent, by hand: each pair of neighbours pulls its pixels together."""
-    start = torch.tensor([[[[0.0, 3.0, 3.0], [1.0, 1.0, 4.0]]]]).double()
-    net, v, b = linear(1, 2, 3)
+    start = torch.tensor([[[0.0, 3.0, 3.0], [1.0, 1.0, 4.0]], [[0, 0, 0], [0, 0, 2]]]).double()[
+        None
+    ]
+    net, v, b = linear(2, 2, 3)
     found = maximize(net, start, 0, n_steps=1, lr=0.1, l2=0.0, tv=0.5, **PLAIN)
-    pull = torch.tensor([[2.0, -2.0, 1.0], [-1.0, 2.0, -2.0]]).double()
-    pull[0, 1] = -1 + 0 - 1  # up from 0 on the left, and down to 1 below
-    torch.testing.assert_close(
-        found.images, start + 0.1 * (v[None] + 0.5 * pull).reshape(start.shape)
-    )
-    score = (v * start[0]).sum() + b
+    pull = torch.tensor([[[2.0, -2.0, 1.0], [-1.0, 2.0, -2.0]], [[0, 0, 1], [0, 1, -2]]]).double()
+    torch.testing.assert_close(found.images, start + 0.1 * (v + 0.5 * pull))
+    score = (v * start).sum() + b
     torch.testing.assert_close(found.scores_before, score)
-    torch.testing.assert_close(found.objectives_before, score - 0.5 * (3 + 3 + 1 + 2 + 1))
+    torch.testing.assert_close(found.objectives_before, score - 0.5 * (3 + 3 + 1 + 2 + 1 + 2 + 2))
 
 
 # --- parametrisations ----------------------------------------------------------------------------
@@ -273,9 +272,10 @@ def test_images_stay_what_pictures_can_be(parametrization: str) -> None:
     torch.testing.assert_close(bare.pictures, 0.5 + bare.images / (2 * bare.images.abs().max()))
 
 
-def test_a_picture_of_nothing() -> None:
+@pytest.mark.parametrize("optimizer", ["adam", "normalized", "gradient"])
+def test_a_picture_of_nothing(optimizer: str) -> None:
     with pytest.warns(UserWarning, match="did not increase"):
-        found = maximize(lambda x: 0 * x.mean((2, 3)), torch.zeros(1, 3, 4, 4))
+        found = maximize(lambda x: 0 * x.mean((2, 3)), torch.zeros(1, 3, 4, 4), optimizer=optimizer)
     assert (found.pictures == 0.5).all()
     assert not found.images.any()
 
