@@ -1,0 +1,90 @@
+"""What the settings of activation maximisation give, on a trained network, in one run.
+
+    python -m tests.benchmarks.activation_maximization [--size N] [--steps N] [--threads N]
+                                                       [--pictures FOLDER]
+
+A table in Markdown, and with `--pictures` a strip of pictures for each of its rows. All rows have
+the same classes, steps and random numbers, and differ from the defaults in what their name says.
+Means over the classes, of the found images and the network that they were found on: the logit; the
+logit of the images shifted by a few pixels; and, blurred by two pixels, which fine patterns do not
+outlast, the logit and the probability of the class. Times are of the processor, for all classes.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator
+
+from captum_ext.demo import load_model
+from captum_ext.features import ActivationMaximization
+from captum_ext.imaging import blur
+
+CLASSES = {
+    "goldfish": 1,
+    "macaw": 88,
+    "flamingo": 130,
+    "tiger": 292,
+    "balloon": 417,
+    "desktop computer": 527,
+    "sports car": 817,
+    "pizza": 963,
+}
+ROWS: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "pixels": {"parametrization": "pixel"},
+    "no blur": {"blur_every": 0},
+    "pixels, no blur": {"parametrization": "pixel", "blur_every": 0},
+    "no jitter": {"jitter": 0},
+    "normalized gradient": {"optimizer": "normalized"},
+}
+SHIFTS = ((3, -5), (-6, 2), (7, 7), (-4, -8))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--size", type=int, default=128, help="of the images, in pixels")
+    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pictures", type=Path, help="a folder for PNGs")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    demo = load_model()
+    net, targets = demo.module.requires_grad_(False), list(CLASSES.values())
+    each = (range(len(targets)), targets)
+    normalize = (demo.preprocess.mean, demo.preprocess.std)
+    print("| | logit | shifted | blurred | probability, blurred | lowest probability | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for name, row in ROWS.items():
+        start = time.process_time()
+        found = ActivationMaximization(net, normalize=normalize).maximize(
+            (3, options.size, options.size),
+            targets,
+            n_steps=options.steps,
+            generator=Generator().manual_seed(0),
+            **row,
+        )
+        seconds = time.process_time() - start
+        x = found.images
+        shifted = torch.stack([net(torch.roll(x, shift, (2, 3)))[each] for shift in SHIFTS])
+        blurred = net(blur(x, 13, 2.0))
+        numbers = (
+            found.scores.mean(),
+            shifted.mean(),
+            blurred[each].mean(),
+            blurred.softmax(1)[each].mean(),
+            net(x).softmax(1)[each].min(),
+        )
+        cells = " | ".join(f"{float(value):.2f}" for value in numbers)
+        print(f"| {name} | {cells} | {seconds:.0f} |", flush=True)
+        if options.pictures is not None:
+            from torchvision.utils import save_image
+
+            options.pictures.mkdir(parents=True, exist_ok=True)
+            save_image(found.pictures, options.pictures / f"{name}.png", nrow=len(targets))
+
+
+if __name__ == "__main__":
+    main()
