@@ -94,6 +94,15 @@ class ActivationMaximization:
     is run up to that layer only. A batch has an image for each target, and each is what it would be
     alone.
 
+    **Defaults.** On an EfficientNet-lite0, 128 pixels, eight classes, 256 steps, each of which has
+    a probability of 1.000 in the end: moved by their Fourier coefficients, images reach a mean
+    logit of 65.5, and the classes keep a probability of 0.91 where the images are blurred by 2
+    pixels; moved by their pixels, 59.3 and 0.41. Without the blur between steps it is 66.8 and
+    0.23, of pixels 63.0 and 0.11: fine patterns, which no object has. Without jitter it is 91.4,
+    but 28.6 where the images are shifted by some pixels. (`python -m
+    tests.benchmarks.activation_maximization`.) Units of early layers, which look for fine patterns,
+    have higher and cleaner images by pixels.
+
     Args:
         forward_func: the model; it gives logits, classes in dimension 1.
         layer: the module, or its dotted name, whose units are looked at; None looks at the model's
