@@ -494,7 +494,10 @@ def test_an_image_given() -> None:
     assert found.images.shape == (3, 3, 12, 9)
     assert torch.equal(start, kept)
     torch.testing.assert_close(found.scores_before, net(start)[0, :3].detach())
-    assert torch.equal(found.score_history.isfinite(), torch.ones(6, 3, dtype=torch.bool))
+    assert found.score_history.shape == found.objective_history.shape == (6, 3)
+    finer = maximize(net, start.double(), [0, 1, 2])
+    assert finer.images.dtype == torch.float64, "what the model takes is in its own dtype"
+    torch.testing.assert_close(finer.images.float(), found.images, rtol=1e-4, atol=1e-5)
 
 
 def test_additional_arguments() -> None:
@@ -593,6 +596,17 @@ def test_it_leaves_no_trace(error: BaseException | None, layer: Any, trace_free:
     with warned as caught, trace_free(net, start), raises:
         maximize(net, start, layer=layer)
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("jitter", [0, 2])
+@pytest.mark.parametrize("layer", ["conv2", None])
+def test_a_model_that_works_in_place(jitter: int, layer: Any) -> None:
+    net, start = small_net(dtype=torch.float64), torch.randn(1, 3, 12, 9).double()
+    options = {"jitter": jitter, "layer": layer and net.conv2}
+    found = maximize(lambda x: net(x.sub_(0.1)), start, **options)
+    expected = maximize(lambda x: net(x - 0.1), start, **options)
+    assert torch.equal(found.images, expected.images)
+    assert torch.equal(found.scores_before, expected.scores_before)
 
 
 def test_parameters_get_no_gradients() -> None:
