@@ -65,6 +65,7 @@ def test_a_linear_model_reaches_its_optimum(dims: int) -> None:
     torch.testing.assert_close(found.objectives_before, b)
     one = maximize(net, shape, 0, n_steps=1, lr=0.5 / l2, l2=l2, **PLAIN)
     torch.testing.assert_close(one.images, v / (2 * l2), rtol=1e-14, atol=0)
+    assert one.images.grad is None
 
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "normalized"}, {"optimizer": "adam"}])
@@ -402,6 +403,24 @@ def test_the_model_runs_up_to_the_layer_only() -> None:
     maximize(net, (3, 12, 9), 1, layer="conv2", n_steps=5)
     assert runs["fc"] == 2
     assert runs["conv2"] >= 5
+
+
+def test_a_model_that_falls_back_on_errors() -> None:
+    """How we leave it at the layer is none of them."""
+    net = small_net(dtype=torch.float64)
+    failures: list[Exception] = []
+
+    def forward(x: Tensor) -> Tensor:
+        try:
+            return net(x)
+        except Exception as error:
+            failures.append(error)
+            return x.mean((2, 3))
+
+    start = torch.zeros(1, 3, 12, 9).double()
+    found = maximize(forward, start, layer=net.conv2)
+    assert torch.equal(found.images, maximize(net, start, layer=net.conv2).images)
+    assert not failures
 
 
 def test_a_layer_with_a_step_in_place_behind_it() -> None:
