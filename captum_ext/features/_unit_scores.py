@@ -12,13 +12,12 @@ from captum_ext._compat import (
     _run_forward,
     _select_targets,
 )
+from captum_ext._front import up_to_layer
 from captum_ext._model import (
     Forward,
-    Seen,
     Tensors,
     check_one_score_each,
     full_precision,
-    intercept,
     layer_activations,
     one_target_each,
     scored,
@@ -26,10 +25,6 @@ from captum_ext._model import (
 )
 
 SCALE = 1024  # of an fp16 score in the backward pass: it has no numbers for a pixel's share
-
-
-class _ReachedError(BaseException):
-    """The layer has run, and nothing behind it is needed. No model's `except Exception` has it."""
 
 
 class UnitScores:
@@ -79,9 +74,11 @@ class UnitScores:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B,), in float32 or better."""
-        x = images.to(self.kind, copy=True)  # the model's first step may work in place
         if self.layer is not None:
-            return self._of_layer(self._activations(self.layer, x), len(images))
+            inputs = (images.to(self.kind),)
+            found = up_to_layer(self.forward_func, self.layer, inputs, self.extra)
+            return self._of_layer(found, len(images))
+        x = images.to(self.kind, copy=True)  # the model's first step may work in place
         output = _run_forward(scored(self.forward_func, "logit"), (x,), self.target, self.extra)
         check_one_score_each(output)
         return _one_each(output.flatten(), len(images))
@@ -107,22 +104,6 @@ class UnitScores:
                 "`forward_func` gives scores that have no gradient with respect to its input."
             )
         return score.detach(), found / scale
-
-    def _activations(self, layer: Module, x: Tensor) -> Tensors:
-        seen = Seen(self.forward_func, [layer], None)
-
-        def keep(index: int, tensors: Tensors) -> Tensors:
-            seen.by_device[index][tensors[0].device] = tensors
-            if not seen.parallel:
-                raise _ReachedError
-            return tuple(t.clone() for t in tensors)  # the model may go on in place
-
-        try:
-            with intercept([layer], keep, every_thread=seen.parallel):
-                _run_forward(self.forward_func, (x,), None, self.extra)
-        except _ReachedError:
-            pass
-        return seen.gather()[0]
 
     def _of_layer(self, activations: Tensors, n: int) -> Tensor:
         if len(activations) != 1:

@@ -7,15 +7,12 @@ from kornia.color import rgb_to_grayscale
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._compat import _run_forward
+from captum_ext._front import up_to_layer
 from captum_ext._model import (
     Forward,
-    Tensors,
-    copies,
     find_module,
     floating_type,
     full_precision,
-    intercept,
     module_name,
     root_module,
 )
@@ -97,17 +94,7 @@ class LayerEncoder:
         Raises:
             ValueError: the layer does not run, or has no height and width.
         """
-        try:
-            with intercept([self.layer], _stop):
-                _run_forward(self.forward_func, copies((images,)))
-        except _ReachedError as reached:
-            tensors = reached.tensors
-        else:
-            raise ValueError(
-                f"`layer` {self.name} did not run in the forward pass. Is it part of this model, "
-                f"eager and not compiled?"
-            )
-        latents = tensors[0]
+        latents = up_to_layer(self.forward_func, self.layer, (images,))[0]
         if self.reshape_transform is not None:
             latents = self.reshape_transform(latents)
         if latents.dim() != 4 or latents.shape[2:].numel() == 1:
@@ -117,18 +104,6 @@ class LayerEncoder:
                 f"Choose a layer in front of the pooling, or a `reshape_transform` for tokens."
             )
         return full_precision(latents)
-
-
-class _ReachedError(Exception):
-    """Ends a forward pass: the layer's tensors are known."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        super().__init__()
-        self.tensors = tensors
-
-
-def _stop(index: int, tensors: Tensors) -> Tensors:
-    raise _ReachedError(tensors)
 
 
 def stride_of(encoder: LayerEncoder, images: Tensor) -> tuple[int, int]:
