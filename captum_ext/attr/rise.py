@@ -380,7 +380,9 @@ def _blend(x: Tensor, baseline: Tensor | float, masks: Tensor) -> Tensor:
     m = masks.to(x.dtype)[:, None, None]
     if not isinstance(baseline, Tensor) and baseline == 0:
         return (x * m).flatten(0, 1)
-    return torch.lerp(torch.as_tensor(baseline, dtype=x.dtype, device=x.device), x, m).flatten(0, 1)
+    # A number that is copied to the device would make each pass wait for it.
+    fill = baseline.to(x) if isinstance(baseline, Tensor) else x.new_full((), baseline)
+    return torch.lerp(fill, x, m).flatten(0, 1)
 
 
 def _probabilities(output: Tensor) -> Tensor:

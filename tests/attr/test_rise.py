@@ -649,3 +649,84 @@ def test_scores_that_are_not_finite(value: float, estimator: str, at: int) -> No
 
     with pytest.raises(ValueError, match="scores of the masked inputs are not finite"):
         rise(images(), forward, score="logit", estimator=estimator, perturbations_per_eval=5)
+
+
+# --- a GPU ---------------------------------------------------------------------------------------
+
+DEVICE = "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("estimator", ["standard", "self-normalized"])
+@pytest.mark.parametrize("fill", [None, 0.5, "blur", "tensor"])
+def test_on_a_gpu_it_is_what_it_is_on_a_cpu(
+    fill: Any, estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the numbers that the CPU's generator draws; a GPU's draws others."""
+    x, n = images(2, 12, 12), 2 * BLOCK
+    fill = torch.randn(2, 3, 12, 12).double() if fill == "tensor" else fill
+    options = {"targets": [0, [3, 1]], "n_masks": n, "estimator": estimator, "tolerance": 1e-9}
+    expected = estimate(x, small_net(dtype=torch.float64), baselines=fill, **options)
+    drawn, draw = [], torch.rand
+
+    def from_the_cpu(*size: int, generator: Generator, device: Any, **kind: Any) -> Tensor:
+        assert torch.device(device).type == generator.device.type == DEVICE
+        drawn.append(draw(*size, generator=numbers, **kind))
+        return drawn[-1].to(device)
+
+    numbers = seeded()
+    monkeypatch.setattr(torch, "rand", from_the_cpu)
+    given = fill.to(DEVICE) if isinstance(fill, Tensor) else fill
+    options["generator"] = Generator(DEVICE)
+    net = small_net(dtype=torch.float64).to(DEVICE)
+    found = estimate(x.to(DEVICE), net, baselines=given, **options)
+    assert len(drawn) == 2
+    assert {each.device.type for each in vars(found).values()} == {DEVICE}
+    torch.testing.assert_close(found.maps.cpu(), expected.maps, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        found.standard_errors.cpu(), expected.standard_errors, rtol=1e-6, atol=0
+    )
+    assert torch.equal(found.n_masks.cpu(), expected.n_masks)
+
+
+@pytest.mark.gpu
+def test_random_numbers_of_a_gpu() -> None:
+    x, net = images().to(DEVICE), small_net(dtype=torch.float64).to(DEVICE)
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    generator = Generator(DEVICE)
+    first = rise(x, net, generator=generator.manual_seed(3))
+    again = rise(x, net, generator=generator.manual_seed(3), perturbations_per_eval=3)
+    assert first.device.type == DEVICE
+    torch.testing.assert_close(again, first, rtol=1e-10, atol=1e-12)
+    assert not torch.equal(rise(x, net, generator=generator.manual_seed(4)), first)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(torch.cuda.get_rng_state(), states[1])
+    torch.cuda.manual_seed(3)
+    torch.testing.assert_close(rise(x, net, generator=None), first, rtol=1e-10, atol=1e-12)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert not torch.equal(torch.cuda.get_rng_state(), states[1])
+    with pytest.raises(ValueError, match="`generator` must be on the device"):
+        rise(x, net)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fill", [None, 0.5, "blur"])
+def test_passes_do_not_wait_for_a_gpu(fill: Any) -> None:
+    """Nor leave it: within a block, from its first pass to its last."""
+    x, small, size = images(dtype=torch.float32).to(DEVICE), small_net().to(DEVICE), 16
+    passes = itertools.count()
+
+    def net(x: Tensor) -> Tensor:
+        at = next(passes) % (BLOCK // size)
+        torch.cuda.set_sync_debug_mode("error" if at < BLOCK // size - 1 else "default")
+        found: Tensor = small(x)
+        return found
+
+    try:
+        estimate(
+            x, net, [0, 3], n_masks=2 * BLOCK, baselines=fill, generator=Generator(DEVICE),
+            perturbations_per_eval=size,
+        )  # fmt: skip
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert next(passes) == 2 * BLOCK // size
