@@ -36,6 +36,8 @@ from captum_ext.cli import explain, methods
 
 torch.set_num_threads(1)
 
+EVERY = (*methods.METHODS, *methods.ON_REQUEST)
+
 
 def run(*argv):
     try:
@@ -185,19 +187,20 @@ def test_every_layer_method_is_in_the_table():
         "LayerTokenGradCam is what grad-cam is on transformers"
     )
     for attribute in ("name", "title", "class_name"):
-        assert len({getattr(m, attribute) for m in methods.METHODS}) == len(methods.METHODS)
+        assert len({getattr(m, attribute) for m in EVERY}) == len(EVERY)
 
 
 def test_families_are_those_of_the_classes():
-    from captum.attr import GradientAttribution, PerturbationAttribution
+    from captum.attr import GradientAttribution, LayerAttribution, PerturbationAttribution
 
-    for method in methods.METHODS:
+    for method in EVERY:
         cls = getattr(captum_ext.attr, method.class_name, LayerGradCam)
         assert (method.family == "gradient") == issubclass(cls, GradientAttribution)
         assert (method.family == "masking") == issubclass(cls, PerturbationAttribution)
+        assert method.at_layer == issubclass(cls, LayerAttribution)
 
 
-@pytest.mark.parametrize("method", methods.METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", EVERY, ids=lambda m: m.name)
 def test_passes_and_gradients_are_as_the_table_says(method):
     torch.manual_seed(0)
     conv, relu = nn.Conv2d(3, 40, 3), nn.ReLU()
@@ -219,7 +222,8 @@ def test_methods_command(capsys):
     lines = captured.out.splitlines()
     assert captured.err == ""
     assert max(map(len, lines)) < 100
-    for line, method in zip(lines[1:], methods.METHODS, strict=False):
+    assert len(EVERY) == 13
+    for line, method in zip(lines[1:], EVERY, strict=False):
         assert line.split()[:3] == [method.name, method.class_name, method.family]
         assert line.endswith(f"{method.authors} {method.year}")
         assert line.index(method.class_name) == lines[0].index("class")
@@ -230,6 +234,9 @@ def test_names_are_matched_in_any_spelling():
     found = methods.find_methods(["Grad-CAM++", "SCORE_CAM", "layercam", "cam", "score-cam"])
     assert [m.name for m in found] == ["grad-cam++", "score-cam", "layer-cam", "cam"]
     assert methods.find_methods(None) == methods.METHODS
+    assert [m.name for m in methods.find_methods(["RISE", "cam"])] == ["rise", "cam"]
+    with pytest.raises(demo.InputError, match="unknown method 'rise'"):
+        methods.find_methods(["rise"], at_layer=True)
 
 
 def test_version_and_help_do_not_import_torch():
@@ -377,6 +384,70 @@ def test_warnings_of_the_library_are_notes():
         _, notes = explain.run_methods(explainable(Branch()), torch.rand(1, 3, 8, 8), 1, method)
     assert len(notes) == 1
     assert "`conv` cannot be run" in notes[0]
+
+
+# --- RISE, which is of no layer ------------------------------------------------------------------
+
+
+def few_masks(monkeypatch, n=40):
+    few = tuple(dataclasses.replace(method, n_masks=n) for method in methods.ON_REQUEST)
+    monkeypatch.setattr(methods, "ON_REQUEST", few)
+
+
+def test_rise_is_the_librarys_from_its_smallest_value_on(squeezenet, photo, here, monkeypatch):
+    few_masks(monkeypatch)
+    net, path = squeezenet
+    drawn = []
+    original = gallery.gallery
+
+    def keep(image, maps, *titles):
+        drawn.append((maps, titles))
+        return original(image, maps, *titles)
+
+    monkeypatch.setattr(gallery, "gallery", keep)
+    flags = ("--model", "squeezenet1_1", "--weights", path, "--device", "cpu", "--target", 3)
+    for names in (["RISE"], ["rise", "layer-cam"]):
+        assert run("explain", photo, *flags, "--method", *names) == 0
+    (alone, titles), (both, others) = drawn
+    x = demo.load_model("squeezenet1_1", path).preprocess(demo.load_image(photo))
+    generator = torch.Generator().manual_seed(0)
+    expected = captum_ext.attr.RISE(net).attribute(x, target=3, n_masks=40, generator=generator)
+    expected = expected[0, 0] - expected.min()
+    assert expected.max() > 1e-3
+    torch.testing.assert_close(alone["RISE (2018)"], expected, rtol=1e-3, atol=1e-6)
+    assert torch.equal(both["RISE (2018)"], alone["RISE (2018)"])
+    assert titles[1] == "squeezenet1_1"
+    assert others[1] == "squeezenet1_1, layer features"
+
+
+def test_rise_needs_no_layer(squeezenet, photo, here, capsys, monkeypatch):
+    few_masks(monkeypatch)
+
+    def unfindable(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(demo, "find_layer", unfindable)
+    flags = ("explain", photo, "--model", "squeezenet1_1", "--weights", squeezenet[1])
+    assert run(*flags, "--method", "rise") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "layer" not in captured.out
+    assert "rise" in captured.out
+    Path("explanation.png").unlink()
+    assert run(*flags, "--method", "rise", "--layer", "features") == 2
+    assert "rise takes no --layer" in one_line(capsys)
+    assert not list(here.iterdir())
+
+
+def test_rise_that_does_not_work_is_not_of_a_layer():
+    class Broken(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * torch.nan
+
+    conv = nn.Sequential(Broken(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    rise = methods.find_methods(["rise"])
+    with pytest.raises(demo.InputError, match=r"^rise does not work on net: The scores of the"):
+        explain.run_methods(explainable(conv), torch.rand(1, 3, 8, 8), 1, rise, keep_going=False)
 
 
 # --- images --------------------------------------------------------------------------------------

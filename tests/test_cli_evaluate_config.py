@@ -1,5 +1,6 @@
 """`captum-ext evaluate --config`: settings in YAML, methods and metrics with options."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from captum.attr import IntegratedGradients, LayerGradCam
 
 from captum_ext import cli, demo, evaluation
-from captum_ext.attr import AugmentedSR, LayerCam, SESSWrapper
+from captum_ext.attr import FIDO, RISE, AugmentedSR, LayerCam, SESSWrapper
 from captum_ext.cli.attributions import find_attributions
 from captum_ext.cli.config import read_config
 from captum_ext.cli.pictures import Folder
@@ -121,6 +122,13 @@ def test_every_flag_has_a_key(capsys):
         ("method: {cam: {sess: 3}}", "method: cam: sess: expected a mapping, got 3"),
         ("method: {a: cams}", "unknown method 'cams'"),
         ("method: {a: {method: Saliency, layer: conv1}}", "method: a: Saliency takes no layer"),
+        ("method: {a: {method: rise, layer: conv1}}", "method: a: RISE takes no layer"),
+        ("method: {RISE: {arguments: {n_masks: 0}}}", "RISE does not work on resnet18: `n_masks`"),
+        ("method: {RISE: {arguments: {n_masks: 9.5}}}", "RISE does not work on resnet18: `n_masks"),
+        ("method: {rise: {arguments: {grids: 3}}}", "rise does not work on resnet18: "),
+        ("method: {rise: {arguments: {grid: 33}}}", "`grid` is finer than the inputs"),
+        ("method: {F: {method: FIDO, arguments: {n_steps: 0}}}", "F does not work on resnet18: "),
+        ("method: {F: {method: FIDO, arguments: {lr: fast}}}", "F does not work on resnet18: "),
         ("method: {a: {method: Saliency, arguments: {ab: 1}}}", "a does not work on resnet18: "),
         ("method: {cam: {sess: {scale: 3}}}", "cam does not work at layer layer4 of resnet18: "),
         ("method: cam\nmetrics: {insertion: {stp: 1}}", "got 'stp'"),
@@ -194,6 +202,61 @@ metrics: {insertion: {step: 0.5}, average_drop: }
     assert len({str(each) for each in found.figures.values()}) == 5  # which are five maps
 
 
+def test_rise_and_fido_with_arguments(config, resnet):
+    text = """
+layer: layer2
+method:
+  RISE: {arguments: {n_masks: 30, grid: [3, 4], p: 0.4, baselines: blur, perturbations_per_eval: 9}}
+  wide: {method: rise, arguments: {n_masks: 30, tolerance: 0.1}, sess: {window: 32, scales: [40]}}
+  FIDO: {arguments: {n_steps: 2, n_masks: 1, baselines: mean}}
+metrics: average_drop
+"""
+    assert run(*config(text)) == 0
+    net = demo.load_model("resnet18", resnet).module
+    few = {"n_masks": 30, "grid": (3, 4), "p": 0.4, "baselines": "blur"}
+    straight = {
+        "RISE": (RISE(net), {**few, "perturbations_per_eval": 9}),
+        "wide": (
+            SESSWrapper(RISE(net), window=32, scales=[40]),
+            {"n_masks": 30, "tolerance": 0.1, "perturbations_per_eval": 16},
+        ),
+        "FIDO": (
+            FIDO(net),
+            {"n_steps": 2, "n_masks": 1, "baselines": "mean", "internal_batch_size": 16},
+        ),
+    }
+    options = {"size": 32, "output": "straight", "show_progress": False}
+    found = evaluation.evaluate(straight, Folder("data"), ["average_drop"], **options)
+    assert summary("evaluation").figures == found.figures
+    assert len({str(each) for each in found.figures.values()}) == 3
+
+
+def test_trials_of_what_takes_minutes_are_short(command, monkeypatch):
+    """But for the trial, as many passes as were asked for; as it comes, a thousand masks."""
+    trials = []
+
+    def keep(arguments, made, opened, loaded):
+        for _, kwargs in made.values():
+            assert kwargs.get("n_masks", 1000) == 1000
+        raise KeyboardInterrupt
+
+    def counted(name, cls):
+        original = cls.attribute
+
+        def attribute(self, inputs, *args, **kwargs):
+            trials.append((name, kwargs.get("n_masks"), kwargs.get("n_steps")))
+            return original(self, inputs, *args, **kwargs)
+
+        attribute.__signature__ = inspect.signature(original)
+        monkeypatch.setattr(cls, "attribute", attribute)
+
+    counted("RISE", RISE)
+    counted("FIDO", FIDO)
+    monkeypatch.setattr(cli.evaluate, "evaluated", keep)
+    assert run(*command, "--method", "rise", "FIDO") == 130
+    assert trials == [("RISE", 1, None), ("FIDO", None, 1)]
+
+
 def test_a_run_with_drawn_copies_goes_on(config, capsys):
     text = "layer: layer2\nbatch-size: 1\nmetrics: average_drop\nmethod:\n"
     argv = config(f"{text}  moved: {{method: grad-cam, augmented-sr: {{n_augmentations: 2}}}}")
@@ -214,6 +277,8 @@ def test_classes_of_captum_on_the_command_line(command):
 def test_names_are_found_in_any_spelling_and_once():
     found = find_attributions(["Grad_CAM", "gradcam", "Saliency", "Saliency"])
     assert [one.name for one in found] == ["grad-cam", "Saliency"]
+    rise = find_attributions(["RISE", "rise", "FIDO"])
+    assert [one.name for one in rise] == ["rise", "FIDO"]
     assert [one.name for one in find_attributions(None)] == [m.name for m in cli.methods.METHODS]
 
 

@@ -341,6 +341,7 @@ def test_folders_of_something_else(content, said, here, command, capsys):
     ("options", "said"),
     [
         (["--guide", "grdcam"], "unknown method 'grdcam'. Closest: grad-cam"),
+        (["--guide", "rise"], "unknown method 'rise'. Closest: "),
         (["--model", "resnet1"], "Closest: resnet18"),
         (["--weights", "none.pt"], "'none.pt' does not exist"),
         (["--layer", "layer5"], "Closest: layer"),

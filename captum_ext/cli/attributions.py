@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from captum_ext.cli.methods import (
     METHODS,
-    PERTURBATIONS_PER_EVAL,
+    ON_REQUEST,
     Method,
+    arguments_of,
     attribution,
     find_methods,
 )
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _WRAPPERS = {"sess": "SESSWrapper", "augmented-sr": "AugmentedSR"}
 _KEYS = ("method", "layer", "arguments", *_WRAPPERS)
 _REFUSALS = (ValueError, RuntimeError, AssertionError)
+# What a trial runs of the methods that take minutes.
+_TRIED = {"RISE": {"n_masks": 1}, "FIDO": {"n_steps": 1}}
 
 
 class Asked(NamedTuple):
@@ -28,7 +31,7 @@ class Asked(NamedTuple):
 
     Attributes:
         name: what it is called in the results.
-        kind: a layer method, or a class that takes a model.
+        kind: a method of `captum-ext methods`, or a class that takes a model.
         layer: of the layer method; None is the command's.
         wrappers: around it, from the inside out, with their options.
         arguments: of `attribute`.
@@ -42,7 +45,7 @@ class Asked(NamedTuple):
 
     @property
     def has_options(self) -> bool:
-        """Whether there is more of it than the name of a layer method."""
+        """Whether there is more of it than the name of a method."""
         return not isinstance(self.kind, Method) or bool(self.wrappers or self.arguments)
 
 
@@ -85,8 +88,8 @@ def _with_options(name: str, options: Any) -> Asked:
         elif not isinstance(value, Mapping | None):
             raise InputError(f"method: {name}: {key}: expected a mapping, got {value!r}")
     kind = _find(options.get("method", name))
-    if "layer" in options and not isinstance(kind, Method):
-        raise InputError(f"method: {name}: {kind.__name__} takes no layer")
+    if "layer" in options and not (isinstance(kind, Method) and kind.at_layer):
+        raise InputError(f"method: {name}: {_class_name(kind)} takes no layer")
     wrappers = {key: _plain(options[key] or {}) for key in options if key in _WRAPPERS}
     arguments = _plain(options.get("arguments") or {})
     return Asked(name, kind, options.get("layer"), wrappers, arguments)
@@ -109,8 +112,12 @@ def _find(name: str) -> "Method | type[Attribution]":
         classes = _classes()
         if name in classes:
             return classes[name]
-        names = [*(method.name for method in METHODS), *classes]
+        names = [*(method.name for method in (*METHODS, *ON_REQUEST)), *classes]
         raise InputError(f"unknown method {name!r}. Closest: {closest(name, names)}") from None
+
+
+def _class_name(kind: "Method | type[Attribution]") -> str:
+    return kind.class_name if isinstance(kind, Method) else kind.__name__
 
 
 def _classes() -> "dict[str, type[Attribution]]":
@@ -173,10 +180,11 @@ def make_attributions(
     for one in asked:
         where, reshape_transform = demo.find_layer(loaded, x, one.layer or layer)
         refusals = (*_REFUSALS, TypeError, LookupError) if one.has_options else _REFUSALS
-        at = f"at layer {where} of" if isinstance(one.kind, Method) else "on"
+        at_layer = isinstance(one.kind, Method) and one.kind.at_layer
+        at = f"at layer {where} of" if at_layer else "on"
         try:
             found, kwargs = _made(one, loaded, where, reshape_transform, batch_size, seed)
-            found.attribute(x, target=target, **kwargs)
+            found.attribute(x, target=target, **_short(one, kwargs))
         except refusals as error:
             said = f"{one.name} does not work {at} {loaded.name}: {error}"
             if not keep_going:
@@ -188,6 +196,17 @@ def make_attributions(
         where = demo.find_layer(loaded, x, layer)[0]
         raise InputError(f"no method works at layer {where} of {loaded.name}: name another --layer")
     return made, notes
+
+
+def _short(one: Asked, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a trial. What is wrong stays as it is, to be refused."""
+    few = _TRIED.get(_class_name(one.kind), {})
+    cut = {
+        key: n
+        for key, n in few.items()
+        if isinstance(kwargs.get(key, n), int) and kwargs.get(key, n) >= n
+    }
+    return {**kwargs, **cut}
 
 
 def _made(
@@ -205,10 +224,7 @@ def _made(
     kwargs: dict[str, Any] = {}
     if isinstance(one.kind, Method):
         found = attribution(one.kind, loaded, layer, reshape_transform)
-        if one.kind.rectify:
-            kwargs["relu_attributions"] = True
-        if one.kind.family == "masking":
-            kwargs["perturbations_per_eval"] = PERTURBATIONS_PER_EVAL
+        kwargs |= arguments_of(one.kind)
     else:
         found = one.kind(loaded.module)
         known = inspect.signature(one.kind.attribute).parameters

@@ -101,8 +101,8 @@ def add_command(commands: Any) -> None:
         *add_options(
             one,
             "--method",
-            help="see `captum-ext methods`, or a class of Captum that needs a model alone, such as "
-            "IntegratedGradients (default: all of `captum-ext methods`)",
+            help="see `captum-ext methods`, or FIDO, or a class of Captum that needs a model "
+            "alone, such as IntegratedGradients (default: all methods of a layer)",
         ),
         *add_options(one, "--layer"),
         one.add_argument(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from captum_ext.cli.methods import (
     METHODS,
-    PERTURBATIONS_PER_EVAL,
     Method,
+    arguments_of,
     attribution,
     find_methods,
 )
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a method gave: the map at the size of the input, (H, W), and the seconds it took."""
+    """What a method gave: the map to be drawn, (H, W) as the input, and the seconds it took."""
 
     method: Method
     map: "Tensor"
@@ -41,9 +41,10 @@ def add_command(commands: Any) -> None:
     """Add `explain` to the subparsers of the command line."""
     one = commands.add_parser(
         "explain",
-        help="explain an image by layer methods, as a picture",
+        help="explain an image by many methods, as a picture",
         description="Explain what an image classifier saw in an image, by one or many methods. "
-        "Without arguments: a photograph of a cup of coffee, a trained network, and every method.",
+        "Without arguments: a photograph of a cup of coffee, a trained network, and every "
+        "method of a layer.",
     )
     one.add_argument(
         "image", nargs="?", metavar="IMAGE", help="an image file (default: a cup of coffee)"
@@ -74,7 +75,11 @@ def explain(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     check_output(output, arguments.image)
     methods = find_methods(arguments.method, arguments.image)
+    at_layer = any(method.at_layer for method in methods)
     from captum_ext import demo
+
+    if arguments.layer is not None and not at_layer:
+        raise demo.InputError(f"{methods[0].name} takes no --layer: it explains the whole model")
 
     image = demo.load_image(arguments.image)
     device = find_device(arguments.device)
@@ -82,7 +87,9 @@ def explain(arguments: argparse.Namespace) -> None:
     loaded.module.to(device)
     target = None if arguments.target is None else loaded.class_index(arguments.target)
     x = loaded.preprocess(image).to(device)
-    layer, reshape_transform = demo.find_layer(loaded, x, arguments.layer)
+    layer, reshape_transform = (
+        demo.find_layer(loaded, x, arguments.layer) if at_layer else (None, None)
+    )
     probabilities = demo.probabilities(loaded, x)
     target = int(probabilities.argmax()) if target is None else target
 
@@ -143,7 +150,8 @@ def run_methods(
                     _run(method, attribution(method, loaded, layer, reshape_transform), x, target)
                 )
             except (ValueError, RuntimeError, AssertionError) as error:
-                note = f"{method.name} does not work at layer {layer} of {loaded.name}: {error}"
+                where = f"at layer {layer} of" if method.at_layer else "on"
+                note = f"{method.name} does not work {where} {loaded.name}: {error}"
                 if not keep_going:
                     raise InputError(note) from error
                 notes.append(f"{note} (left out)")
@@ -153,15 +161,19 @@ def run_methods(
 
 
 def _run(method: Method, cam: "Attribution", x: "Tensor", target: int) -> Explanation:
+    import torch
+
     from captum_ext.attr import UpsampleWrapper
 
-    arguments: dict[str, Any] = {"relu_attributions": True} if method.rectify else {}
+    arguments = arguments_of(method)
     if method.family == "masking":
-        arguments["perturbations_per_eval"] = PERTURBATIONS_PER_EVAL
         arguments["show_progress"] = sys.stderr.isatty()
+    if method.n_masks is not None:
+        arguments["generator"] = torch.Generator(x.device).manual_seed(0)
     start = time.perf_counter()
-    found = UpsampleWrapper(cam).attribute(x, target=target, **arguments)
-    return Explanation(method, found[0, 0].detach().cpu(), time.perf_counter() - start)
+    found = UpsampleWrapper(cam).attribute(x, target=target, **arguments)[0, 0].detach().cpu()
+    seconds = time.perf_counter() - start
+    return Explanation(method, found if method.has_zero else found - found.min(), seconds)
 
 
 def draw(
@@ -170,14 +182,15 @@ def draw(
     explanations: Sequence[Explanation],
     probabilities: "Tensor",
     target: int,
-    layer: str,
+    layer: str | None,
 ) -> "Figure":
     """The gallery: what the network saw of the PIL `image`, and one panel for each method."""
     from captum_ext.gallery import gallery
 
     maps = {f"{one.method.title} ({one.method.year})": one.map for one in explanations}
     title = f"{_class(loaded, target)}: {_percent(float(probabilities[target]))}"
-    return gallery(loaded.preprocess.view(image), maps, title, f"{loaded.name}, layer {layer}")
+    where = loaded.name if layer is None else f"{loaded.name}, layer {layer}"
+    return gallery(loaded.preprocess.view(image), maps, title, where)
 
 
 def report(
@@ -185,16 +198,16 @@ def report(
     explanations: Sequence[Explanation],
     probabilities: "Tensor",
     target: int,
-    layer: str,
+    layer: str | None,
 ) -> str:
-    """The five likeliest classes, the target, the layer, and the seconds of each method."""
+    """The five likeliest classes, the target, the layer if any, and each method's seconds."""
     likeliest = probabilities.topk(min(5, len(probabilities))).indices.tolist()
     rows = [("top 5" if i == 0 else "", index) for i, index in enumerate(likeliest)]
     classes = [
         (head, _percent(float(probabilities[i])).rjust(7), str(i).rjust(4), loaded.categories[i])
         for head, i in [*rows, ("target", target)]
     ]
-    heads = [("model", loaded.name), ("layer", layer)]
+    heads = [("model", loaded.name), *([] if layer is None else [("layer", layer)])]
     timed = [("method", "seconds", "")]
     for one in explanations:
         remark = "" if one.map.max() > 0 else "nothing speaks for the target"

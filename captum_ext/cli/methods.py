@@ -1,4 +1,4 @@
-"""The layer methods by their names, and the command `captum-ext methods`."""
+"""The methods by their names, and the command `captum-ext methods`."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ PERTURBATIONS_PER_EVAL = 16  # the fastest on a CPU, by a little
 
 @dataclass(frozen=True)
 class Method:
-    """One layer method of the command line.
+    """One method of the command line.
 
     Attributes:
         name: on the command line.
@@ -31,6 +31,10 @@ class Method:
         year: of the paper.
         rectify: whether `attribute` is asked for the positive part, as the papers do.
         seeded: whether it draws noise from a `generator`.
+        at_layer: whether it is of a layer; else of the model alone.
+        n_masks: how many are asked for, of a method that takes any number.
+        has_zero: whether its values below zero speak against the target; else the smallest value
+            is the zero of the picture.
     """
 
     name: str
@@ -43,6 +47,9 @@ class Method:
     year: int
     rectify: bool = True
     seeded: bool = False
+    at_layer: bool = True
+    n_masks: int | None = None
+    has_zero: bool = True
 
 
 # fmt: off
@@ -72,6 +79,11 @@ METHODS = (
     Method("group-cam", "Group-CAM", "LayerGroupCam", "masking", True,
            "34", "Zhang et al.", 2021, rectify=False),
 )
+ON_REQUEST = (  # each takes as long as many of the others
+    Method("rise", "RISE", "RISE", "masking", False,
+           "1000", "Petsiuk et al.", 2018, rectify=False, at_layer=False, n_masks=1000,
+           has_zero=False),
+)
 # fmt: on
 
 
@@ -83,24 +95,34 @@ def add_command(commands: Any) -> None:
 def methods(arguments: argparse.Namespace) -> None:
     """Run `captum-ext methods`."""
     rows = [("method", "class", "family", "grad", "passes", "paper")]
-    for one in METHODS:
+    for one in (*METHODS, *ON_REQUEST):
         needed = "yes" if one.gradients else "no"
         paper = f"{one.authors} {one.year}"
         rows.append((one.name, one.class_name, one.family, needed, one.passes, paper))
     print(table(rows))
     print(
         "\ngrad: whether gradients are needed. passes: forward passes for an image, where K is\n"
-        "the number of the layer's channels; * of the part behind the layer only."
+        "the number of the layer's channels; * of the part behind the layer only. "
+        f"{', '.join(one.name for one in ON_REQUEST)}:\n"
+        "of the model, whatever its layers, and run where it is named only."
     )
 
 
-def find_methods(names: Sequence[str] | None, image: str | None = None) -> tuple[Method, ...]:
-    """The methods with these names, in any case; None is all of them.
+def find_methods(
+    names: Sequence[str] | None, image: str | None = None, at_layer: bool = False
+) -> tuple[Method, ...]:
+    """The methods with these names, in any case; None is all of a layer.
+
+    Args:
+        names: of methods.
+        image: what was given before the names.
+        at_layer: know those of a layer only.
 
     Raises:
         InputError: an unknown name.
     """
-    known = {_key(method.name): method for method in METHODS}
+    among = METHODS if at_layer else (*METHODS, *ON_REQUEST)
+    known = {_key(method.name): method for method in among}
     for name in names or ():
         if _key(name) not in known:
             from captum_ext._model import closest
@@ -109,13 +131,25 @@ def find_methods(names: Sequence[str] | None, image: str | None = None) -> tuple
             hint = "; an IMAGE goes in front of --method" if image is None else ""
             raise InputError(
                 f"unknown method {name!r}. Closest: "
-                f"{closest(name.lower(), [method.name for method in METHODS])}{hint}"
+                f"{closest(name.lower(), [method.name for method in among])}{hint}"
             )
     return tuple(dict.fromkeys(known[_key(name)] for name in names)) if names else METHODS
 
 
 def _key(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
+
+
+def arguments_of(method: Method) -> dict[str, Any]:
+    """What its `attribute` is called with."""
+    found: dict[str, Any] = {}
+    if method.rectify:
+        found["relu_attributions"] = True
+    if method.family == "masking":
+        found["perturbations_per_eval"] = PERTURBATIONS_PER_EVAL
+    if method.n_masks is not None:
+        found["n_masks"] = method.n_masks
+    return found
 
 
 def attribution(
@@ -133,6 +167,8 @@ def attribution(
 
     import captum_ext.attr
 
+    if not method.at_layer:
+        return getattr(captum_ext.attr, method.class_name)(loaded.module)
     if method.name == "grad-cam" and reshape_transform is None:
         return captum.attr.LayerGradCam(loaded.module, loaded.module.get_submodule(layer))
     options: dict[str, Any] = {"reshape_transform": reshape_transform}

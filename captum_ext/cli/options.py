@@ -39,7 +39,7 @@ _SHARED: Mapping[str, Mapping[str, Any]] = {
         "nargs": "+",
         "action": "extend",
         "metavar": "NAME",
-        "help": "see `captum-ext methods` (default: all)",
+        "help": "see `captum-ext methods` (default: all of a layer)",
     },
     "--layer": {"metavar": "NAME", "help": "a dotted name (default: the last with a map)"},
     "--device": {"metavar": "D", "help": "cpu, cuda, cuda:1, mps (default: a GPU if any)"},

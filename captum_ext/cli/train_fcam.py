@@ -104,7 +104,7 @@ def train_fcam(arguments: argparse.Namespace) -> None:
     """
     output = Path(arguments.output)
     _check_files(output, arguments.weights, getattr(arguments, "checkpoints", None))
-    (method,) = find_methods([arguments.guide], arguments.data)
+    (method,) = find_methods([arguments.guide], arguments.data, at_layer=True)
     fit_fcam, settings = _trainer(arguments)
     folder = Folder(arguments.data)
     device = find_device(arguments.device)
