@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--masks", type=int, help="of a call; 32 on a CPU, 4096 on a GPU")
+    parser.add_argument("--masks", type=int, help="of a call; 64 on a CPU, 4096 on a GPU")
     parser.add_argument("--network", help="of torchvision; resnet18 on a CPU, resnet50 on a GPU")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     arguments = parser.parse_args()
@@ -219,7 +219,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)
     on_gpu = device.type == "cuda"
-    n_masks = arguments.masks or (4096 if on_gpu else 32)
+    n_masks = arguments.masks or (4096 if on_gpu else 64)
     network = arguments.network or ("resnet50" if on_gpu else "resnet18")
     if n_masks % BATCH:
         parser.error(f"--masks must be a multiple of {BATCH}")
