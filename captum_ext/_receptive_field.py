@@ -48,29 +48,41 @@ class _Spot(NamedTuple):
 
 
 def receptive_field(
-    forward_func: Forward, layer: Module, image: Tensor, additional_forward_args: Any = None
+    forward_func: Forward,
+    layer: Module,
+    image: Tensor,
+    additional_forward_args: Any = None,
+    *,
+    exact: bool = False,
+    reshape_transform: Callable[[Tensor], Tensor] | None = None,
 ) -> Field:
     """The receptive fields of the units of `layer`, for images like `image`.
 
     Where branches meet it is the union of theirs. What a branch gets by global pooling (squeeze and
-    excitation) or by functions that move values (attention) is left aside.
+    excitation) or by functions that move values (attention) is left aside, unless it is `exact`.
 
     Args:
         forward_func: the model.
         layer: a module that puts out (B, C, h, w) or (B, h, w, C).
         image: (1, C, H, W).
         additional_forward_args: as in Captum.
+        exact: whether nothing outside of its field may have any effect on a unit. Followed are
+            then only functions that are known to work unit by unit.
+        reshape_transform: turns what the layer puts out into (B, C, h, w), and is followed as well.
 
     Raises:
         ValueError: the layer's output cannot be followed back to the image.
     """
     tracer = _Tracer(image)
-    found: list[_Spot | None] = []
+    found: list[tuple[_Spot | None, str | None]] = []
     me = threading.get_ident()
 
     def keep(module: Module, args: Any, output: Any) -> None:
         if threading.get_ident() == me:
-            found.extend(tracer.spots.get(id(x)) for x in tree_leaves(output))
+            for x in tree_leaves(output):
+                if isinstance(x, Tensor):
+                    y = x if reshape_transform is None else reshape_transform(x)
+                    found.append((tracer.spots.get(id(y)), tracer.strays.get(id(y), (y, None))[1]))
 
     with ExitStack() as stack:
         stack.enter_context(untouched(forward_func))
@@ -78,12 +90,18 @@ def receptive_field(
         stack.enter_context(torch.no_grad())
         stack.enter_context(tracer)
         _run_forward(forward_func, tracer.image, None, additional_forward_args)
-    if not found or found[0] is None:
+    spot, stray = found[0] if found else (None, None)
+    if spot is None:
         raise ValueError(
             f"Where the units of `layer` {module_name(forward_func, layer)} are centred is not "
             f"known: there is more than convolution and pooling on the way from the image."
         )
-    return found[0].field
+    if exact and stray is not None:
+        raise ValueError(
+            f"The units of `layer` {module_name(forward_func, layer)} may see all of the image: "
+            f"`{stray}` is on the way, which is not known to work unit by unit."
+        )
+    return spot.field
 
 
 def unit_offset(field: Field, size: tuple[int, int], cells: tuple[int, int]) -> tuple[float, float]:
@@ -101,28 +119,41 @@ def unit_offset(field: Field, size: tuple[int, int], cells: tuple[int, int]) -> 
 
 
 class _Tracer(TorchFunctionMode):
-    """Follows what becomes of the image's pixels."""
+    """Follows what becomes of the image's pixels.
+
+    Attributes:
+        spots: by identity, the tensors whose fields are known.
+        strays: those that also come from the image in a way that is left aside, and by what.
+    """
 
     def __init__(self, image: Tensor) -> None:
         self.image = image.clone()
         first = Field(Axis(1, 1, 0), Axis(1, 1, 0))
         # The tensors are kept, so that no other gets the identity of one that is gone.
         self.spots = {id(self.image): _Spot(self.image, first, (2, 3))}
+        self.strays: dict[int, tuple[Any, str]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         spots = [self.spots[id(x)] for x in leaves if id(x) in self.spots]
+        strays = [self.strays[id(x)][1] for x in leaves if id(x) in self.strays]
         shapes = [spot.tensor.shape for spot in spots]
         output = func(*args, **kwargs)
-        if spots:
-            name = (resolve_name(func) or "").rpartition(".")[2]
+        if spots or strays:
+            name = (resolve_name(func) or "").rpartition(".")[2].strip("_")
+            if name == "setitem":
+                self.strays[id(args[0])] = (args[0], name)
             for x in tree_leaves(output):
                 if isinstance(x, Tensor):
                     self.spots.pop(id(x), None)
-                    after = _after(name, args, kwargs, spots, shapes, x.shape)
+                    self.strays.pop(id(x), None)
+                    call = (name, args, kwargs, spots, shapes, x.shape)
+                    after = _after(*call) if spots else None
                     if after is not None:
                         self.spots[id(x)] = _Spot(x, *after)
+                    if strays or after is None or not _is_local(*call):
+                        self.strays[id(x)] = (x, (strays or [name])[0])
         return output
 
 
@@ -152,10 +183,28 @@ def _after(
         order = args[1:] if len(args) > 2 else (args[1] if len(args) > 1 else kwargs["dims"])
         order = [i % len(shape) for i in order]
         return field, (order.index(dims[0]), order.index(dims[1]))
+    if name in ("transpose", "swapaxes", "swapdims") and len(args) > 2:
+        first, second = (i % len(shape) for i in args[1:3])
+        swapped = {first: second, second: first}
+        return field, (swapped.get(dims[0], dims[0]), swapped.get(dims[1], dims[1]))
+    if name in ("view", "reshape") and len(shape) > 3:
+        # Where height and width are last and stay so, only what is in front is counted anew.
+        n = len(shapes[0])
+        if dims == (n - 2, n - 1) and shapes[0][-2:] == shape[-2:]:
+            return field, (len(shape) - 2, len(shape) - 1)
     if name in _MOVING:
         return None
     # Whatever else keeps height and width is taken to work unit by unit.
-    kept = [
+    kept = _kept(spots, shapes, shape)
+    if not kept:
+        return None
+    return Field(_union([f.rows for f in kept]), _union([f.columns for f in kept])), dims
+
+
+def _kept(spots: list[_Spot], shapes: list[torch.Size], shape: torch.Size) -> list[Field]:
+    """The fields of those spots that lie on the output unit by unit."""
+    field, dims = spots[0].field, spots[0].dims
+    return [
         spot.field
         for spot, before in zip(spots, shapes, strict=True)
         if spot.dims == dims
@@ -164,11 +213,58 @@ def _after(
         and spot.field.rows.stride == field.rows.stride
         and spot.field.columns.stride == field.columns.stride
     ]
-    if not kept:
-        return None
-    return Field(_union([f.rows for f in kept]), _union([f.columns for f in kept])), dims
 
 
+def _is_local(
+    name: str,
+    args: Any,
+    kwargs: dict[str, Any],
+    spots: list[_Spot],
+    shapes: list[torch.Size],
+    shape: torch.Size,
+) -> bool:
+    """Whether what `_after` says of a function is known to be all that a unit depends on."""
+    dims, n = spots[0].dims, len(shapes[0])
+
+    def given(place: int, key: str, default: Any) -> Any:
+        return args[place] if len(args) > place else kwargs.get(key, default)
+
+    if name in _ARGUMENTS or name in _REARRANGING:
+        return len(spots) == 1
+    if name == "pad":  # others repeat pixels from further away
+        return bool(given(2, "mode", "constant") == "constant")
+    if name == "batch_norm":
+        return not given(5, "training", False)
+    if name == "layer_norm":
+        return max(dims) < n - len(given(1, "normalized_shape", ()))
+    if name == "linear":
+        return len(spots) == 1 and max(dims) < n - 1
+    if name in ("softmax", "log_softmax"):
+        dim = given(1, "dim", None)
+        return dim is not None and dim % n not in dims
+    if name == "getitem":
+        # A slice that keeps its length keeps everything where it is.
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if not all(isinstance(i, slice) or i is Ellipsis for i in index):
+            return False
+    elif name not in _UNIT_BY_UNIT:
+        return False
+    return len(_kept(spots, shapes, shape)) == len(spots)
+
+
+_REARRANGING = {"permute", "transpose", "swapaxes", "swapdims", "view", "reshape"}
+# With a reduction height and width stay only where it is over the channels.
+_UNIT_BY_UNIT = {
+    "abs", "adaptive_avg_pool2d", "adaptive_max_pool2d", "add", "alpha_dropout", "amax", "amin",
+    "bfloat16", "cat", "celu", "chunk", "clamp", "clip", "clone", "concat", "contiguous", "detach",
+    "div", "double", "dropout", "dropout1d", "dropout2d", "elu", "exp", "expm1",
+    "feature_alpha_dropout", "feature_dropout", "float", "gelu", "glu", "half", "hardsigmoid",
+    "hardswish", "hardtanh", "leaky_relu", "local_response_norm", "log", "log1p", "logsigmoid",
+    "max", "maximum", "mean", "min", "minimum", "mish", "mul", "multiply", "neg", "pow", "prelu",
+    "reciprocal", "relu", "relu6", "rrelu", "rsqrt", "rsub", "selu", "sigmoid", "silu", "softplus",
+    "softsign", "split", "sqrt", "square", "sub", "subtract", "sum", "tanh", "threshold", "to",
+    "truediv", "type", "type_as", "where",
+}  # fmt: skip
 _MOVING = {
     "reshape",
     "view",

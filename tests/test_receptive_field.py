@@ -1,5 +1,8 @@
 """Receptive fields against published tables, and against where gradients end."""
 
+import warnings
+from collections.abc import Callable
+
 import pytest
 import torch
 import torchvision.models as zoo
@@ -7,8 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_ext._receptive_field import Field, receptive_field, unit_offset
+from captum_ext.attr import channels_last_to_first
 from tests.attr.layer.test_reshape_and_suggest import VIT_LAYER, small_vit
 from tests.methods import small_net
+
+
+def built(name: str) -> nn.Module:
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(zoo, name)(weights=None, **options).eval()
 
 
 @pytest.mark.parametrize(
@@ -18,16 +29,21 @@ from tests.methods import small_net
         ("alexnet", "features.12", 195, 32, 31),
         ("vgg16", "features.30", 212, 32, (212 - 1) / 2 - 90),
         ("vgg16", "features.29", 196, 16, (196 - 1) / 2 - 90),
+        ("vgg19", "features.35", 252, 16, 7.5),
         ("resnet18", "layer4", 435, 32, 0),
-        ("resnet50", "layer4", 427, 32, 0),
+        ("resnet50", "layer1", 35, 4, 0),
+        ("resnet50", "layer2", 91, 8, 0),
         ("resnet50", "layer3", 267, 16, 0),
+        ("resnet50", "layer4", 427, 32, 0),
+        ("densenet121", "features", 2071, 32, 14),
+        ("inception_v3", "Mixed_7c", 1311, 32, 37),
         ("mobilenet_v2", "features", 491, 32, 0),
     ],
 )
 def test_published_fields(name: str, layer: str, size: int, stride: int, start: float) -> None:
-    model = getattr(zoo, name)(weights=None).eval()
+    model = built(name)
     module = model.get_submodule(layer)
-    field = receptive_field(model, module, torch.zeros(1, 3, 224, 224))
+    field = receptive_field(model, module, torch.zeros(1, 3, 224, 224), exact=True)
     assert field.rows == field.columns == (size, stride, start)
 
 
@@ -77,13 +93,24 @@ class Branches(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class StopError(Exception):
+    """Nothing behind the layer is of interest."""
+
+
+def stop(module: nn.Module, args: object, output: Tensor) -> None:
+    raise StopError
+
+
 def reached(net: nn.Module, layer: nn.Module, size: tuple[int, int], unit: tuple[int, int]) -> list:
     """Where the gradient of one unit is not 0: first and last row and column."""
     x = torch.rand(1, 3, *size, dtype=torch.float64, requires_grad=True)
     kept: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda m, i, o: kept.append(o))
-    net(x)
-    handle.remove()
+    handles = [layer.register_forward_hook(lambda m, i, o: kept.append(o))]
+    handles.append(layer.register_forward_hook(stop))
+    with pytest.raises(StopError):
+        net(x)
+    for handle in handles:
+        handle.remove()
     (gradient,) = torch.autograd.grad(kept[0][0, :, unit[0], unit[1]].sum(), x)
     seen = gradient[0].abs().sum(0) > 0
     rows, columns = seen.any(1).nonzero().flatten(), seen.any(0).nonzero().flatten()
@@ -107,6 +134,150 @@ def test_gradients_end_where_fields_do() -> None:
     field = receptive_field(net, net.layer, torch.rand(1, 3, *size, dtype=torch.float64))
     for unit in ((6, 9), (7, 12)):
         assert reached(net, net.layer, size, unit) == expected(field, unit)
+
+
+def linear_copy(net: nn.Module) -> nn.Module:
+    """One channel everywhere, positive weights, means in place of maxima, nothing else."""
+    for name, part in net.named_children():
+        if isinstance(part, nn.Conv2d):
+            options = {"dilation": part.dilation, "bias": False, "dtype": torch.float64}
+            new = nn.LazyConv2d(1, part.kernel_size, part.stride, part.padding, **options)
+        elif isinstance(part, nn.MaxPool2d):
+            new = nn.AvgPool2d(part.kernel_size, part.stride, part.padding, part.ceil_mode)
+        elif isinstance(part, nn.ReLU | nn.ReLU6 | nn.BatchNorm2d):
+            new = nn.Identity()
+        else:
+            new = linear_copy(part)
+        setattr(net, name, new)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "side"),
+    [
+        ("alexnet", "features", 384),
+        ("vgg11", "features.19", 256),
+        ("vgg16", "features.29", 384),
+        ("vgg19", "features.35", 448),
+        ("resnet18", "layer4", 736),
+        ("resnet50", "layer3", 448),
+        ("resnet50", "layer4", 736),
+        ("mobilenet_v2", "features", 800),
+        ("mnasnet0_5", "layers", 1248),
+        ("squeezenet1_1", "features", 384),
+        ("googlenet", "inception4a", 480),
+    ],
+)
+def test_gradients_of_real_nets_end_where_fields_do(name: str, layer: str, side: int) -> None:
+    net = built(name)
+    image = torch.zeros(1, 3, 224, 224)
+    field = receptive_field(net, net.get_submodule(layer), image, exact=True)
+    copy = linear_copy(net).double()
+    module, shapes = copy.get_submodule(layer), []
+    hooks = [module.register_forward_hook(lambda m, i, o: shapes.append(o.shape))]
+    hooks.append(module.register_forward_hook(stop))
+    size = (side, side + 32)
+    with pytest.raises(StopError):
+        copy(torch.rand(1, 3, *size, dtype=torch.float64))
+    for hook in hooks:
+        hook.remove()
+    for part in copy.modules():
+        if type(part) is nn.Conv2d:  # others did not run: they are behind the layer
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+    unit = (shapes[0][2] // 2, shapes[0][3] // 2)
+    assert reached(copy, module, size, unit) == expected(field, unit)
+    assert field.rows.size < side, "the field ends inside of the image"
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "what"),
+    [
+        ("mobilenet_v3_small", "features.2", "adaptive_avg_pool2d"),
+        ("efficientnet_b0", "features", "adaptive_avg_pool2d"),
+        ("regnet_y_400mf", "trunk_output", "adaptive_avg_pool2d"),
+    ],
+)
+def test_squeeze_and_excitation_is_aside_unless_it_is_exact(
+    name: str, layer: str, what: str
+) -> None:
+    net, x = built(name), torch.zeros(1, 3, 64, 64)
+    module = net.get_submodule(layer)
+    assert receptive_field(net, module, x).rows.stride > 1
+    with pytest.raises(ValueError, match=f"`{what}` is on the way"):
+        receptive_field(net, module, x, exact=True)
+
+
+class Between(nn.Module):
+    """A function between two convolutions."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first(x)))
+
+
+def gated_in_place(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, :2] = x.mean((2, 3), keepdim=True)[:, :2].expand(-1, -1, *x.shape[2:])
+    return x
+
+
+LOCAL = {
+    "channel shuffle": lambda x: x.view(-1, 2, 3, *x.shape[2:]).transpose(1, 2).reshape(x.shape),
+    "channels last": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (6,)).permute(0, 3, 1, 2),
+    "softmax of channels": lambda x: x.softmax(1),
+    "gate of channels": lambda x: x * x.mean(1, keepdim=True).sigmoid(),
+    "part of the channels": lambda x: torch.cat([x[:, :3], x[:, 3:].relu()], 1),
+    "identity by pooling": lambda x: F.adaptive_avg_pool2d(x, x.shape[2:]),
+    "padding": lambda x: F.pad(x, (1, 1))[:, :, :, :],
+    "there and back": lambda x: x.transpose(2, 3).transpose(2, 3),
+}
+MIXING = {
+    "group_norm": lambda x: F.group_norm(x, 2),
+    "instance_norm": lambda x: F.instance_norm(x),
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[1:]),
+    "batch_norm": lambda x: F.batch_norm(x, None, None, training=True),
+    "softmax": lambda x: x.softmax(2),
+    "cumsum": lambda x: x.cumsum(2),
+    "pad": lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"),
+    "linear": lambda x: F.linear(x, torch.ones(x.shape[3], x.shape[3])),
+    "getitem": lambda x: x[:, :, torch.arange(x.shape[2]).flip(0)],
+    "max": lambda x: x - x.amax((2, 3), keepdim=True),
+    "setitem": gated_in_place,
+    "roll": lambda x: x + x.roll(1, 2),
+    "gate": lambda x: x.mul_(x.mean((2, 3), keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("name", [*LOCAL, *MIXING])
+def test_which_functions_work_unit_by_unit(name: str) -> None:
+    function = (LOCAL | MIXING)[name]
+    net, x = Between(function), torch.rand(1, 3, 12, 12, requires_grad=True)
+    # What the tracer says, and what gradients say, of a unit whose field is 5 x 5.
+    (gradient,) = torch.autograd.grad(net(x)[0, :, 6, 6].sum(), x)
+    beyond = gradient.abs().sum((0, 1))
+    beyond[4:9, 3:10] = 0
+    assert bool((beyond == 0).all()) == (name in LOCAL)
+    if name in LOCAL:
+        assert receptive_field(net, net.second, x, exact=True).rows == (5, 1, 0)
+    else:
+        with pytest.raises(ValueError, match="`second`"):
+            receptive_field(net, net.second, x, exact=True)
+
+
+def test_what_the_layer_puts_out_is_reshaped() -> None:
+    class Last(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.permute(0, 2, 3, 1)
+
+    net = nn.Sequential(nn.Conv2d(3, 2, (3, 5)), Last())
+    field = receptive_field(
+        net, net[1], torch.rand(1, 3, 9, 9), exact=True, reshape_transform=channels_last_to_first
+    )
+    assert field == ((3, 1, 1), (5, 1, 2))
 
 
 def test_what_cannot_be_followed() -> None:
