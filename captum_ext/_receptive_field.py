@@ -73,6 +73,27 @@ def receptive_field(
     Raises:
         ValueError: the layer's output cannot be followed back to the image.
     """
+    with untouched(forward_func):
+        return trace_field(
+            forward_func,
+            layer,
+            image,
+            additional_forward_args,
+            exact=exact,
+            reshape_transform=reshape_transform,
+        )
+
+
+def trace_field(
+    forward_func: Forward,
+    layer: Module,
+    image: Tensor,
+    additional_forward_args: Any = None,
+    *,
+    exact: bool = False,
+    reshape_transform: Callable[[Tensor], Tensor] | None = None,
+) -> Field:
+    """`receptive_field` for callers that are inside `untouched`."""
     tracer = _Tracer(image)
     found: list[tuple[_Spot | None, str | None]] = []
     me = threading.get_ident()
@@ -85,7 +106,6 @@ def receptive_field(
                     found.append((tracer.spots.get(id(y)), tracer.strays.get(id(y), (y, None))[1]))
 
     with ExitStack() as stack:
-        stack.enter_context(untouched(forward_func))
         stack.callback(layer.register_forward_hook(keep).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(tracer)

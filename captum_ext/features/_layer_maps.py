@@ -1,0 +1,150 @@
+"""A layer's maps of the pictures of a data set."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from kornia.color import rgb_to_grayscale
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.data import Dataset
+
+from captum_ext._compat import _run_forward
+from captum_ext._model import (
+    Forward,
+    Seen,
+    Tensors,
+    copies,
+    find_module,
+    floating_type,
+    intercept,
+    layer_activations,
+    module_name,
+    root_module,
+)
+from captum_ext._pictures import Pictures, checked_channels, digest, resized_to
+from captum_ext.attr.layer.reshape import check_not_tokens
+
+ReshapeTransform = Callable[[Tensor], Tensor]
+
+
+class Entry(NamedTuple):
+    """What `Entries` gives: bytes (3, H, W), zeros where the picture at that place is not read."""
+
+    pixels: Tensor
+    place: int
+    is_read: bool
+
+
+class Entries(Dataset[Entry]):
+    """The pictures of a data set as bytes of one size; labels, if there are any, are not read.
+
+    Args:
+        data: as `Pictures` takes it.
+        size: (H, W).
+    """
+
+    def __init__(self, data: Any, size: tuple[int, int]) -> None:
+        self.pictures, self.size = Pictures(data, size), size
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, place: int) -> Entry:
+        found = self.pictures.read(place)
+        if found is None:
+            return Entry(torch.zeros(3, *self.size, dtype=torch.uint8), place, False)
+        return Entry(resized_to(found[1], self.size), place, True)
+
+    def about(self) -> str:
+        """By what the set is known again: its length, its names, and some of its pictures."""
+        samples = getattr(self.pictures.data, "samples", None) or ()
+        names = [Path(sample[0]).parts[-2:] for sample in samples]
+        probes = [self[place].pixels.numpy().tobytes() for place in self.pictures.probes()]
+        return f"{len(self)} pictures, {digest((names, [digest(p) for p in probes]))}"
+
+
+class LayerMaps:
+    """What a layer makes of images, as maps (B, C, h, w).
+
+    Args:
+        forward_func: the model.
+        layer: the layer or its name.
+        normalize: (mean, std) of each channel.
+        reshape_transform: turns what the layer puts out into (B, C, h, w).
+    """
+
+    def __init__(
+        self,
+        forward_func: Forward,
+        layer: Module | str,
+        normalize: Any,
+        reshape_transform: ReshapeTransform | None,
+    ) -> None:
+        if reshape_transform is not None and not callable(reshape_transform):
+            raise TypeError(f"`reshape_transform` must be callable, got {reshape_transform!r}.")
+        self.layer = find_module(forward_func, layer)
+        self.forward_func, self.reshape_transform = forward_func, reshape_transform
+        self.name = module_name(forward_func, self.layer).strip("`")
+        owner = root_module(forward_func) or self.layer
+        self.device = next(owner.parameters(), torch.empty(0)).device
+        self.dtype = floating_type(owner)
+        mean, std = checked_channels(normalize)
+        self.mean, self.std = mean.to(self.device), std.to(self.device)
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """Bytes (B, 3, H, W), wherever they are, as the model takes them."""
+        colours = pixels.to(self.device) / 255
+        if len(self.mean) == 1:
+            colours = rgb_to_grayscale(colours)
+        return ((colours - self.mean) / self.std).to(self.dtype)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The maps, without a graph."""
+        (tensors,), _ = layer_activations(self.forward_func, [self.layer], (images,))
+        return self._on_grid(tensors, images)
+
+    def with_graph(self, images: Tensor) -> Tensor:
+        """The maps, with a graph from the images on."""
+        seen = Seen(self.forward_func, [self.layer], None)
+
+        def keep(index: int, tensors: Tensors) -> Tensors:
+            seen.by_device[index][tensors[0].device] = tensors
+            return tuple(t.clone() for t in tensors)  # what follows may work in place
+
+        with torch.enable_grad(), intercept([self.layer], keep, every_thread=seen.parallel):
+            _run_forward(self.forward_func, copies((images,)), None, None)
+            return self._on_grid(seen.gather()[0], images)
+
+    def _on_grid(self, tensors: Tensors, images: Tensor) -> Tensor:
+        if len(tensors) != 1:
+            raise ValueError(f"`layer` `{self.name}` gives {len(tensors)} tensors, and not one.")
+        maps = tensors[0]
+        if self.reshape_transform is not None:
+            maps = self.reshape_transform(maps)
+        else:
+            check_not_tokens(maps, self.layer, (images,), root_module(self.forward_func))
+        if maps.dim() == 2:  # units that see the whole image, as those of a linear layer
+            maps = maps[:, :, None, None]
+        if maps.dim() != 4 or len(maps) != len(images):
+            raise ValueError(
+                f"`layer` `{self.name}` must give (B, C, h, w) or (B, C), after "
+                f"`reshape_transform`, got {tuple(maps.shape)} for {len(images)} images."
+            )
+        return maps
+
+    def about(self) -> dict[str, Any]:
+        """How a run that goes on knows that it is the same; not the model's weights."""
+        return {
+            "layer": self.name,
+            "normalize": [self.mean.flatten().tolist(), self.std.flatten().tolist()],
+            "reshape_transform": _named(self.reshape_transform),
+        }
+
+
+def _named(function: Any) -> str:
+    if isinstance(function, partial):
+        return f"{_named(function.func)}, {function.args}, {sorted(function.keywords.items())}"
+    return str(getattr(function, "__qualname__", type(function).__qualname__))

@@ -1,0 +1,79 @@
+"""One pass over the pictures of a data set, which a file lets go on after it was killed."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from captum_ext._fingerprint import changes
+from captum_ext.features._layer_maps import Entries, LayerMaps
+from captum_ext.features._top_activations import TopActivations
+
+
+class Store:
+    """The file of a run, and what it must be the same in."""
+
+    def __init__(self, path: Path, about: dict[str, Any], every: int) -> None:
+        self.path, self.about, self.every = path, about, every
+        self.saved: dict[str, Any] | None = None
+        if not path.exists():
+            return
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            found = saved["about"]
+        except Exception as error:  # torch has many kinds of them for what it did not write
+            raise ValueError(f"`checkpoint` {path} is no checkpoint of patches.") from error
+        if found != about:
+            raise ValueError(
+                f"`checkpoint` {path} is of another run: {changes(found, about)}. Name another "
+                f"file, or delete it."
+            )
+        self.saved = saved
+
+    def write(self, top: TopActivations, done: int, unread: list[int]) -> None:
+        content = {"about": self.about, "top": top.state_dict(), "done": done, "unread": unread}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        torch.save(content, unfinished)
+        unfinished.replace(self.path)
+
+
+def streamed(
+    maps: LayerMaps,
+    entries: Entries,
+    units: tuple[int, ...] | None,
+    top: TopActivations,
+    store: Store | None,
+    batch_size: int,
+    num_workers: int,
+    show_progress: bool,
+) -> tuple[TopActivations, list[int]]:
+    """One pass over the pictures: the best, and the places of those that cannot be read."""
+    done, unread = 0, []
+    if store is not None and store.saved is not None:
+        done, unread = store.saved["done"], store.saved["unread"]
+        top = TopActivations.from_state_dict(store.saved["top"])
+    stored = done
+    loader = DataLoader(
+        Subset(entries, range(done, len(entries))),
+        batch_size,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # the global one stays as it is
+    )
+    for pixels, places, is_read in tqdm(loader, desc="patches", disable=not show_progress):
+        done += len(places)
+        unread += places[~is_read].tolist()
+        if bool(is_read.any()):
+            found = maps(maps.images(pixels[is_read]))
+            if units is not None:
+                found = found.index_select(1, torch.tensor(units, device=found.device))
+            top.update(found, places[is_read])
+        if store is not None and (done - stored >= store.every or done == len(entries)):
+            store.write(top, done, unread)
+            stored = done
+    if len(unread) == len(entries):
+        raise ValueError("`data`: none of its pictures can be read.")
+    return top, unread

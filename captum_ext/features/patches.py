@@ -1,0 +1,206 @@
+"""Maximally activating patches: the parts of a data set's pictures that units answer to most."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from captum_ext._checks import check_choice, check_count, check_range, warn
+from captum_ext._fingerprint import fingerprint
+from captum_ext._model import Forward, untouched
+from captum_ext._pictures import IMAGENET, digest
+from captum_ext._receptive_field import trace_field
+from captum_ext.features._activating_patches import ActivatingPatches, few
+from captum_ext.features._fields import clipped, effective_boxes, field_boxes
+from captum_ext.features._layer_maps import Entries, LayerMaps, ReshapeTransform
+from captum_ext.features._streaming import Store, streamed
+from captum_ext.features._top_activations import TopActivations
+
+RECEPTIVE_FIELDS = ("analytic", "effective", "image")
+
+
+def maximally_activating_patches(
+    forward_func: Forward,
+    layer: Module | str,
+    data: Any,
+    *,
+    n: int = 9,
+    units: Sequence[int] | None = None,
+    per_image: int = 1,
+    size: int | tuple[int, int] = 224,
+    normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET,
+    receptive_field: str = "analytic",
+    energy: float = 0.95,
+    reshape_transform: ReshapeTransform | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 1000,
+    show_progress: bool = False,
+) -> ActivatingPatches:
+    r"""The `n` patches of a data set that activate each unit of a layer most.
+
+    For unit k it takes the largest activation of each picture,
+
+    .. math:: a_k(x) = \max_{ij} A_k(x)_{ij}
+
+    keeps the n pictures where it is largest, and crops the receptive field of the unit (i, j) that
+    had it. Each picture is run once, and only the best so far are kept, on the device. Of equal
+    activations the earlier picture comes first, and of one picture the earlier position, row by
+    row; a unit that is 0 everywhere so shows the first pictures, with activations of 0.
+
+    **Receptive fields.** Analytic, with a kernel of k, dilation d, stride s and padding p, from
+    r = j = 1 and c = 0 on,
+
+    .. math:: c += (d (k - 1) / 2 - p) j, \quad r += d (k - 1) j, \quad j \cdot\!= s,
+
+    unit i has the centre c + i j, and sees the r pixels around it; where branches meet, what any
+    of them sees. Nothing outside of the box has an effect on the unit. Where attention, squeeze and
+    excitation or a norm over the map is on the way, a unit sees the whole image, and the box is
+    that: `reason` of the result says so. Most of a large field has little effect. The effective one
+    is the part of it with at least the share `energy` of the squared gradient of the activation
+    with respect to the image; each side cuts off a quarter of the rest. It costs a forward and a
+    backward pass for each patch.
+
+    Args:
+        forward_func: the model: a module, its bound method, or a function with a module as `layer`.
+            It is run as it stands, on its own device.
+        layer: a module or its name. It gives (B, C, h, w), or (B, C) of units that see everything.
+        data: pictures of any size: a data set of this package, torchvision's `ImageFolder`, or any
+            other whose entry i is (picture, ...) or has `image`. Pictures are PIL images or tensors
+            (3, H, W) or (1, H, W) of bytes or of floats in [0, 1], not normalised. Those that do
+            not decode are left out, named and counted.
+        n: patches of each unit. 9 is customary (Zeiler & Fergus 2014).
+        units: channels of the layer; None is all.
+        per_image: how many patches of a unit may be of one picture.
+        size: (H, W) that pictures are brought to, whole, or one number for both.
+        normalize: (mean, std) of each channel; of one channel for models of grey images.
+        receptive_field: "analytic", "effective", or "image" for the whole image.
+        energy: of an effective receptive field, in [0, 1].
+        reshape_transform: turns what the layer puts out into (B, C, h, w), for token layers; see
+            `captum_ext.attr.tokens_to_grid`.
+        batch_size: pictures in a forward pass.
+        num_workers: processes that read pictures.
+        checkpoint: a file, written after every so many pictures and at the end. A run that was
+            killed goes on from it, to the same result. None writes nothing.
+        checkpoint_every: that many.
+        show_progress: whether to draw a progress bar.
+
+    Returns:
+        The patches, on the CPU.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind or out of range; a layer without maps;
+            activations that are not finite; a checkpoint of another run; no picture that can be
+            read.
+        RuntimeError: an effective receptive field inside `torch.inference_mode`.
+
+    Reference:
+        Zeiler, Fergus, "Visualizing and Understanding Convolutional Networks",
+        https://arxiv.org/abs/1311.2901. Receptive fields: Araujo et al., "Computing Receptive
+        Fields of Convolutional Neural Networks", Distill 2019. Effective ones: Luo et al.,
+        "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks",
+        https://arxiv.org/abs/1701.04128
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from captum_ext.features import maximally_activating_patches
+        >>> data = [(torch.rand(3, 80, 60), 0) for _ in range(5)]
+        >>> found = maximally_activating_patches(resnet18().eval(), "layer1", data, n=3, size=64)
+        >>> found.values.shape, found.field.rows.size == 43
+        (torch.Size([64, 3]), True)
+        >>> [tuple(crop.shape) for crop in found.crops(data, unit=7)]  # doctest: +SKIP
+        [(3, 54, 41), (3, 54, 41), (3, 40, 41)]
+    """
+    for argument, count in (
+        ("n", n),
+        ("per_image", per_image),
+        ("batch_size", batch_size),
+        ("checkpoint_every", checkpoint_every),
+    ):
+        check_count(argument, count)
+    check_choice("receptive_field", receptive_field, RECEPTIVE_FIELDS)
+    check_range("energy", energy, 0, 1)
+    chosen = None if units is None else _checked_units(units)
+    maps = LayerMaps(forward_func, layer, normalize, reshape_transform)
+    entries = Entries(data, _checked_size(size))
+    if receptive_field == "effective" and torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "An effective receptive field is made of gradients, which do not exist inside "
+            "torch.inference_mode(): leave it first."
+        )
+    store = None
+    if checkpoint is not None:
+        about = {
+            "model": digest(sorted(fingerprint(forward_func).items())),
+            **maps.about(),
+            "data": entries.about(),
+            "n": n,
+            "per_image": per_image,
+            "units": None if chosen is None else list(chosen),
+            "size": list(entries.size),
+        }
+        store = Store(Path(checkpoint), about, checkpoint_every)
+    with untouched(forward_func):
+        blank = maps.images(torch.zeros(1, 3, *entries.size, dtype=torch.uint8))
+        n_channels = maps(blank).shape[1]
+        rows = tuple(range(n_channels)) if chosen is None else chosen
+        if max(rows) >= n_channels:
+            raise ValueError(
+                f"`units` must be below {n_channels}, the channels of `layer` `{maps.name}`, got "
+                f"{max(rows)}."
+            )
+        field = reason = None
+        if receptive_field != "image":
+            try:
+                field = trace_field(
+                    forward_func, maps.layer, blank, exact=True, reshape_transform=reshape_transform
+                )
+            except ValueError as error:
+                reason = str(error)
+        top, unread = streamed(
+            maps, entries, chosen, TopActivations(n, per_image), store,
+            batch_size, num_workers, show_progress,
+        )  # fmt: skip
+        height, width = entries.size
+        places, positions = top.places.cpu(), top.positions.cpu()
+        whole = torch.tensor([0, 0, width, height]).expand(*places.shape, 4).clone()
+        boxes = whole if field is None else clipped(field_boxes(field, positions), entries.size)
+        if receptive_field == "effective":
+            inner = effective_boxes(
+                maps, entries, rows, places, positions, energy,
+                batch_size, num_workers, show_progress,
+            ).cpu()  # fmt: skip
+            # No gradient at all says nothing: its box is the whole image.
+            low, high = boxes[..., :2], boxes[..., 2:]
+            boxes = torch.cat([inner[..., :2].maximum(low), inner[..., 2:].minimum(high)], -1)
+    names = tuple(entries.pictures.name(place) for place in unread)
+    if names:
+        warn(f"{len(names)} of {len(entries)} pictures cannot be read, left out: {few(names)}")
+    return ActivatingPatches(
+        maps.name, rows, top.values.cpu(), places, positions, boxes,
+        entries.size, field, reason, names,
+    )  # fmt: skip
+
+
+def _checked_units(units: Any) -> tuple[int, ...]:
+    whole = isinstance(units, Sequence) and all(
+        isinstance(u, int) and not isinstance(u, bool) and u >= 0 for u in units
+    )
+    if not whole or not units or len(set(units)) < len(units):
+        raise ValueError(
+            f"`units` must be channels, each once and 0 or more, or None, got {units!r}."
+        )
+    return tuple(units)
+
+
+def _checked_size(size: Any) -> tuple[int, int]:
+    pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(pair) != 2:
+        raise ValueError(f"`size` must be one or two numbers of pixels, got {size!r}.")
+    for side in pair:
+        check_count("size", side)
+    return pair

@@ -1,0 +1,198 @@
+"""The largest activations: against sorting everything, in any order, in parts, and with ties."""
+
+import io
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from captum_ext.features import TopActivations
+
+N_IMAGES = 5000
+
+
+def quantised(n: int = N_IMAGES, channels: int = 3) -> Tensor:
+    """Activations of six values, so that nearly all are ties; one channel is 0 everywhere."""
+    maps = torch.randint(-2, 4, (n, channels, 3, 5)).double() / 2
+    maps[:, -1] = 0
+    return maps
+
+
+def everything_sorted(maps: Tensor, n: int, per_image: int) -> tuple[Any, Any, Any]:
+    """By Python's own sort, of one image and then of all."""
+    values, places, positions = [], [], []
+    width = maps.shape[3]
+    for channel in maps.unbind(1):
+        entries = []
+        for place, cells in enumerate(channel.flatten(1).tolist()):
+            best = sorted((-value, cell) for cell, value in enumerate(cells))[:per_image]
+            entries += [(value, place, cell) for value, cell in best]
+        best = sorted(entries)[:n]
+        values.append([-value for value, _, _ in best])
+        places.append([place for _, place, _ in best])
+        positions.append([[cell // width, cell % width] for _, _, cell in best])
+    return values, places, positions
+
+
+def seen(top: TopActivations) -> tuple[Any, Any, Any]:
+    return top.values.tolist(), top.places.tolist(), top.positions.tolist()
+
+
+def fed(
+    maps: Tensor, batch_size: int = 64, places: Tensor | None = None, **options: int
+) -> TopActivations:
+    top = TopActivations(**options)
+    places = torch.arange(len(maps)) if places is None else places
+    for at in places.split(batch_size):
+        top.update(maps[at], at)
+    return top
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize(("n", "per_image"), [(9, 1), (20, 3), (40, 100)])
+def test_it_is_sorting_everything(batch_size: int, n: int, per_image: int) -> None:
+    maps = quantised()
+    found = seen(fed(maps, batch_size, n=n, per_image=per_image))
+    assert found == everything_sorted(maps, n, per_image)
+
+
+def test_a_channel_that_is_flat_gives_the_first_images() -> None:
+    top = fed(torch.zeros(30, 1, 2, 2), n=4)
+    assert seen(top) == ([[0.0] * 4], [[0, 1, 2, 3]], [[[0, 0]] * 4])
+    assert fed(torch.zeros(30, 1, 2, 2), n=4, per_image=3).places.tolist() == [[0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("per_image", [1, 3])
+def test_the_order_of_images_does_not_matter(per_image: int) -> None:
+    maps, options = quantised(200), {"n": 9, "per_image": per_image}
+    expected = everything_sorted(maps, 9, per_image)
+    assert seen(fed(maps, 7, torch.randperm(200), **options)) == expected
+    assert seen(fed(maps, 7, torch.arange(199, -1, -1), **options)) == expected
+
+
+@pytest.mark.parametrize("per_image", [1, 3])
+def test_parts_are_merged_and_what_comes_twice_counts_once(per_image: int) -> None:
+    maps, options = quantised(200), {"n": 9, "per_image": per_image}
+    expected = everything_sorted(maps, 9, per_image)
+    # As four processes see them whose sampler repeats the first to make the parts equal.
+    places = torch.cat([torch.arange(200), torch.arange(4)])
+    parts = [fed(maps, 7, places[i::4], **options) for i in range(4)]
+    top = TopActivations(**options)
+    for part in reversed(parts):
+        before = seen(part)
+        top.merge(part)
+        assert seen(part) == before
+    top.merge(TopActivations(**options))
+    assert seen(top) == expected
+
+
+def test_it_goes_on_from_its_state() -> None:
+    maps = quantised(100)
+    top = TopActivations(5, 2)
+    for at in torch.arange(100).split(9):
+        file = io.BytesIO()
+        torch.save(top.state_dict(), file)
+        file.seek(0)
+        top = TopActivations.from_state_dict(torch.load(file, weights_only=True))
+        top.update(maps[at], at)
+    assert seen(top) == everything_sorted(maps, 5, 2)
+
+
+def test_a_state_is_a_copy() -> None:
+    maps = torch.rand(8, 2, 3, 3)
+    top = fed(maps, n=3)
+    state, before = top.state_dict(), seen(top)
+    top.update(maps + 1, torch.arange(8, 16))
+    assert seen(TopActivations.from_state_dict(state)) == before != seen(top)
+
+
+def test_fewer_images_than_it_keeps() -> None:
+    assert seen(TopActivations()) == ([], [], [])
+    maps = torch.tensor([[[[3.0, 5.0]]], [[[4.0, 4.0]]]])
+    assert seen(fed(maps, n=9)) == ([[5.0, 4.0]], [[0, 1]], [[[0, 1], [0, 0]]])
+    two = fed(maps, n=9, per_image=7)
+    assert two.values.tolist() == [[5.0, 4.0, 4.0, 3.0]]
+    assert two.places.tolist() == [[0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_number_formats(dtype: torch.dtype) -> None:
+    maps = torch.randn(50, 2, 4, 4).to(dtype)
+    top = fed(maps, 8, n=6, per_image=2)
+    assert seen(top) == everything_sorted(maps, 6, 2)
+    assert top.values.dtype == (dtype if dtype == torch.float64 else torch.float32)
+
+
+def test_what_it_holds_does_not_grow() -> None:
+    top, sizes = TopActivations(4), []
+    for i in range(50):
+        top.update(torch.rand(8, 3, 6, 6), torch.arange(8 * i, 8 * i + 8))
+        held = [x for x in vars(top).values() if isinstance(x, Tensor)]
+        sizes.append(sum(x.untyped_storage().nbytes() for x in held))
+    assert len(set(sizes)) == 1
+    assert sizes[0] == 3 * 4 * (4 + 8)
+
+
+def test_the_activations_stay_as_they_are() -> None:
+    maps = torch.rand(4, 2, 3, 3, requires_grad=True)
+    before = maps.detach().clone()
+    top = fed(maps, n=5, per_image=4)
+    assert torch.equal(maps, before)
+    assert not top.values.requires_grad
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_activations_that_are_not_finite(bad: float) -> None:
+    maps = torch.rand(4, 2, 3, 3)
+    maps[2, 1, 0, 1] = maps[3, 0, 0, 0] = bad
+    top = fed(torch.rand(4, 2, 3, 3))
+    before = seen(top)
+    with pytest.raises(ValueError, match="of 2 images are not finite; the first is at place 12"):
+        top.update(maps, torch.arange(10, 14))
+    assert seen(top) == before
+
+
+@pytest.mark.parametrize(
+    ("maps", "places", "said"),
+    [
+        (torch.rand(2, 3, 4), torch.arange(2), "`activations` must be (B, C, h, w) of floats"),
+        (torch.ones(2, 3, 4, 4).long(), torch.arange(2), "`activations` must be (B, C, h, w)"),
+        (torch.rand(0, 3, 4, 4), torch.arange(0), "`activations` must be (B, C, h, w)"),
+        (torch.rand(2, 3, 4, 4), torch.arange(3), "`places` must be int64 and (2,)"),
+        (torch.rand(2, 3, 4, 4), torch.tensor([0.0, 1.0]), "`places` must be int64 and (2,)"),
+        (torch.rand(2, 3, 4, 4), torch.tensor([1, 1]), "`places` must differ"),
+        (torch.rand(2, 3, 4, 4), torch.tensor([1, -1]), "`places` must differ and be 0 or more"),
+        (torch.rand(2, 4, 4, 4), torch.arange(2), "have 4 channels of (4, 4), and those before"),
+        (torch.rand(2, 3, 4, 5), torch.arange(2), "of (4, 5), and those before had 3 of (4, 4)"),
+    ],
+)
+def test_what_cannot_be_seen(maps: Tensor, places: Tensor, said: str) -> None:
+    top = fed(torch.rand(2, 3, 4, 4))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        top.update(maps, places)
+
+
+def test_what_cannot_be_made_or_merged() -> None:
+    for options in ({"n": 0}, {"n": 2.0}, {"per_image": 0}, {"per_image": True}):
+        with pytest.raises(ValueError, match="must be an integer of at least 1"):
+            TopActivations(**options)
+    top = fed(torch.rand(2, 3, 4, 4), n=3)
+    with pytest.raises(ValueError, match="keeps 4, 1 of an image, and this one 3, 1 of an image"):
+        top.merge(TopActivations(4))
+    with pytest.raises(ValueError, match="3 channels of \\(4, 5\\)"):
+        top.merge(fed(torch.rand(2, 3, 4, 5), n=3))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    maps = quantised(300)
+    for dtype in (torch.float32, torch.bfloat16):
+        top = TopActivations(9, 2)
+        for at in torch.arange(300).split(64):
+            top.update(maps[at].to("cuda", dtype), at)
+        assert top.values.is_cuda
+        assert seen(top) == everything_sorted(maps, 9, 2)
+    top.merge(TopActivations.from_state_dict(top.state_dict()))
+    assert seen(top) == everything_sorted(maps, 9, 2)
