@@ -276,14 +276,14 @@ _REARRANGING = {"permute", "transpose", "swapaxes", "swapdims", "view", "reshape
 # With a reduction height and width stay only where it is over the channels.
 _UNIT_BY_UNIT = {
     "abs", "adaptive_avg_pool2d", "adaptive_max_pool2d", "add", "alpha_dropout", "amax", "amin",
-    "bfloat16", "cat", "celu", "chunk", "clamp", "clip", "clone", "concat", "contiguous", "detach",
-    "div", "double", "dropout", "dropout1d", "dropout2d", "elu", "exp", "expm1",
-    "feature_alpha_dropout", "feature_dropout", "float", "gelu", "glu", "half", "hardsigmoid",
-    "hardswish", "hardtanh", "leaky_relu", "local_response_norm", "log", "log1p", "logsigmoid",
-    "max", "maximum", "mean", "min", "minimum", "mish", "mul", "multiply", "neg", "pow", "prelu",
-    "reciprocal", "relu", "relu6", "rrelu", "rsqrt", "rsub", "selu", "sigmoid", "silu", "softplus",
-    "softsign", "split", "sqrt", "square", "sub", "subtract", "sum", "tanh", "threshold", "to",
-    "truediv", "type", "type_as", "where",
+    "bfloat16", "cat", "ceil", "celu", "chunk", "clamp", "clip", "clone", "concat", "contiguous",
+    "detach", "div", "double", "dropout", "dropout1d", "dropout2d", "elu", "exp", "expm1",
+    "feature_alpha_dropout", "feature_dropout", "float", "floor", "gelu", "glu", "half",
+    "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "local_response_norm", "log", "log1p",
+    "logsigmoid", "max", "maximum", "mean", "min", "minimum", "mish", "mul", "multiply", "neg",
+    "pow", "prelu", "reciprocal", "relu", "relu6", "round", "rrelu", "rsqrt", "rsub", "selu",
+    "sigmoid", "sign", "silu", "softplus", "softsign", "split", "sqrt", "square", "sub",
+    "subtract", "sum", "tanh", "threshold", "to", "truediv", "type", "type_as", "where",
 }  # fmt: skip
 _MOVING = {
     "reshape",

@@ -120,15 +120,16 @@ def effective_boxes(
         images = maps.images(pixels).requires_grad_()
         part = slice(done, done + len(pixels))
         done += len(pixels)
-        activations = maps.with_graph(images)
         each = torch.arange(len(pixels), device=maps.device)
-        chosen = activations[each, units[part], cells[part, 0], cells[part, 1]]
+        with torch.enable_grad():
+            activations = maps.with_graph(images)
+            chosen = activations[each, units[part], cells[part, 0], cells[part, 1]]
         if not chosen.requires_grad:
             raise ValueError(
                 f"`layer` `{maps.name}` has no gradient with respect to the images, which an "
                 f"effective receptive field is made of."
             )
-        (gradients,) = torch.autograd.grad(chosen.sum(), images)
+        (gradients,) = torch.autograd.grad(chosen, images, torch.ones_like(chosen))
         gradients = gradients.double()
         largest = gradients.abs().flatten(1).amax(1)[:, None, None, None]  # none underflows
         energy = (gradients / torch.where(largest == 0, 1, largest)).square().sum(1)

@@ -62,8 +62,10 @@ class Entries(Dataset[Entry]):
         """By what the set is known again: its length, its names, and some of its pictures."""
         samples = getattr(self.pictures.data, "samples", None) or ()
         names = [Path(sample[0]).parts[-2:] for sample in samples]
-        probes = [self[place].pixels.numpy().tobytes() for place in self.pictures.probes()]
-        return f"{len(self)} pictures, {digest((names, [digest(p) for p in probes]))}"
+        found = [self.pictures.read(place) for place in self.pictures.probes()]
+        pixels = [None if f is None else f[1].contiguous().numpy() for f in found]
+        probes = [None if p is None else (p.shape, digest(p.tobytes())) for p in pixels]
+        return f"{len(self)} pictures, {digest((names, probes))}"
 
 
 class LayerMaps:
@@ -107,16 +109,16 @@ class LayerMaps:
         return self._on_grid(tensors, images)
 
     def with_graph(self, images: Tensor) -> Tensor:
-        """The maps, with a graph from the images on."""
+        """The maps, with a graph from the images on, where gradients are switched on."""
         seen = Seen(self.forward_func, [self.layer], None)
 
         def keep(index: int, tensors: Tensors) -> Tensors:
             seen.by_device[index][tensors[0].device] = tensors
             return tuple(t.clone() for t in tensors)  # what follows may work in place
 
-        with torch.enable_grad(), intercept([self.layer], keep, every_thread=seen.parallel):
+        with intercept([self.layer], keep, every_thread=seen.parallel):
             _run_forward(self.forward_func, copies((images,)), None, None)
-            return self._on_grid(seen.gather()[0], images)
+        return self._on_grid(seen.gather()[0], images)
 
     def _on_grid(self, tensors: Tensors, images: Tensor) -> Tensor:
         if len(tensors) != 1:

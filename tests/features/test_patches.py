@@ -1,0 +1,579 @@
+"""Maximally activating patches: values, resuming, boxes that hold all that counts, errors."""
+
+import re
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.models as zoo
+from PIL import Image
+from torch import Tensor, nn
+
+from captum_ext._model import layer_activations
+from captum_ext.attr import channels_last_to_first, tokens_to_grid
+from captum_ext.datasets import Example
+from captum_ext.features import ActivatingPatches, TopActivations
+from captum_ext.features import maximally_activating_patches as top_patches
+from captum_ext.features._streaming import Store
+from tests.attr.layer.test_reshape_and_suggest import small_swin, small_vit
+from tests.features.test_patches_top import everything_sorted
+from tests.methods import small_net
+
+TraceFree = Callable[..., AbstractContextManager[None]]
+PLAIN = ((0.0,) * 3, (1.0,) * 3)
+
+
+class Rounded(nn.Module):
+    """Activations that are multiples of 1/4, and so have many ties."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 4).round() / 4
+
+
+def net_with_ties() -> nn.Module:
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 5, 3, stride=2, padding=1), Rounded(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*parts, nn.Flatten(), nn.Linear(5, 2)).double().eval()
+
+
+def noise(n: int, height: int = 8, width: int = 8) -> list[tuple[Tensor, int]]:
+    pictures = torch.randint(256, (n, 3, height, width), dtype=torch.uint8)
+    return [(picture, 0) for picture in pictures]
+
+
+def same(found: ActivatingPatches, other: ActivatingPatches) -> bool:
+    pairs = zip(vars(found).values(), vars(other).values(), strict=True)
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
+
+
+def seen(found: ActivatingPatches) -> tuple[Any, Any, Any]:
+    return found.values.tolist(), found.places.tolist(), found.positions.tolist()
+
+
+# --- the largest activations ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch_size", "per_image"), [(1, 1), (7, 2), (64, 1)])
+def test_it_is_sorting_all_activations(batch_size: int, per_image: int) -> None:
+    net, data = net_with_ties(), noise(5000 if batch_size > 1 else 500)
+    pixels = torch.stack([picture for picture, _ in data]) / 255
+    with torch.no_grad():
+        maps = net[:2](pixels.double())
+    found = top_patches(
+        net, "1", data, n=12, per_image=per_image, size=8, normalize=PLAIN, batch_size=batch_size
+    )
+    expected = everything_sorted(maps, 12, per_image)
+    assert seen(found) == expected
+    assert any(len(set(row)) < 12 for row in expected[0]), "there are ties"
+    assert found.units == tuple(range(5))
+    assert (found.layer, found.size, found.unread, found.reason) == ("1", (8, 8), (), None)
+
+
+def test_units_are_rows_of_all() -> None:
+    net, data = small_net(), noise(40)
+    every = top_patches(net, net.relu2, data, n=5, size=8)
+    some = top_patches(net, net.relu2, data, n=5, size=8, units=[3, 0])
+    assert some.units == (3, 0)
+    for name in ("values", "places", "positions", "boxes"):
+        assert torch.equal(getattr(some, name), getattr(every, name)[[3, 0]])
+    assert some.row(0) == 1
+
+
+def test_pictures_are_resized_and_normalised() -> None:
+    """By hand: the mean of a picture of one colour, whatever its size."""
+    net = nn.Sequential(nn.Conv2d(3, 1, 1, bias=False), nn.Flatten(2)).double()
+    nn.init.constant_(net[0].weight, 1.0)
+    colours = [(10, 20, 30), (90, 20, 7), (50, 50, 50)]
+    data = [
+        Example(Image.new("RGB", (11 + 5 * i, 30), colour), i, str(i))
+        for i, colour in enumerate(colours)
+    ]
+    normalize = ((0.1, 0.2, 0.3), (0.5, 0.25, 1.0))
+    found = top_patches(net, "0", data, n=3, size=(6, 4), normalize=normalize)
+    expected = [
+        sum((c / 255 - m) / s for c, m, s in zip(colour, *normalize, strict=True))
+        for colour in colours
+    ]
+    order = sorted(range(3), key=lambda i: -expected[i])
+    assert found.places.tolist() == [order]
+    torch.testing.assert_close(
+        found.values[0], torch.tensor(expected).double()[order], rtol=1e-6, atol=1e-7
+    )
+    grey = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.constant_(grey.weight, 1.0)
+    shades = [(Image.new("L", (5, 5), shade), 0) for shade in (9, 200)]
+    found = top_patches(grey, grey, shades, size=6, normalize=((0.5,), (0.5,)))
+    torch.testing.assert_close(found.values, torch.tensor([[400 / 255 - 1, 18 / 255 - 1]]))
+
+
+def test_units_of_a_linear_layer_see_whole_images() -> None:
+    net, data = small_net(), noise(20, 9, 9)
+    found = top_patches(net, "fc", data, n=4, size=9, normalize=PLAIN)
+    logits = net(torch.stack([picture for picture, _ in data]) / 255).detach()
+    expected = logits.sort(0, descending=True)
+    torch.testing.assert_close(found.values, expected.values[:4].T)
+    assert torch.equal(found.places, expected.indices[:4].T)
+    assert (found.boxes == torch.tensor([0, 0, 9, 9])).all()
+    assert (found.positions == 0).all()
+
+
+def test_half_precision() -> None:
+    net, data = small_net().bfloat16(), noise(30)
+    found = top_patches(net, "relu2", data, size=8, normalize=PLAIN)
+    images = (torch.stack([picture for picture, _ in data]) / 255).bfloat16()
+    (maps,), _ = layer_activations(net, [net.relu2], (images,))
+    assert found.values.dtype == torch.float32
+    assert torch.equal(found.values, maps[0].float().amax((2, 3)).topk(9, 0).values.T)
+
+
+# --- pictures that cannot be read, and runs that are killed --------------------------------------
+
+
+class Watched:
+    """Counts what is read; some cannot be, and one may end the run."""
+
+    def __init__(self, n: int, unread: tuple[int, ...] = (), deadly: int | None = None) -> None:
+        self.pictures, self.reads = noise(n), list[int]()
+        self.unread, self.deadly = unread, deadly
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, place: int) -> Any:
+        self.reads.append(place)
+        if place == self.deadly:
+            raise KeyboardInterrupt
+        if place in self.unread:
+            raise OSError("broken data stream")
+        return self.pictures[place]
+
+
+def test_pictures_that_cannot_be_read_are_left_out() -> None:
+    data = Watched(30, unread=(0, 3, 4, 5, 17))
+    kept = [i for i in range(30) if i not in data.unread]
+    with pytest.warns(UserWarning, match="left out") as caught:
+        found = top_patches(small_net(), "relu2", data, n=26, size=8, batch_size=3)
+    assert "5 of 30 pictures cannot be read, left out: picture 0, picture 3" in str(
+        caught[-1].message
+    )
+    assert found.unread == tuple(f"picture {i}" for i in data.unread)
+    assert found.values.shape == (6, 25)
+    pixels = [data.pictures[i] for i in kept]
+    expected = top_patches(small_net(), "relu2", pixels, n=26, size=8, batch_size=3)
+    assert torch.equal(found.places, torch.tensor(kept)[expected.places])
+    torch.testing.assert_close(found.values, expected.values)
+    data.unread = tuple(range(30))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="none of its pictures can be read"):
+            top_patches(small_net(), "relu2", data, size=8)
+
+
+@pytest.mark.parametrize("deadly", [5, 35, 61])
+def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path: Path, deadly: int) -> None:
+    net, data, file = net_with_ties(), Watched(62, unread=(2, 40)), tmp_path / "runs" / "top.pt"
+    options: dict[str, Any] = {
+        "n": 7, "per_image": 2, "size": 8, "batch_size": 4, "checkpoint_every": 8,
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = top_patches(net, "1", data, **options)
+        probes = set(range(0, 62, 62 // 16))
+        assert deadly not in probes, "these are read in front"
+        data.deadly = deadly
+        with pytest.raises(KeyboardInterrupt):
+            top_patches(net, "1", data, checkpoint=file, **options)
+        data.deadly, data.reads = None, []
+        found = top_patches(net, "1", data, checkpoint=file, **options)
+        assert same(found, expected)
+        # written after every 8 pictures, in batches of 4
+        assert min(set(data.reads) - probes) >= deadly // 8 * 8
+        data.reads = []
+        assert same(top_patches(net, "1", data, checkpoint=file, **options), expected)
+        assert set(data.reads) <= probes, "a finished run is only read"
+    assert [path.name for path in file.parent.iterdir()] == ["top.pt"]
+
+
+def test_a_checkpoint_is_whole_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "top.pt", {"n": 3}, 1)
+    store.write(TopActivations(3), 10, [])
+
+    def full_disk(content: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        store.write(TopActivations(3), 20, [])
+    again = Store(tmp_path / "top.pt", {"n": 3}, 1)
+    assert again.saved is not None
+    assert again.saved["done"] == 10
+
+
+def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
+    net, data, file = small_net(), noise(20), tmp_path / "top.pt"
+    options: dict[str, Any] = {"n": 3, "size": 8, "checkpoint": file}
+    top_patches(net, "relu2", data, **options)
+    others: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
+        "layer was 'relu2' and is 'conv2'": (net, "conv2", data, {}),
+        "n was 3 and is 4": (net, "relu2", data, {"n": 4}),
+        "size was [8, 8] and is [8, 9]": (net, "relu2", data, {"size": (8, 9)}),
+        "units was None and is [1]": (net, "relu2", data, {"units": [1]}),
+        "per_image was 1 and is 2": (net, "relu2", data, {"per_image": 2}),
+        "normalize was": (net, "relu2", data, {"normalize": PLAIN}),
+        "reshape_transform was": (net, "relu2", data, {"reshape_transform": torch.relu}),
+        "data was '20 pictures": (net, "relu2", data[:19], {}),
+    }
+    for said, (model, layer, pictures, changed) in others.items():
+        with pytest.raises(ValueError, match=re.escape(said)) as caught:
+            top_patches(model, layer, pictures, **options | changed)
+        assert f"`checkpoint` {file} is of another run" in str(caught.value)
+        assert ";" not in str(caught.value), "nothing else differs"
+    with pytest.raises(ValueError, match="of another run: data was '20 pictures"):
+        top_patches(net, "relu2", noise(20), **options)
+    with torch.no_grad():
+        net.conv1.bias += 1e-6
+    with pytest.raises(ValueError, match="of another run: model was"):
+        top_patches(net, "relu2", data, **options)
+    file.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is no checkpoint of patches"):
+        top_patches(net, "relu2", data, **options)
+    with pytest.raises(ValueError, match=r"must be a torch\.nn\.Module"):
+        top_patches(lambda x: net(x), net.relu2, data, **options)
+
+
+def test_transforms_are_told_apart(tmp_path: Path) -> None:
+    net, data = small_vit(), noise(5, 24, 24)
+    layer, file = "encoder.layers.encoder_layer_1.ln_1", tmp_path / "top.pt"
+    options: dict[str, Any] = {"size": 24, "checkpoint": file}
+    first = partial(tokens_to_grid, grid=(3, 3))
+    found = top_patches(net, layer, data, reshape_transform=first, **options)
+    other = partial(tokens_to_grid, grid=(3, 3))
+    assert same(top_patches(net, layer, data, reshape_transform=other, **options), found)
+    wide = partial(tokens_to_grid, grid=(1, 9))
+    with pytest.raises(ValueError, match="another run: reshape_transform was"):
+        top_patches(net, layer, data, reshape_transform=wide, **options)
+
+
+# --- boxes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "side"),
+    [
+        ("resnet18", "layer1", 80),
+        ("resnet18", "layer2", 128),
+        ("vgg11", "features.10", 80),
+        ("mobilenet_v2", "features.6", 96),
+        ("densenet121", "features.denseblock1", 96),
+        ("shufflenet_v2_x0_5", "stage2.0", 80),
+        ("convnext_tiny", "features.1", 80),
+    ],
+)
+def test_nothing_outside_of_a_box_counts(name: str, layer: str, side: int) -> None:
+    options = {"init_weights": False} if name == "vgg11" else {}
+    net = getattr(zoo, name)(weights=None, **options).double().eval()
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):  # else nearly all units of one place are equal
+            nn.init.normal_(part.bias)
+            nn.init.uniform_(part.running_mean)
+    data, module = noise(4, side, side), net.get_submodule(layer)
+    found = top_patches(net, layer, data, n=2, size=side, normalize=PLAIN)
+    assert found.field is not None
+    assert found.field.rows.size < side
+    for row in found.values[:, 1].topk(3).indices.tolist():
+        for i, place in enumerate(found.places[row].tolist()):
+            x1, y1, x2, y2 = found.boxes[row, i].tolist()
+            image = (data[place][0] / 255).double()
+            inside = torch.zeros_like(image)
+            inside[..., y1:y2, x1:x2] = 1
+            views = [image, image * inside, image + 5 * (1 - inside), image * (1 - inside)]
+            (maps,), _ = layer_activations(net, [module], (torch.stack(views),))
+            y, x = found.positions[row, i].tolist()
+            value, kept, lit, emptied = maps[0][:, found.units[row], y, x].tolist()
+            assert found.values[row, i].item() == pytest.approx(value, rel=1e-5)
+            assert kept == pytest.approx(value, rel=1e-12)
+            assert lit == pytest.approx(value, rel=1e-12)
+            assert abs(emptied - value) > 1e-6 * value
+
+
+def test_boxes_by_hand() -> None:
+    """One pixel's worth of light in each picture, and a box filter of 3 with stride 2."""
+    net = nn.Conv2d(3, 1, 3, stride=2, padding=1, bias=False)
+    nn.init.constant_(net.weight, 1.0)
+    lights = [(0, 0), (4, 4), (7, 10)]  # row, column
+    data = []
+    for i, (y, x) in enumerate(lights):
+        picture = torch.zeros(3, 9, 12, dtype=torch.uint8)
+        picture[:, y, x] = 50 + i
+        data.append((picture, 0))
+    found = top_patches(net, net, data, n=3, size=(9, 12), normalize=PLAIN)
+    assert found.places.tolist() == [[2, 1, 0]]
+    # unit i sees the pixels 2 i - 1 to 2 i + 1: of the two that see pixel 7, the first
+    assert found.positions.tolist() == [[[3, 5], [2, 2], [0, 0]]]
+    assert found.unclipped_boxes.tolist() == [[[9, 5, 12, 8], [3, 3, 6, 6], [-1, -1, 2, 2]]]
+    assert found.boxes.tolist() == [[[9, 5, 12, 8], [3, 3, 6, 6], [0, 0, 2, 2]]]
+    crops = found.crops(data, 0)
+    assert [tuple(crop.shape) for crop in crops] == [(3, 3, 3), (3, 3, 3), (3, 2, 2)]
+    assert [crop.max().item() for crop in crops] == [52, 51, 50]
+    assert crops[0][0].tolist() == [[0, 0, 0], [0, 0, 0], [0, 52, 0]]
+
+
+def test_a_unit_that_sees_padding_alone() -> None:
+    net = nn.Conv2d(3, 1, 1, padding=2)
+    nn.init.constant_(net.weight, -1.0)
+    found = top_patches(net, net, noise(1, 6, 6), n=1, size=6, normalize=PLAIN)
+    assert found.unclipped_boxes.tolist() == [[[-2, -2, -1, -1]]]
+    assert found.boxes.tolist() == [[[0, 0, 1, 1]]]
+
+
+def test_boxes_in_the_pictures_own_pixels() -> None:
+    net = nn.Conv2d(3, 1, (4, 6), stride=(4, 6), bias=False)
+    nn.init.constant_(net.weight, 1.0)
+    pictures = []
+    for width, height in ((36, 16), (54, 32), (20, 10)):
+        pixels = np.zeros((height, width, 3), np.uint8)
+        # the cell in row 1 and column 2 of 4 x 3
+        pixels[height // 4 : height // 2, -(-width * 2 // 3) :] = 100 + width
+        pictures.append((Image.fromarray(pixels), 0))
+    found = top_patches(net, net, pictures, n=3, size=(16, 18), normalize=PLAIN)
+    assert found.places.tolist() == [[1, 0, 2]]
+    assert found.positions.tolist() == [[[1, 2]] * 3]
+    assert found.boxes.tolist() == [[[12, 4, 18, 8]] * 3]
+    # 10 rows of 16 and 20 columns of 18: 2.5 to 5, and 13.3 to 20, outwards
+    assert found.picture_boxes(pictures, 0).tolist() == [
+        [36, 8, 54, 16],
+        [24, 4, 36, 8],
+        [13, 2, 20, 5],
+    ]
+    crops = found.crops(pictures, 0)
+    assert [tuple(crop.shape) for crop in crops] == [(3, 8, 18), (3, 4, 12), (3, 3, 7)]
+    assert (crops[0] == 154).all()
+    assert (crops[1] == 136).all()
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin", "se", "norm", "asked"])
+def test_boxes_are_whole_images_where_units_see_all(kind: str) -> None:
+    net, options, side = small_net(), {}, 24
+    if kind == "vit":
+        net, layer = small_vit(), "encoder.layers.encoder_layer_1.ln_1"
+        options = {"reshape_transform": tokens_to_grid}
+    elif kind == "swin":
+        net, layer, side = small_swin(), "norm", 32
+        options = {"reshape_transform": channels_last_to_first}
+    elif kind == "se":
+        net, layer, side = zoo.mobilenet_v3_small(weights=None).eval(), "features.4", 64
+    elif kind == "norm":
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3))
+        layer = "2"
+    else:
+        layer, options = "conv1", {"receptive_field": "image"}
+    data = noise(6, side, side + 8)
+    found = top_patches(net, layer, data, n=2, size=side, **options)
+    assert (found.boxes == torch.tensor([0, 0, side, side])).all()
+    assert torch.equal(found.unclipped_boxes, found.boxes)
+    assert found.field is None
+    said = {
+        "vit": "more than convolution and pooling",
+        "swin": "more than convolution and pooling",
+        "se": "`adaptive_avg_pool2d` is on the way",
+        "norm": "`group_norm` is on the way",
+    }
+    assert said[kind] in found.reason if kind in said else found.reason is None
+    assert [tuple(crop.shape) for crop in found.crops(data, 1)] == [(3, side, side + 8)] * 2
+
+
+def test_tokens_of_patches_stand_where_their_patches_are() -> None:
+    """Without attention on the way a reshaped layer has boxes: a Swin's first embedding."""
+    net, data = small_swin(), noise(5, 32, 32)
+    found = top_patches(
+        net, "features.0", data, n=2, size=32, reshape_transform=channels_last_to_first
+    )
+    assert found.reason is None
+    rows, columns = found.positions.unbind(-1)
+    expected = torch.stack([4 * columns, 4 * rows, 4 * columns + 4, 4 * rows + 4], -1)
+    assert torch.equal(found.boxes, expected)
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def test_the_figure_shows_the_patches() -> None:
+    net, data = small_net(), noise(12, 30, 20)
+    found = top_patches(net, "relu2", data, n=4, size=15)
+    figure = found.figure(data, [5, 2])
+    axes = figure.axes
+    assert len(axes) == 8
+    assert [axes[0].get_ylabel(), axes[4].get_ylabel()] == ["unit 5", "unit 2"]
+    for axis, crop, value in zip(axes[4:], found.crops(data, 2), found.values[2], strict=True):
+        assert axis.get_title() == f"{value:.3g}"
+        assert np.array_equal(axis.images[0].get_array(), crop.permute(1, 2, 0).numpy())
+    whole = found.figure(data, [2], context=True)
+    boxes = found.picture_boxes(data, 2).tolist()
+    for axis, place, (x1, y1, x2, y2) in zip(whole.axes, found.places[2], boxes, strict=True):
+        assert np.array_equal(axis.images[0].get_array(), data[place][0].permute(1, 2, 0).numpy())
+        (patch,) = axis.patches
+        assert patch.get_xy() == (x1 - 0.5, y1 - 0.5)
+        assert (patch.get_width(), patch.get_height()) == (x2 - x1, y2 - y1)
+    assert len(found.figure(data).axes) == 6 * 4
+
+
+def test_pictures_and_units_that_are_not_there() -> None:
+    net, data = small_net(), noise(12)
+    found = top_patches(net, "relu2", data, n=12, size=8, units=[4, 1])
+    for call in (found.crops, found.picture_boxes):
+        with pytest.raises(ValueError, match="`unit` must be one of 4, 1, got 0"):
+            call(data, 0)
+    with pytest.raises(ValueError, match="`unit` must be one of 4, 1, got 2"):
+        found.figure(data, [4, 2])
+    with pytest.raises(ValueError, match=r"picture \d+ cannot be read any more"):
+        found.crops(data[:5], 1)
+    broken = Watched(12, unread=(7,))
+    said = "picture 7 cannot be read"
+    with pytest.warns(UserWarning, match=said), pytest.raises(ValueError, match=f"{said} any more"):
+        found.figure(broken)
+
+
+# --- contracts -----------------------------------------------------------------------------------
+
+
+class Breaking(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 3:  # the last batch
+            raise RuntimeError("in the middle")
+        return x
+
+
+@pytest.mark.parametrize("field", ["analytic", "effective"])
+def test_it_leaves_no_trace(trace_free: TraceFree, field: str) -> None:
+    net, data = small_net(), noise(23)
+    with trace_free(net, *(picture for picture, _ in data)):
+        top_patches(net, "relu2", data, size=8, batch_size=10, receptive_field=field)
+    net.relu2 = Breaking()
+    with trace_free(net), pytest.raises(RuntimeError, match="in the middle"):
+        top_patches(net, "relu2", data, size=8, batch_size=10, receptive_field=field)
+
+
+@pytest.mark.parametrize("field", ["analytic", "effective"])
+def test_frozen_parameters_and_modes(field: str) -> None:
+    net, data = small_net(), noise(11)
+    run = partial(top_patches, net, "relu2", data, size=8, receptive_field=field)
+    expected = run()
+    net.requires_grad_(False)
+    with torch.no_grad():
+        assert same(run(), expected)
+    with torch.inference_mode():
+        if field == "analytic":
+            assert same(run(), expected)
+        else:
+            with pytest.raises(RuntimeError, match="inference_mode"):
+                run()
+    parallel = nn.DataParallel(net)
+    assert same(top_patches(parallel, net.relu2, data, size=8, receptive_field=field), expected)
+    assert same(
+        top_patches(lambda x: net(x), net.relu2, data, size=8, receptive_field=field),
+        ActivatingPatches(**vars(expected) | {"layer": "ReLU"}),
+    )
+
+
+def test_train_mode_warns_once_and_moves_no_statistics(trace_free: TraceFree) -> None:
+    net, data = small_net().train(), noise(11)
+    with trace_free(net), pytest.warns(UserWarning, match="train mode") as caught:
+        found = top_patches(net, "relu2", data, size=8)
+    assert len(caught) == 1
+    assert "`batch_norm` is on the way" in found.reason, "it sees the whole batch"
+
+
+def test_workers_read_the_same() -> None:
+    net, data = small_net(), noise(23)
+    options: dict[str, Any] = {"size": 8, "batch_size": 4}
+    found = top_patches(net, "relu2", data, num_workers=1, **options)
+    assert same(found, top_patches(net, "relu2", data, show_progress=True, **options))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"layer": "relu9"}, ValueError, "`layer` 'relu9' is not in the model"),
+        ({"layer": 3}, TypeError, "`layer` must be a torch.nn.Module"),
+        ({"data": []}, ValueError, "`data` must have a length, and at least one picture"),
+        ({"data": iter(())}, ValueError, "`data` must have a length"),
+        ({"data": [torch.rand(3, 8, 8)]}, TypeError, "entries must be (picture, label, ...)"),
+        ({"data": [(torch.rand(3, 8, 8) * 9, 0)]}, ValueError, "floats must be in [0, 1]"),
+        ({"n": 0}, ValueError, "`n` must be an integer of at least 1, got 0"),
+        ({"per_image": 1.5}, ValueError, "`per_image` must be an integer of at least 1"),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be an integer of at least 1"),
+        ({"checkpoint_every": 0}, ValueError, "`checkpoint_every` must be an integer"),
+        ({"size": 0}, ValueError, "`size` must be an integer of at least 1, got 0"),
+        ({"size": (8, 8, 8)}, ValueError, "`size` must be one or two numbers of pixels"),
+        ({"units": []}, ValueError, "`units` must be channels, each once"),
+        ({"units": [1, 1]}, ValueError, "`units` must be channels, each once"),
+        ({"units": [-1]}, ValueError, "`units` must be channels, each once"),
+        ({"units": [True]}, ValueError, "`units` must be channels, each once"),
+        ({"units": 3}, ValueError, "`units` must be channels, each once"),
+        ({"units": [6]}, ValueError, "`units` must be below 6, the channels of `layer` `relu2`"),
+        ({"normalize": ((0.5,), (0.0,))}, ValueError, "`normalize` must be means and standard"),
+        ({"receptive_field": "all"}, ValueError, "`receptive_field` must be one of"),
+        ({"energy": 1.5}, ValueError, "`energy` must be a number, at least 0 and at most 1"),
+        ({"reshape_transform": 3}, TypeError, "`reshape_transform` must be callable"),
+        (
+            {"reshape_transform": lambda x: x.flatten(2)},
+            ValueError,
+            "must give (B, C, h, w) or (B, C), after `reshape_transform`, got (1, 6, 64)",
+        ),
+    ],
+)
+def test_what_is_refused(arguments: dict[str, Any], error: type[Exception], said: str) -> None:
+    net = small_net()
+    given = {"layer": "relu2", "data": noise(3), "size": 8} | arguments
+    with pytest.raises(error, match=re.escape(said)):
+        top_patches(net, **given)
+
+
+def test_layers_that_have_no_maps() -> None:
+    vit, lstm = small_vit(), nn.Sequential(nn.Flatten(2), nn.LSTM(64, 4, batch_first=True))
+    with pytest.raises(ValueError, match="reshape_transform=tokens_to_grid"):
+        top_patches(vit, "encoder.layers.encoder_layer_1", noise(2), size=24)
+    with pytest.raises(ValueError, match="`layer` `1` gives 3 tensors, and not one"):
+        top_patches(lstm, "1", noise(2), size=8)
+    net = small_net()
+    with pytest.raises(ValueError, match="did not run in the forward pass"):
+        top_patches(net, nn.ReLU(), noise(2), size=8)
+
+
+def test_activations_that_are_not_finite() -> None:
+    net, data = small_net(), noise(20)
+    top_patches(net, "relu2", data, size=8)  # the zeros of the first pass are finite
+    net.relu2 = Exploding()
+    with pytest.raises(ValueError, match="of 1 images are not finite; the first is at place 13"):
+        top_patches(net, "relu2", [*data[:13], (torch.ones(3, 8, 8), 0)], size=8, batch_size=5)
+
+
+class Exploding(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        if len(x) == 4:  # of 14 in batches of 5
+            x[3, 1, 2, 0] = torch.nan
+        return x
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("field", ["analytic", "effective"])
+def test_on_a_gpu(field: str, tmp_path: Path) -> None:
+    data = noise(100)
+    options: dict[str, Any] = {"size": 8, "receptive_field": field, "normalize": PLAIN}
+    expected = top_patches(net_with_ties(), "1" if field == "analytic" else "0", data, **options)
+    net, file = net_with_ties().cuda(), tmp_path / "top.pt"
+    for _ in range(2):
+        found = top_patches(net, expected.layer, data, checkpoint=file, **options)
+        assert torch.equal(found.places, expected.places)
+        assert torch.equal(found.boxes, expected.boxes)
+        torch.testing.assert_close(found.values, expected.values)

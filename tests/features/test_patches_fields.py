@@ -1,0 +1,159 @@
+"""Boxes of units: receptive fields, the image's border, and where gradients lie."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from captum_ext._receptive_field import Axis, Field
+from captum_ext.features import maximally_activating_patches as top_patches
+from captum_ext.features._fields import clipped, energy_boxes, field_boxes
+from tests.features.test_patches import PLAIN, noise
+from tests.methods import small_net
+
+
+def test_field_boxes_by_hand() -> None:
+    # conv5_3 of VGG-16: r = 196, j = 16, c = 7.5
+    vgg = Axis(196, 16, 7.5)
+    resnet = Axis(435, 32, 0)
+    found = field_boxes(Field(vgg, resnet), torch.tensor([[0, 0], [13, 6]]))
+    assert found.tolist() == [[-217, -90, 218, 106], [192 - 217, 208 - 90, 192 + 218, 208 + 106]]
+
+
+def test_clipping_by_hand() -> None:
+    boxes = torch.tensor([[-5, 2, 3, 4], [7, -9, 30, 30], [-4, -4, -2, 9], [12, 3, 14, 20]])
+    found = clipped(boxes, (8, 10))
+    assert found.tolist() == [[0, 2, 3, 4], [7, 0, 10, 8], [0, 0, 1, 8], [9, 3, 10, 8]]
+
+
+def test_energy_boxes_by_hand() -> None:
+    rows = torch.tensor([1.0, 0.0, 2.0, 94.0, 0.0, 3.0])
+    columns = torch.tensor([0.0, 50.0, 50.0, 0.0])
+    energy = (rows[:, None] * columns / 100)[None]
+    # columns end where the energy does; of 100 a tail of (1 - share) / 4 is cut off the rows
+    expected = {1.0: (0, 6), 0.97: (0, 6), 0.95: (2, 6), 0.89: (2, 6), 0.87: (3, 4), 0.0: (3, 4)}
+    for share, (top, bottom) in expected.items():
+        assert energy_boxes(energy, share).tolist() == [[1, top, 3, bottom]], share
+    nothing = torch.zeros(1, 6, 4)
+    both = energy_boxes(torch.cat([nothing, energy]), 0.95)
+    assert both.tolist() == [[0, 0, 4, 6], [1, 2, 3, 6]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**20), st.sampled_from([0.5, 0.8, 0.95, 1.0]))
+def test_energy_boxes_hold_their_share(seed: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    energy = torch.rand(4, 7, 5, generator=generator).pow(8)
+    for each, (x1, y1, x2, y2) in zip(energy, energy_boxes(energy, share).tolist(), strict=True):
+        assert each[y1:y2, x1:x2].sum() >= (share - 1e-6) * each.sum()
+
+
+def positive(net: nn.Module) -> nn.Module:
+    for parameter in net.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    return net.double().eval()
+
+
+def test_all_of_the_energy_is_the_receptive_field() -> None:
+    parts = [nn.Conv2d(3, 4, 5, 2, 2), nn.AvgPool2d(3, 2, 1), nn.Conv2d(4, 2, 3, padding=1)]
+    net, data = positive(nn.Sequential(*parts)), noise(12, 40, 40)
+    options: dict[str, Any] = {"n": 12, "size": (40, 36), "normalize": PLAIN}
+    analytic = top_patches(net, "2", data, **options)
+    for batch_size in (5, 32):
+        effective = top_patches(
+            net, "2", data, receptive_field="effective", energy=1, batch_size=batch_size, **options
+        )
+        assert torch.equal(effective.boxes, analytic.boxes)
+        assert torch.equal(effective.unclipped_boxes, analytic.unclipped_boxes)
+    smaller = top_patches(net, "2", data, receptive_field="effective", energy=0.5, **options)
+    assert torch.equal(smaller.places, analytic.places)
+    low, high = smaller.boxes[..., :2], smaller.boxes[..., 2:]
+    assert (low >= analytic.boxes[..., :2]).all()
+    assert (high <= analytic.boxes[..., 2:]).all()
+    areas = (high - low).prod(-1) / (analytic.boxes[..., 2:] - analytic.boxes[..., :2]).prod(-1)
+    assert areas.max() < 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_effective_boxes_are_of_each_units_own_gradient(dtype: torch.dtype) -> None:
+    net, data = small_net(dtype=dtype), noise(15, 12, 12)
+    options: dict[str, Any] = {"n": 4, "size": 12, "normalize": PLAIN, "units": [4, 1, 2]}
+    found = top_patches(
+        net, "relu2", data, receptive_field="effective", energy=0.7, batch_size=5, **options
+    )
+    analytic = top_patches(net, "relu2", data, **options).boxes
+    for row, unit in enumerate(found.units):
+        for i, place in enumerate(found.places[row].tolist()):
+            x = (data[place][0] / 255).to(dtype)[None].requires_grad_()
+            y = net.relu2(net.conv2(net.relu1(net.norm(net.conv1(x)))))
+            r, c = found.positions[row, i].tolist()
+            gradient: Tensor
+            (gradient,) = torch.autograd.grad(y[0, unit, r, c], x)
+            x1, y1, x2, y2 = energy_boxes(gradient.double().square().sum(1), 0.7)[0].tolist()
+            a1, b1, a2, b2 = analytic[row, i].tolist()
+            expected = [max(x1, a1), max(y1, b1), min(x2, a2), min(y2, b2)]
+            assert found.boxes[row, i].tolist() == expected
+
+
+def test_a_unit_without_a_gradient_keeps_its_receptive_field() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.ReLU())
+    with torch.no_grad():
+        net[0].bias[0] = -1e3  # never on
+    options: dict[str, Any] = {"n": 3, "size": 8, "normalize": PLAIN}
+    analytic = top_patches(net, "1", noise(6), **options)
+    found = top_patches(net, "1", noise(6), receptive_field="effective", **options)
+    assert (found.values[0] == 0).all()
+    assert found.places[0].tolist() == [0, 1, 2]
+    assert torch.equal(found.boxes[0], analytic.boxes[0])
+
+
+def test_a_gradient_that_underflows_when_squared() -> None:
+    net = positive(nn.Conv2d(3, 1, 3, bias=False)).float()
+    with torch.no_grad():
+        net.weight *= 1e-30
+    options: dict[str, Any] = {"n": 3, "size": 8, "receptive_field": "effective", "energy": 1}
+    found = top_patches(net, net, noise(6), normalize=PLAIN, **options)
+    assert (found.boxes[..., 2:] - found.boxes[..., :2] == 3).all()
+
+
+def test_effective_boxes_where_units_see_the_whole_image() -> None:
+    """Squeeze and excitation: the gate's gradient is everywhere, and small."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return x * x.mean((2, 3), keepdim=True).sigmoid()
+
+    net, data = Gated().double(), noise(6, 20, 20)
+    options: dict[str, Any] = {"n": 3, "size": 20, "normalize": PLAIN}
+    whole = top_patches(net, net, data, **options)
+    assert (whole.boxes == torch.tensor([0, 0, 20, 20])).all()
+    found = top_patches(net, net, data, receptive_field="effective", **options)
+    assert found.reason == whole.reason is not None
+    at = found.positions.flip(-1)
+    for i in (0, 1):  # the part that sees only what is near
+        assert (found.boxes[..., i] <= at[..., i]).all()
+        assert (found.boxes[..., 2 + i] > at[..., i]).all()
+    assert (found.boxes[..., 2:] - found.boxes[..., :2]).max() <= 3
+
+
+def test_no_gradient_to_be_had() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3)
+
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    net = Cut()
+    with pytest.raises(ValueError, match="`conv` has no gradient with respect to the images"):
+        top_patches(net, "conv", noise(3), size=8, receptive_field="effective")
