@@ -41,6 +41,7 @@ class TopActivations:
         self.n, self.per_image = n, per_image
         self.grid: tuple[int, int] | None = None
         # Each row is sorted: values, and keys (place x cells + cell), which order equal values.
+        # They are replaced and never written to, so that states may share them.
         self._values, self._keys = torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64)
 
     @torch.no_grad()
@@ -160,8 +161,8 @@ class TopActivations:
             "n": self.n,
             "per_image": self.per_image,
             "grid": self.grid,
-            "values": self._values.cpu().clone(),
-            "keys": self._keys.cpu().clone(),
+            "values": self._values.cpu(),
+            "keys": self._keys.cpu(),
         }
 
     @classmethod
@@ -169,5 +170,5 @@ class TopActivations:
         """One that goes on from what `state_dict` gave."""
         top = cls(state["n"], state["per_image"])
         top.grid = None if state["grid"] is None else (state["grid"][0], state["grid"][1])
-        top._values, top._keys = state["values"].clone(), state["keys"].clone()
+        top._values, top._keys = state["values"], state["keys"]
         return top

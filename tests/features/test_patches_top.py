@@ -72,13 +72,18 @@ def test_the_order_of_images_does_not_matter(per_image: int) -> None:
     assert seen(fed(maps, 7, torch.arange(199, -1, -1), **options)) == expected
 
 
+@pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("per_image", [1, 3])
-def test_parts_are_merged_and_what_comes_twice_counts_once(per_image: int) -> None:
-    maps, options = quantised(200), {"n": 9, "per_image": per_image}
+@pytest.mark.parametrize("n_images", [5, 31])
+def test_parts_are_merged_and_what_comes_twice_counts_once(
+    n_images: int, per_image: int, ties: bool
+) -> None:
+    maps = quantised(n_images) if ties else torch.rand(n_images, 2, 3, 5)
+    options = {"n": 9, "per_image": per_image}
     expected = everything_sorted(maps, 9, per_image)
-    # As four processes see them whose sampler repeats the first to make the parts equal.
-    places = torch.cat([torch.arange(200), torch.arange(4)])
-    parts = [fed(maps, 7, places[i::4], **options) for i in range(4)]
+    # As four processes see them whose sampler repeats some to make the parts equal.
+    places = torch.cat([torch.arange(n_images), torch.arange(4), torch.arange(5)])
+    parts = [fed(maps, 1, places[i::4], **options) for i in range(4)]
     top = TopActivations(**options)
     for part in reversed(parts):
         before = seen(part)
@@ -86,6 +91,14 @@ def test_parts_are_merged_and_what_comes_twice_counts_once(per_image: int) -> No
         assert seen(part) == before
     top.merge(TopActivations(**options))
     assert seen(top) == expected
+
+
+def test_what_comes_twice_counts_once_where_it_differs_by_rounding() -> None:
+    maps = torch.tensor([[[[1.0, 1.0 - 1e-7]]], [[[0.5, 0.5]]]])
+    top = fed(maps, n=3)
+    top.update(maps[:1].flip(3), torch.tensor([0]))
+    assert top.places.tolist() == [[0, 1]]
+    assert top.positions.tolist() == [[[0, 0], [0, 0]]]
 
 
 def test_it_goes_on_from_its_state() -> None:
