@@ -1,12 +1,13 @@
 """The patches that activate units most: where they are, their pictures, and a figure of them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from captum_ext._fingerprint import changes
 from captum_ext._pictures import Pictures
 from captum_ext._receptive_field import Field
 from captum_ext.features._fields import field_boxes
@@ -28,6 +29,7 @@ class ActivatingPatches:
         boxes: (U, m, 4), int64: (x1, y1, x2, y2) in pixels of the image as the model saw it,
             half-open, without what lies in the padding; at least one pixel.
         size: (H, W) of the images.
+        n: how many were asked for of each unit.
         field: the receptive field along rows and columns: size, stride, and centre of the first
             unit, in pixels. None where the boxes are the whole image.
         reason: why they are that although it was not asked for, or None.
@@ -41,6 +43,7 @@ class ActivatingPatches:
     positions: Tensor
     boxes: Tensor
     size: tuple[int, int]
+    n: int
     field: Field | None
     reason: str | None
     unread: tuple[str, ...]
@@ -61,6 +64,42 @@ class ActivatingPatches:
         if self.field is None:
             return self.boxes
         return field_boxes(self.field, self.positions)
+
+    def merge(self, *others: "ActivatingPatches") -> "ActivatingPatches":
+        """The best of what several processes found in other pictures of the same data set.
+
+        Raises:
+            ValueError: another layer, other units, sizes or numbers; pictures in common.
+        """
+        parts = (self, *others)
+        for other in others:
+            changed = changes(self._about(), other._about())
+            if changed:
+                raise ValueError(f"`others` are of another run: {changed}.")
+        places = [set(part.places.flatten().tolist()) for part in parts]
+        if len(set.union(*places)) < sum(map(len, places)):
+            raise ValueError("`others` have pictures in common with this one, or each other.")
+        values, at, positions, boxes = (
+            torch.cat([getattr(part, name) for part in parts], 1)
+            for name in ("values", "places", "positions", "boxes")
+        )
+        order = torch.arange(at.shape[1]).expand(at.shape)
+        for key in (positions[..., 1], positions[..., 0], at, -values):  # the last decides
+            order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
+        order = order[:, : self.n]
+        rows = torch.arange(len(at))[:, None]
+        return replace(
+            self,
+            values=values[rows, order],
+            places=at[rows, order],
+            positions=positions[rows, order],
+            boxes=boxes[rows, order],
+            unread=sum((part.unread for part in parts), ()),
+        )
+
+    def _about(self) -> dict[str, Any]:
+        names = ("layer", "units", "size", "n", "field", "reason")
+        return {name: getattr(self, name) for name in names}
 
     def picture_boxes(self, data: Any, unit: int) -> Tensor:
         """A unit's boxes in each picture's own pixels, (m, 4), before they were resized.

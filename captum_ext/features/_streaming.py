@@ -44,6 +44,7 @@ class Store:
 def streamed(
     maps: LayerMaps,
     entries: Entries,
+    shard: range,
     units: tuple[int, ...] | None,
     top: TopActivations,
     store: Store | None,
@@ -51,14 +52,14 @@ def streamed(
     num_workers: int,
     show_progress: bool,
 ) -> tuple[TopActivations, list[int]]:
-    """One pass over the pictures: the best, and the places of those that cannot be read."""
+    """One pass over the places of `shard`: the best, and the places that cannot be read."""
     done, unread = 0, []
     if store is not None and store.saved is not None:
         done, unread = store.saved["done"], store.saved["unread"]
         top = TopActivations.from_state_dict(store.saved["top"])
     stored = done
     loader = DataLoader(
-        Subset(entries, range(done, len(entries))),
+        Subset(entries, shard[done:]),
         batch_size,
         num_workers=num_workers,
         generator=torch.Generator(),  # the global one stays as it is
@@ -71,9 +72,9 @@ def streamed(
             if units is not None:
                 found = found.index_select(1, torch.tensor(units, device=found.device))
             top.update(found, places[is_read])
-        if store is not None and (done - stored >= store.every or done == len(entries)):
+        if store is not None and (done - stored >= store.every or done == len(shard)):
             store.write(top, done, unread)
             stored = done
-    if len(unread) == len(entries):
+    if len(unread) == len(shard):
         raise ValueError("`data`: none of its pictures can be read.")
     return top, unread

@@ -36,6 +36,7 @@ def maximally_activating_patches(
     reshape_transform: ReshapeTransform | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1000,
     show_progress: bool = False,
@@ -83,6 +84,8 @@ def maximally_activating_patches(
             `captum_ext.attr.tokens_to_grid`.
         batch_size: pictures in a forward pass.
         num_workers: processes that read pictures.
+        shard: (i, k) looks at the pictures i, i + k, i + 2 k, ... alone, for k processes: `merge`
+            makes of their results what one process would have found.
         checkpoint: a file, written after every so many pictures and at the end. A run that was
             killed goes on from it, to the same result. None writes nothing.
         checkpoint_every: that many.
@@ -125,8 +128,9 @@ def maximally_activating_patches(
     check_choice("receptive_field", receptive_field, RECEPTIVE_FIELDS)
     check_range("energy", energy, 0, 1)
     chosen = None if units is None else _checked_units(units)
-    maps = LayerMaps(forward_func, layer, normalize, reshape_transform)
     entries = Entries(data, _checked_size(size))
+    places = _checked_shard(shard, len(entries))
+    maps = LayerMaps(forward_func, layer, normalize, reshape_transform)
     if receptive_field == "effective" and torch.is_inference_mode_enabled():
         raise RuntimeError(
             "An effective receptive field is made of gradients, which do not exist inside "
@@ -142,6 +146,7 @@ def maximally_activating_patches(
             "per_image": per_image,
             "units": None if chosen is None else list(chosen),
             "size": list(entries.size),
+            "shard": list(shard),
         }
         store = Store(Path(checkpoint), about, checkpoint_every)
     with untouched(forward_func):
@@ -162,16 +167,16 @@ def maximally_activating_patches(
             except ValueError as error:
                 reason = str(error)
         top, unread = streamed(
-            maps, entries, chosen, TopActivations(n, per_image), store,
+            maps, entries, places, chosen, TopActivations(n, per_image), store,
             batch_size, num_workers, show_progress,
         )  # fmt: skip
         height, width = entries.size
-        places, positions = top.places.cpu(), top.positions.cpu()
-        whole = torch.tensor([0, 0, width, height]).expand(*places.shape, 4).clone()
+        found, positions = top.places.cpu(), top.positions.cpu()
+        whole = torch.tensor([0, 0, width, height]).expand(*found.shape, 4).clone()
         boxes = whole if field is None else clipped(field_boxes(field, positions), entries.size)
         if receptive_field == "effective":
             inner = effective_boxes(
-                maps, entries, rows, places, positions, energy,
+                maps, entries, rows, found, positions, energy,
                 batch_size, num_workers, show_progress,
             ).cpu()  # fmt: skip
             # No gradient at all says nothing: its box is the whole image.
@@ -179,10 +184,10 @@ def maximally_activating_patches(
             boxes = torch.cat([inner[..., :2].maximum(low), inner[..., 2:].minimum(high)], -1)
     names = tuple(entries.pictures.name(place) for place in unread)
     if names:
-        warn(f"{len(names)} of {len(entries)} pictures cannot be read, left out: {few(names)}")
+        warn(f"{len(names)} of {len(places)} pictures cannot be read, left out: {few(names)}")
     return ActivatingPatches(
-        maps.name, rows, top.values.cpu(), places, positions, boxes,
-        entries.size, field, reason, names,
+        maps.name, rows, top.values.cpu(), found, positions, boxes,
+        entries.size, n, field, reason, names,
     )  # fmt: skip
 
 
@@ -195,6 +200,18 @@ def _checked_units(units: Any) -> tuple[int, ...]:
             f"`units` must be channels, each once and 0 or more, or None, got {units!r}."
         )
     return tuple(units)
+
+
+def _checked_shard(shard: Any, length: int) -> range:
+    """The places of a shard."""
+    first, step = shard if isinstance(shard, tuple) and len(shard) == 2 else (-1, 0)
+    are_numbers = isinstance(first, int) and isinstance(step, int)
+    if not are_numbers or not 0 <= first < min(step, length):
+        raise ValueError(
+            f"`shard` must be (i, k) with 0 <= i < k, and i below the {length} pictures of `data`, "
+            f"got {shard!r}."
+        )
+    return range(first, length, step)
 
 
 def _checked_size(size: Any) -> tuple[int, int]:

@@ -228,6 +228,7 @@ def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
         "size was [8, 8] and is [8, 9]": (net, "relu2", data, {"size": (8, 9)}),
         "units was None and is [1]": (net, "relu2", data, {"units": [1]}),
         "per_image was 1 and is 2": (net, "relu2", data, {"per_image": 2}),
+        "shard was [0, 1] and is [1, 2]": (net, "relu2", data, {"shard": (1, 2)}),
         "normalize was": (net, "relu2", data, {"normalize": PLAIN}),
         "reshape_transform was": (net, "relu2", data, {"reshape_transform": torch.relu}),
         "data was '20 pictures": (net, "relu2", data[:19], {}),
@@ -261,6 +262,37 @@ def test_transforms_are_told_apart(tmp_path: Path) -> None:
     wide = partial(tokens_to_grid, grid=(1, 9))
     with pytest.raises(ValueError, match="another run: reshape_transform was"):
         top_patches(net, layer, data, reshape_transform=wide, **options)
+
+
+@pytest.mark.parametrize(("count", "per_image"), [(2, 1), (3, 2)])
+def test_shards_merge_to_what_one_process_finds(count: int, per_image: int) -> None:
+    net, data = net_with_ties(), noise(50)
+    options: dict[str, Any] = {"n": 8, "per_image": per_image, "size": 8, "normalize": PLAIN}
+    shards = [top_patches(net, "1", data, shard=(i, count), **options) for i in range(count)]
+    assert [set((s.places % count).flatten().tolist()) for s in shards] == [
+        {i} for i in range(count)
+    ]
+    expected = top_patches(net, "1", data, **options)
+    assert same(shards[0].merge(*shards[1:]), expected)
+    assert same(shards[-1].merge(*shards[:-1]), expected)
+    assert same(expected.merge(), expected)
+    assert shards[0].values.shape == (5, 8)
+    with pytest.raises(ValueError, match="have pictures in common"):
+        shards[0].merge(expected)
+    other = top_patches(net, "1", data, shard=(1, 2), **options | {"n": 3})
+    with pytest.raises(ValueError, match="`others` are of another run: n was 8 and is 3"):
+        shards[0].merge(other)
+
+
+def test_small_shards_merge_to_all() -> None:
+    net, data = net_with_ties(), Watched(7, unread=(4, 5))
+    options: dict[str, Any] = {"n": 9, "size": 8, "receptive_field": "effective"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shards = [top_patches(net, "0", data, shard=(i, 3), **options) for i in range(3)]
+        found, expected = shards[0].merge(*shards[1:]), top_patches(net, "0", data, **options)
+    assert found.values.shape == (5, 5)
+    assert same(found, expected)
 
 
 # --- boxes ---------------------------------------------------------------------------------------
@@ -339,7 +371,7 @@ def test_boxes_in_the_pictures_own_pixels() -> None:
     net = nn.Conv2d(3, 1, (4, 6), stride=(4, 6), bias=False)
     nn.init.constant_(net.weight, 1.0)
     pictures = []
-    for width, height in ((36, 16), (54, 32), (20, 10)):
+    for width, height in ((36, 16), (54, 32), (20, 11)):
         pixels = np.zeros((height, width, 3), np.uint8)
         # the cell in row 1 and column 2 of 4 x 3
         pixels[height // 4 : height // 2, -(-width * 2 // 3) :] = 100 + width
@@ -348,14 +380,14 @@ def test_boxes_in_the_pictures_own_pixels() -> None:
     assert found.places.tolist() == [[1, 0, 2]]
     assert found.positions.tolist() == [[[1, 2]] * 3]
     assert found.boxes.tolist() == [[[12, 4, 18, 8]] * 3]
-    # 10 rows of 16 and 20 columns of 18: 2.5 to 5, and 13.3 to 20, outwards
+    # 11 rows of 16 and 20 columns of 18: 2.75 to 5.5, and 13.3 to 20, outwards
     assert found.picture_boxes(pictures, 0).tolist() == [
         [36, 8, 54, 16],
         [24, 4, 36, 8],
-        [13, 2, 20, 5],
+        [13, 2, 20, 6],
     ]
     crops = found.crops(pictures, 0)
-    assert [tuple(crop.shape) for crop in crops] == [(3, 8, 18), (3, 4, 12), (3, 3, 7)]
+    assert [tuple(crop.shape) for crop in crops] == [(3, 8, 18), (3, 4, 12), (3, 4, 7)]
     assert (crops[0] == 154).all()
     assert (crops[1] == 136).all()
 
@@ -521,6 +553,10 @@ def test_workers_read_the_same() -> None:
         ({"units": 3}, ValueError, "`units` must be channels, each once"),
         ({"units": [6]}, ValueError, "`units` must be below 6, the channels of `layer` `relu2`"),
         ({"normalize": ((0.5,), (0.0,))}, ValueError, "`normalize` must be means and standard"),
+        ({"shard": 1}, ValueError, "`shard` must be (i, k) with 0 <= i < k"),
+        ({"shard": (2, 2)}, ValueError, "`shard` must be (i, k) with 0 <= i < k"),
+        ({"shard": (-1, 2)}, ValueError, "`shard` must be (i, k) with 0 <= i < k"),
+        ({"shard": (3, 9)}, ValueError, "and i below the 3 pictures of `data`, got (3, 9)"),
         ({"receptive_field": "all"}, ValueError, "`receptive_field` must be one of"),
         ({"energy": 1.5}, ValueError, "`energy` must be a number, at least 0 and at most 1"),
         ({"reshape_transform": 3}, TypeError, "`reshape_transform` must be callable"),

@@ -78,7 +78,7 @@ def test_all_of_the_energy_is_the_receptive_field() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("layer", ["norm", "relu2"])  # the first has an in-place ReLU behind it
+@pytest.mark.parametrize("layer", ["norm", "relu2"])
 def test_effective_boxes_are_of_each_units_own_gradient(dtype: torch.dtype, layer: str) -> None:
     net, data = small_net(dtype=dtype), noise(15, 12, 12)
     options: dict[str, Any] = {"n": 4, "size": 12, "normalize": PLAIN, "units": [3, 1, 2]}
@@ -116,6 +116,19 @@ def test_a_gradient_that_underflows_when_squared() -> None:
     options: dict[str, Any] = {"n": 3, "size": 8, "receptive_field": "effective", "energy": 1}
     found = top_patches(net, net, noise(6), normalize=PLAIN, **options)
     assert (found.boxes[..., 2:] - found.boxes[..., :2] == 3).all()
+
+
+def test_what_follows_a_layer_in_place_is_of_no_concern() -> None:
+    class Zeroing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.zero_()
+
+    conv, data = nn.Conv2d(3, 2, 5, padding=2), noise(6)
+    options: dict[str, Any] = {"n": 3, "size": 8, "receptive_field": "effective", "energy": 0.3}
+    expected = top_patches(conv, conv, data, **options)
+    found = top_patches(nn.Sequential(conv, Zeroing()), conv, data, **options)
+    assert torch.equal(found.values, expected.values)
+    assert torch.equal(found.boxes, expected.boxes)
 
 
 def test_effective_boxes_where_units_see_the_whole_image() -> None:
