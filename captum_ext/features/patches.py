@@ -115,8 +115,8 @@ def maximally_activating_patches(
         >>> found = maximally_activating_patches(resnet18().eval(), "layer1", data, n=3, size=64)
         >>> found.values.shape, found.field.rows.size == 43
         (torch.Size([64, 3]), True)
-        >>> [tuple(crop.shape) for crop in found.crops(data, unit=7)]  # doctest: +SKIP
-        [(3, 54, 41), (3, 54, 41), (3, 40, 41)]
+        >>> len(found.crops(data, unit=7))
+        3
     """
     for argument, count in (
         ("n", n),

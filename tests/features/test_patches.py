@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -522,6 +523,19 @@ def test_train_mode_warns_once_and_moves_no_statistics(trace_free: TraceFree) ->
         found = top_patches(net, "relu2", data, size=8)
     assert len(caught) == 1
     assert "`batch_norm` is on the way" in found.reason, "it sees the whole batch"
+
+
+def test_threads_share_a_model(trace_free: TraceFree) -> None:
+    net, sets = small_net(), [noise(20) for _ in range(4)]
+    fields = ["analytic", "effective"] * 2
+
+    def run(data: Any, field: str) -> ActivatingPatches:
+        return top_patches(net, "norm", data, size=8, batch_size=3, receptive_field=field)
+
+    expected = [run(*each) for each in zip(sets, fields, strict=True)]
+    with trace_free(net), ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, sets, fields))
+    assert all(same(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_workers_read_the_same() -> None:
