@@ -55,7 +55,7 @@ class ActivatingPatches:
             ValueError: it is not.
         """
         if unit not in self.units:
-            raise ValueError(f"`unit` must be one of {few(self.units)}, got {unit!r}.")
+            raise ValueError(f"`unit` must be one of {_few(self.units)}, got {unit!r}.")
         return self.units.index(unit)
 
     @property
@@ -185,6 +185,6 @@ class ActivatingPatches:
             yield pixels, torch.cat([low, high])
 
 
-def few(values: Sequence[Any]) -> str:
+def _few(values: Sequence[Any]) -> str:
     """The first ten, in words."""
     return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from captum_ext._pictures import Pictures
 from captum_ext._receptive_field import Field
-from captum_ext.features._layer_maps import Entries, LayerMaps
+from captum_ext.features._layer_maps import LayerMaps
 
 
 def field_boxes(field: Field, positions: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def energy_boxes(energy: Tensor, share: float) -> Tensor:
 
 def effective_boxes(
     maps: LayerMaps,
-    entries: Entries,
+    pictures: Pictures,
     channels: Sequence[int],
     places: Tensor,
     positions: Tensor,
@@ -91,7 +92,7 @@ def effective_boxes(
 
     Args:
         maps: of the layer.
-        entries: the pictures.
+        pictures: of the data set.
         channels: one for each row of `places`.
         places: (U, m).
         positions: (U, m, 2).
@@ -109,14 +110,14 @@ def effective_boxes(
     units = torch.tensor(channels).repeat_interleave(places.shape[1]).to(maps.device)
     cells = positions.flatten(0, 1).to(maps.device)
     loader = DataLoader(
-        Subset(entries, places.flatten().tolist()),
+        Subset(pictures, places.flatten().tolist()),
         batch_size,
         num_workers=num_workers,
         generator=torch.Generator(),  # the global one stays as it is
     )
     found: list[Tensor] = []
     done = 0
-    for pixels, _, _ in tqdm(loader, desc="gradients", disable=not show_progress):
+    for pixels, _, _, _ in tqdm(loader, desc="gradients", disable=not show_progress):
         images = maps.images(pixels).requires_grad_()
         part = slice(done, done + len(pixels))
         done += len(pixels)

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from kornia.color import rgb_to_grayscale
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.data import Dataset
 
 from captum_ext._compat import _run_forward
 from captum_ext._model import (
@@ -24,48 +23,20 @@ from captum_ext._model import (
     module_name,
     root_module,
 )
-from captum_ext._pictures import Pictures, checked_channels, digest, resized_to
+from captum_ext._pictures import Pictures, checked_channels, digest
 from captum_ext.attr.layer.reshape import check_not_tokens
 
 ReshapeTransform = Callable[[Tensor], Tensor]
 
 
-class Entry(NamedTuple):
-    """What `Entries` gives: bytes (3, H, W), zeros where the picture at that place is not read."""
-
-    pixels: Tensor
-    place: int
-    is_read: bool
-
-
-class Entries(Dataset[Entry]):
-    """The pictures of a data set as bytes of one size; labels, if there are any, are not read.
-
-    Args:
-        data: as `Pictures` takes it.
-        size: (H, W).
-    """
-
-    def __init__(self, data: Any, size: tuple[int, int]) -> None:
-        self.pictures, self.size = Pictures(data, size), size
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, place: int) -> Entry:
-        found = self.pictures.read(place)
-        if found is None:
-            return Entry(torch.zeros(3, *self.size, dtype=torch.uint8), place, False)
-        return Entry(resized_to(found[1], self.size), place, True)
-
-    def about(self) -> str:
-        """By what the set is known again: its length, its names, and some of its pictures."""
-        samples = getattr(self.pictures.data, "samples", None) or ()
-        names = [Path(sample[0]).parts[-2:] for sample in samples]
-        found = [self.pictures.read(place) for place in self.pictures.probes()]
-        pixels = [None if f is None else f[1].contiguous().numpy() for f in found]
-        probes = [None if p is None else (p.shape, digest(p.tobytes())) for p in pixels]
-        return f"{len(self)} pictures, {digest((names, probes))}"
+def about(pictures: Pictures) -> str:
+    """By what a set is known again: its length, its names, and some pictures at their own size."""
+    samples = getattr(pictures.data, "samples", None) or ()
+    names = [Path(sample[0]).parts[-2:] for sample in samples]
+    found = [pictures.read(place) for place in pictures.probes()]
+    pixels = [None if f is None else f[1].contiguous().numpy() for f in found]
+    probes = [None if p is None else (p.shape, digest(p.tobytes())) for p in pixels]
+    return f"{len(pictures)} pictures, {digest((names, probes))}"
 
 
 class LayerMaps:

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from captum_ext._fingerprint import changes
-from captum_ext.features._layer_maps import Entries, LayerMaps
+from captum_ext._pictures import Pictures
+from captum_ext.features._layer_maps import LayerMaps
 from captum_ext.features._top_activations import TopActivations
 
 
@@ -43,7 +44,7 @@ class Store:
 
 def streamed(
     maps: LayerMaps,
-    entries: Entries,
+    pictures: Pictures,
     shard: range,
     units: tuple[int, ...] | None,
     top: TopActivations,
@@ -59,12 +60,12 @@ def streamed(
         top = TopActivations.from_state_dict(store.saved["top"])
     stored = done
     loader = DataLoader(
-        Subset(entries, shard[done:]),
+        Subset(pictures, shard[done:]),
         batch_size,
         num_workers=num_workers,
         generator=torch.Generator(),  # the global one stays as it is
     )
-    for pixels, places, is_read in tqdm(loader, desc="patches", disable=not show_progress):
+    for pixels, _, places, is_read in tqdm(loader, desc="patches", disable=not show_progress):
         done += len(places)
         unread += places[~is_read].tolist()
         if bool(is_read.any()):

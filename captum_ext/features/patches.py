@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from captum_ext._checks import check_choice, check_count, check_range, warn
+from captum_ext._checks import check_choice, check_count, check_range
 from captum_ext._fingerprint import fingerprint
 from captum_ext._model import Forward, untouched
-from captum_ext._pictures import IMAGENET, digest
+from captum_ext._pictures import IMAGENET, Pictures, checked_pair, digest
 from captum_ext._receptive_field import trace_field
-from captum_ext.features._activating_patches import ActivatingPatches, few
+from captum_ext.features._activating_patches import ActivatingPatches
 from captum_ext.features._fields import clipped, effective_boxes, field_boxes
-from captum_ext.features._layer_maps import Entries, LayerMaps, ReshapeTransform
+from captum_ext.features._layer_maps import LayerMaps, ReshapeTransform, about
 from captum_ext.features._streaming import Store, streamed
 from captum_ext.features._top_activations import TopActivations
 
@@ -70,9 +70,9 @@ def maximally_activating_patches(
             It is run as it stands, on its own device.
         layer: a module or its name. It gives (B, C, h, w), or (B, C) of units that see everything.
         data: pictures of any size: a data set of this package, torchvision's `ImageFolder`, or any
-            other whose entry i is (picture, ...) or has `image`. Pictures are PIL images or tensors
-            (3, H, W) or (1, H, W) of bytes or of floats in [0, 1], not normalised. Those that do
-            not decode are left out, named and counted.
+            other whose entry i is a picture, (picture, ...), or has `image`. Pictures are PIL
+            images or tensors (3, H, W) or (1, H, W) of bytes or of floats in [0, 1], not
+            normalised. Those that do not decode are left out, named and counted.
         n: patches of each unit. 9 is customary (Zeiler & Fergus 2014).
         units: channels of the layer; None is all.
         per_image: how many patches of a unit may be of one picture.
@@ -128,8 +128,8 @@ def maximally_activating_patches(
     check_choice("receptive_field", receptive_field, RECEPTIVE_FIELDS)
     check_range("energy", energy, 0, 1)
     chosen = None if units is None else _checked_units(units)
-    entries = Entries(data, _checked_size(size))
-    places = _checked_shard(shard, len(entries))
+    pictures = Pictures(data, checked_pair("size", size), has_labels=False)
+    places = _checked_shard(shard, len(pictures))
     maps = LayerMaps(forward_func, layer, normalize, reshape_transform)
     if receptive_field == "effective" and torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -138,19 +138,19 @@ def maximally_activating_patches(
         )
     store = None
     if checkpoint is not None:
-        about = {
+        run = {
             "model": digest(sorted(fingerprint(forward_func).items())),
             **maps.about(),
-            "data": entries.about(),
+            "data": about(pictures),
             "n": n,
             "per_image": per_image,
             "units": None if chosen is None else list(chosen),
-            "size": list(entries.size),
+            "size": list(pictures.size),
             "shard": list(shard),
         }
-        store = Store(Path(checkpoint), about, checkpoint_every)
+        store = Store(Path(checkpoint), run, checkpoint_every)
     with untouched(forward_func):
-        blank = maps.images(torch.zeros(1, 3, *entries.size, dtype=torch.uint8))
+        blank = maps.images(torch.zeros(1, 3, *pictures.size, dtype=torch.uint8))
         n_channels = maps(blank).shape[1]
         rows = tuple(range(n_channels)) if chosen is None else chosen
         if max(rows) >= n_channels:
@@ -167,27 +167,26 @@ def maximally_activating_patches(
             except ValueError as error:
                 reason = str(error)
         top, unread = streamed(
-            maps, entries, places, chosen, TopActivations(n, per_image), store,
+            maps, pictures, places, chosen, TopActivations(n, per_image), store,
             batch_size, num_workers, show_progress,
         )  # fmt: skip
-        height, width = entries.size
+        height, width = pictures.size
         found, positions = top.places.cpu(), top.positions.cpu()
         whole = torch.tensor([0, 0, width, height]).expand(*found.shape, 4).clone()
-        boxes = whole if field is None else clipped(field_boxes(field, positions), entries.size)
+        boxes = whole if field is None else clipped(field_boxes(field, positions), pictures.size)
         if receptive_field == "effective":
             inner = effective_boxes(
-                maps, entries, rows, found, positions, energy,
+                maps, pictures, rows, found, positions, energy,
                 batch_size, num_workers, show_progress,
             ).cpu()  # fmt: skip
             # No gradient at all says nothing: its box is the whole image.
             low, high = boxes[..., :2], boxes[..., 2:]
             boxes = torch.cat([inner[..., :2].maximum(low), inner[..., 2:].minimum(high)], -1)
-    names = tuple(entries.pictures.name(place) for place in unread)
-    if names:
-        warn(f"{len(names)} of {len(places)} pictures cannot be read, left out: {few(names)}")
+    pictures.warn_of(set(unread))
+    names = tuple(pictures.name(place) for place in unread)
     return ActivatingPatches(
         maps.name, rows, top.values.cpu(), found, positions, boxes,
-        entries.size, n, field, reason, names,
+        pictures.size, n, field, reason, names,
     )  # fmt: skip
 
 
@@ -212,12 +211,3 @@ def _checked_shard(shard: Any, length: int) -> range:
             f"got {shard!r}."
         )
     return range(first, length, step)
-
-
-def _checked_size(size: Any) -> tuple[int, int]:
-    pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
-    if len(pair) != 2:
-        raise ValueError(f"`size` must be one or two numbers of pixels, got {size!r}.")
-    for side in pair:
-        check_count("size", side)
-    return pair

@@ -113,6 +113,16 @@ def test_pictures_are_resized_and_normalised() -> None:
     torch.testing.assert_close(found.values, torch.tensor([[400 / 255 - 1, 18 / 255 - 1]]))
 
 
+def test_labels_are_not_needed() -> None:
+    net, data = small_net(), noise(20)
+    expected = top_patches(net, "relu2", data, size=8)
+    alone = torch.stack([picture for picture, _ in data])
+    for same_pictures in (alone, list(alone), [(picture, "no number") for picture in alone]):
+        found = top_patches(net, "relu2", same_pictures, size=8)
+        assert same(found, expected)
+        assert torch.equal(found.crops(same_pictures, 2)[0], expected.crops(data, 2)[0])
+
+
 def test_units_of_a_linear_layer_see_whole_images() -> None:
     net, data = small_net(), noise(20, 9, 9)
     found = top_patches(net, "fc", data, n=4, size=9, normalize=PLAIN)
@@ -160,7 +170,7 @@ def test_pictures_that_cannot_be_read_are_left_out() -> None:
     kept = [i for i in range(30) if i not in data.unread]
     with pytest.warns(UserWarning, match="left out") as caught:
         found = top_patches(small_net(), "relu2", data, n=26, size=8, batch_size=3)
-    assert "5 of 30 pictures cannot be read, left out: picture 0, picture 3" in str(
+    assert "5 of 30 pictures cannot be read and are left out: picture 0, picture 3" in str(
         caught[-1].message
     )
     assert found.unread == tuple(f"picture {i}" for i in data.unread)
@@ -552,7 +562,7 @@ def test_workers_read_the_same() -> None:
         ({"layer": 3}, TypeError, "`layer` must be a torch.nn.Module"),
         ({"data": []}, ValueError, "`data` must have a length, and at least one picture"),
         ({"data": iter(())}, ValueError, "`data` must have a length"),
-        ({"data": [torch.rand(3, 8, 8)]}, TypeError, "entries must be (picture, label, ...)"),
+        ({"data": [{"image": 3}]}, TypeError, "entries must be (picture, label, ...)"),
         ({"data": [(torch.rand(3, 8, 8) * 9, 0)]}, ValueError, "floats must be in [0, 1]"),
         ({"n": 0}, ValueError, "`n` must be an integer of at least 1, got 0"),
         ({"per_image": 1.5}, ValueError, "`per_image` must be an integer of at least 1"),
