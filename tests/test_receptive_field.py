@@ -246,6 +246,7 @@ MIXING = {
     "linear": lambda x: F.linear(x, torch.ones(x.shape[3], x.shape[3])),
     "getitem": lambda x: x[:, :, torch.arange(x.shape[2]).flip(0)],
     "max": lambda x: x - x.amax((2, 3), keepdim=True),
+    "global pooling": lambda x: x - F.avg_pool2d(x, x.shape[2:]),
     "setitem": gated_in_place,
     "roll": lambda x: x + x.roll(1, 2),
     "gate": lambda x: x.mul_(x.mean((2, 3), keepdim=True)),

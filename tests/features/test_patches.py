@@ -108,9 +108,10 @@ def test_pictures_are_resized_and_normalised() -> None:
     )
     grey = nn.Conv2d(1, 1, 1, bias=False)
     nn.init.constant_(grey.weight, 1.0)
-    shades = [(Image.new("L", (5, 5), shade), 0) for shade in (9, 200)]
+    shades = [(Image.new("L", (5, 5), 200), 0), (Image.new("RGB", (5, 5), (100, 0, 0)), 0)]
     found = top_patches(grey, grey, shades, size=6, normalize=((0.5,), (0.5,)))
-    torch.testing.assert_close(found.values, torch.tensor([[400 / 255 - 1, 18 / 255 - 1]]))
+    expected = torch.tensor([[400 / 255 - 1, 2 * 29.9 / 255 - 1]])  # red counts for 0.299
+    torch.testing.assert_close(found.values, expected)
 
 
 def test_labels_are_not_needed() -> None:
