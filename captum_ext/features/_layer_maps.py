@@ -10,15 +10,12 @@ from kornia.color import rgb_to_grayscale
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._compat import _run_forward
+from captum_ext._front import up_to_layer
 from captum_ext._model import (
     Forward,
-    Seen,
     Tensors,
-    copies,
     find_module,
     floating_type,
-    intercept,
     layer_activations,
     module_name,
     root_module,
@@ -81,15 +78,8 @@ class LayerMaps:
 
     def with_graph(self, images: Tensor) -> Tensor:
         """The maps, with a graph from the images on, where gradients are switched on."""
-        seen = Seen(self.forward_func, [self.layer], None)
-
-        def keep(index: int, tensors: Tensors) -> Tensors:
-            seen.by_device[index][tensors[0].device] = tensors
-            return tuple(t.clone() for t in tensors)  # what follows may work in place
-
-        with intercept([self.layer], keep, every_thread=seen.parallel):
-            _run_forward(self.forward_func, copies((images,)), None, None)
-        return self._on_grid(seen.gather()[0], images)
+        tensors = up_to_layer(self.forward_func, self.layer, (images,))
+        return self._on_grid(tensors, images)
 
     def _on_grid(self, tensors: Tensors, images: Tensor) -> Tensor:
         if len(tensors) != 1:
