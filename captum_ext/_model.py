@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -171,9 +172,10 @@ class _Buffers:
         self.values = {n: b.detach().clone() for n, b in self.named.items() if b is not None}
 
     def put_back(self) -> None:
-        for name in self.module._buffers.keys() - self.named.keys():
-            del self.module._buffers[name]
-        self.module._buffers.update(self.named)
+        if not isinstance(self.module, ScriptModule):  # whose names are fixed
+            for name in self.module._buffers.keys() - self.named.keys():
+                del self.module._buffers[name]
+            self.module._buffers.update(self.named)
         for name, value in self.values.items():
             buffer = self.named[name]
             assert buffer is not None
