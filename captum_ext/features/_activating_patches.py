@@ -127,7 +127,8 @@ class ActivatingPatches:
             ValueError: as in `picture_boxes`.
         """
         pairs = ((pixels, box.tolist()) for pixels, box in self._pictures(data, unit))
-        return [pixels[:, y1:y2, x1:x2] for pixels, (x1, y1, x2, y2) in pairs]
+        # Copies: the pixels may be the data set's own.
+        return [pixels[:, y1:y2, x1:x2].clone() for pixels, (x1, y1, x2, y2) in pairs]
 
     def figure(
         self, data: Any, units: Sequence[int] | None = None, *, context: bool = False

@@ -470,6 +470,14 @@ def test_the_figure_shows_the_patches() -> None:
     assert len(found.figure(data).axes) == 6 * 4
 
 
+def test_crops_are_copies() -> None:
+    net, data = small_net(), noise(5)
+    before = [picture.clone() for picture, _ in data]
+    for crop in top_patches(net, "relu2", data, n=3, size=8).crops(data, 1):
+        crop.zero_()
+    assert all(torch.equal(picture, old) for (picture, _), old in zip(data, before, strict=True))
+
+
 def test_pictures_and_units_that_are_not_there() -> None:
     net, data = small_net(), noise(12)
     found = top_patches(net, "relu2", data, n=12, size=8, units=[4, 1])
@@ -526,6 +534,16 @@ def test_frozen_parameters_and_modes(field: str) -> None:
         top_patches(lambda x: net(x), net.relu2, data, size=8, receptive_field=field),
         ActivatingPatches(**vars(expected) | {"layer": "ReLU"}),
     )
+
+
+def test_a_part_of_the_model_is_a_script(trace_free: TraceFree) -> None:
+    net, data = small_net(), noise(11)
+    expected = top_patches(net, "relu2", data, size=8)
+    net.norm = torch.jit.script(net.norm)
+    with trace_free(net):
+        found = top_patches(net, "relu2", data, size=8)
+    torch.testing.assert_close(found.values, expected.values)
+    assert found.reason is not None
 
 
 def test_train_mode_warns_once_and_moves_no_statistics(trace_free: TraceFree) -> None:
