@@ -14,10 +14,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from captum_ext._compat import _run_forward
@@ -67,7 +69,8 @@ def receptive_field(
         image: (1, C, H, W).
         additional_forward_args: as in Captum.
         exact: whether nothing outside of its field may have any effect on a unit. Followed are
-            then only functions that are known to work unit by unit.
+            then only functions that are known to work unit by unit. (What is written into a view,
+            so as to change what it is a view of, is not seen.)
         reshape_transform: turns what the layer puts out into (B, C, h, w), and is followed as well.
 
     Raises:
@@ -103,12 +106,17 @@ def trace_field(
             for x in tree_leaves(output):
                 if isinstance(x, Tensor):
                     y = x if reshape_transform is None else reshape_transform(x)
-                    found.append((tracer.spots.get(id(y)), tracer.strays.get(id(y), (y, None))[1]))
+                    stray = tracer.strays.get(id(y), (y, tracer.was_read))[1]
+                    found.append((tracer.spots.get(id(y)), stray))
 
     with ExitStack() as stack:
         stack.callback(layer.register_forward_hook(keep).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(tracer)
+        if exact:
+            unfused = torch.jit.optimized_execution  # type: ignore[attr-defined]
+            stack.enter_context(unfused(False))  # what is fused is not seen
+            stack.enter_context(_FromPython())  # type: ignore[no-untyped-call]
         _run_forward(forward_func, tracer.image, None, additional_forward_args)
     spot, stray = found[0] if found else (None, None)
     if spot is None:
@@ -144,6 +152,8 @@ class _Tracer(TorchFunctionMode):
     Attributes:
         spots: by identity, the tensors whose fields are known.
         strays: those that also come from the image in a way that is left aside, and by what.
+        was_read: by what a number was made of the image that Python has, or None. All that follows
+            may depend on it.
     """
 
     def __init__(self, image: Tensor) -> None:
@@ -152,6 +162,7 @@ class _Tracer(TorchFunctionMode):
         # The tensors are kept, so that no other gets the identity of one that is gone.
         self.spots = {id(self.image): _Spot(self.image, first, (2, 3))}
         self.strays: dict[int, tuple[Any, str]] = {}
+        self.was_read: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -161,7 +172,11 @@ class _Tracer(TorchFunctionMode):
         shapes = [spot.tensor.shape for spot in spots]
         output = func(*args, **kwargs)
         if spots or strays:
-            name = (resolve_name(func) or "").rpartition(".")[2].strip("_")
+            is_operator = isinstance(func, torch._ops.OpOverload)
+            path = func.overloadpacket.__name__ if is_operator else resolve_name(func) or ""
+            name = path.rpartition(".")[2].strip("_")
+            if _is_number(name, output):
+                self.was_read = self.was_read or (strays or [name])[0]
             if name == "setitem":
                 self.strays[id(args[0])] = (args[0], name)
             for x in tree_leaves(output):
@@ -175,6 +190,21 @@ class _Tracer(TorchFunctionMode):
                     if strays or after is None or not _is_local(*call):
                         self.strays[id(x)] = (x, (strays or [name])[0])
         return output
+
+
+class _FromPython(TorchDispatchMode):
+    """Calls from Python what scripts call from elsewhere, so that a tracer sees it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _is_number(name: str, output: Any) -> bool:
+    """Whether a function has made numbers of values, and not of a shape, say."""
+    leaves = tree_leaves(output)
+    if any(isinstance(x, Tensor) for x in leaves):
+        return False
+    return name in _READING or any(isinstance(x, float | complex | np.ndarray) for x in leaves)
 
 
 def _after(
@@ -285,6 +315,7 @@ _UNIT_BY_UNIT = {
     "sigmoid", "sign", "silu", "softplus", "softsign", "split", "sqrt", "square", "sub",
     "subtract", "sum", "tanh", "threshold", "to", "truediv", "type", "type_as", "where",
 }  # fmt: skip
+_READING = {"allclose", "bool", "equal", "index", "int", "is_nonzero", "item", "tolist"}
 _MOVING = {
     "reshape",
     "view",

@@ -269,6 +269,44 @@ def test_which_functions_work_unit_by_unit(name: str) -> None:
             receptive_field(net, net.second, x, exact=True)
 
 
+def script_of_all(x):  # type: ignore[no-untyped-def]
+    return x.mean((2, 3), keepdim=True) * torch.ones_like(x)
+
+
+HIDDEN = {
+    "script": torch.jit.script(script_of_all),
+    "module of a script": torch.jit.script(nn.Conv2d(6, 6, 13, padding=6)),
+    "item": lambda x: torch.full((6, 12, 12), x.mean().item()),
+    "float": lambda x: torch.ones(6, 12, 12) * float(x.max()),
+    "bool": lambda x: torch.ones(6, 1, 1) * (2 if x[0, 0, 0, 0] > x.mean() else 1),
+    "tolist": lambda x: torch.tensor(x[:, :, :1].tolist()),
+    "numpy": lambda x: torch.from_numpy(x.detach().numpy()[:, :, :1].copy()),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_is_added_out_of_sight_is_seen(name: str) -> None:
+    """Beside a branch that can be followed: it alone would give a field that is too small."""
+    hidden = HIDDEN[name]
+    net, x = Between(lambda y: y + hidden(y)), torch.rand(1, 3, 12, 12)
+    with pytest.raises(ValueError, match="`second` may see all of the image"):
+        receptive_field(net, net.second, x, exact=True)
+    with torch.no_grad():
+        brighter = x.clone()
+        brighter[..., 0, :] = brighter[..., -1, :] = 50
+        assert (net(brighter) - net(x))[..., 6, 6].abs().max() > 1e-4
+
+
+def test_numbers_of_shapes_are_none_of_the_image() -> None:
+    def scaled(x: Tensor) -> Tensor:
+        assert x.is_floating_point()
+        return x / x.shape[1] ** 0.5 + float(x.dim()) * torch.ones(()).item()
+
+    net = Between(scaled)
+    found = receptive_field(net, net.second, torch.rand(1, 3, 12, 12), exact=True)
+    assert found.rows == (5, 1, 0)
+
+
 def test_what_the_layer_puts_out_is_reshaped() -> None:
     class Last(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
