@@ -105,7 +105,8 @@ def effective_boxes(
         (U, m, 4).
 
     Raises:
-        ValueError: activations that do not depend on the image.
+        ValueError: activations that do not depend on the image; a picture that can no longer be
+            read.
     """
     units = torch.tensor(channels).repeat_interleave(places.shape[1]).to(maps.device)
     cells = positions.flatten(0, 1).to(maps.device)
@@ -117,7 +118,9 @@ def effective_boxes(
     )
     found: list[Tensor] = []
     done = 0
-    for pixels, _, _, _ in tqdm(loader, desc="gradients", disable=not show_progress):
+    for pixels, _, at, is_read in tqdm(loader, desc="gradients", disable=not show_progress):
+        if not bool(is_read.all()):
+            raise ValueError(f"`data`: picture {int(at[~is_read][0])} cannot be read any more.")
         images = maps.images(pixels).requires_grad_()
         part = slice(done, done + len(pixels))
         done += len(pixels)

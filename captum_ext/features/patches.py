@@ -97,7 +97,7 @@ def maximally_activating_patches(
     Raises:
         TypeError, ValueError: an argument of another kind or out of range; a layer without maps;
             activations that are not finite; a checkpoint of another run; no picture that can be
-            read.
+            read, or one that only could be the first time.
         RuntimeError: an effective receptive field inside `torch.inference_mode`.
 
     Reference:

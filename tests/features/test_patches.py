@@ -187,6 +187,19 @@ def test_pictures_that_cannot_be_read_are_left_out() -> None:
             top_patches(small_net(), "relu2", data, size=8)
 
 
+def test_pictures_that_are_lost_before_their_gradients() -> None:
+    class Lost(Watched):
+        def __getitem__(self, place: int) -> Any:
+            if len(self.reads) >= 10:
+                self.unread = (7,)
+            return super().__getitem__(place)
+
+    options: dict[str, Any] = {"n": 10, "size": 8, "receptive_field": "effective"}
+    said = "picture 7 cannot be read"
+    with pytest.warns(UserWarning, match=said), pytest.raises(ValueError, match=f"{said} any more"):
+        top_patches(small_net(), "relu2", Lost(10), **options)
+
+
 @pytest.mark.parametrize("deadly", [5, 35, 61])
 def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path: Path, deadly: int) -> None:
     net, data, file = net_with_ties(), Watched(62, unread=(2, 40)), tmp_path / "runs" / "top.pt"
