@@ -73,7 +73,7 @@ class Pictures(Dataset[Item]):
         if found is None:
             return Item(torch.zeros(3, *self.size, dtype=torch.uint8), 0, index, False)
         entry, pixels = found
-        label = int(entry_part(entry, "target", 1)) if self.has_labels else 0
+        label = self._label(entry, index) if self.has_labels else 0
         if label < 0 or (self.n_classes is not None and label >= self.n_classes):
             raise ValueError(
                 f"`{self.argument}`: the label of {self.name(index)} is {label}, and the "
@@ -92,6 +92,12 @@ class Pictures(Dataset[Item]):
                 raise
             warn(f"{self.name(index)} cannot be read and is left out: {error}")
             return None
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"`{self.argument}`: {self.name(index)}: {error}") from error
+
+    def _label(self, entry: Any, index: int) -> int:
+        try:
+            return int(entry_part(entry, "target", 1))
         except (ValueError, TypeError) as error:
             raise type(error)(f"`{self.argument}`: {self.name(index)}: {error}") from error
 

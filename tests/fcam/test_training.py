@@ -590,6 +590,14 @@ def test_what_is_no_picture(picture, error, said):
         Pictures([{"image": picture}], (8, 8))[0]
 
 
+@pytest.mark.parametrize(
+    "entry", [torch.rand(3, 8, 8), (torch.rand(3, 8, 8),), [Image.new("L", (8, 8)), "a"]]
+)
+def test_what_has_no_label(entry):
+    with pytest.raises((TypeError, ValueError), match="`data`: picture 0: "):
+        Pictures([entry], (8, 8))[0]
+
+
 def test_grey_pictures():
     grey = torch.arange(0, 256, 4, dtype=torch.uint8).reshape(1, 8, 8)
     deep = Image.fromarray(grey[0].numpy().astype(np.uint16) * 257)
