@@ -3,7 +3,7 @@
 from kornia.metrics import ssim
 from torch import Tensor
 
-from captum_ext._model import full_precision
+from captum_ext._model import full_precision, without_autocast
 
 WINDOW = 11  # of SSIM, with sigma 1.5
 
@@ -38,7 +38,8 @@ def structural_similarity(pictures: Tensor, others: Tensor) -> Tensor:
             f"{tuple(pictures.shape)} and {tuple(others.shape)}."
         )
     x, y = full_precision(pictures), full_precision(others)
-    maps: Tensor = ssim(x, y, WINDOW, eps=0.0, padding="valid")
+    with without_autocast(x):  # half precision loses variances
+        maps: Tensor = ssim(x, y, WINDOW, eps=0.0, padding="valid")
     return maps.mean((2, 3))
 
 
