@@ -122,7 +122,7 @@ class PerceptionDecoder(nn.Module):
                 f"{tuple(whole)} pixels (stride {self.stride}), not of {tuple(size)}: the decoder "
                 f"does not fit this layer."
             )
-        return resize(pictures, size)
+        return resize(pictures, size).clamp(max=1)  # interpolation may round up
 
     def save(self, path: str | Path, encoder: LayerEncoder) -> None:
         """Write the weights and the architecture to a file, with the classifier's fingerprint."""

@@ -166,7 +166,7 @@ class PerceptionVisualization:
             maps = maps / torch.where(largest > 0, largest, 1)
         else:
             maps = min_max(maps)
-        maps = resize(maps, inputs.shape[2:])
+        maps = resize(maps, inputs.shape[2:]).clamp(max=1)  # interpolation may round up
         return torch.where(maps < self.threshold, 0, maps) ** self.gamma
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from torchvision.models import densenet121, mobilenet_v3_small, resnet18, swin_t
 
 from captum_ext.attr import FIDO, RISE, LayerEigenCam, SESSWrapper, UpsampleWrapper
 from captum_ext.attr.layer import channels_last_to_first, tokens_to_grid
+from captum_ext.imaging import resize
 from captum_ext.perception import (
     LayerEncoder,
     PerceptionDecoder,
@@ -362,6 +363,16 @@ def test_ssim_accumulates_in_single_precision():
     assert torch.allclose(found, ssim(x.float(), (1 - x).float(), 11)[..., 5:-5, 5:-5].mean((2, 3)))
 
 
+def test_autocast_does_not_reach_ssim():
+    """Kornia 0.8 leaves it to its caller: 1.25 for what is 0.87."""
+    generator = torch.Generator().manual_seed(1)
+    x = 0.8 + 0.1 * torch.rand(2, 3, 32, 32, generator=generator)
+    y = (x + 0.02 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = structural_similarity(x, y)
+    assert torch.equal(found, structural_similarity(x, y))
+
+
 # --- the picture ---------------------------------------------------------------------------------
 
 
@@ -409,6 +420,18 @@ def test_the_mask_by_hand():
         .eq(0)
         .all()
     )
+
+
+def test_nothing_is_above_1():
+    """Weights of an interpolation may sum to 1 + 2^-23, as from 7 to 33 cells."""
+    assert resize(torch.ones(1, 1, 7, 7), (33, 33)).max() > 1
+    encoder = LayerEncoder(nn.Sequential(nn.Conv2d(3, 12, 5, 5)), "0")
+    decoder = PerceptionDecoder(12, 4, [4, 4], [1, 1]).eval()
+    nn.init.constant_(decoder.head.bias, 99.0)
+    x = torch.rand(1, 3, 35, 35)
+    assert decoder(encoder(x), (29, 30)).max() == 1
+    pv = PerceptionVisualization(Fixed(torch.ones(1, 1, 7, 7)), encoder, decoder)
+    assert pv.mask(torch.rand(1, 3, 33, 33)).max() == 1
 
 
 def test_threshold_gamma_and_background():
