@@ -22,8 +22,9 @@ from captum_ext._pictures import IMAGENET, checked_channels
 class LayerEncoder:
     r"""E: pictures to the latents of a layer, without what the classifier does behind it.
 
-    A call gives `E(images)`, with a graph to the images where they need one; no gradient is ever
-    taken with respect to a parameter. The classifier is run as it stands.
+    A call gives `E(images)`, with a graph to the images, and to parameters that are not frozen,
+    unless gradients are switched off. The classifier is run as it stands: in train mode its batch
+    statistics move, which `PerceptionVisualization` puts back.
 
     Args:
         forward_func: the classifier: a module, or its bound method.
