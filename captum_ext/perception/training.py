@@ -92,12 +92,22 @@ class PerceptionModule(ResumableModule):
         return self.encoder.pictures(self.encoder.images(pictures)).to(pictures)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """To the decoder's parameters, and to no other."""
-        loss.backward(inputs=list(self.decoder.parameters()))
+        """To the decoder's parameters that learn, and to no other."""
+        loss.backward(
+            inputs=[weight for weight in self.decoder.parameters() if weight.requires_grad]
+        )
 
     def on_fit_start(self) -> None:
         """The classifier is no submodule, so nobody else brings it to the device."""
         self.encoder.root.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["unread"] = sorted(self.unread)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.unread.update(checkpoint.get("unread", ()))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.decoder.parameters(), self.lr)
@@ -128,17 +138,17 @@ def fit_perception(
         encoder: the classifier up to a layer.
         data: pictures: PIL images or tensors (3, H, W) or (1, H, W) of bytes or of floats in
             [0, 1], not normalised; or entries (picture, label, ...), as torchvision's `ImageFolder`
-            and the data sets of this package have. Those that do not decode are left out, named
-            and counted.
+            and the data sets of this package have. Those that do not decode are left out and
+            named; and counted, where one process trains.
         size: (H, W) that pictures are brought to, or one number for both.
-        n_epochs: how often each picture is seen. 250 (authors, for 16,000 pictures or so).
+        n_epochs: how often each picture is seen. 250 (authors, for VOC2012).
         batch_size: pictures in a step, of each device. 64 (authors).
         widths: of the decoder's blocks, see `PerceptionDecoder`, as for the next.
         convolutions: of each block.
         checkpoints: a folder. Each epoch is stored in it, and a run that was killed goes on from
-            the last one, to the weights that it would have come to; one that is finished may go on
-            to more epochs. Of the settings, only those of `trainer` may change. None stores
-            nothing.
+            the last one, to the weights that it would have come to if `data` has the same pictures
+            each time, not changed at random; one that is finished may go on to more epochs. Of the
+            settings, only those of `trainer` may change. None stores nothing.
         seed: of all random numbers. Global random state stays as it was.
         num_workers: processes that read pictures.
         show_progress: whether to draw progress bars.

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from captum.attr import LayerGradCam
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
+from captum_ext._pictures import Pictures, as_bytes_of
 from captum_ext.datasets import TexturedEllipses
 from captum_ext.perception import (
     LayerEncoder,
     PerceptionDecoder,
+    PerceptionModule,
     PerceptionVisualization,
     deep_similarity,
     fit_perception,
@@ -70,8 +73,6 @@ def equal(a, b):
 
 
 def as_tensor(images):
-    from captum_ext._pictures import as_bytes_of
-
     return torch.stack([as_bytes_of(image) for image in images]) / 255
 
 
@@ -214,6 +215,32 @@ def test_it_leaves_no_trace_when_it_fails(trace_free):
         )
 
 
+def fit_by_trainer(module, images):
+    loader = DataLoader(Pictures(images, (32, 32), has_labels=False), 4)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Trainer(max_epochs=1, enable_checkpointing=False, accelerator="cpu", **options).fit(
+        module, loader
+    )
+
+
+def test_the_module_by_itself(trace_free):
+    """The classifier is evaluated for each step, and what is frozen of the decoder stays."""
+    model = network().train()
+    encoder = encoder_of(model)
+    decoder = PerceptionDecoder.reading(
+        encoder_of(network()), torch.rand(1, 3, 32, 32), (8, 4), (1, 1)
+    )
+    decoder.head.requires_grad_(False)
+    before = state(decoder)
+    module = PerceptionModule(encoder, decoder, lr=0.01)
+    with trace_free(model, keeps_rng=False):
+        fit_by_trainer(module, pictures(8))
+    after = state(decoder)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "blocks.0.0.weight" in moved
+    assert not moved & {"head.weight", "head.bias"}
+
+
 # --- data ----------------------------------------------------------------------------------------
 
 
@@ -247,6 +274,19 @@ def test_pictures_that_cannot_be_read_are_left_out():
 
     with pytest.warns(UserWarning, match="4 of 8 pictures cannot be read and are left out"):
         fit_perception(encoder_of(), Some(pictures(8)), **SMALL | {"batch_size": 1})
+
+
+def test_pictures_none_of_which_can_be_read(tmp_path):
+    """Also where the run is finished, and nothing is read any more."""
+
+    class Unreadable(list):
+        def __getitem__(self, index):
+            raise OSError("truncated")
+
+    stored = SMALL | {"checkpoints": tmp_path, "n_epochs": 1}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="none of its 8 pictures can be read"):
+            fit_perception(encoder_of(), Unreadable(pictures(8)), **stored)
 
 
 def test_sizes_and_strides():
