@@ -24,11 +24,14 @@ class ResumableModule(LightningModule):
 
     Attributes:
         settings: what the run must have in common with the one that was killed.
+        order: of the pictures. Lightning says the epoch to it, but with workers, who read ahead,
+            too late for the first epoch of a run that goes on.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.settings: dict[str, Any] = {}
+        self.order: Shuffled | None = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self.settings
@@ -46,6 +49,8 @@ class ResumableModule(LightningModule):
                 f"`n_epochs` is {self.trainer.max_epochs}, and `checkpoints` has a run of {done}: "
                 f"name another folder, or delete it."
             )
+        if self.order is not None:
+            self.order.set_epoch(done)
 
 
 def run_trainer(
@@ -63,7 +68,7 @@ def run_trainer(
 
     Args:
         module: with its settings.
-        pictures: a loader.
+        pictures: a loader, in the order of `Shuffled`.
         validation: a loader, or None.
         device: the classifier's.
         n_epochs: in all, with those before.
@@ -83,6 +88,7 @@ def run_trainer(
         "use_distributed_sampler": True,
         **(trainer or {}),
     }
+    module.order = pictures.sampler if isinstance(pictures.sampler, Shuffled) else None
     resumed = None
     if checkpoints is not None:
         saver = ModelCheckpoint(

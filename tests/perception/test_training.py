@@ -319,6 +319,16 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
         fit_perception(encoder_of(), pictures(), **stored)
 
 
+def test_workers_who_read_ahead_go_on_in_the_same_order(tmp_path):
+    """Lightning starts them before it says the epoch."""
+    options = SMALL | {"n_epochs": 2}
+    straight = fit_perception(encoder_of(), pictures(16), **options)
+    stored = options | {"checkpoints": tmp_path, "num_workers": 1}
+    fit_perception(encoder_of(), pictures(16), **stored | {"n_epochs": 1})
+    resumed = fit_perception(encoder_of(), pictures(16), **stored)
+    assert equal(state(resumed), state(straight))
+
+
 SCRIPT = """
 import sys, warnings
 warnings.simplefilter("ignore")
