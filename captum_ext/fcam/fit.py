@@ -101,7 +101,8 @@ def fit_fcam(
             the epoch with the best `MaxBoxAcc` (IoU 0.5, as published) on them, brought to `size`
             whole, is what is returned. None returns that of the last.
         seed: of all random numbers. Global random state stays as it was.
-        num_workers: processes that read pictures.
+        num_workers: processes that read pictures. 0 where several devices train and a run that was
+            killed must go on to the same weights: read ahead, its first epoch has another order.
         show_progress: whether to draw progress bars.
         trainer: arguments of Lightning's `Trainer`, such as ``{"devices": 2}``. As it comes, the
             device is the classifier's.

@@ -150,7 +150,8 @@ def fit_perception(
             each time, not changed at random; one that is finished may go on to more epochs. Of the
             settings, only those of `trainer` may change. None stores nothing.
         seed: of all random numbers. Global random state stays as it was.
-        num_workers: processes that read pictures.
+        num_workers: processes that read pictures. 0 where several devices train and a run that was
+            killed must go on to the same weights: read ahead, its first epoch has another order.
         show_progress: whether to draw progress bars.
         trainer: arguments of Lightning's `Trainer`, such as ``{"devices": 2}``. As it comes, the
             device is the classifier's.

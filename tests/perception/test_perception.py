@@ -504,6 +504,10 @@ def test_train_mode_is_warned_of_and_its_statistics_stay(trace_free):
     pv.decoder.train()
     with trace_free(model, x), trace_free(pv.decoder), pytest.warns(UserWarning, match="train"):
         pv.reconstruct(x)
+    with trace_free(model, x), trace_free(pv.decoder), pytest.warns(UserWarning, match="train"):
+        pv.quality(x)
+    with trace_free(model, x, keeps_rng=False), pytest.warns(UserWarning, match="train"):
+        PerceptionDecoder.reading(pv.encoder, x)
 
 
 def test_other_sizes_than_those_of_the_training():
