@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,12 @@ def changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """What is not as it was, in words."""
     changed = [name for name in found if saved.get(name) != found[name]]
     return "; ".join(f"{name} was {saved.get(name)!r} and is {found[name]!r}" for name in changed)
+
+
+def named_function(function: Any) -> str:
+    """By what a function is known again: its name, and what a partial one fixes."""
+    if isinstance(function, partial):
+        return (
+            f"{named_function(function.func)}, {function.args}, {sorted(function.keywords.items())}"
+        )
+    return str(getattr(function, "__qualname__", type(function).__qualname__))

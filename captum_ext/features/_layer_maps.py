@@ -1,7 +1,6 @@
 """A layer's maps of the pictures of a data set."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from kornia.color import rgb_to_grayscale
 from torch import Tensor
 from torch.nn import Module
 
+from captum_ext._fingerprint import named_function
 from captum_ext._front import up_to_layer
 from captum_ext._model import (
     Forward,
@@ -103,11 +103,5 @@ class LayerMaps:
         return {
             "layer": self.name,
             "normalize": [self.mean.flatten().tolist(), self.std.flatten().tolist()],
-            "reshape_transform": _named(self.reshape_transform),
+            "reshape_transform": named_function(self.reshape_transform),
         }
-
-
-def _named(function: Any) -> str:
-    if isinstance(function, partial):
-        return f"{_named(function.func)}, {function.args}, {sorted(function.keywords.items())}"
-    return str(getattr(function, "__qualname__", type(function).__qualname__))

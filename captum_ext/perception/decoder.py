@@ -13,7 +13,7 @@ from captum_ext._checks import check_count
 from captum_ext._fingerprint import check_same, dtypes_of, fingerprint
 from captum_ext._model import untouched
 from captum_ext.imaging import resize
-from captum_ext.perception.encoder import LayerEncoder, stride_of
+from captum_ext.perception.encoder import LayerEncoder, fits, stride_of
 
 WIDTHS = (512, 512, 256, 128, 64)  # of the paper's blocks, from the latent on
 CONVOLUTIONS = (2, 2, 2, 1, 1)
@@ -112,16 +112,18 @@ class PerceptionDecoder(nn.Module):
                 f"`latents` must be (N, {self.channels}, h, w), as the decoder was made for, got "
                 f"{tuple(latents.shape)}."
             )
+        cells = latents.shape[2:]
+        if size is not None and not (
+            len(size) == 2
+            and all(fits(side, n, self.stride) for side, n in zip(size, cells, strict=True))
+        ):
+            raise ValueError(
+                f"`latents` of {tuple(cells)} cells are not of pictures of {tuple(size)} pixels at "
+                f"a stride of {self.stride}: the decoder does not fit this layer."
+            )
         pictures = torch.sigmoid(self.head(self.blocks(latents)))
         if size is None:
             return pictures
-        whole = pictures.shape[2:]
-        if any(abs(n - side) >= self.stride for n, side in zip(whole, size, strict=True)):
-            raise ValueError(
-                f"`latents` of {tuple(latents.shape[2:])} cells are of pictures of about "
-                f"{tuple(whole)} pixels (stride {self.stride}), not of {tuple(size)}: the decoder "
-                f"does not fit this layer."
-            )
         return resize(pictures, size).clamp(max=1)  # interpolation may round up
 
     def save(self, path: str | Path, encoder: LayerEncoder) -> None:

@@ -111,17 +111,25 @@ def stride_of(encoder: LayerEncoder, images: Tensor) -> tuple[int, int]:
     """The latent's channels, and how many pixels a side one of its cells has: a power of two.
 
     Raises:
-        ValueError: no such power brings the images' size to the latent's, rounded up or down.
+        ValueError: no such power brings the latent to the images' size.
     """
     with torch.no_grad():
         _, channels, *cells = encoder(images[:1]).shape
     sides = list(zip(images.shape[2:], cells, strict=True))
     powers = [2**i for i in range(max(images.shape[2:]).bit_length())]
-    fitting = [s for s in powers if all(n in (side // s, -(-side // s)) for side, n in sides)]
+    fitting = [s for s in powers if all(fits(side, n, s) for side, n in sides)]
     if not fitting:
         raise ValueError(
             f"`layer` {encoder.name} gives {tuple(cells)} cells of {tuple(images.shape[2:])} "
             f"pixels, and a decoder doubles the size so many times: choose a layer, or images, of "
-            f"which the ratio is a power of two."
+            f"which the ratio is near a power of two."
         )
     return channels, min(fitting, key=lambda s: sum(abs(side / s - n) for side, n in sides))
+
+
+def fits(side: int, cells: int, stride: int) -> bool:
+    """Whether so many cells of a stride are a picture's side, rounded or within a quarter of it.
+
+    Layers without padding have fewer cells: AlexNet's 6 of 224 pixels, at a stride of 32.
+    """
+    return cells in (side // stride, -(-side // stride)) or 4 * abs(cells * stride - side) <= side

@@ -12,7 +12,16 @@ from kornia.metrics import ssim
 from skimage.metrics import structural_similarity as skimage_ssim
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import densenet121, mobilenet_v3_small, resnet18, swin_t, vgg11, vit_b_16
+from torchvision.models import (
+    alexnet,
+    densenet121,
+    mobilenet_v3_small,
+    resnet18,
+    squeezenet1_1,
+    swin_t,
+    vgg11,
+    vit_b_16,
+)
 
 from captum_ext.attr import FIDO, RISE, LayerEigenCam, SESSWrapper, UpsampleWrapper
 from captum_ext.attr.layer import channels_last_to_first, tokens_to_grid
@@ -222,6 +231,8 @@ def test_default_widths_of_other_strides(stride):
         (resnet18, "layer4", {}, 512, 32),
         (resnet18, "layer1", {}, 64, 4),
         (vgg11, "features", {}, 512, 32),
+        (alexnet, "features", {}, 256, 32),  # 6 x 6 cells of 224 pixels
+        (squeezenet1_1, "features", {}, 512, 16),  # 13 x 13
         (densenet121, "features", {}, 1024, 32),
         (mobilenet_v3_small, "features", {}, 576, 32),
         (vit_b_16, "encoder.ln", {"reshape_transform": tokens_to_grid}, 768, 16),
