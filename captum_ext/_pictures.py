@@ -59,6 +59,11 @@ class Pictures(Dataset[Item]):
         argument: str = "data",
         has_labels: bool = True,
     ) -> None:
+        if isinstance(data, str | Path):
+            raise ValueError(
+                f"`{argument}` must be a data set, got a path: torchvision's "
+                f"ImageFolder({str(data)!r}) makes one of it."
+            )
         if not isinstance(data, Sized) or len(data) == 0:
             raise ValueError(f"`{argument}` must have a length, and at least one picture.")
         self.data: Any = data
@@ -140,7 +145,10 @@ def entry_part(entry: Any, name: str, place: int) -> Any:
     if hasattr(entry, name):
         return getattr(entry, name)
     if not isinstance(entry, tuple | list) or len(entry) <= place:
-        raise TypeError(f"entries must be (picture, label, ...), got {type(entry)}.")
+        raise TypeError(
+            f"entries must be (picture, label, ...), with a PIL image or a tensor, got "
+            f"{type(entry)}."
+        )
     return entry[place]
 
 

@@ -443,7 +443,7 @@ def test_too_little_memory(here, command, capsys, monkeypatch):
 
 
 def test_without_lightning(here, command, capsys, monkeypatch):
-    for name in ("captum_ext.fcam.fit", "captum_ext.fcam.training"):
+    for name in ("captum_ext.fcam.fit", "captum_ext.fcam.training", "captum_ext._training"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lightning", None)
     assert run(*command) == 2

@@ -10,14 +10,23 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from captum_ext._checks import check_count
-from captum_ext._fingerprint import check_same, dtypes_of, fingerprint
+from captum_ext._fingerprint import changes, check_same, dtypes_of, fingerprint
 from captum_ext._model import untouched
 from captum_ext.imaging import resize
 from captum_ext.perception.encoder import LayerEncoder, fits, stride_of
 
 WIDTHS = (512, 512, 256, 128, 64)  # of the paper's blocks, from the latent on
 CONVOLUTIONS = (2, 2, 2, 1, 1)
-_FILE = {"decoder", "channels", "stride", "widths", "convolutions", "colors", "layer", "classifier"}
+_FILE = {
+    "decoder",
+    "channels",
+    "stride",
+    "widths",
+    "convolutions",
+    "colors",
+    "encoder",
+    "classifier",
+}
 
 
 class PerceptionDecoder(nn.Module):
@@ -66,6 +75,7 @@ class PerceptionDecoder(nn.Module):
         if 2**n_blocks != stride:
             raise ValueError(f"`stride` must be a power of two, got {stride}.")
         self.channels, self.stride, self.colors = channels, stride, colors
+        self.made_for: dict[str, Any] = {}  # see `check_encoder`
         self.widths = _each("widths", widths, WIDTHS, n_blocks)
         self.convolutions = _each("convolutions", convolutions, CONVOLUTIONS, n_blocks)
         inputs = [channels, *self.widths]
@@ -99,7 +109,23 @@ class PerceptionDecoder(nn.Module):
         """
         with untouched(encoder.forward_func):
             channels, stride = stride_of(encoder, images)
-        return cls(channels, stride, widths, convolutions, colors=encoder.channels)
+        decoder = cls(channels, stride, widths, convolutions, colors=encoder.channels)
+        decoder.made_for = encoder.about()
+        return decoder
+
+    def check_encoder(self, encoder: LayerEncoder) -> None:
+        """Raise an error if the decoder was made for another encoder.
+
+        Raises:
+            TypeError: no encoder.
+            ValueError: of another architecture, layer, normalisation or `reshape_transform`.
+        """
+        if not isinstance(encoder, LayerEncoder):
+            raise TypeError(f"`encoder` must be a LayerEncoder, got {type(encoder)}.")
+        found = encoder.about()
+        changed = changes(self.made_for, {k: v for k, v in found.items() if k in self.made_for})
+        if changed:
+            raise ValueError(f"`encoder` is not the one that the decoder was made for: {changed}.")
 
     def forward(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Pictures of `size`, (H, W).
@@ -127,7 +153,15 @@ class PerceptionDecoder(nn.Module):
         return resize(pictures, size).clamp(max=1)  # interpolation may round up
 
     def save(self, path: str | Path, encoder: LayerEncoder) -> None:
-        """Write the weights and the architecture to a file, with the classifier's fingerprint."""
+        """Write the weights and the architecture to a file, with the classifier's fingerprint.
+
+        The folder is made where there is none.
+
+        Raises:
+            ValueError: the decoder was made for another encoder.
+        """
+        self.check_encoder(encoder)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save(
             {
                 "decoder": self.state_dict(),
@@ -136,7 +170,7 @@ class PerceptionDecoder(nn.Module):
                 "widths": self.widths,
                 "convolutions": self.convolutions,
                 "colors": self.colors,
-                "layer": encoder.name,
+                "encoder": encoder.about(),
                 "classifier": fingerprint(encoder.root),
                 "dtypes": dtypes_of(encoder.root),
             },
@@ -151,16 +185,11 @@ class PerceptionDecoder(nn.Module):
 
         Raises:
             ValueError: the file is no decoder, or one of another architecture; the classifier is
-                another one, or has other weights; the layer is another one.
+                another one, or has other weights; the layer or the normalisation is another one.
             FileNotFoundError: there is no such file.
         """
         saved = _read(path)
         check_same(saved, fingerprint(encoder.root), dtypes_of(encoder.root), path)
-        if saved["layer"] != encoder.name:
-            raise ValueError(
-                f"`path` {path} has a decoder of layer {saved['layer']}, and the encoder's is "
-                f"{encoder.name}."
-            )
         decoder = cls(
             saved["channels"],
             saved["stride"],
@@ -168,6 +197,8 @@ class PerceptionDecoder(nn.Module):
             saved["convolutions"],
             colors=saved["colors"],
         )
+        decoder.made_for = saved["encoder"]
+        decoder.check_encoder(encoder)
         try:
             decoder.load_state_dict(saved["decoder"])
         except RuntimeError as error:

@@ -1,12 +1,14 @@
 """A classifier up to a layer: what Perception Visualization decodes."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from kornia.color import rgb_to_grayscale
-from torch import Tensor
+from torch import Tensor, is_tensor
 from torch.nn import Module
 
+from captum_ext._fingerprint import named_function
 from captum_ext._front import up_to_layer
 from captum_ext._model import (
     Forward,
@@ -16,7 +18,7 @@ from captum_ext._model import (
     module_name,
     root_module,
 )
-from captum_ext._pictures import IMAGENET, checked_channels
+from captum_ext._pictures import IMAGENET, checked_channels, digest
 
 
 class LayerEncoder:
@@ -76,6 +78,16 @@ class LayerEncoder:
     def name(self) -> str:
         """Of the layer."""
         return module_name(self.forward_func, self.layer).strip("`")
+
+    def about(self) -> dict[str, Any]:
+        """By what a decoder knows the encoder that it was made for, without the weights' values."""
+        shapes = [(k, tuple(v.shape)) for k, v in self.root.state_dict().items() if is_tensor(v)]
+        return {
+            "architecture": digest(shapes),
+            "layer": self.name,
+            "normalize": [self.mean.flatten().tolist(), self.std.flatten().tolist()],
+            "reshape_transform": named_function(self.reshape_transform),
+        }
 
     def images(self, pictures: Tensor) -> Tensor:
         """Pictures in [0, 1] as the classifier takes them, in its dtype."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from captum_ext._checks import check_count, check_size
-from captum_ext._fingerprint import fingerprint, named_function
+from captum_ext._fingerprint import fingerprint
 from captum_ext._model import floating_type, random_numbers, untouched
 from captum_ext._pictures import Pictures, checked_pair, digest, hash_of
 from captum_ext._training import ResumableModule, Shuffled, evaluated, run_trainer
@@ -227,9 +227,7 @@ def _about(
     encoder, decoder = module.encoder, module.decoder
     return {
         "classifier": digest(sorted(fingerprint(encoder.root).items())),
-        "layer": encoder.name,
-        "reshape_transform": named_function(encoder.reshape_transform),
-        "normalize": [encoder.mean.flatten().tolist(), encoder.std.flatten().tolist()],
+        **encoder.about(),
         "pictures": pictures.about(),
         "size": list(pictures.size),
         "channels": decoder.channels,

@@ -10,6 +10,7 @@ from torch.nn import Module
 from captum_ext._checks import check_choice, check_range, check_size, one_batch_of_images
 from captum_ext._model import full_precision, untouched
 from captum_ext.imaging import min_max, one_channel, resize
+from captum_ext.perception.decoder import PerceptionDecoder
 from captum_ext.perception.encoder import LayerEncoder
 from captum_ext.perception.losses import deep_similarity, structural_similarity
 
@@ -46,7 +47,8 @@ class PerceptionVisualization:
     one is taken), negative values are set to 0, the map is divided by its largest value and resized
     bilinearly. (Authors: Grad-CAM at the last convolution, quantised to 8 bits, which is left out
     here.) Any Captum attribution will do, and a finer one (a wrapper, `FIDO`, `FCAM`) gives a finer
-    mask. `scale="min-max"` is for maps that are high everywhere, as RISE's are. A map without
+    mask. `scale="min-max"` is for maps that
+    are high everywhere, as RISE's are, and those of a layer with few cells. A map without
     positive values, and a flat one under "min-max", gives the background alone.
 
     **What it shows is the decoder's as well as the classifier's**: the reconstruction is the mean
@@ -65,7 +67,7 @@ class PerceptionVisualization:
 
     Raises:
         TypeError: arguments of other kinds.
-        ValueError: a number out of range.
+        ValueError: a number out of range; a decoder that was made for another encoder.
 
     Reference:
         Giulivi, Carman, Boracchi, "Perception Visualization: Seeing Through the Eyes of a DNN",
@@ -101,7 +103,11 @@ class PerceptionVisualization:
             ("decoder", decoder, Module),
         ):
             if not isinstance(value, kind):
-                raise TypeError(f"`{name}` must be a {kind.__name__}, got {type(value)}.")
+                raise TypeError(
+                    f"`{name}` must be an instance of {kind.__name__}, got {value!r:.80}."
+                )
+        if isinstance(decoder, PerceptionDecoder):
+            decoder.check_encoder(encoder)
         check_choice("scale", scale, SCALES)
         check_range("threshold", threshold, 0, 1)
         check_size("gamma", gamma, positive=True)

@@ -269,6 +269,21 @@ def test_a_stride_that_is_no_power_of_two():
         PerceptionDecoder(4, 12)
 
 
+def test_a_decoder_knows_the_encoder_that_it_was_made_for(tmp_path):
+    """Same channels, same stride: nothing else would tell."""
+    model, x = small(), torch.rand(1, 3, 32, 32)
+    decoder = PerceptionDecoder.reading(LayerEncoder(model, "3"), x, [4, 4], [1, 1])
+    other = LayerEncoder(model, "4")
+    with pytest.raises(ValueError, match="made for: layer was '3' and is '4'"):
+        PerceptionVisualization(Saliency(model), other, decoder)
+    with pytest.raises(ValueError, match="made for: layer was '3' and is '4'"):
+        decoder.save(tmp_path / "decoder.pt", other)
+    with pytest.raises(TypeError, match="`encoder` must be a LayerEncoder"):
+        decoder.save(other, "decoder.pt")
+    decoder.save(tmp_path / "new" / "decoder.pt", LayerEncoder(model, "3"))
+    assert (tmp_path / "new" / "decoder.pt").is_file()
+
+
 def test_a_decoder_that_does_not_fit():
     decoder = PerceptionDecoder(8, 4, [4, 4], [1, 1])
     with pytest.raises(ValueError, match=r"`latents` must be \(N, 8, h, w\)"):
@@ -306,8 +321,11 @@ def test_files_that_are_refused(tmp_path):
     model, x = small(), torch.rand(2, 3, 32, 32)
     encoder, file = LayerEncoder(model, "4"), tmp_path / "decoder.pt"
     PerceptionDecoder.reading(encoder, x, [8, 4], [2, 1]).save(file, encoder)
-    with pytest.raises(ValueError, match="of layer 4, and the encoder's is 2"):
+    with pytest.raises(ValueError, match="made for: layer was '4' and is '2'"):
         PerceptionDecoder.load(file, LayerEncoder(model, "2"))
+    other = LayerEncoder(model, "4", normalize=PLAIN)
+    with pytest.raises(ValueError, match="made for: normalize was"):
+        PerceptionDecoder.load(file, other)
     saved = torch.load(file, weights_only=True)
     torch.save(saved | {"widths": [8, 8]}, file)
     with pytest.raises(ValueError, match=r"of another architecture than it says.*blocks"):
@@ -543,7 +561,7 @@ def test_what_is_wrong_is_said():
     encoder, decoder = LayerEncoder(model, "4"), PerceptionDecoder(12, 4, [4, 4], [1, 1]).eval()
     cam = LayerGradCam(model, model[4])
     for wrong in ((model, encoder, decoder), (cam, model, decoder), (cam, encoder, len)):
-        with pytest.raises(TypeError, match="must be a"):
+        with pytest.raises(TypeError, match="must be an instance of"):
             PerceptionVisualization(*wrong)
     for name, value in (
         ("scale", "none"),
