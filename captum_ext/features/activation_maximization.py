@@ -110,7 +110,8 @@ class ActivationMaximization:
         normalize: (mean, std) of each channel, by which the model's inputs are made of pictures in
             [0, 1]. With it, images stay within what pictures can be, and are given as pictures too.
         reshape_transform: turns what the layer gives into (B, K, ...), for layers whose channels
-            are elsewhere; see `captum_ext.attr.tokens_to_grid`.
+            are elsewhere; see `captum_ext.attr.tokens_to_grid`. Without one, targets of a
+            transformer's layer (B, T, C) are its tokens.
 
     Raises:
         ValueError: a layer that is not in the model; a `normalize` that is none.
