@@ -54,6 +54,8 @@ class PerceptionDecoder(nn.Module):
         - pictures: (N, colors, H, W), of size `(h stride, w stride)` unless it is given.
 
     Example:
+        >>> import torch
+        >>> from captum_ext.perception import PerceptionDecoder
         >>> decoder = PerceptionDecoder(96, stride=8)
         >>> decoder.widths, decoder(torch.rand(2, 96, 8, 10)).shape
         ([256, 128, 64], torch.Size([2, 3, 64, 80]))

@@ -47,6 +47,8 @@ class LayerEncoder:
         - latents: (N, C, h, w), in float32 or better.
 
     Example:
+        >>> import torch
+        >>> from captum_ext.perception import LayerEncoder
         >>> from torchvision.models import resnet18
         >>> encoder = LayerEncoder(resnet18().eval(), "layer4")
         >>> encoder(encoder.images(torch.rand(2, 3, 64, 64))).shape

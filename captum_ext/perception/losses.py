@@ -28,6 +28,8 @@ def structural_similarity(pictures: Tensor, others: Tensor) -> Tensor:
         ValueError: pictures that are smaller, or of different shapes.
 
     Example:
+        >>> import torch
+        >>> from captum_ext.perception import structural_similarity
         >>> x = torch.rand(2, 3, 16, 16)
         >>> structural_similarity(x, x).shape
         torch.Size([2, 3])

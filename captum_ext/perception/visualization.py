@@ -74,8 +74,11 @@ class PerceptionVisualization:
         BMVC 2021
 
     Example:
+        >>> import torch
         >>> from captum.attr import LayerGradCam
-        >>> from captum_ext.perception import LayerEncoder, PerceptionDecoder
+        >>> from captum_ext.perception import (
+        ...     LayerEncoder, PerceptionDecoder, PerceptionVisualization,
+        ... )
         >>> from torchvision.models import resnet18
         >>> model, x = resnet18().eval(), torch.rand(2, 3, 64, 64)
         >>> encoder = LayerEncoder(model, "layer4")
@@ -204,6 +207,8 @@ def composite(pictures: Tensor, masks: Tensor, background: float = 1.0) -> Tenso
         background: b.
 
     Example:
+        >>> import torch
+        >>> from captum_ext.perception import composite
         >>> composite(torch.zeros(1, 3, 1, 2), torch.tensor([[[[0.0, 0.75]]]]))[0, 0]
         tensor([[1.0000, 0.2500]])
     """
