@@ -13,6 +13,7 @@ from torch import Tensor
 
 from captum_ext._checks import check_count, check_size, is_finite
 from captum_ext._compat import _format_additional_forward_args
+from captum_ext._data.sizes import height_width
 from captum_ext._model import Forward, Score, full_precision, scored, untouched
 from captum_ext.imaging import blur, resize
 from captum_ext.metrics import masks_to_boxes
@@ -88,7 +89,7 @@ def crop_tta(
     margin: int = 0,
     min_size: int = 1,
     square: bool = False,
-    size: tuple[int, int] | None = None,
+    size: int | tuple[int, int] | None = None,
     additional_forward_args: Any = None,
     internal_batch_size: int | None = None,
 ) -> Tensor:
@@ -121,7 +122,8 @@ def crop_tta(
         margin: added on each side.
         min_size: of the box.
         square: whether the box is made square.
-        size: (height, width) of the crop as the model gets it; None is that of the images.
+        size: (height, width) of the crop as the model gets it, or one number for both; None is that
+            of the images.
         additional_forward_args: as in Captum; of tensors with N entries, a crop has its image's.
         internal_batch_size: the largest batch that the model gets; None is all at once. A second
             batch has the crops, only of those images that have a box.
@@ -144,7 +146,7 @@ def crop_tta(
     _check_images(images, masks)
     sources = _checked_originals(originals, images)
     windows = _checked_views(views, originals is not None, sources)
-    size = (images.shape[2], images.shape[3]) if size is None else _checked_size(size)
+    size = (images.shape[2], images.shape[3]) if size is None else height_width("size", size)
     if internal_batch_size is not None:
         check_count("internal_batch_size", internal_batch_size)
     boxes = mask_boxes(
@@ -276,14 +278,6 @@ def _checked_views(
                 f"original, got {(x1, y1, x2, y2)} for one of {height} x {width}."
             )
     return windows
-
-
-def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(size, Sequence) or len(size) != 2:
-        raise ValueError(f"`size` must be (height, width), got {size!r}.")
-    for side in size:
-        check_count("size", side)
-    return (size[0], size[1])
 
 
 def _of(chunk: list[int], n: int, argument: Any) -> Any:

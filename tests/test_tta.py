@@ -375,7 +375,7 @@ def test_wrong_arguments_are_named_before_the_model_is_called() -> None:
         views = torch.stack((view[0], torch.tensor(wrong)))
         refused("`views` must be .* of the original", originals=images, views=views)
     refused("`score` must be one of", score="logits")
-    refused("`size` must be", size=5)
+    refused("`size` must be", size=5.0)
     refused("`size` must be", size=(5, 0))
     refused("`size` must be", size=(5.0, 5))
     refused("`internal_batch_size` must be an integer", internal_batch_size=0)

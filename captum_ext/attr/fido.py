@@ -18,6 +18,7 @@ from captum_ext._checks import (
     one_batch_of_images,
 )
 from captum_ext._compat import TargetType, log_usage, progress
+from captum_ext._data.sizes import height_width
 from captum_ext._model import Forward, Tensors, full_precision, untouched
 from captum_ext.attr._concrete_dropout import DROPOUTS
 from captum_ext.attr._log_odds import OUTPUTS
@@ -310,13 +311,9 @@ def _masks(
 
 def _checked_size(mask_size: Any, images: Tensor) -> tuple[int, int]:
     height, width = images.shape[2:]
-    if mask_size is None:
-        return height, width
-    pair = tuple(mask_size) if isinstance(mask_size, tuple | list) else (mask_size, mask_size)
-    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in pair)
-    if len(pair) != 2 or not whole or not (1 <= pair[0] <= height and 1 <= pair[1] <= width):
+    size = (height, width) if mask_size is None else height_width("mask_size", mask_size)
+    if size[0] > height or size[1] > width:
         raise ValueError(
-            f"`mask_size` must be one or two numbers of pixels, at most the image's {height} x "
-            f"{width}, got {mask_size!r}."
+            f"`mask_size` must be at most the image's {height} x {width}, got {mask_size!r}."
         )
-    return pair
+    return size

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from captum_ext._checks import check_choice, check_count, is_finite, warn
 from captum_ext._compat import _format_output, log_usage
+from captum_ext._data.sizes import height_width
 from captum_ext._model import Forward, Tensors, untouched, without_autocast
 from captum_ext.attr.wrappers._copies import Average, Fill, Mover, Solved
 from captum_ext.attr.wrappers._following import Arguments, Following
@@ -187,7 +188,7 @@ class AugmentedSR(ImageWrapper):
         self.normalize: str = chosen("normalize", normalize)
         self.max_iterations = SOLVERS.get(self.solver) if max_iterations is None else max_iterations
         self.align, self.sign, self.fill, self.tolerance = align, sign, fill, tolerance
-        self.sr_size = (sr_size, sr_size) if isinstance(sr_size, int) else sr_size
+        self.sr_size = None if sr_size is None else height_width("sr_size", sr_size)
         self.internal_batch_size, self.show_progress = internal_batch_size, show_progress
         self.preset = preset
         self._check_options()
@@ -236,14 +237,9 @@ class AugmentedSR(ImageWrapper):
             check_choice("fill", self.fill, _FILLS)
         if isinstance(self.downsample, str):
             cell_weights(self.downsample, 1, 1)
-        for name, sides in (("sr_size", self.sr_size), ("downsample", self.downsample)):
-            if sides is None or isinstance(sides, str) or callable(sides):
-                continue
-            pair = sides if isinstance(sides, tuple) else (sides, sides)
-            if len(pair) != 2:
-                raise ValueError(f"`{name}` must be one number or two, got {sides!r}.")
-            for side in pair:
-                check_count(name, side)
+        elif not callable(self.downsample):
+            cells = height_width("downsample", self.downsample)
+            self.downsample = self.downsample if isinstance(self.downsample, int) else cells
 
     @log_usage()
     def attribute(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from captum_ext._checks import check_choice, check_count, check_range, is_finite, warn
 from captum_ext._compat import _format_output, _run_forward, _select_targets, log_usage
+from captum_ext._data.sizes import height_width
 from captum_ext._model import (
     Score,
     Tensors,
@@ -183,8 +184,8 @@ class SESSWrapper(ImageWrapper):
         check_range("percentile", percentile, 0, 100)
         if theta and pool == "mean" and fusion not in ("soft", "reference"):
             raise ValueError(f"`theta` has no meaning in `fusion`={fusion!r}: leave it at 0.")
-        self.window = _pair("window", window)
-        self.step = self.window if step is None else _pair("step", step)
+        self.window = height_width("window", window)
+        self.step = self.window if step is None else height_width("step", step)
         if self.step[0] > self.window[0] or self.step[1] > self.window[1]:
             raise ValueError(
                 f"`step` {self.step} is larger than the `window` {self.window}: what lies between "
@@ -430,15 +431,6 @@ def _first_output(forward_func: Any, pictures: Tensor) -> Iterator[list[Tensor]]
         yield outputs
     finally:
         handle.remove()
-
-
-def _pair(name: str, value: int | Size) -> Size:
-    pair = value if isinstance(value, tuple) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"`{name}` must be one number or (height, width), got {value!r}.")
-    for side in pair:
-        check_count(name, side)
-    return pair
 
 
 def _check_scales(scales: Any, window: Size) -> list[int] | str | None:

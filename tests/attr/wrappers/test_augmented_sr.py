@@ -656,7 +656,7 @@ def test_odd_and_elongated_images(size: tuple[int, int]) -> None:
         ({"tolerance": math.inf}, "`tolerance`"),
         ({"downsample": "nearest"}, "`downsample` must be 'area'"),
         ({"downsample": 0}, "`downsample` must be an integer"),
-        ({"downsample": (4, 4, 4)}, "`downsample` must be one number or two"),
+        ({"downsample": (4, 4, 4)}, "`downsample` must be one or two numbers"),
         ({"downsample": 2.5}, "`downsample` must be an integer"),
         ({"align": "corner"}, "`align` must be"),
         ({"normalize": "max"}, "`normalize` must be one of"),

@@ -797,7 +797,7 @@ def test_elongated_images_are_told_of_before_the_model_runs() -> None:
         ({"scales": "log"}, "`scales` must be .*'log'"),
         ({"scales": [2.5]}, "`scales` must be an integer"),
         ({"window": 0}, "`window` must be an integer"),
-        ({"window": (2, 3, 4)}, "`window` must be one number or"),
+        ({"window": (2, 3, 4)}, "`window` must be one or two numbers of pixels"),
         ({"step": 300}, "`step` .* is larger than the `window`"),
         ({"pre_filter_ratio": 1.0}, "`pre_filter_ratio` must be a number, at least 0 and below 1"),
         ({"pre_filter_ratio": -0.1}, "`pre_filter_ratio`"),
