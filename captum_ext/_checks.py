@@ -71,6 +71,12 @@ def one_batch_of_images(inputs: Any) -> Tensor:
     return x.detach()
 
 
+def first_line(said: BaseException | str) -> str:
+    """Of an error's text, at most 120 characters; its type where it says nothing."""
+    line = (str(said).splitlines() or [type(said).__name__])[0]
+    return line if len(line) <= 120 else f"{line[:117]}..."
+
+
 def warn(message: str) -> None:
     """Warn, with the line outside of this package, Captum, torch and Lightning that led here.
 

@@ -1,106 +1,183 @@
-"""What trainings by Lightning have in common: checkpoints that resume, modes, order, interrupts."""
+"""What trainings by Lightning have in common: one `fit`, and checkpoints that resume."""
 
 import signal
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Generator
+from torch import Generator, Tensor
 from torch.nn import Module
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from captum_ext._fingerprint import changes
-from captum_ext._pictures import hash_of
+from captum_ext._checks import check_count
+from captum_ext._data.pictures import Pictures
+from captum_ext._identity import check_same_run, hash_of
+from captum_ext._model import random_numbers, untouched
 
 
-class ResumableModule(LightningModule):
-    """A module that goes on from a checkpoint of the same settings only.
+class DecoderModule(LightningModule):
+    """A decoder that learns on a frozen classifier, and resumes from the same settings only.
+
+    The classifier is not a submodule: it is in no checkpoint.
 
     Attributes:
+        classifier: the module.
+        decoder: on its features.
         settings: what the run must have in common with the one that was killed.
         order: of the pictures. Lightning says the epoch to it, but with workers, who read ahead,
             too late for the first epoch of a run that goes on.
+        unread: the pictures that could not be read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, classifier: Module, decoder: Module) -> None:
         super().__init__()
+        self._frozen = (classifier,)
+        self.decoder = decoder
         self.settings: dict[str, Any] = {}
         self.order: Shuffled | None = None
+        self.unread: set[int] = set()
+
+    @property
+    def classifier(self) -> Module:
+        return self._frozen[0]
+
+    def total(self, parts: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """The sum of the parts of a loss, logged.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
+        total = torch.stack(list(parts.values())).sum()
+        if not bool(torch.isfinite(total)):
+            shown = ", ".join(f"{name} {value.item():g}" for name, value in parts.items())
+            self.stop(f"batch {batch_idx} ({shown})")
+        self.log_dict({f"train_{name}": value for name, value in parts.items()}, prog_bar=True)
+        return total
+
+    def stop(self, where: str) -> None:
+        raise FloatingPointError(
+            f"The loss is not finite in epoch {self.current_epoch}, {where}. A lower `lr` may help."
+        )
+
+    def on_fit_start(self) -> None:
+        """The classifier is no submodule, so nobody else brings it to the device."""
+        self.classifier.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self.settings
+        checkpoint["unread"] = sorted(self.unread)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of a run with other settings, or of a longer one."""
-        changed = changes(checkpoint.get("run", {}), self.settings)
-        if changed:
-            raise ValueError(
-                f"`checkpoints` has another run's: {changed}. Name another folder, or delete it."
-            )
+        check_same_run("`checkpoints` has another run's", checkpoint.get("run", {}), self.settings)
         done = checkpoint["epoch"] + 1
         if self.trainer.max_epochs is not None and done > self.trainer.max_epochs >= 0:
             raise ValueError(
                 f"`n_epochs` is {self.trainer.max_epochs}, and `checkpoints` has a run of {done}: "
                 f"name another folder, or delete it."
             )
+        self.unread.update(checkpoint.get("unread", ()))
         if self.order is not None:
             self.order.set_epoch(done)
 
 
-def run_trainer(
-    module: ResumableModule,
-    pictures: Any,
-    validation: Any,
-    *,
-    device: torch.device,
-    n_epochs: int,
-    checkpoints: str | Path | None,
-    show_progress: bool,
-    trainer: Mapping[str, Any] | None,
-) -> None:
-    """Train, and go on from the last checkpoint if there is one.
+@dataclass(frozen=True)
+class Fit:
+    """The arguments that all trainings take, checked: see `fit_fcam`.
 
-    Args:
-        module: with its settings.
-        pictures: a loader, in the order of `Shuffled`.
-        validation: a loader, or None.
-        device: the classifier's.
-        n_epochs: in all, with those before.
-        checkpoints: a folder, or None.
-        show_progress: whether to draw progress bars.
-        trainer: arguments of Lightning's `Trainer` that go before these.
+    Raises:
+        TypeError, ValueError: one of them.
+        RuntimeError: inside `torch.inference_mode`.
     """
-    settings = {
-        "max_epochs": n_epochs,
-        "accelerator": "cpu" if device.type == "cpu" else "gpu",
-        "devices": 1 if device.index is None else [device.index],
-        "logger": False,
-        "enable_progress_bar": show_progress,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "enable_checkpointing": checkpoints is not None,
-        "use_distributed_sampler": True,
-        **(trainer or {}),
-    }
-    module.order = pictures.sampler if isinstance(pictures.sampler, Shuffled) else None
-    resumed = None
-    if checkpoints is not None:
+
+    n_epochs: int
+    batch_size: int
+    checkpoints: str | Path | None
+    seed: int
+    num_workers: int
+    show_progress: bool
+    trainer: Mapping[str, Any] | None
+
+    def __post_init__(self) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("Nothing is learned inside torch.inference_mode(): leave it first.")
+        for name in ("n_epochs", "batch_size"):
+            check_count(name, getattr(self, name))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"`seed` must be an integer, got {self.seed!r}.")
+        if not isinstance(self.trainer, Mapping | None):
+            raise TypeError(f"`trainer` must be a mapping of arguments, got {type(self.trainer)}.")
+
+    @contextmanager
+    def around(self, classifier: Module) -> Iterator[torch.device]:
+        """Modes, gradients and random numbers of a training, on this device; then as before."""
+        device = next(classifier.parameters(), torch.empty(0)).device
+        with ExitStack() as kept:
+            kept.enter_context(evaluated(classifier))
+            kept.enter_context(untouched(classifier))
+            kept.enter_context(torch.enable_grad())  # Lightning switches them on, and leaves that
+            kept.enter_context(random_numbers(device, hash_of(self.seed)))
+            kept.callback(classifier.to, device)
+            yield device
+
+    def fit(self, module: DecoderModule, pictures: Pictures, validation: Any = None) -> None:
+        """Train the decoder, from the last checkpoint on if there is one.
+
+        Args:
+            module: with its settings, on the classifier's device.
+            pictures: to learn from.
+            validation: a loader, or None.
+
+        Raises:
+            ValueError: no picture can be read; a checkpoint of another run.
+        """
+        device = next(module.classifier.parameters(), torch.empty(0)).device
+        module.order = Shuffled(len(pictures), self.seed)
+        loader = DataLoader(
+            pictures,
+            self.batch_size,
+            sampler=module.order,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+        with interruptible(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You defined a `validation_step`")
+            trainer, resumed = self._trainer(device)
+            trainer.fit(module, loader, validation, ckpt_path=resumed)
+        if len(module.unread) == len(pictures):
+            raise ValueError(f"`data`: none of its {len(pictures)} pictures can be read.")
+        pictures.warn_of(module.unread)
+
+    def _trainer(self, device: torch.device) -> tuple[Trainer, Path | None]:
+        """With the file that it goes on from."""
+        settings = {
+            "max_epochs": self.n_epochs,
+            "accelerator": "cpu" if device.type == "cpu" else "gpu",
+            "devices": 1 if device.index is None else [device.index],
+            "logger": False,
+            "enable_progress_bar": self.show_progress,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "enable_checkpointing": self.checkpoints is not None,
+            "use_distributed_sampler": True,
+            **(self.trainer or {}),
+        }
+        if self.checkpoints is None:
+            return Trainer(**settings), None
         saver = ModelCheckpoint(
-            checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
+            self.checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
         )
         given = settings.get("callbacks") or []
         settings["callbacks"] = [*(given if isinstance(given, list) else [given]), saver]
-        file = Path(checkpoints) / "last.ckpt"
-        resumed = file if file.is_file() else None
-    with interruptible(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "You defined a `validation_step`")
-        Trainer(**settings).fit(module, pictures, validation, ckpt_path=resumed)
+        file = Path(self.checkpoints) / "last.ckpt"
+        return Trainer(**settings), file if file.is_file() else None
 
 
 @contextmanager

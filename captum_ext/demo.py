@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
+from captum_ext._checks import first_line
 from captum_ext._model import closest, find_module, layer_activations
 from captum_ext.attr import (
     channels_last_to_first,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 DEMO_MODEL = "efficientnet-lite0"
-MAX_PIXELS = 50_000_000
 
 _NOT_INSTALLED = 'needs packages that are not installed: pip install "captum_ext[demo]"'
 _LONGEST_SIDE = 4  # times the shorter one; more is never seen by the centre crop
@@ -62,27 +62,17 @@ def load_image(path: str | Path | None = None) -> "Image":
         InputError: a file that is missing, no image, or of more than 50 megapixels (which is seen
             before it is decoded); None without scikit-image.
     """
-    from PIL import Image, ImageOps
+    from captum_ext._data.files import read_upright, unreadable
 
     if path is None:
+        from PIL import Image
+
         return Image.fromarray(_photograph())
-    if not Path(path).is_file():
-        raise InputError(f"the image {str(path)!r} does not exist or is not a file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                _check_size(path, image.width * image.height)
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except InputError:
-        raise
-    except Image.DecompressionBombError:
-        raise _too_large(path) from None
-    except Exception as error:  # a broken file raises anything, from SyntaxError to struct.error
-        raise InputError(
-            f"{str(path)!r} cannot be read as an image ({_first_line(error)}): give a PNG, a JPEG "
-            f"or another format that Pillow knows"
-        ) from error
+        return read_upright(path)
+    except OSError as error:
+        said = str(error) if error.errno is None else unreadable(path, error)
+        raise InputError(said) from error
 
 
 def _photograph() -> Array:
@@ -92,38 +82,6 @@ def _photograph() -> Array:
         raise InputError(f"the photograph {_NOT_INSTALLED}; or give an IMAGE") from None
     coffee: Callable[[], Array] = skimage.data.coffee
     return coffee()
-
-
-def _check_size(path: str | Path, pixels: int) -> None:
-    if pixels > MAX_PIXELS:
-        raise _too_large(path)
-
-
-def _too_large(path: str | Path) -> InputError:
-    return InputError(
-        f"the image {str(path)!r} is larger than {MAX_PIXELS // 10**6} megapixels: make it smaller"
-    )
-
-
-def _to_rgb(image: "Image") -> "Image":
-    from PIL import Image
-
-    if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(_to_8_bits(image))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _to_8_bits(image: "Image") -> Array:
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    low, high = values.min(), values.max()
-    if not image.mode.startswith("F") and low >= 0 and high <= 65535:
-        low, high = 0, 65535  # Pillow opens 16-bit greys as "I;16" or, of some formats, as "I"
-    grey: Array = np.round(255 * (values - low) / ((high - low) or 1)).astype(np.uint8)
-    return grey
 
 
 # --- the network ---------------------------------------------------------------------------------
@@ -402,7 +360,7 @@ def _download(name: str, published: Any) -> dict[str, Tensor]:
             )
     except Exception as error:  # the network, the disk, a broken file in the cache
         raise InputError(
-            f"the published weights of {name} cannot be downloaded ({_first_line(error)}): fetch "
+            f"the published weights of {name} cannot be downloaded ({first_line(error)}): fetch "
             f"{published.url} elsewhere and give the file by --weights FILE"
         ) from error
     return state
@@ -422,7 +380,7 @@ def _fit(
     except (RuntimeError, ValueError) as error:
         misfits = " ".join(str(error).split()).partition("state_dict for ")[2] or str(error)
         raise InputError(
-            f"{origin} does not fit the model {name} ({_shortened(misfits)}): give the --model "
+            f"{origin} does not fit the model {name} ({first_line(misfits)}): give the --model "
             f"that it was saved from"
         ) from error
     return net, n
@@ -430,15 +388,6 @@ def _fit(
 
 def _closest(name: str, names: Sequence[str]) -> str:
     return closest(name.lower(), names)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return _shortened(lines[0] if lines else type(error).__name__)
-
-
-def _shortened(text: str, length: int = 120) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 # --- what to explain -----------------------------------------------------------------------------

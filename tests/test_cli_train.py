@@ -462,12 +462,12 @@ def test_our_own_mistakes_are_not_hidden(here, command, monkeypatch):
 
 
 def test_a_full_disk_leaves_no_half_of_a_decoder(here, command, asked, capsys, monkeypatch):
-    def full(self, path):
+    def full(content, path):
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
     Path("fcam.pt").write_bytes(b"old")
-    monkeypatch.setattr(FCAM, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     assert run(*command) == 2
     assert "No space left" in one_line(capsys)
     assert Path("fcam.pt").read_bytes() == b"old"

@@ -1,6 +1,7 @@
 """Attribution methods and wrappers, all of them Captum `Attribution` classes."""
 
-from captum_ext.attr.fcam import FCAM
+from typing import TYPE_CHECKING, Any
+
 from captum_ext.attr.fido import FIDO, FIDOMasks
 from captum_ext.attr.layer import (
     GradientCam,
@@ -24,6 +25,9 @@ from captum_ext.attr.layer import (
 )
 from captum_ext.attr.rise import RISE, RISEMaps
 from captum_ext.attr.wrappers import AugmentedSR, SESSWrapper, UpsampleWrapper
+
+if TYPE_CHECKING:
+    from captum_ext.fcam.attribution import FCAM
 
 __all__ = [
     "FCAM",
@@ -53,3 +57,12 @@ __all__ = [
     "suggest_reshape_transform",
     "tokens_to_grid",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """FCAM stands beside its decoder, which is made of what is here."""
+    if name != "FCAM":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from captum_ext.fcam.attribution import FCAM
+
+    return FCAM

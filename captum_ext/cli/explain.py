@@ -17,7 +17,7 @@ from captum_ext.cli.methods import (
     find_methods,
 )
 from captum_ext.cli.options import add_options, find_device
-from captum_ext.cli.output import check_output, say, table, whole
+from captum_ext.cli.output import check_output, say, table
 
 if TYPE_CHECKING:
     from captum.attr import Attribution
@@ -77,6 +77,7 @@ def explain(arguments: argparse.Namespace) -> None:
     methods = find_methods(arguments.method, arguments.image)
     at_layer = any(method.at_layer for method in methods)
     from captum_ext import demo
+    from captum_ext._identity import whole_file
 
     if arguments.layer is not None and not at_layer:
         raise demo.InputError(f"{methods[0].name} takes no --layer: it explains the whole model")
@@ -99,7 +100,7 @@ def explain(arguments: argparse.Namespace) -> None:
     for note in notes:
         say("note", note)
     figure = draw(loaded, image, explanations, probabilities, target, layer)
-    with whole(output) as unfinished:
+    with whole_file(output) as unfinished:
         figure.savefig(unfinished, format="png")
     print(report(loaded, explanations, probabilities, target, layer))
     print(f"\nwritten to {output}")

@@ -1,10 +1,8 @@
 """What the command line says and writes."""
 
-import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -71,14 +69,3 @@ def check_folder(output: Path) -> None:
         raise InputError(
             f"the output folder {str(above)!r} is not writable ({error.strerror}): give another"
         ) from error
-
-
-@contextmanager
-def whole(output: Path) -> Iterator[Path]:
-    """Where to write a file that is to be there whole, or not at all."""
-    unfinished = output.with_name(f".captum-ext-{os.getpid()}{output.suffix}")
-    try:
-        yield unfinished
-        unfinished.replace(output)
-    finally:
-        unfinished.unlink(missing_ok=True)

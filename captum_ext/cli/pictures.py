@@ -26,32 +26,27 @@ class Folder:
 
     def __init__(self, root: str) -> None:
         import torch
-        from torchvision.datasets import ImageFolder
 
-        from captum_ext.demo import load_image
+        from captum_ext.datasets import ClassFolders
 
         check_is_folder(root)
         try:
-            self._folder = ImageFolder(root, loader=load_image)
+            self._folders = ClassFolders(root)
         except FileNotFoundError as error:
             raise no_pictures_by_class(root, error) from error
-        self.root = root
-        self.classes: list[str] = self._folder.classes
-        self.samples: list[tuple[str, int]] = self._folder.samples
+        self.root, self.classes, self.samples = root, self._folders.classes, self._folders.samples
         self.unread = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        from captum_ext.demo import InputError
-
         try:
-            picture, label = self._folder[index]
-        except InputError as error:
+            example = self._folders[index]
+        except OSError:  # which `fit_fcam` leaves out
             self.unread[index] = True
-            raise OSError(str(error)) from error  # what `fit_fcam` leaves out
-        return picture, label
+            raise
+        return example.image, example.target
 
     def why(self, index: int) -> str:
         """Why a picture is left out: it is tried once more."""

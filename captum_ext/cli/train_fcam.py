@@ -23,7 +23,7 @@ from captum_ext.cli.options import (
     integer,
     noise,
 )
-from captum_ext.cli.output import check_output, say, table, whole
+from captum_ext.cli.output import check_output, say, table
 from captum_ext.cli.pictures import Folder, check_classes
 
 if TYPE_CHECKING:
@@ -152,8 +152,7 @@ def train_fcam(arguments: argparse.Namespace) -> None:
         say("note", f"{len(unread)} of {len(folder)} pictures were left out:")
     for index in unread:
         say("note", folder.why(index))
-    with whole(output) as unfinished:
-        fcam.save(unfinished)
+    fcam.save(output)
     rows = [
         ("model", loaded.name),
         ("guide", f"{method.name} at layer {layer}"),

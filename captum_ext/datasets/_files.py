@@ -58,7 +58,9 @@ class LayoutFiles(Dataset[Example]):
         return index % len(self)
 
     def _image(self, path: str) -> "Image":
-        return read_picture(path, "RGB")
+        from captum_ext._data.files import read_stored
+
+        return read_stored(path, "RGB")
 
     def _example(self, place: int, image: "Image", target: int, name: str) -> Example:
         """With what is known of the object."""
@@ -173,22 +175,9 @@ def read_mask(path: Path, size: tuple[int, int], above: int = 0) -> Tensor:
     """Which pixels of a grey picture, brought to (width, height), are above a value: (H, W)."""
     from PIL import Image
 
-    image = read_picture(path, "L")
+    from captum_ext._data.files import read_stored
+
+    image = read_stored(path, "L")
     if image.size != size:
         image = image.resize(size, Image.Resampling.NEAREST)
     return torch.from_numpy(np.asarray(image) > above)
-
-
-def read_picture(path: AnyPath, mode: str) -> "Image":
-    """A picture; an OSError that names it where that fails."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert(mode)
-    except MemoryError:
-        raise
-    except Exception as error:  # a broken file raises anything, from SyntaxError to struct.error
-        if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise OSError(f"{path} cannot be read as an image: {error}") from error

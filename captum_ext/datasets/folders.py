@@ -55,11 +55,6 @@ class ClassFolders(LayoutFiles):
         super().__init__(samples, names, classes)
 
     def _image(self, path: str) -> "Image":
-        from captum_ext.demo import InputError, load_image
+        from captum_ext._data.files import read_upright
 
-        try:
-            return load_image(path)
-        except InputError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
-                raise error.__cause__ from None
-            raise OSError(str(error)) from error
+        return read_upright(path)

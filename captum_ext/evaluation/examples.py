@@ -1,18 +1,19 @@
 """Labelled examples of a data set, as a model takes them, with their ground truth."""
 
 import re
-from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from kornia.color import rgb_to_grayscale
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from captum_ext._pictures import OUT_OF, as_bytes_of, checked_channels, digest, resized_to
+from captum_ext._data.files import is_the_machines
+from captum_ext._data.pictures import as_boxes, check_data, part_of, probes, scaled_boxes
+from captum_ext._data.pixels import Normalize, as_bytes, resized_to
+from captum_ext._identity import digest
 from captum_ext.imaging import resize
 from captum_ext.metrics import boxes_to_masks
 
@@ -79,18 +80,12 @@ class Blocks(Dataset[list[Prepared | Failure]]):
         data: Any,
         batch_size: int,
         size: tuple[int, int] | None,
-        normalize: tuple[Sequence[float], Sequence[float]] | None,
+        normalize: Any,
     ) -> None:
-        if isinstance(data, str | Path | DataLoader):
-            raise ValueError(
-                f"`data` must be a data set, such as captum_ext.datasets.ClassFolders(folder), got "
-                f"{type(data).__name__}."
-            )
-        if not isinstance(data, Sized) or len(data) == 0:
-            raise ValueError("`data` must have a length, and at least one picture.")
+        check_data("data", data)
         self.data: Any = data
         self.batch_size, self.size = batch_size, size
-        self.channels = None if normalize is None else checked_channels(normalize)
+        self.normalize = None if normalize is None else Normalize(normalize)
 
     def __len__(self) -> int:
         return -(-len(self.data) // self.batch_size)
@@ -109,7 +104,7 @@ class Blocks(Dataset[list[Prepared | Failure]]):
         name = "/".join(Path(samples[index][0]).parts[-2:]) if samples else str(index)
         try:
             entry = self.data[index]
-            name = str(_part(entry, "name") or name)
+            name = str(part_of(entry, "name") or name)
             return self._example(entry, index, name)
         except Exception as error:
             if is_the_machines(error):
@@ -117,8 +112,8 @@ class Blocks(Dataset[list[Prepared | Failure]]):
             return Failure(index, name, reason(error))
 
     def _example(self, entry: Any, index: int, name: str) -> Prepared:
-        pixels = self._pixels(_part(entry, "image", place=0))
-        label = _part(entry, "target", place=1)
+        pixels = self._pixels(part_of(entry, "image", place=0))
+        label = part_of(entry, "target", place=1)
         if pixels is None or label is None:
             raise TypeError(
                 f"examples must have `image` and `target`, or be (picture, label, ...), got "
@@ -127,11 +122,11 @@ class Blocks(Dataset[list[Prepared | Failure]]):
         before = (pixels.shape[1], pixels.shape[2])
         after = before if self.size is None else self.size
         pixels = resized_to(pixels, after)
-        if self.channels is not None:
-            pixels = (pixels - self.channels[0]) / self.channels[1]
+        if self.normalize is not None:
+            pixels = self.normalize(pixels)
         if not bool(torch.isfinite(pixels).all()):
             raise ValueError("the image has values that are not finite.")
-        boxes = _part(entry, "boxes", "box", place=2)
+        boxes = part_of(entry, "boxes", "box", place=2 if type(entry) in (tuple, list) else None)
         boxes = None if boxes is not None and len(boxes) == 0 else boxes  # known to have none
         return Prepared(
             index,
@@ -139,8 +134,8 @@ class Blocks(Dataset[list[Prepared | Failure]]):
             pixels,
             _class(label),
             None if boxes is None else _boxes(boxes, before, after),
-            _mask("mask", _part(entry, "mask", "part"), before, after),
-            _mask("ignored", _part(entry, "ignored"), before, after),
+            _mask("mask", part_of(entry, "mask", "part"), before, after),
+            _mask("ignored", part_of(entry, "ignored"), before, after),
         )
 
     def _pixels(self, picture: Any) -> Tensor | None:
@@ -148,26 +143,25 @@ class Blocks(Dataset[list[Prepared | Failure]]):
         if picture is None:
             return None
         if not isinstance(picture, Tensor) or not picture.is_floating_point():
-            pixels = as_bytes_of(picture) / 255
+            pixels = as_bytes(picture) / 255
         elif picture.dim() != 3 or 0 in picture.shape:
             raise ValueError(f"tensors must be (C, H, W), got {tuple(picture.shape)}.")
         else:
             pixels = picture.float()
-        if self.channels is None:
+        if self.normalize is None:
             return pixels
         if not bool(((pixels >= 0) & (pixels <= 1)).all()):
             raise ValueError(
                 "floats must be in [0, 1]: pictures are normalised here, unless `normalize` is "
                 "None."
             )
-        n = len(self.channels[0])
-        return rgb_to_grayscale(pixels) if n == 1 < len(pixels) else pixels.expand(n, -1, -1)
+        return self.normalize.grey(pixels)
 
     def about(self) -> str:
         """By what the data set is known again: its length, its names, and some of its entries."""
         samples = getattr(self.data, "samples", None)
         known: list[Any] = [("/".join(Path(n).parts[-2:]), int(y)) for n, y in samples or ()]
-        for index in range(0, len(self.data), max(len(self.data) // N_PROBES, 1)):
+        for index in probes(len(self.data), N_PROBES):
             example = self.example(index)
             if isinstance(example, Failure):
                 known.append((example.name, example.reason))
@@ -184,25 +178,6 @@ def reason(error: Exception) -> str:
     return " ".join(text.split())[:LONGEST_REASON]
 
 
-def is_the_machines(error: Exception) -> bool:
-    """Whether an error says nothing of the image or the method: it would come again and again."""
-    if isinstance(error, OSError):
-        return error.errno in OUT_OF
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return True
-    said = str(error) if isinstance(error, RuntimeError) else ""
-    return any(words in said for words in ("CUDA error", "DefaultCPUAllocator", "out of memory"))
-
-
-def _part(entry: Any, *names: str, place: int | None = None) -> Any:
-    """The first of these attributes that is there, or that entry of a plain tuple."""
-    for name in names:
-        if getattr(entry, name, None) is not None:
-            return getattr(entry, name)
-    plain = type(entry) in (tuple, list) and place is not None and place < len(entry)
-    return entry[place] if plain else None
-
-
 def _class(label: Any) -> int:
     if isinstance(label, bool | str) or int(label) != label:
         raise ValueError(f"labels must be indices of classes, got {label!r}.")
@@ -211,10 +186,7 @@ def _class(label: Any) -> int:
 
 def _boxes(boxes: Any, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
     """(n, 4), in pixels of the image; each has some of them."""
-    found = torch.as_tensor(boxes, dtype=torch.float64)
-    found = found[None] if found.dim() == 1 else found
-    if found.dim() != 2 or found.shape[1] != 4 or not len(found):
-        raise ValueError(f"boxes must be (n, 4), n at least 1, got {tuple(found.shape)}.")
+    found = as_boxes(boxes)
     height, width = before
     inside = (found[:, 2:].clamp(max=found.new_tensor([width, height])) > 0).all(1)
     inside &= (found[:, :2] < found.new_tensor([width, height])).all(1)
@@ -223,9 +195,9 @@ def _boxes(boxes: Any, before: tuple[int, int], after: tuple[int, int]) -> Tenso
             f"boxes must be (x1, y1, x2, y2) with x1 < x2 and y1 < y2, and not outside of an image "
             f"of {width} x {height}, got {found.tolist()}."
         )
-    old, new = found.new_tensor([width, height] * 2), found.new_tensor([after[1], after[0]] * 2)
-    # Divided last: a corner that comes to a whole pixel is not a little less, or more.
-    return found.clamp(min=0).minimum(old) * new / old
+    return scaled_boxes(
+        found.clamp(min=0).minimum(found.new_tensor([width, height] * 2)), before, after
+    )
 
 
 def _mask(name: str, mask: Any, before: tuple[int, int], after: tuple[int, int]) -> Tensor | None:

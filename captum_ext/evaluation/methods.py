@@ -1,10 +1,9 @@
 """The attributions of an evaluation: what they are known by, and what they are called with."""
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import CellType, CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +12,8 @@ from torch import Generator, Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
 
-from captum_ext._fingerprint import fingerprint
+from captum_ext._identity import function_name, plain
 from captum_ext._model import Forward, floating_type, root_module
-from captum_ext._pictures import digest
 from captum_ext.attr import UpsampleWrapper
 from captum_ext.fcam.guides import wrapped
 from captum_ext.fcam.stored import described
@@ -148,71 +146,39 @@ def _innermost(attribution: Attribution) -> Attribution:
 # --- in words ------------------------------------------------------------------------------------
 
 
-def about(method: Method) -> str:
-    """A method, its options, its arguments and its model, as far as they can be known."""
+def about(method: Method, digest_of: Callable[[Module], str]) -> str:
+    """A method, its options, its arguments and its model, as far as they can be known.
+
+    Args:
+        method: of a run.
+        digest_of: `model_digest`, with a memory of the models of this run.
+    """
+
+    def in_digits(module: Module) -> str:
+        mode = " in train mode" if any(part.training for part in module.modules()) else ""
+        return f"{type(module).__name__} {digest_of(module)}{mode}"
+
+    def held(attribution: Attribution) -> list[str]:
+        """Its tensors, and modules that are no part of the model, such as a decoder."""
+        found = []
+        for name, value in sorted(vars(attribution).items()):
+            for leaf in tree_leaves(value):
+                if isinstance(leaf, Tensor):
+                    found.append(f"{name}={plain(where, leaf)}")
+                elif isinstance(leaf, Module) and leaf not in own:
+                    found.append(f"{name}={in_digits(leaf)}")
+        inner = wrapped(attribution)
+        return found if inner is None else found + held(inner)
+
+    where = f"`methods`: {method.name}"
     root = root_module(method.forward_func)
-    model = in_words(method.forward_func) if root is None else _in_digits(root)
-    made = described(method.attribution, root or Module())
-    held = _held(method.attribution, set() if root is None else set(root.modules()))
-    arguments = [f"{key}={plain(value)!r}" for key, value in sorted(method.kwargs.items())]
-    return f"{', '.join([made, *held])}, of {model}, called with ({', '.join(arguments)})"
-
-
-def _in_digits(module: Module) -> str:
-    mode = " in train mode" if any(part.training for part in module.modules()) else ""
-    return f"{type(module).__name__} {digest(sorted(fingerprint(module).items()))}{mode}"
-
-
-def _held(attribution: Attribution, own: Collection[Module]) -> list[str]:
-    """Its tensors, and modules that are no part of the model, such as a decoder."""
-    held = []
-    for name, value in sorted(vars(attribution).items()):
-        for leaf in tree_leaves(value):
-            if isinstance(leaf, Tensor):
-                held.append(f"{name}={plain(leaf)}")
-            elif isinstance(leaf, Module) and leaf not in own:
-                held.append(f"{name}={_in_digits(leaf)}")
-    inner = wrapped(attribution)
-    return held if inner is None else held + _held(inner, own)
-
-
-def plain(value: Any) -> Any:
-    """Something that JSON has, and that is the same in each process."""
-    if isinstance(value, int | float | str | None):
-        return value
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    if isinstance(value, Tensor):
-        return f"tensor {digest((tuple(value.shape), value.flatten().tolist()))}"
-    return in_words(value)
-
-
-def in_words(value: Any) -> str:
-    """A name, if there is one, else the type; of a function also a digest of what it does."""
-    if isinstance(value, str | None):
-        return str(value)
-    name = getattr(value, "__qualname__", None) or f"a {type(value).__name__}"
-    code = getattr(value, "__code__", None)
-    return str(name) if code is None else f"{name} {digest(_does(value, depth=3))}"
-
-
-def _does(function: Any, depth: int) -> list[Any]:
-    """The code of a function, its defaults, and what it finds around it, as far as it is plain."""
-    code = function.__code__
-    closed = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
-    found = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
-    around = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    parts: list[Any] = _code(code)
-    for value in around + closed + found:
-        if isinstance(value, Module):
-            parts.append(_in_digits(value))
-        elif isinstance(value, FunctionType):
-            parts.append(_does(value, depth - 1) if depth else value.__qualname__)
-        elif isinstance(value, int | float | str | Tensor | list | tuple | None):
-            parts.append(plain(value))
-    return parts
-
-
-def _code(code: CodeType) -> list[Any]:
-    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return [code.co_code.hex(), list(code.co_names), constants]
+    own = set() if root is None else set(root.modules())
+    if root is None:
+        model = function_name(f"{where}: the model", method.forward_func)
+    else:
+        model = in_digits(root)
+    made = ", ".join([described(method.attribution, root or Module()), *held(method.attribution)])
+    arguments = [
+        f"{key}={plain(f'{where}: {key}', value)!r}" for key, value in sorted(method.kwargs.items())
+    ]
+    return f"{made}, of {model}, called with ({', '.join(arguments)})"

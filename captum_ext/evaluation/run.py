@@ -1,10 +1,10 @@
 """`evaluate`: attributions x a data set x metrics."""
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
 from datetime import timedelta
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,17 @@ import torch.distributed as dist
 from captum.attr import Attribution
 
 from captum_ext._checks import check_choice, check_count, warn
+from captum_ext._data.pixels import IMAGENET, mean_and_std
+from captum_ext._data.sizes import height_width
+from captum_ext._identity import function_name, model_digest, plain
 from captum_ext._model import untouched
-from captum_ext._pictures import IMAGENET
 from captum_ext.evaluation.examples import Blocks, Prepared
 from captum_ext.evaluation.measures import make_measures
 from captum_ext.evaluation.methods import (
     Method,
     about,
     checked_methods,
-    in_words,
     on_device,
-    plain,
 )
 from captum_ext.evaluation.results import Summary, summary
 from captum_ext.evaluation.store import COLUMNS, FORMAT, Store
@@ -131,9 +131,8 @@ def evaluate(
         check_choice("target", target, TARGETS)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"`seed` must be an integer, got {seed!r}.")
-    sides = None if size is None else _sides(size)
-    if not isinstance(normalize, tuple | list | None):
-        normalize = (normalize.mean, normalize.std)
+    sides = None if size is None else height_width("size", size)
+    exact = () if normalize is None else mean_and_std(normalize, torch.float64)
     if Path(output).exists() and not Path(output).is_dir():
         raise ValueError(f"`output` must be a folder, and {str(output)!r} is a file.")
     blocks = Blocks(data, batch_size, sides, normalize)
@@ -145,17 +144,18 @@ def evaluate(
         warn(f"`metrics` {blind}: the first examples of `data` lack the boxes or masks for these.")
     if target == "label" and some:
         _compare_classes(every, data, some[0])
+    digest_of = functools.cache(model_digest)  # several methods explain one model
     settings = {
         "format": FORMAT,
         "examples": len(data),
         "batch_size": batch_size,
         "data": blocks.about(),
         "size": sides,
-        "normalize": None if normalize is None else [[*map(float, one)] for one in normalize],
-        "target": in_words(target),
+        "normalize": None if normalize is None else [values.tolist() for values in exact],
+        "target": function_name("`target`", target) if callable(target) else str(target),
         "seed": seed,
-        "methods": {method.name: about(method) for method in every},
-        "metrics": {m.name: {k: plain(v) for k, v in m.options.items()} for m in measures},
+        "methods": {method.name: about(method, digest_of) for method in every},
+        "metrics": {m.name: plain(f"`metrics`: {m.name}", m.options) for m in measures},
         "columns": {m.name: m.columns() for m in measures},
     }
     records = {r.columns: r for m in measures for r in m.records}  # of several measures, once
@@ -180,13 +180,6 @@ def evaluate(
     if any(found.failures.values()):
         warn(f"Some rows failed: {found.failures}. Their reasons are in {store.folder}.")
     return found
-
-
-def _sides(size: Any) -> tuple[int, int]:
-    sides = size if isinstance(size, tuple | list) else (size, size)
-    if len(sides) != 2 or not all(isinstance(s, Integral) and int(s) > 0 for s in sides):
-        raise ValueError(f"`size` must be one or two numbers of pixels, got {size!r}.")
-    return int(sides[0]), int(sides[1])
 
 
 def _compare_classes(methods: Sequence[Method], data: Any, example: Prepared) -> None:

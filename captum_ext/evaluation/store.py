@@ -17,12 +17,11 @@ import errno
 import io
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captum_ext._fingerprint import changes
+from captum_ext._identity import changes, check_same_run, whole_file
 
 try:
     import fcntl
@@ -63,13 +62,11 @@ class Store:
         if file.is_file():
             before = json.loads(file.read_text())
             saved, found = _flat(before), _flat(self.settings)
-            changed = changes(saved, found | dict.fromkeys(saved.keys() - found.keys()))
-            if changed and not self._is_empty(before):
-                raise ValueError(
-                    f"`output` {self.folder} has the rows of another run: {changed}. Name another "
-                    f"folder, or delete it."
-                )
-            if changed:
+            found |= dict.fromkeys(saved.keys() - found.keys())
+            if changes(saved, found):
+                if not self._is_empty(before):
+                    stored = f"`output` {self.folder} has the rows of another run"
+                    check_same_run(stored, saved, found)
                 self._write_settings()
             else:
                 self.settings = before  # in the order of its columns
@@ -79,7 +76,6 @@ class Store:
                     f"`output` {self.folder} has rows, but no {SETTINGS}: they are not known to be "
                     f"of this run. Name another folder."
                 )
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._write_settings()
 
     @property
@@ -89,9 +85,8 @@ class Store:
         return (*COLUMNS, *dict.fromkeys(own))
 
     def _write_settings(self) -> None:
-        unfinished = self.folder / f"{SETTINGS}.{os.getpid()}.partial"
-        unfinished.write_text(json.dumps(self.settings, indent=1) + "\n")
-        unfinished.replace(self.folder / SETTINGS)
+        with whole_file(self.folder / SETTINGS) as unfinished:
+            unfinished.write_text(json.dumps(self.settings, indent=1) + "\n")
 
     def _is_empty(self, settings: Mapping[str, Any]) -> bool:
         """Whether a run of these settings finished nothing, and is not about to."""

@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captum_ext._compat import _format_additional_forward_args
+from captum_ext._data.files import is_the_machines
+from captum_ext._identity import digest, hash_of
 from captum_ext._model import random_numbers, untouched
-from captum_ext._pictures import digest, hash_of
-from captum_ext.evaluation.examples import Blocks, Failure, Prepared, is_the_machines, reason
+from captum_ext.evaluation.examples import Blocks, Failure, Prepared, reason
 from captum_ext.evaluation.methods import Method, seeded
 from captum_ext.evaluation.records import Explained, Record
 from captum_ext.evaluation.store import Store, Unit, Writer

@@ -6,6 +6,7 @@ Training needs Lightning, which the extra `train` installs: `pip install "captum
 from typing import TYPE_CHECKING, Any
 
 from captum_ext._lazy import from_training
+from captum_ext.fcam.attribution import FCAM
 from captum_ext.fcam.crf import DenseCRFLoss, LocalCRFLoss, dense_crf_loss, local_crf_loss
 from captum_ext.fcam.decoder import FCAMDecoder, find_taps
 from captum_ext.fcam.losses import SizeLoss, log_barrier, partial_cross_entropy, size_loss
@@ -23,6 +24,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "FCAM",
     "PAPER",
     "DenseCRFLoss",
     "FCAMDecoder",

@@ -1,7 +1,6 @@
 """`fit_fcam`: a decoder for a classifier, in one call (the extra `train`)."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,22 +10,18 @@ from captum.attr import Attribution
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from captum_ext._checks import check_count, warn
-from captum_ext._model import (
-    Forward,
-    floating_type,
-    random_numbers,
-    root_module,
-    untouched,
-)
-from captum_ext._pictures import IMAGENET, Pictures, checked_channels, checked_pair, hash_of
-from captum_ext._training import Shuffled, evaluated, run_trainer
-from captum_ext.attr.fcam import FCAM
+from captum_ext._checks import warn
+from captum_ext._data.pictures import Pictures
+from captum_ext._data.pixels import IMAGENET, Normalize
+from captum_ext._data.sizes import height_width
+from captum_ext._model import Forward, floating_type, root_module
+from captum_ext._training import Fit
+from captum_ext.fcam.attribution import FCAM
 from captum_ext.fcam.crf import DenseCRFLoss
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide
 from captum_ext.fcam.seeding import SeedSampler
-from captum_ext.fcam.stored import about_run, cached_maps
+from captum_ext.fcam.stored import about_maps, about_run, cached_maps
 from captum_ext.fcam.training import FCAMModule
 from captum_ext.fcam.views import Boxed, as_batch
 
@@ -130,65 +125,35 @@ def fit_fcam(
     root = root_module(classifier)
     if root is None:
         raise TypeError(f"`classifier` must be a torch.nn.Module, got {type(classifier)}.")
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("Nothing is learned inside torch.inference_mode(): leave it first.")
+    run = Fit(n_epochs, batch_size, checkpoints, seed, num_workers, show_progress, trainer)
     check_guide(guide, classifier)
-    for name, count in (("n_epochs", n_epochs), ("batch_size", batch_size)):
-        check_count(name, count)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"`seed` must be an integer, got {seed!r}.")
-    if not isinstance(trainer, Mapping | None):
-        raise TypeError(f"`trainer` must be a mapping of arguments, got {type(trainer)}.")
-    view = checked_pair("size", size)
-    whole = view if resize is None else checked_pair("resize", resize)
+    view = height_width("size", size)
+    whole = view if resize is None else height_width("resize", resize)
     if whole[0] < view[0] or whole[1] < view[1]:
         raise ValueError(f"`resize` must be at least `size`, {view}, got {whole}.")
-    device = next(root.parameters(), torch.empty(0)).device
     boxed = None if validation is None else Boxed(validation, view)
     options = {"crf": DenseCRFLoss(side=crf_side(view))} | options
-    mean, _ = checked_channels(options.get("normalize", IMAGENET))
-    kept = ExitStack()
-    with kept:
-        kept.enter_context(evaluated(root))
-        kept.enter_context(untouched(root))
-        kept.enter_context(torch.enable_grad())  # Lightning switches gradients on, and leaves that
-        kept.enter_context(random_numbers(device, hash_of(seed)))
-        kept.callback(root.to, device)
+    n_channels = Normalize(options.get("normalize", IMAGENET)).channels
+    with run.around(root) as device:
         with torch.no_grad():
-            blank = torch.zeros(1, len(mean), *view, device=device, dtype=floating_type(root))
+            blank = torch.zeros(1, n_channels, *view, device=device, dtype=floating_type(root))
             n_classes = _n_classes(root(blank))
             decoder = FCAMDecoder.reading(root, blank, layers, widths, center).to(device)
         pictures = Pictures(data, whole, n_classes)
         module = FCAMModule(root, decoder, guide, view, seed=seed, **options).to(device)
+        stores = cache is not None or checkpoints is not None
+        about = about_maps(module, pictures) if stores else {}
         if cache is not None:
-            folder = Path(cache)
             module.maps = cached_maps(
-                module, pictures, folder, batch_size, num_workers, show_progress
+                module, pictures, about, Path(cache), batch_size, num_workers, show_progress
             )
-        loader = DataLoader(
-            pictures,
-            batch_size,
-            sampler=Shuffled(len(pictures), seed),
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-        )
-        judged = None
-        if boxed is not None:
-            judged = DataLoader(boxed, batch_size, collate_fn=as_batch, num_workers=num_workers)
         if checkpoints is not None:
-            module.settings = about_run(module, pictures, batch_size)
+            module.settings = about | about_run(module, batch_size)
             module.settings["validation"] = 0 if boxed is None else len(boxed)
-        run_trainer(
-            module,
-            loader,
-            judged,
-            device=device,
-            n_epochs=n_epochs,
-            checkpoints=checkpoints,
-            show_progress=show_progress,
-            trainer=trainer,
+        judged = boxed and DataLoader(
+            boxed, batch_size, collate_fn=as_batch, num_workers=num_workers
         )
-    pictures.warn_of(module.unread)
+        run.fit(module, pictures, judged)
     if module.seed_loss > COLLAPSED:
         warn(
             f"The decoder has learned nothing, or has collapsed: in the last epoch its loss at the "

@@ -1,6 +1,5 @@
 """What a training stores of its guide, and by what it knows its own files again."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,8 @@ from torch.nn import Module
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from captum_ext._fingerprint import changes, fingerprint
-from captum_ext._pictures import Pictures, digest
+from captum_ext._data.pictures import Pictures
+from captum_ext._identity import check_same_run, model_digest, plain, whole_file
 from captum_ext.fcam.guides import guidance, wrapped
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ SHARD = 512  # stored maps in a file
 def cached_maps(
     module: "FCAMModule",
     pictures: Pictures,
+    about: dict[str, Any],
     folder: Path,
     batch_size: int,
     num_workers: int = 0,
@@ -37,19 +37,15 @@ def cached_maps(
     Raises:
         ValueError: the folder has maps of another run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    about = about_maps(module, pictures) | {"pictures": _bytes_of(pictures)}
+    # Maps belong to these pixels, and not to names and labels alone.
+    about = about | {"pictures": f"{pictures.about()}, {pictures.about_pixels()}"}
     shards = []
     starts = range(0, len(pictures), SHARD)
     for start in tqdm(starts, desc="maps", disable=not show_progress):
         file = folder / f"maps-{start:08d}.pt"
         if file.is_file():
             saved = torch.load(file, weights_only=True)
-            if saved["about"] != about:
-                raise ValueError(
-                    f"`cache` {folder} has the maps of another run: "
-                    f"{changes(saved['about'], about)}. Name another folder, or delete it."
-                )
+            check_same_run(f"`cache` {folder} has the maps of another run", saved["about"], about)
         else:
             part = Subset(pictures, range(start, min(start + SHARD, len(pictures))))
             found = []
@@ -64,9 +60,8 @@ def cached_maps(
                 )
                 found.append(torch.where(read[:, None, None, None], maps.cpu(), 0).half())
             saved = {"about": about, "maps": torch.cat(found)}
-            unfinished = file.with_suffix(f".{os.getpid()}.partial")
-            torch.save(saved, unfinished)
-            unfinished.replace(file)
+            with whole_file(file) as unfinished:
+                torch.save(saved, unfinished)
         shards.append(saved["maps"])
     return torch.cat(shards)
 
@@ -74,20 +69,22 @@ def cached_maps(
 def about_maps(module: "FCAMModule", pictures: Pictures) -> dict[str, Any]:
     """What the guide's maps depend on, as far as it can be known."""
     return {
-        "classifier": digest(sorted(fingerprint(module.classifier).items())),
+        "classifier": model_digest(module.classifier),
         "guide": described(module.guide, module.classifier),
         "rectify": module.rectify,
-        "normalize": [module.mean.flatten().tolist(), module.std.flatten().tolist()],
-        "guide_kwargs": repr(sorted(module.guide_kwargs.items())),
+        "normalize": module.normalize.about(),
+        "guide_kwargs": repr(
+            [(k, plain(f"`guide_kwargs`: {k}", v)) for k, v in sorted(module.guide_kwargs.items())]
+        ),
         "pictures": pictures.about(),
         "size": list(pictures.size),
     }
 
 
-def about_run(module: "FCAMModule", pictures: Pictures, batch_size: int) -> dict[str, Any]:
-    """What a run that goes on must have in common with the one that was killed."""
+def about_run(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
+    """What a run that goes on must have in common with the one that was killed, but for maps."""
     decoder = module.decoder
-    return about_maps(module, pictures) | {
+    return {
         "view": list(module.size),
         "channels": decoder.channels,
         "widths": decoder.widths,
@@ -121,8 +118,3 @@ def described(guide: Attribution, classifier: Module) -> str:
     inner = wrapped(guide)
     within = [] if inner is None else [described(inner, classifier)]
     return f"{guide.get_name()}({', '.join(within + options)})"
-
-
-def _bytes_of(pictures: Pictures) -> str:
-    """As `about`, and by the pictures themselves: maps belong to these."""
-    return f"{pictures.about()}, {pictures.about_pixels()}"

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from captum.attr import Attribution
-from kornia.color import rgb_to_grayscale
 from torch import Generator, Tensor
 from torch.nn import Module
 
 from captum_ext._checks import check_size
+from captum_ext._data.pixels import IMAGENET, Normalize
+from captum_ext._identity import hash_of
 from captum_ext._model import find_module, floating_type, layer_activations, random_numbers
-from captum_ext._pictures import IMAGENET, checked_channels, hash_of
-from captum_ext._training import ResumableModule, evaluated
+from captum_ext._training import DecoderModule, evaluated
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide, guidance
 from captum_ext.fcam.losses import SizeLoss, partial_cross_entropy
@@ -23,7 +23,7 @@ from captum_ext.imaging import resize
 from captum_ext.metrics import MaxBoxAcc
 
 
-class FCAMModule(ResumableModule):
+class FCAMModule(DecoderModule):
     r"""What Lightning trains: the decoder, by seeds, colour and size.
 
     .. math:: L = L_{seeds} + w_{crf} E_{crf}(S_1) + w_{size} L_{size}(S)
@@ -64,8 +64,6 @@ class FCAMModule(ResumableModule):
         TypeError, ValueError: an argument of another kind or out of range.
     """
 
-    mean: Tensor
-    std: Tensor
     seeded: Tensor  # in this epoch: the sum of the seeds' losses, and how many batches had any
 
     def __init__(
@@ -88,7 +86,7 @@ class FCAMModule(ResumableModule):
         guide_kwargs: Mapping[str, Any] | None = None,
         maps: Tensor | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(classifier, decoder)
         check_guide(guide, classifier)
         for name, value in (
             ("crf_weight", crf_weight),
@@ -101,30 +99,18 @@ class FCAMModule(ResumableModule):
             raise TypeError(f"`crf` must be a module or None, got {type(crf)}.")
         if seeds is not None and not isinstance(seeds, SeedSampler):
             raise TypeError(f"`seeds` must be a SeedSampler, got {type(seeds)}.")
-        self.decoder = decoder
+        self.guide = guide
         self.crf, self.size_loss = crf, SizeLoss()
         self.seeds = seeds or SeedSampler()
         self.size, self.flip, self.lr, self.seed = size, flip, lr, seed
         self.crf_weight, self.size_weight, self.warmup = crf_weight, size_weight, warmup
         self.rectify, self.guide_kwargs, self.maps = rectify, dict(guide_kwargs or {}), maps
-        mean, std = checked_channels(normalize)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.normalize = Normalize(normalize)
         self.register_buffer("seeded", torch.zeros(2))
-        self._frozen = (classifier, guide)
         assert decoder.layers is not None
         self._layers = (tuple(find_module(classifier, name) for name in decoder.layers),)
         self.localisation = MaxBoxAcc(convention="wsolevaluation")
         self.best: dict[str, Any] = {}
-        self.unread: set[int] = set()
-
-    @property
-    def classifier(self) -> Module:
-        return self._frozen[0]
-
-    @property
-    def guide(self) -> Attribution:
-        return self._frozen[1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, 2, H, W) of images as the classifier takes them."""
@@ -136,10 +122,7 @@ class FCAMModule(ResumableModule):
 
     def images(self, pixels: Tensor) -> Tensor:
         """Bytes (N, 3, H, W) as the classifier takes them."""
-        colors = pixels / 255
-        if len(self.mean) == 1:
-            colors = rgb_to_grayscale(colors)
-        return ((colors - self.mean) / self.std).to(floating_type(self.classifier))
+        return self.normalize(pixels / 255).to(floating_type(self.classifier))
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of `Item`."""
@@ -162,21 +145,12 @@ class FCAMModule(ResumableModule):
             parts["crf"] = self.crf_weight * self.crf(kept[:, 1:], colors[read])
         if self.size_weight and len(kept):
             parts["size"] = self.size_weight * self.size_loss(kept)
-        total = torch.stack(list(parts.values())).sum()
-        if not bool(torch.isfinite(total)):
-            shown = ", ".join(f"{name} {value.item():g}" for name, value in parts.items())
-            self._stop(f"batch {batch_idx} ({shown})")
+        total = self.total(parts, batch_idx)
         with torch.no_grad():
             any_seeds = (seeds != IGNORED).any()
             self.seeded += torch.stack((parts["seeds"].float(), any_seeds.float()))
         self.unread.update(places[~read].tolist())
-        self.log_dict({f"train_{name}": value for name, value in parts.items()}, prog_bar=True)
         return total
-
-    def _stop(self, where: str) -> None:
-        raise FloatingPointError(
-            f"The loss is not finite in epoch {self.current_epoch}, {where}. A lower `lr` may help."
-        )
 
     def guidance(
         self,
@@ -204,10 +178,6 @@ class FCAMModule(ResumableModule):
         """The mean of the last epoch; NaN before the first."""
         return (self.seeded[0] / self.seeded[1]).item()
 
-    def on_fit_start(self) -> None:
-        """The classifier is no submodule, so nobody else brings it to the device."""
-        self.classifier.to(self.device)
-
     def on_train_epoch_start(self) -> None:
         self.seeded.zero_()
 
@@ -219,7 +189,7 @@ class FCAMModule(ResumableModule):
             ValueError: there was not one seed.
         """
         if not all(bool(torch.isfinite(weight).all()) for weight in self.decoder.parameters()):
-            self._stop("after its last batch: weights are not finite")
+            self.stop("after its last batch: weights are not finite")
         if self.seeded[1] == 0:
             raise ValueError(
                 f"`guide` {self.guide.get_name()} gave no seed in epoch {self.current_epoch}: its "

@@ -7,7 +7,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from captum_ext._pictures import Pictures, entry_part, resized_to
+from captum_ext._data.pictures import Pictures, as_boxes, part_of, scaled_boxes
+from captum_ext._data.pixels import resized_to
 
 
 class Boxed(Dataset[tuple[Tensor, Tensor]]):
@@ -34,20 +35,16 @@ class Boxed(Dataset[tuple[Tensor, Tensor]]):
             return torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4)
         entry, pixels = found
         name = f"`validation`: {self.pictures.name(index)}"
-        has_none = len(entry) < 3 if isinstance(entry, tuple | list) else False
-        given = None if has_none else entry_part(entry, "boxes", 2)
+        given = part_of(entry, "boxes", place=2)
         if given is None:
             raise ValueError(f"{name} has no boxes: entries must be (picture, label, boxes).")
-        boxes = torch.as_tensor(given, dtype=torch.float64)
-        boxes = boxes[None] if boxes.dim() == 1 else boxes
-        if boxes.dim() != 2 or boxes.shape[1] != 4 or not len(boxes):
-            raise ValueError(
-                f"{name} has boxes {tuple(boxes.shape)}: they must be (n, 4), n at least 1."
-            )
-        old = boxes.new_tensor([pixels.shape[2], pixels.shape[1]] * 2)
-        # Divided last: a corner that comes to a whole pixel is not a little less.
-        boxes = boxes * boxes.new_tensor([width, height] * 2) / old
-        return resized_to(pixels, self.pictures.size), boxes.floor()
+        try:
+            boxes = as_boxes(given)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        size = self.pictures.size
+        boxes = scaled_boxes(boxes, (pixels.shape[1], pixels.shape[2]), size)
+        return resized_to(pixels, size), boxes.floor()
 
 
 def as_batch(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from captum_ext._pictures import Pictures
+from captum_ext._data.pictures import Pictures
 from captum_ext._receptive_field import Field
 from captum_ext.features._layer_maps import LayerMaps
 

@@ -1,16 +1,15 @@
 """A layer's maps of the pictures of a data set."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from kornia.color import rgb_to_grayscale
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._fingerprint import named_function
+from captum_ext._data.pixels import Normalize
 from captum_ext._front import up_to_layer
+from captum_ext._identity import function_name
 from captum_ext._model import (
     Forward,
     Tensors,
@@ -20,20 +19,9 @@ from captum_ext._model import (
     module_name,
     root_module,
 )
-from captum_ext._pictures import Pictures, checked_channels, digest
 from captum_ext.attr.layer.reshape import check_not_tokens
 
 ReshapeTransform = Callable[[Tensor], Tensor]
-
-
-def about(pictures: Pictures) -> str:
-    """By what a set is known again: its length, its names, and some pictures at their own size."""
-    samples = getattr(pictures.data, "samples", None) or ()
-    names = [Path(sample[0]).parts[-2:] for sample in samples]
-    found = [pictures.read(place) for place in pictures.probes()]
-    pixels = [None if f is None else f[1].contiguous().numpy() for f in found]
-    probes = [None if p is None else (p.shape, digest(p.tobytes())) for p in pixels]
-    return f"{len(pictures)} pictures, {digest((names, probes))}"
 
 
 class LayerMaps:
@@ -61,15 +49,11 @@ class LayerMaps:
         owner = root_module(forward_func) or self.layer
         self.device = next(owner.parameters(), torch.empty(0)).device
         self.dtype = floating_type(owner)
-        mean, std = checked_channels(normalize)
-        self.mean, self.std = mean.to(self.device), std.to(self.device)
+        self.normalize = Normalize(normalize).to(self.device)
 
     def images(self, pixels: Tensor) -> Tensor:
         """Bytes (B, 3, H, W), wherever they are, as the model takes them."""
-        colours = pixels.to(self.device) / 255
-        if len(self.mean) == 1:
-            colours = rgb_to_grayscale(colours)
-        return ((colours - self.mean) / self.std).to(self.dtype)
+        return self.normalize(pixels.to(self.device) / 255).to(self.dtype)
 
     def __call__(self, images: Tensor) -> Tensor:
         """The maps, without a graph."""
@@ -102,6 +86,6 @@ class LayerMaps:
         """How a run that goes on knows that it is the same; not the model's weights."""
         return {
             "layer": self.name,
-            "normalize": [self.mean.flatten().tolist(), self.std.flatten().tolist()],
-            "reshape_transform": named_function(self.reshape_transform),
+            "normalize": self.normalize.about(),
+            "reshape_transform": function_name("`reshape_transform`", self.reshape_transform),
         }

@@ -75,20 +75,6 @@ def _shape(start: Any) -> tuple[int, ...]:
     return shape
 
 
-def checked_normalize(normalize: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, (C,) each."""
-    try:
-        mean, std = (torch.as_tensor(values, dtype=torch.float64) for values in normalize)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`normalize` must be (mean, std), got {normalize!r}.") from error
-    if mean.dim() != 1 or mean.shape != std.shape or not mean.numel() or not bool((std > 0).all()):
-        raise ValueError(
-            f"`normalize` must be a mean and a standard deviation, greater than 0, of each "
-            f"channel, got {normalize!r}."
-        )
-    return mean, std
-
-
 def channels(normalize: tuple[Tensor, Tensor] | None, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, to go with the images; 0 and 1 where they are not known."""
     values = torch.tensor([[0.0], [1.0]]) if normalize is None else torch.stack(normalize)

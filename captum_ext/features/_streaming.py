@@ -1,6 +1,5 @@
 """One pass over the pictures of a data set, which a file lets go on after it was killed."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from captum_ext._fingerprint import changes
-from captum_ext._pictures import Pictures
+from captum_ext._data.pictures import Pictures
+from captum_ext._identity import check_same_run, whole_file
 from captum_ext.features._layer_maps import LayerMaps
 from captum_ext.features._top_activations import TopActivations
 
@@ -27,19 +26,13 @@ class Store:
             found = saved["about"]
         except Exception as error:  # torch has many kinds of them for what it did not write
             raise ValueError(f"`checkpoint` {path} is no checkpoint of patches.") from error
-        if found != about:
-            raise ValueError(
-                f"`checkpoint` {path} is of another run: {changes(found, about)}. Name another "
-                f"file, or delete it."
-            )
+        check_same_run(f"`checkpoint` {path} is of another run", found, about, "file")
         self.saved = saved
 
     def write(self, top: TopActivations, done: int, unread: list[int]) -> None:
         content = {"about": self.about, "top": top.state_dict(), "done": done, "unread": unread}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-        torch.save(content, unfinished)
-        unfinished.replace(self.path)
+        with whole_file(self.path) as unfinished:
+            torch.save(content, unfinished)
 
 
 def streamed(

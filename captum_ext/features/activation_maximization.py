@@ -12,6 +12,7 @@ from torch.nn import Module
 
 from captum_ext._checks import check_choice, check_count, check_generator, check_size, warn
 from captum_ext._compat import TargetType, progress
+from captum_ext._data.pixels import mean_and_std
 from captum_ext._model import (
     Forward,
     find_module,
@@ -23,7 +24,6 @@ from captum_ext.features._parametrizations import Fourier, Pixels
 from captum_ext.features._starts import (
     Drawn,
     channels,
-    checked_normalize,
     checked_start,
     pictures,
 )
@@ -148,7 +148,7 @@ class ActivationMaximization:
     ) -> None:
         self.forward_func = forward_func
         self.layer = None if layer is None else find_module(forward_func, layer)
-        self.normalize = None if normalize is None else checked_normalize(normalize)
+        self.normalize = None if normalize is None else mean_and_std(normalize, torch.float64)
         if reshape_transform is not None and not callable(reshape_transform):
             raise TypeError(f"`reshape_transform` must be callable, got {reshape_transform!r}.")
         self.reshape_transform = reshape_transform

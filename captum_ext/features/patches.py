@@ -8,13 +8,15 @@ import torch
 from torch.nn import Module
 
 from captum_ext._checks import check_choice, check_count, check_range
-from captum_ext._fingerprint import fingerprint
+from captum_ext._data.pictures import Pictures
+from captum_ext._data.pixels import IMAGENET
+from captum_ext._data.sizes import height_width
+from captum_ext._identity import model_digest
 from captum_ext._model import Forward, untouched
-from captum_ext._pictures import IMAGENET, Pictures, checked_pair, digest
 from captum_ext._receptive_field import trace_field
 from captum_ext.features._activating_patches import ActivatingPatches
 from captum_ext.features._fields import clipped, effective_boxes, field_boxes
-from captum_ext.features._layer_maps import LayerMaps, ReshapeTransform, about
+from captum_ext.features._layer_maps import LayerMaps, ReshapeTransform
 from captum_ext.features._streaming import Store, streamed
 from captum_ext.features._top_activations import TopActivations
 
@@ -128,7 +130,7 @@ def maximally_activating_patches(
     check_choice("receptive_field", receptive_field, RECEPTIVE_FIELDS)
     check_range("energy", energy, 0, 1)
     chosen = None if units is None else _checked_units(units)
-    pictures = Pictures(data, checked_pair("size", size), has_labels=False)
+    pictures = Pictures(data, height_width("size", size), has_labels=False)
     places = _checked_shard(shard, len(pictures))
     maps = LayerMaps(forward_func, layer, normalize, reshape_transform)
     if receptive_field == "effective" and torch.is_inference_mode_enabled():
@@ -139,9 +141,9 @@ def maximally_activating_patches(
     store = None
     if checkpoint is not None:
         run = {
-            "model": digest(sorted(fingerprint(forward_func).items())),
+            "model": model_digest(forward_func),
             **maps.about(),
-            "data": about(pictures),
+            "data": pictures.about(),
             "n": n,
             "per_image": per_image,
             "units": None if chosen is None else list(chosen),

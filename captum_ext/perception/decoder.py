@@ -1,7 +1,6 @@
 """The decoder of Perception Visualization: from the latents of a layer back to pictures."""
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,23 +9,17 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from captum_ext._checks import check_count
-from captum_ext._fingerprint import changes, check_same, dtypes_of, fingerprint
+from captum_ext._identity import SavedDecoder, changes
 from captum_ext._model import untouched
 from captum_ext.imaging import resize
 from captum_ext.perception.encoder import LayerEncoder, fits, stride_of
 
 WIDTHS = (512, 512, 256, 128, 64)  # of the paper's blocks, from the latent on
 CONVOLUTIONS = (2, 2, 2, 1, 1)
-_FILE = {
-    "decoder",
-    "channels",
-    "stride",
-    "widths",
-    "convolutions",
-    "colors",
-    "encoder",
-    "classifier",
-}
+_FILE = SavedDecoder(
+    "Perception Visualization",
+    ("channels", "stride", "widths", "convolutions", "colors", "encoder"),
+)
 
 
 class PerceptionDecoder(nn.Module):
@@ -163,20 +156,16 @@ class PerceptionDecoder(nn.Module):
             ValueError: the decoder was made for another encoder.
         """
         self.check_encoder(encoder)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {
-                "decoder": self.state_dict(),
-                "channels": self.channels,
-                "stride": self.stride,
-                "widths": self.widths,
-                "convolutions": self.convolutions,
-                "colors": self.colors,
-                "encoder": encoder.about(),
-                "classifier": fingerprint(encoder.root),
-                "dtypes": dtypes_of(encoder.root),
-            },
+        _FILE.save(
             path,
+            self,
+            encoder.root,
+            channels=self.channels,
+            stride=self.stride,
+            widths=self.widths,
+            convolutions=self.convolutions,
+            colors=self.colors,
+            encoder=encoder.about(),
         )
 
     @classmethod
@@ -190,37 +179,15 @@ class PerceptionDecoder(nn.Module):
                 another one, or has other weights; the layer or the normalisation is another one.
             FileNotFoundError: there is no such file.
         """
-        saved = _read(path)
-        check_same(saved, fingerprint(encoder.root), dtypes_of(encoder.root), path)
-        decoder = cls(
-            saved["channels"],
-            saved["stride"],
-            saved["widths"],
-            saved["convolutions"],
-            colors=saved["colors"],
-        )
+        return _FILE.load(path, encoder.root, lambda saved: cls._without_weights(saved, encoder))
+
+    @classmethod
+    def _without_weights(cls, saved: Mapping[str, Any], encoder: LayerEncoder) -> Self:
+        sizes = (saved[name] for name in ("channels", "stride", "widths", "convolutions"))
+        decoder = cls(*sizes, colors=saved["colors"])
         decoder.made_for = saved["encoder"]
         decoder.check_encoder(encoder)
-        try:
-            decoder.load_state_dict(saved["decoder"])
-        except RuntimeError as error:
-            raise ValueError(
-                f"`path` {path}: its weights are of another architecture than it says: "
-                f"{str(error).splitlines()[1].strip()}"
-            ) from error
-        some = next(encoder.root.parameters(), torch.empty(0))
-        return decoder.to(some.device).eval()
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    content = io.BytesIO(Path(path).read_bytes())
-    try:
-        saved = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has many kinds of them for what it did not write
-        raise ValueError(f"`path` {path} has no decoder of Perception Visualization.") from error
-    if not isinstance(saved, dict) or not saved.keys() >= _FILE:
-        raise ValueError(f"`path` {path} has no decoder of Perception Visualization.")
-    return saved
+        return decoder
 
 
 def _each(name: str, given: Sequence[int] | None, last: Sequence[int], n: int) -> list[int]:

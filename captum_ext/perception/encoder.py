@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from kornia.color import rgb_to_grayscale
 from torch import Tensor, is_tensor
 from torch.nn import Module
 
-from captum_ext._fingerprint import named_function
+from captum_ext._data.pixels import IMAGENET, Normalize
 from captum_ext._front import up_to_layer
+from captum_ext._identity import digest, function_name
 from captum_ext._model import (
     Forward,
     find_module,
@@ -18,7 +18,6 @@ from captum_ext._model import (
     module_name,
     root_module,
 )
-from captum_ext._pictures import IMAGENET, checked_channels, digest
 
 
 class LayerEncoder:
@@ -68,13 +67,13 @@ class LayerEncoder:
             raise ValueError(f"`forward_func` must be a torch.nn.Module, got {forward_func!r}.")
         self.forward_func, self.root = forward_func, root
         self.layer = find_module(forward_func, layer)
-        self.mean, self.std = checked_channels(normalize)
+        self.normalize = Normalize(normalize)
         self.reshape_transform = reshape_transform
 
     @property
     def channels(self) -> int:
         """How many the images have, 3 or 1."""
-        return len(self.mean)
+        return self.normalize.channels
 
     @property
     def name(self) -> str:
@@ -87,21 +86,17 @@ class LayerEncoder:
         return {
             "architecture": digest(shapes),
             "layer": self.name,
-            "normalize": [self.mean.flatten().tolist(), self.std.flatten().tolist()],
-            "reshape_transform": named_function(self.reshape_transform),
+            "normalize": self.normalize.about(),
+            "reshape_transform": function_name("`reshape_transform`", self.reshape_transform),
         }
 
     def images(self, pictures: Tensor) -> Tensor:
         """Pictures in [0, 1] as the classifier takes them, in its dtype."""
-        if self.channels == 1 and pictures.shape[1] == 3:
-            pictures = rgb_to_grayscale(pictures)
-        images = (pictures - self.mean.to(pictures)) / self.std.to(pictures)
-        return images.to(floating_type(self.root))
+        return self.normalize(pictures).to(floating_type(self.root))
 
     def pictures(self, images: Tensor) -> Tensor:
         """Images as the classifier takes them as pictures, cut off at [0, 1]."""
-        values = full_precision(images.detach())
-        return (values * self.std.to(values) + self.mean.to(values)).clamp(0, 1)
+        return self.normalize.inverse(full_precision(images.detach()))
 
     def __call__(self, images: Tensor) -> Tensor:
         """The latents of images.

@@ -1,25 +1,24 @@
 """Training of the decoder of Perception Visualization, by Lightning (the extra `train`)."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from captum_ext._checks import check_count, check_size
-from captum_ext._fingerprint import fingerprint
-from captum_ext._model import floating_type, random_numbers, untouched
-from captum_ext._pictures import Pictures, checked_pair, digest, hash_of
-from captum_ext._training import ResumableModule, Shuffled, evaluated, run_trainer
+from captum_ext._checks import check_size
+from captum_ext._data.pictures import Pictures
+from captum_ext._data.sizes import height_width
+from captum_ext._identity import model_digest
+from captum_ext._model import floating_type
+from captum_ext._training import DecoderModule, Fit, evaluated
 from captum_ext.perception.decoder import PerceptionDecoder
 from captum_ext.perception.encoder import LayerEncoder
 from captum_ext.perception.losses import perception_loss
 
 
-class PerceptionModule(ResumableModule):
+class PerceptionModule(DecoderModule):
     """What Lightning trains: the decoder, by the pictures that it makes of their latents.
 
     The gradient runs through the classifier to the decoder, and stops there: the classifier does
@@ -44,15 +43,14 @@ class PerceptionModule(ResumableModule):
         weights: Sequence[float] = (0.2, 0.4, 0.4),
         lr: float = 1e-4,
     ) -> None:
-        super().__init__()
+        super().__init__(encoder.root, decoder)
         check_size("lr", lr, positive=True)
         if len(weights) != 3 or not any(weights):
             raise ValueError(f"`weights` must be three numbers, not all 0, got {weights!r}.")
         for weight in weights:
             check_size("weights", weight)
-        self.encoder, self.decoder, self.lr = encoder, decoder, lr
+        self.encoder, self.lr = encoder, lr
         self.weights = (weights[0], weights[1], weights[2])
-        self.unread: set[int] = set()
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstructions in [0, 1] of images as the classifier takes them."""
@@ -77,15 +75,7 @@ class PerceptionModule(ResumableModule):
             found = self._decoded(latents, images)
             again = self.encoder(self.encoder.images(found)) if self.weights[1] else latents
         parts = perception_loss(pictures, found, latents, again, self.weights)
-        total = torch.stack(list(parts.values())).sum()
-        if not bool(torch.isfinite(total)):
-            shown = ", ".join(f"{name} {value.item():g}" for name, value in parts.items())
-            raise FloatingPointError(
-                f"The loss is not finite in epoch {self.current_epoch}, batch {batch_idx} "
-                f"({shown}). A lower `lr` may help."
-            )
-        self.log_dict({f"train_{name}": value for name, value in parts.items()}, prog_bar=True)
-        return total
+        return self.total(parts, batch_idx)
 
     def pictures(self, pictures: Tensor) -> Tensor:
         """As the decoder gives them: grey where the classifier takes grey ones."""
@@ -96,18 +86,6 @@ class PerceptionModule(ResumableModule):
         loss.backward(
             inputs=[weight for weight in self.decoder.parameters() if weight.requires_grad]
         )
-
-    def on_fit_start(self) -> None:
-        """The classifier is no submodule, so nobody else brings it to the device."""
-        self.encoder.root.to(self.device)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["unread"] = sorted(self.unread)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.unread.update(checkpoint.get("unread", ()))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.decoder.parameters(), self.lr)
@@ -175,48 +153,16 @@ def fit_perception(
     """
     if not isinstance(encoder, LayerEncoder):
         raise TypeError(f"`encoder` must be a LayerEncoder, got {type(encoder)}.")
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("Nothing is learned inside torch.inference_mode(): leave it first.")
-    for name, count in (("n_epochs", n_epochs), ("batch_size", batch_size)):
-        check_count(name, count)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"`seed` must be an integer, got {seed!r}.")
-    if not isinstance(trainer, Mapping | None):
-        raise TypeError(f"`trainer` must be a mapping of arguments, got {type(trainer)}.")
-    view, root = checked_pair("size", size), encoder.root
+    run = Fit(n_epochs, batch_size, checkpoints, seed, num_workers, show_progress, trainer)
+    view, root = height_width("size", size), encoder.root
     pictures = Pictures(data, view, has_labels=False)
-    device = next(root.parameters(), torch.empty(0)).device
-    with ExitStack() as kept:
-        kept.enter_context(evaluated(root))
-        kept.enter_context(untouched(root))
-        kept.enter_context(torch.enable_grad())  # Lightning switches gradients on, and leaves that
-        kept.enter_context(random_numbers(device, hash_of(seed)))
-        kept.callback(root.to, device)
+    with run.around(root) as device:
         blank = torch.zeros(1, encoder.channels, *view, device=device, dtype=floating_type(root))
         decoder = PerceptionDecoder.reading(encoder, blank, widths, convolutions).to(device)
         module = PerceptionModule(encoder, decoder, **options)
         if checkpoints is not None:
             module.settings = _about(module, pictures, batch_size, seed)
-        loader = DataLoader(
-            pictures,
-            batch_size,
-            sampler=Shuffled(len(pictures), seed),
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-        )
-        run_trainer(
-            module,
-            loader,
-            None,
-            device=device,
-            n_epochs=n_epochs,
-            checkpoints=checkpoints,
-            show_progress=show_progress,
-            trainer=trainer,
-        )
-    if len(module.unread) == len(pictures):
-        raise ValueError(f"`data`: none of its {len(pictures)} pictures can be read.")
-    pictures.warn_of(module.unread)
+        run.fit(module, pictures)
     return decoder.to(device).eval()
 
 
@@ -226,7 +172,7 @@ def _about(
     """What a run that goes on must have in common with the one that was killed."""
     encoder, decoder = module.encoder, module.decoder
     return {
-        "classifier": digest(sorted(fingerprint(encoder.root).items())),
+        "classifier": model_digest(encoder.root),
         **encoder.about(),
         "pictures": pictures.about(),
         "size": list(pictures.size),

@@ -31,7 +31,7 @@ from torch import nn
 from torchvision.models import resnet50
 
 from captum_ext import attr
-from captum_ext._pictures import IMAGENET
+from captum_ext._data.pixels import IMAGENET
 from captum_ext.cli.methods import METHODS, Method
 from captum_ext.datasets import TexturedEllipses
 from captum_ext.evaluation import Explained, Prepared, evaluate, summary

@@ -40,8 +40,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
+from captum_ext._identity import hash_of
 from captum_ext._model import layer_activations
-from captum_ext._pictures import hash_of
 from captum_ext._training import evaluated
 from captum_ext.attr import FCAM
 from captum_ext.fcam import DenseCRFLoss, FCAMDecoder, FCAMModule, dense_crf_loss, local_crf_loss
@@ -335,7 +335,7 @@ class Parts:
         module, pixels = self.module, self.batch[0]
         view = random_view(len(pixels), self.whole, module.size, module.flip, self.generator)
         colors = view.of(pixels)
-        return view, colors, (colors / 255 - module.mean) / module.std
+        return view, colors, module.normalize(colors / 255)
 
     def guide(self) -> Tensor:
         _, labels, places, _ = self.batch

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from captum_ext._pictures import Pictures
+from captum_ext._data.pictures import Pictures
 from captum_ext.datasets import (
     Example,
     FineGrainedParts,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from captum_ext._pictures import Pictures
+from captum_ext._data.pictures import Pictures
 from captum_ext.datasets import VOC_CLASSES, ClassFolders, Cub, Example, Voc, WsolFolder
 from captum_ext.fcam.views import Boxed
 from captum_ext.metrics import PointingGame, boxes_to_masks

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from captum_ext._pictures import IMAGENET, Pictures
+from captum_ext._data.pictures import Pictures
+from captum_ext._data.pixels import IMAGENET
 from captum_ext._training import Shuffled, evaluated
 from captum_ext.attr import FCAM, LayerClassActivationMap, SESSWrapper
 from captum_ext.datasets import TexturedEllipses

@@ -15,7 +15,8 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from captum_ext._pictures import Pictures, as_bytes_of
+from captum_ext._data.pictures import Pictures
+from captum_ext._data.pixels import as_bytes
 from captum_ext.datasets import TexturedEllipses
 from captum_ext.perception import (
     LayerEncoder,
@@ -73,7 +74,7 @@ def equal(a, b):
 
 
 def as_tensor(images):
-    return torch.stack([as_bytes_of(image) for image in images]) / 255
+    return torch.stack([as_bytes(image) for image in images]) / 255
 
 
 class Losses(Callback):

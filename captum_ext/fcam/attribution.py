@@ -1,6 +1,5 @@
 """F-CAM (Belharbi et al., WACV 2022): the foreground at full resolution, in one forward pass."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +11,7 @@ from torch.nn import Module
 
 from captum_ext._checks import one_batch_of_images
 from captum_ext._compat import TargetType, log_usage
-from captum_ext._fingerprint import check_same, dtypes_of, fingerprint
+from captum_ext._identity import SavedDecoder
 from captum_ext._model import (
     Forward,
     Tensors,
@@ -24,6 +23,8 @@ from captum_ext._model import (
 )
 from captum_ext.attr._named import Named
 from captum_ext.fcam.decoder import FCAMDecoder
+
+_FILE = SavedDecoder("F-CAM", ("channels", "widths", "center", "layers"))
 
 
 class FCAM(Named, Attribution):
@@ -129,21 +130,16 @@ class FCAM(Named, Attribution):
         Raises:
             ValueError: the classifier is a plain function, see `fingerprint`.
         """
-        decoder, digests = self.decoder, fingerprint(self.forward_func)
-        root = root_module(self.forward_func)
-        assert root is not None
-        names = {module: name for name, module in root.named_modules()}
-        torch.save(
-            {
-                "decoder": decoder.state_dict(),
-                "channels": decoder.channels,
-                "widths": decoder.widths,
-                "center": decoder.has_center,
-                "layers": [names[layer] for layer in self.layers],
-                "classifier": digests,
-                "dtypes": dtypes_of(root),
-            },
+        decoder, root = self.decoder, root_module(self.forward_func)
+        names = {} if root is None else {module: name for name, module in root.named_modules()}
+        _FILE.save(
             path,
+            decoder,
+            self.forward_func,
+            channels=decoder.channels,
+            widths=decoder.widths,
+            center=decoder.has_center,
+            layers=[names.get(layer) for layer in self.layers],
         )
 
     @classmethod
@@ -157,20 +153,9 @@ class FCAM(Named, Attribution):
                 dtype: convert it after loading. The file is no decoder.
             FileNotFoundError: there is no such file.
         """
-        needed = {"decoder", "channels", "widths", "center", "layers", "classifier"}
-        content = io.BytesIO(Path(path).read_bytes())
-        try:
-            saved = torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch has many kinds of them for what it did not write
-            raise ValueError(f"`path` {path} has no decoder of F-CAM in it.") from error
-        if not isinstance(saved, dict) or not needed <= saved.keys():
-            raise ValueError(f"`path` {path} has no decoder of F-CAM in it.")
-        digests, root = fingerprint(forward_func), root_module(forward_func)
-        assert root is not None
-        check_same(saved, digests, dtypes_of(root), path)
-        decoder = FCAMDecoder(
-            saved["channels"], saved["widths"], saved["center"], layers=saved["layers"]
-        )
-        decoder.load_state_dict(saved["decoder"])
-        some = next(root.parameters(), torch.empty(0))
-        return cls(forward_func, decoder.to(some.device).eval())
+
+        def make(saved: dict[str, Any]) -> FCAMDecoder:
+            sizes = (saved[name] for name in ("channels", "widths", "center"))
+            return FCAMDecoder(*sizes, layers=saved["layers"])
+
+        return cls(forward_func, _FILE.load(path, forward_func, make))

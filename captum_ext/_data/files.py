@@ -1,0 +1,107 @@
+"""Files to pictures in RGB."""
+
+import errno
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from captum_ext._checks import first_line
+
+MAX_PIXELS = 50_000_000
+# Errors of Pillow for files that are missing, cut off, damaged, too large or no pictures.
+UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
+
+
+def is_the_machines(error: BaseException) -> bool:
+    """Whether an error says nothing of a picture or a method: it would come again and again."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return any(words in said for words in ("CUDA error", "DefaultCPUAllocator", "out of memory"))
+
+
+def read_stored(path: str | Path, mode: str) -> Image.Image:
+    """The picture as it is stored, in one of Pillow's modes.
+
+    Raises:
+        OSError: a file that cannot be read, with its name.
+    """
+    return _read(
+        path,
+        lambda image: image.convert(mode),
+        lambda error: f"{path} cannot be read as an image: {error}",
+    )
+
+
+def read_upright(path: str | Path) -> Image.Image:
+    """The picture upright and in RGB, whatever its mode.
+
+    Transparency is laid on white, 16 bits become 8, and other integers and floats are stretched
+    from their smallest to their largest value.
+
+    Raises:
+        OSError: a file that is missing, that cannot be read or that has more than 50 megapixels
+            (which is seen before it is decoded), with its name and advice.
+    """
+    if not Path(path).is_file():
+        raise OSError(f"the image {str(path)!r} does not exist or is not a file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _read(path, _upright_rgb, lambda error: unreadable(path, error))
+
+
+def unreadable(path: str | Path, error: BaseException) -> str:
+    """The sentence for a file that is no picture, or too large a one."""
+    if isinstance(error, Image.DecompressionBombError):
+        size = f"{MAX_PIXELS // 10**6} megapixels"
+        return f"the image {str(path)!r} is larger than {size}: make it smaller"
+    return (
+        f"{str(path)!r} cannot be read as an image ({first_line(error)}): give a PNG, a JPEG or "
+        f"another format that Pillow knows"
+    )
+
+
+def _read(
+    path: str | Path,
+    convert: Callable[[Image.Image], Image.Image],
+    said: Callable[[Exception], str],
+) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return convert(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken file raises anything, from SyntaxError to struct.error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(said(error)) from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith(("I", "F")):
+        upright = Image.fromarray(_to_8_bits(upright))
+    if upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright)
+    return upright.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> np.ndarray[Any, Any]:
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    low, high = values.min(), values.max()
+    if not image.mode.startswith("F") and low >= 0 and high <= 65535:
+        low, high = 0, 65535  # Pillow opens 16-bit greys as "I;16" or, of some formats, as "I"
+    grey: np.ndarray[Any, Any] = np.round(255 * (values - low) / ((high - low) or 1))
+    return grey.astype(np.uint8)

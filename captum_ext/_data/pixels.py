@@ -1,0 +1,110 @@
+"""Pixels in memory: bytes of one form and size, and what a model takes."""
+
+from collections.abc import Iterable
+from typing import Any, Self
+
+import numpy as np
+import torch
+from kornia.color import rgb_to_grayscale
+from PIL import Image
+from torch import Tensor
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def as_bytes(picture: Any) -> Tensor:
+    """A PIL image, or a tensor of bytes or of floats in [0, 1], as bytes (3, H, W)."""
+    if isinstance(picture, Tensor):
+        if picture.dim() != 3 or picture.shape[0] not in (1, 3):
+            raise ValueError(f"tensors must be (3, H, W) or (1, H, W), got {tuple(picture.shape)}.")
+        if picture.is_floating_point():
+            if not bool(((picture >= 0) & (picture <= 1)).all()):
+                raise ValueError("floats must be in [0, 1]: pictures are normalised here.")
+            picture = (255 * picture).round()
+        elif picture.dtype != torch.uint8:
+            raise ValueError(f"tensors must be of bytes or of floats, got {picture.dtype}.")
+        expanded: Tensor = picture.to(torch.uint8).expand(3, -1, -1)
+        return expanded
+    if not isinstance(picture, Image.Image):
+        raise TypeError(f"pictures must be PIL images or tensors, got {type(picture)}.")
+    if picture.mode.startswith("I;16"):  # which `convert` would cut off at 255
+        picture = Image.fromarray((np.array(picture) / 257).round().astype(np.uint8))
+    pixels: Tensor = torch.from_numpy(np.array(picture.convert("RGB")))
+    return pixels.permute(2, 0, 1)
+
+
+def resized_to(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pixels (C, H, W) at another size, antialiased."""
+    if tuple(pixels.shape[1:]) == size:
+        return pixels.contiguous()
+    from torchvision.transforms.v2.functional import resize
+
+    resized: Tensor = resize(pixels, list(size), antialias=True)
+    return resized
+
+
+def mean_and_std(normalize: Any, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The mean and the standard deviation of each channel, (C,) each.
+
+    Raises:
+        ValueError: other values.
+    """
+    if not isinstance(normalize, Iterable) and hasattr(normalize, "mean"):
+        normalize = (normalize.mean, getattr(normalize, "std", None))
+    try:
+        mean, std = (torch.as_tensor(values, dtype=dtype).clone() for values in normalize)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`normalize` must be (mean, std), got {normalize!r}.") from error
+    if mean.dim() != 1 or mean.shape != std.shape or not mean.numel() or not bool((std > 0).all()):
+        raise ValueError(
+            f"`normalize` must be means and standard deviations, greater than 0, one of each "
+            f"channel, got {normalize!r}."
+        )
+    return mean, std
+
+
+class Normalize:
+    """Pictures in [0, 1] to what a model takes, and back.
+
+    Args:
+        normalize: (mean, std) of each channel, or an object with these attributes; of one channel
+            for a model of grey pictures.
+
+    Attributes:
+        mean: (C, 1, 1), float32; likewise `std`.
+
+    Raises:
+        ValueError: other values.
+    """
+
+    def __init__(self, normalize: Any) -> None:
+        mean, std = mean_and_std(normalize)
+        if len(mean) not in (1, 3):
+            raise ValueError(f"`normalize` must be of three channels or of one, got {normalize!r}.")
+        self.mean, self.std = mean.reshape(-1, 1, 1), std.reshape(-1, 1, 1)
+
+    def to(self, device: torch.device) -> Self:
+        """Move its numbers to a device, where they are used often."""
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Those of the model's images, 3 or 1."""
+        return len(self.mean)
+
+    def about(self) -> list[list[float]]:
+        """[mean, std], for files."""
+        return [self.mean.flatten().tolist(), self.std.flatten().tolist()]
+
+    def grey(self, pictures: Tensor) -> Tensor:
+        """Pictures (..., C, H, W) in grey if the model takes these, else as they are."""
+        return rgb_to_grayscale(pictures) if self.channels == 1 < pictures.shape[-3] else pictures
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Pictures (..., C, H, W) in [0, 1] as the model takes them."""
+        return (self.grey(pictures) - self.mean.to(pictures)) / self.std.to(pictures)
+
+    def inverse(self, images: Tensor) -> Tensor:
+        """Images as the model takes them as pictures, cut off at [0, 1]."""
+        return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1)

@@ -1,0 +1,207 @@
+"""How functions, models and files are known again."""
+
+import json
+import math
+import operator
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from captum.attr import IntegratedGradients, LayerGradCam, NoiseTunnel, Saliency
+from torch import nn
+
+from captum_ext import _identity
+from captum_ext._identity import function_name, plain, whole_file
+from captum_ext.attr import LayerCam, SESSWrapper, tokens_to_grid
+from captum_ext.evaluation import evaluate
+from captum_ext.infill import gaussian
+from tests.evaluation.subjects import Boxes, Of, network
+
+
+def sharpness(found, gain=1):
+    return gain * found.maps.amax((1, 2))
+
+
+def nameless(found):
+    return found.maps.amax((1, 2))
+
+
+class Sharpness:
+    version = 3
+
+    def __call__(self, found):
+        return found.maps.amax((1, 2))
+
+    def method(self, found):
+        return found.maps.amax((1, 2))
+
+
+sharpness.version = "1"
+
+
+@pytest.mark.parametrize(
+    ("function", "known"),
+    [
+        (sharpness, "sharpness version 1"),
+        (partial(sharpness, gain=2), "sharpness version 1, (), [('gain', 2)]"),
+        (partial(partial(sharpness, gain=2), 3), "sharpness version 1, (3,), [('gain', 2)]"),
+        (partial(sharpness, gain=(1, len)), "sharpness version 1, (), [('gain', (1, 'len'))]"),
+        (Sharpness(), "Sharpness version 3"),
+        (math.sqrt, "sqrt"),
+        (torch.sigmoid, "_VariableFunctionsClass.sigmoid"),
+        (torch.Tensor.sum, "TensorBase.sum"),
+        (F.relu, "relu"),
+        (operator.itemgetter(1), "operator.itemgetter(1)"),
+        (tokens_to_grid, "tokens_to_grid"),
+        (partial(gaussian, sigma=5.0), "gaussian, (), [('sigma', 5.0)]"),
+    ],
+)
+def test_functions_are_known_by_name_and_version(function, known):
+    assert function_name("`f`", function) == known
+    assert json.loads(json.dumps(plain("`f`", {"f": [function]}))) == {"f": [known]}
+
+
+def test_tensors_that_a_partial_fixes_count():
+    names = {
+        function_name("`f`", partial(sharpness, gain=torch.tensor([1.0] * 2000 + [last])))
+        for last in (0.0, 0.0, 1.0)
+    }
+    assert len(names) == 2
+
+
+def test_modules_and_their_methods_are_known_by_weights():
+    one, same, other = network(), network(), network()
+    with torch.no_grad():
+        other[4].bias += 1
+    for get in (lambda m: m, lambda m: m.forward, lambda m: partial(m.forward, 2)):
+        first, again, third = (function_name("`f`", get(m)) for m in (one, same, other))
+        assert first == again != third
+        assert first.startswith("Sequential")
+
+
+def made(gain):
+    def scaled(found):
+        return gain * found.maps
+
+    scaled.version = "1"
+    return scaled
+
+
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [
+        (lambda found: 0, 'def function(...)`, with the line `function.version = "1"` below'),
+        (made(2), 'def scaled(...)`, with the line `scaled.version = "1"` below'),
+        (partial(made(2), 3), '`scaled.version = "1"` below. functools.partial fixes'),
+        (nameless, 'add the line `nameless.version = "1"`, and change it when what it does'),
+        (partial(nameless), '`nameless.version = "1"`'),
+        (type("Local", (Sharpness,), {"version": None})(), '`Local.version = "1"`'),
+        (Sharpness().method, '`Sharpness.method.version = "1"`'),
+    ],
+)
+def test_what_cannot_be_known_again_is_refused_with_the_line_to_write(function, line, tmp_path):
+    with pytest.raises(ValueError, match=r"^`f` is ") as caught:
+        function_name("`f`", function)
+    assert line in str(caught.value)
+    for options, where in (
+        ({"metrics": {"mine": function}}, "`metrics`: mine is "),
+        ({"metrics": {"infidelity": {"perturb_func": function}}}, "`metrics`: infidelity is "),
+        ({"target": function}, "`target` is "),
+        ({"methods": {"a": Saliency(function)}}, "`methods`: a: the model is "),
+        ({"methods": {"a": (Of(network()), {"gain": function})}}, "`methods`: a: gain is "),
+    ):
+        given = {"methods": {"a": Of(network())}, "data": Boxes(), "metrics": "energy"} | options
+        with pytest.raises(ValueError, match=f"^{where}") as caught:
+            evaluate(**given, output=tmp_path, show_progress=False)
+        assert line in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_version_is_another_run_and_a_docstring_is_not(tmp_path, monkeypatch):
+    def run(metric):
+        run = {"output": tmp_path, "show_progress": False, "batch_size": 3}
+        return evaluate({"a": Of(network())}, Boxes(), {"mine": metric}, **run)
+
+    first = run(sharpness)
+    monkeypatch.setattr(sharpness, "__doc__", "Another text.")
+    monkeypatch.setattr(sharpness, "__code__", (lambda found, gain=1: 0 * found.maps).__code__)
+    assert run(sharpness).figures == first.figures  # the rows of the function as it was
+    with pytest.raises(ValueError, match=r"metrics: mine was .*version 1.*gain"):
+        run(partial(sharpness, gain=2))
+    monkeypatch.setattr(sharpness, "version", "2")
+    with pytest.raises(ValueError, match=r"metrics: mine was .*version 1.*version 2"):
+        run(sharpness)
+
+
+def test_one_model_is_hashed_once_in_a_run_and_anew_in_the_next(tmp_path, monkeypatch):
+    hashed = []
+    fingerprint = _identity.fingerprint
+    monkeypatch.setattr(
+        _identity, "fingerprint", lambda model: hashed.append(model) or fingerprint(model)
+    )
+    model, other = network(), network()
+    methods = {
+        "IG": IntegratedGradients(model),
+        "noisy": NoiseTunnel(Saliency(model)),
+        "Grad-CAM": LayerGradCam(model, model[0]),
+        "CAM": LayerCam(model, model[0]),
+        "SESS": SESSWrapper(LayerGradCam(model, model[0]), n_scales=2, window=4),
+        "other": Saliency(other),
+        "bound": Saliency(model.forward),
+    }
+    options = {"output": tmp_path, "show_progress": False, "batch_size": 3}
+    evaluate(methods, Boxes(3), "energy", **options)
+    assert hashed == [model, other]
+    with torch.no_grad():
+        model[4].bias += 1
+    with pytest.raises(ValueError, match="rows of another run: methods: IG was") as caught:
+        evaluate(methods, Boxes(3), "energy", **options)
+    assert "methods: other" not in str(caught.value)
+    assert hashed == [model, other] * 2
+
+
+def test_a_trained_classifier_is_hashed_once(tmp_path, monkeypatch):
+    pytest.importorskip("lightning")
+    from captum_ext.fcam import fit_fcam
+
+    hashed = []
+    fingerprint = _identity.fingerprint
+    monkeypatch.setattr(
+        _identity, "fingerprint", lambda model: hashed.append(model) or fingerprint(model)
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 3),
+    ).eval()  # fmt: skip
+    fit_fcam(
+        model,
+        [(torch.rand(3, 16, 16), i % 3) for i in range(4)],
+        LayerGradCam(model, model[0]),
+        size=16,
+        n_epochs=1,
+        layers=["1"],
+        widths=(4,),
+        cache=tmp_path / "maps",
+        checkpoints=tmp_path / "run",
+        show_progress=False,
+    )
+    assert hashed == [model]
+
+
+def write_half(file):
+    with whole_file(file) as unfinished:
+        unfinished.write_text("sec")
+        raise OSError("the disk is full")
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "new" / "a.txt"
+    with whole_file(file) as unfinished:
+        unfinished.write_text("first")
+        assert not file.exists()
+    with pytest.raises(OSError, match="full"):
+        write_half(file)
+    assert file.read_text() == "first"
+    assert list(file.parent.iterdir()) == [file]
