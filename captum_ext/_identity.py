@@ -83,7 +83,7 @@ def function_name(where: str, function: Any) -> str:
 
     Args:
         where: the argument, as errors name it.
-        function: a callable.
+        function: a callable, or None.
 
     Raises:
         ValueError: a lambda, a function inside another, or a callable without a version.
@@ -94,6 +94,8 @@ def function_name(where: str, function: Any) -> str:
         >>> function_name("`score`", partial(round, ndigits=2))
         "round, (), [('ndigits', 2)]"
     """
+    if function is None:
+        return "NoneType"  # as in files that were written before
     if isinstance(function, partial):
         given = (function.args, sorted(function.keywords.items()))
         args, keywords = tree_map(partial(_plain_leaf, where), given)

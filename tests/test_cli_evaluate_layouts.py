@@ -232,7 +232,10 @@ def test_names_of_classes_are_the_models(photographs, evaluated):
         (("--split", "val"), "--split must be one of ['test', 'train', 'all'], got 'val'"),
         (("--images", "x"), "--images is for --layout wsol, not for cub"),
         (("--flagged",), "--flagged is for --layout voc, not for cub"),
-        (("--class-names", "x"), "--class-names is for --layout classes or voc, not for cub"),
+        (
+            ("--class-names", "x"),
+            "--class-names is for --layout classes or voc or coco, not for cub",
+        ),
         (("--pictures", "3"), "--pictures is for --layout pasted-scenes or"),
         (("--layout", "voc"), "test.txt is missing: the layout is voc and the split 'test'"),
         (("--layout", "wsol"), "--layout wsol needs the folder of the pictures: give --images"),

@@ -64,16 +64,16 @@ def add_command(commands: Any) -> None:
         ),
         one.add_argument(
             "--layout",
-            choices=LAYOUTS,
+            choices=(*LAYOUTS, *DRAWN),
             metavar="NAME",
-            help="classes, cub (CUB-200-2011), voc, wsol (wsolevaluation), and without DATA the "
-            f"drawn {', '.join(DRAWN)} (default: as the files in DATA are)",
+            help=f"{', '.join(LAYOUTS)}, and without DATA the drawn {', '.join(DRAWN)} (default: "
+            "as the files in DATA are)",
         ),
         one.add_argument(
             "--split",
             metavar="NAME",
-            help="cub: test, train or all; voc: a file in ImageSets/Main; wsol: a folder in DATA "
-            "(default: test)",
+            help="which pictures, as the layout calls them: test, val2017, a file in "
+            "ImageSets/Main of voc, a folder in DATA of wsol (default: test; val2017 of coco)",
         ),
         one.add_argument("--images", metavar="DIR", help="wsol: the folder of the pictures"),
         one.add_argument(
@@ -88,8 +88,8 @@ def add_command(commands: Any) -> None:
         one.add_argument(
             "--class-names",
             metavar="FILE",
-            help="classes, voc: the names of the model's classes in their order, one on each line "
-            "(default: the folders, sorted; VOC's)",
+            help="the names of the model's classes in their order, one on each line (default: the "
+            "folders, sorted, or the layout's)",
         ),
         one.add_argument(
             "--pictures",

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,26 +11,23 @@ from captum_ext.cli.pictures import check_is_folder, no_pictures_by_class
 if TYPE_CHECKING:
     from captum_ext.demo import LoadedModel
 
-# The options that each layout has beyond DATA.
-LAYOUTS: Mapping[str, tuple[str, ...]] = {
-    "classes": ("class_names",),
-    "cub": ("split",),
-    "voc": ("split", "flagged", "class_names"),
-    "wsol": ("split", "images", "masks"),
-    "pasted-scenes": ("pictures",),
-    "textured-ellipses": ("pictures",),
-    "fine-grained-parts": ("pictures",),
+# The layouts of folders, and their classes in `captum_ext.datasets`.
+LAYOUTS: Mapping[str, str] = {
+    "classes": "ClassFolders",
+    "cub": "Cub",
+    "voc": "Voc",
+    "wsol": "WsolFolder",
+    "coco": "Coco",
 }
 DRAWN = ("pasted-scenes", "textured-ellipses", "fine-grained-parts")  # which need no folder
-OPTIONS = tuple(dict.fromkeys(option for options in LAYOUTS.values() for option in options))
-
-_SPLITS = ("test", "val", "train-fullsup", "train-weaksup")  # of wsolevaluation
-_MARKS: Mapping[str, Callable[[Path], bool]] = {
-    "cub": lambda root: all(
-        (root / f"{name}.txt").is_file() for name in ("images", "image_class_labels")
-    ),
-    "voc": lambda root: (root / "Annotations").is_dir() and (root / "ImageSets/Main").is_dir(),
-    "wsol": lambda root: any((root / split / "image_ids.txt").is_file() for split in _SPLITS),
+# Options beyond DATA, and the arguments that they are for.
+OPTIONS: Mapping[str, str] = {
+    "split": "split",
+    "images": "images",
+    "masks": "masks",
+    "flagged": "use_flagged",
+    "class_names": "classes",
+    "pictures": "n",
 }
 
 
@@ -41,9 +39,7 @@ class Opened(NamedTuple):
         layout: its layout.
         title: what messages call the origin of its classes.
         n_classes: how many it has.
-        labels: "all" where these must be all classes of a model, "nameless" where names may be
-            given for them, "used" where there may be more of them, since labels are all that is
-            known.
+        labels: see `captum_ext.datasets._files.LayoutFiles`, as for the next.
         has_objects: whether it is known where the objects are.
     """
 
@@ -68,25 +64,55 @@ def open_data(arguments: argparse.Namespace) -> Opened:
         check_is_folder(arguments.data)
         layout = layout or find_layout(arguments.data)
     given = {name: vars(arguments)[name] for name in OPTIONS if vars(arguments)[name]}
-    for name in given.keys() - set(LAYOUTS[layout]):
-        fitting = " or ".join(key for key, options in LAYOUTS.items() if name in options)
+    for name in given.keys() - _options(layout).keys():
+        fitting = " or ".join(key for key in (*LAYOUTS, *DRAWN) if name in _options(key))
         raise InputError(f"--{name.replace('_', '-')} is for --layout {fitting}, not for {layout}")
     if layout in DRAWN:
         return _drawn(layout, arguments)
+    if "images" not in given and _options(layout).get("images") is Parameter.empty:
+        raise InputError(f"--layout {layout} needs the folder of the pictures: give --images DIR")
+    title = f"the folder {arguments.data!r}"
+    if "class_names" in given:
+        title = f"--class-names {given['class_names']}"
+        given["class_names"] = _class_names(given["class_names"], title)
     try:
-        return _READERS[layout](arguments.data, given)
-    except InputError:
-        raise
+        data = _reader(layout)(arguments.data, **{OPTIONS[name]: v for name, v in given.items()})
     except FileNotFoundError as error:
         if layout == "classes":
             raise no_pictures_by_class(arguments.data, error) from error
+        split = given.get("split", _options(layout).get("split"))
         raise InputError(
-            f"{str(error).rstrip('.')}: the layout is {layout} and the split "
-            f"{given.get('split', 'test')!r} (--layout, --split)"
+            f"{str(error).rstrip('.')}: the layout is {layout} and the split {split!r} (--layout, "
+            f"--split)"
         ) from error
     except ValueError as error:
         said = str(error).replace("`split`", "--split").replace("`classes`", "--class-names")
         raise InputError(said) from error
+    return Opened(data, layout, title, data.n_classes, data.labels, data.has_objects)
+
+
+def _layout(name: str) -> Any:
+    """The class of a layout that is not drawn."""
+    from captum_ext import datasets
+
+    return getattr(datasets, LAYOUTS[name])
+
+
+def _reader(name: str) -> Callable[..., Any]:
+    """What makes a data set of a folder."""
+    kind = _layout(name)
+    reader: Callable[..., Any] = getattr(kind, "from_folder", kind)
+    return reader
+
+
+def _options(name: str) -> dict[str, Any]:
+    """The options that a layout has, and the defaults of their arguments."""
+    known = {"n": None} if name in DRAWN else signature(_reader(name)).parameters
+    return {
+        option: getattr(known[argument], "default", None)
+        for option, argument in OPTIONS.items()
+        if argument in known
+    }
 
 
 def find_layout(root: str) -> str:
@@ -98,7 +124,7 @@ def find_layout(root: str) -> str:
     from captum_ext.demo import InputError
 
     folder = Path(root)
-    found = [layout for layout, has in _MARKS.items() if has(folder)]
+    found = [layout for layout in LAYOUTS if _layout(layout).is_in(folder)]
     if len(found) > 1:
         raise InputError(
             f"the folder {root!r} has the files of {' and '.join(found)}: give --layout"
@@ -106,8 +132,8 @@ def find_layout(root: str) -> str:
     if found:
         return found[0]
     for inside in sorted(child for child in folder.iterdir() if child.is_dir()):
-        for layout, has in _MARKS.items():
-            if has(inside):
+        for layout in LAYOUTS:
+            if _layout(layout).is_in(inside):
                 raise InputError(
                     f"the folder {root!r} has no files of a layout, but {str(inside)!r} has those "
                     f"of {layout}: give that one, or --layout classes"
@@ -144,64 +170,6 @@ def check_labels(opened: Opened, loaded: "LoadedModel", target: str) -> str | No
     return None
 
 
-# --- the layouts ---------------------------------------------------------------------------------
-
-
-def _by_class(root: str, given: Mapping[str, Any]) -> Opened:
-    from captum_ext.datasets import ClassFolders
-
-    names, title = _class_names(given)
-    data = ClassFolders(root, names)
-    labels = "nameless" if names is None else "all"
-    title = title or f"the folder {root!r}"
-    return Opened(data, "classes", title, len(data.classes), labels, has_objects=False)
-
-
-def _cub(root: str, given: Mapping[str, Any]) -> Opened:
-    from captum_ext.datasets import Cub
-    from captum_ext.datasets.cub import N_CUB_CLASSES
-
-    has_masks = (Path(root) / "segmentations").is_dir()
-    data = Cub(root, given.get("split", "test"), masks=has_masks)
-    return Opened(data, "cub", f"CUB in {root!r}", len(data.classes) or N_CUB_CLASSES)
-
-
-def _voc(root: str, given: Mapping[str, Any]) -> Opened:
-    from captum_ext.datasets import VOC_CLASSES, Voc
-
-    names, title = _class_names(given)
-    data = Voc(
-        root,
-        given.get("split", "test"),
-        use_flagged="flagged" in given,
-        classes=VOC_CLASSES if names is None else names,
-    )
-    return Opened(data, "voc", title or f"VOC in {root!r}", len(data.classes))
-
-
-def _wsol(root: str, given: Mapping[str, Any]) -> Opened:
-    from captum_ext.datasets import WsolFolder
-    from captum_ext.demo import InputError
-
-    if "images" not in given:
-        raise InputError("--layout wsol needs the folder of the pictures: give --images DIR")
-    split = given.get("split", "test")
-    has_objects = (Path(root) / split / "localization.txt").is_file()
-    data = WsolFolder(
-        root, given["images"], split, masks=given.get("masks"), localization=has_objects
-    )
-    n = 1 + max(target for _, target in data.samples)
-    return Opened(data, "wsol", f"the folder {root!r}", n, "used", has_objects)
-
-
-_READERS: Mapping[str, Callable[[str, Mapping[str, Any]], Opened]] = {
-    "classes": _by_class,
-    "cub": _cub,
-    "voc": _voc,
-    "wsol": _wsol,
-}
-
-
 def _drawn(layout: str, arguments: argparse.Namespace) -> Opened:
     from captum_ext import datasets
     from captum_ext.demo import InputError
@@ -218,15 +186,12 @@ def _drawn(layout: str, arguments: argparse.Namespace) -> Opened:
     return Opened(data, layout, f"--layout {layout}", n_classes)
 
 
-def _class_names(given: Mapping[str, Any]) -> tuple[list[str] | None, str]:
-    """The names in the file of --class-names, and what messages call it; None without it."""
+def _class_names(file: str, title: str) -> list[str]:
+    """The names in the file of --class-names, which messages call `title`."""
     from captum_ext.demo import InputError
 
-    if "class_names" not in given:
-        return None, ""
-    title = f"--class-names {given['class_names']}"
     try:
-        lines = Path(given["class_names"]).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
         raise InputError(f"{title}: there is no such file") from error
     except UnicodeDecodeError as error:
@@ -234,4 +199,4 @@ def _class_names(given: Mapping[str, Any]) -> tuple[list[str] | None, str]:
     names = [line.strip() for line in lines if line.strip()]
     if not names or len(set(names)) < len(names):
         raise InputError(f"{title} must have a name on each line, each once")
-    return names, title
+    return names

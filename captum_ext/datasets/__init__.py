@@ -8,6 +8,7 @@ draws or reads the picture.
 """
 
 from captum_ext.datasets.classifiers import SmallCNN, TinyCNN, train_classifier
+from captum_ext.datasets.coco import Coco
 from captum_ext.datasets.cub import Cub
 from captum_ext.datasets.examples import Example, is_difficult
 from captum_ext.datasets.fine_grained import PATTERNS, Batch, FineGrainedParts, Specimen
@@ -31,6 +32,7 @@ __all__ = [
     "VOC_CLASSES",
     "Batch",
     "ClassFolders",
+    "Coco",
     "Cub",
     "EllipseBatch",
     "EllipseScene",

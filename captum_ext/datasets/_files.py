@@ -24,17 +24,36 @@ _T = TypeVar("_T")
 class LayoutFiles(Dataset[Example]):
     """Examples whose names and classes are known before their pictures are read.
 
+    A layout that the shell opens in another way than by its constructor has `from_folder`.
+
     Attributes:
+        labels: "all" where these must be all classes of a model, "nameless" where names may be
+            given for them, "used" where there may be more of them, since labels are all that is
+            known.
+        has_objects: whether it is known where the objects are.
         samples: the file of each picture and its class, as torchvision's folders have them.
         names: of the examples.
         classes: the names of the classes, where the layout has them.
     """
+
+    labels = "all"
+    has_objects = True
 
     def __init__(
         self, samples: Sequence[tuple[AnyPath, int]], names: Sequence[str], classes: Sequence[str]
     ) -> None:
         self.samples = [(str(path), target) for path, target in samples]
         self.names, self.classes = list(names), tuple(classes)
+
+    @classmethod
+    def is_in(cls, folder: Path) -> bool:
+        """Whether a folder has the files of this layout."""
+        return False
+
+    @property
+    def n_classes(self) -> int:
+        """How many classes there are, as far as known."""
+        return len(self.classes)
 
     def __len__(self) -> int:
         return len(self.samples)

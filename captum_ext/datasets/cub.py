@@ -1,7 +1,7 @@
 """CUB-200-2011, as it is unpacked."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from captum_ext._checks import check_choice
 from captum_ext.datasets._files import (
@@ -71,6 +71,20 @@ class Cub(LayoutFiles):
         self.root, self.has_masks = root, masks
         edges = [corners[key] for key in kept]
         self._boxes = [outwards(x, y, x + w, y + h) for x, y, w, h in edges]
+
+    @classmethod
+    def from_folder(cls, root: str, split: str = "test") -> Self:
+        """With masks where the folder has them."""
+        return cls(root, split, masks=(Path(root) / "segmentations").is_dir())
+
+    @classmethod
+    def is_in(cls, folder: Path) -> bool:
+        names = ("images", "image_class_labels")
+        return all((folder / f"{name}.txt").is_file() for name in names)
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.classes) or N_CUB_CLASSES
 
     def _example(self, place: int, image: "Image", target: int, name: str) -> Example:
         mask = None

@@ -41,10 +41,13 @@ class ClassFolders(LayoutFiles):
         ('cat/1.jpg', 0, ('cat', 'dog'))
     """
 
+    has_objects = False
+
     def __init__(self, root: AnyPath, classes: Sequence[str] | None = None) -> None:
         from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
         found, _ = find_classes(str(root))
+        self.labels = "nameless" if classes is None else "all"
         classes = found if classes is None else classes
         unknown = sorted(set(found).difference(classes))
         if unknown:

@@ -112,6 +112,10 @@ class Voc(LayoutFiles):
         check_unique(root / "ImageSets" / "Main" / f"{split}.txt", names)
         super().__init__(samples, names, classes)
 
+    @classmethod
+    def is_in(cls, folder: Path) -> bool:
+        return (folder / "Annotations").is_dir() and (folder / "ImageSets/Main").is_dir()
+
     def _example(self, place: int, image: "Image", target: int, name: str) -> VocExample:
         boxes, flagged, others = self._objects[place]
         return VocExample(

@@ -1,7 +1,7 @@
 """The layout of wsolevaluation, by which CUB, ImageNet and OpenImages30k are published."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -22,6 +22,8 @@ from captum_ext.datasets.examples import Example
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+SPLITS = ("test", "val", "train-fullsup", "train-weaksup")
 
 
 class WsolFolder(LayoutFiles):
@@ -57,6 +59,8 @@ class WsolFolder(LayoutFiles):
         [[60, 27, 385, 331]]
     """
 
+    labels = "used"
+
     def __init__(
         self,
         root: AnyPath,
@@ -77,12 +81,29 @@ class WsolFolder(LayoutFiles):
         check_targets(path, targets, 0, n_classes)
         samples = [(Path(images) / name, targets[name][0]) for name in names]
         super().__init__(samples, names, ())
+        self.has_objects = localization
         self.masks = Path(images if masks is None else masks)
         self._sizes: dict[str, list[int]] = {}
         self._boxes: dict[str, list[list[float]]] = {}
         self._masks: dict[str, list[list[str]]] = {}
         if localization:
             self._read_localization(folder)
+
+    @classmethod
+    def from_folder(
+        cls, root: str, images: str, split: str = "test", masks: str | None = None
+    ) -> Self:
+        """With what is known of the objects, where the folder has it."""
+        has_objects = (Path(root) / split / "localization.txt").is_file()
+        return cls(root, images, split, masks=masks, localization=has_objects)
+
+    @classmethod
+    def is_in(cls, folder: Path) -> bool:
+        return any((folder / split / "image_ids.txt").is_file() for split in SPLITS)
+
+    @property
+    def n_classes(self) -> int:
+        return 1 + max(target for _, target in self.samples)
 
     def _read_localization(self, folder: Path) -> None:
         path = folder / "localization.txt"
