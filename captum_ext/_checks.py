@@ -21,6 +21,12 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
 
 
+def check_seed(value: Any) -> None:
+    """Raise a TypeError unless the argument `seed` is an integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`seed` must be an integer, got {value!r}.")
+
+
 def check_range(name: str, value: Any, low: float, high: float, *, below: bool = False) -> None:
     """Raise a ValueError unless the argument called `name` is a number from `low` to `high`."""
     if not is_finite(value) or not low <= value <= high or (below and value == high):

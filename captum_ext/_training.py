@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.nn import Module
 from torch.utils.data import DataLoader, Sampler
 
-from captum_ext._checks import check_count
+from captum_ext._checks import check_count, check_seed
 from captum_ext._data.pictures import Pictures
 from captum_ext._identity import check_same_run, hash_of
 from captum_ext._model import random_numbers, untouched
@@ -110,8 +110,7 @@ class Fit:
             raise RuntimeError("Nothing is learned inside torch.inference_mode(): leave it first.")
         for name in ("n_epochs", "batch_size"):
             check_count(name, getattr(self, name))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"`seed` must be an integer, got {self.seed!r}.")
+        check_seed(self.seed)
         if not isinstance(self.trainer, Mapping | None):
             raise TypeError(f"`trainer` must be a mapping of arguments, got {type(self.trainer)}.")
 

@@ -12,19 +12,20 @@ import torch
 import torch.distributed as dist
 from captum.attr import Attribution
 
-from captum_ext._checks import check_choice, check_count, warn
+from captum_ext._checks import check_choice, check_count, check_seed, warn
 from captum_ext._data.pixels import IMAGENET, mean_and_std
 from captum_ext._data.sizes import height_width
 from captum_ext._identity import function_name, model_digest, plain
 from captum_ext._model import untouched
 from captum_ext.evaluation.examples import Blocks, Prepared
-from captum_ext.evaluation.measures import make_measures
+from captum_ext.evaluation.measures import Measure, make_measures
 from captum_ext.evaluation.methods import (
     Method,
     about,
     checked_methods,
     on_device,
 )
+from captum_ext.evaluation.records import Record
 from captum_ext.evaluation.results import Summary, summary
 from captum_ext.evaluation.store import COLUMNS, FORMAT, Store
 from captum_ext.evaluation.units import Target, Work, run, what_is_left
@@ -135,10 +136,8 @@ def evaluate(
         check_count(argument, count)
     if not callable(target) and target is not None:
         check_choice("target", target, TARGETS)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"`seed` must be an integer, got {seed!r}.")
+    check_seed(seed)
     sides = None if size is None else height_width("size", size)
-    exact = () if normalize is None else mean_and_std(normalize, torch.float64)
     if Path(output).exists() and not Path(output).is_dir():
         raise ValueError(f"`output` must be a folder, and {str(output)!r} is a file.")
     blocks = Blocks(data, batch_size, sides, normalize)
@@ -148,8 +147,7 @@ def evaluate(
     measures = make_measures(metrics, some)
     if blind := [m.name for m in measures if some and not any(m.serves(e) for e in some)]:
         warn(f"`metrics` {blind}: the first examples of `data` lack the boxes or masks for these.")
-    if target == "label" and some:
-        _compare_classes(every, data, some[0])
+    exact = None if normalize is None else mean_and_std(normalize, torch.float64)
     digest_of = functools.cache(model_digest)  # several methods explain one model
     settings = {
         "format": FORMAT,
@@ -157,35 +155,44 @@ def evaluate(
         "batch_size": batch_size,
         "data": blocks.about(),
         "size": sides,
-        "normalize": None if normalize is None else [values.tolist() for values in exact],
+        "normalize": exact and [values.tolist() for values in exact],
         "target": function_name("`target`", target) if callable(target) else str(target),
         "seed": seed,
         "methods": {method.name: about(method, digest_of) for method in every},
         "metrics": {m.name: plain(f"`metrics`: {m.name}", m.options) for m in measures},
         "columns": {m.name: m.columns() for m in measures},
     }
-    records = {r.columns: r for m in measures for r in m.records}  # of several measures, once
-    every_column = Counter((*COLUMNS, *itertools.chain(*records)))
-    if twice := [column for column, n in every_column.items() if n > 1]:
-        raise ValueError(f"`metrics`: rows have columns {twice} already: choose other names.")
-    store = Store(output, settings)
-    work = Work(
-        every, list(records.values()), blocks, store, target, seed, num_workers, show_progress
-    )
+    if target == "label" and some:
+        _compare_classes(every, data, some[0])
+    records, store = _records(measures), Store(output, settings)
+    work = Work(every, records, blocks, store, target, seed, num_workers, show_progress)
     if devices == 1 and num_nodes == 1:  # perhaps in one process of several, of the caller's
         run(work, what_is_left(work))
         found = summary(output)
     else:
         _fabric(every, devices, num_nodes, strategy).launch(_launched, work)
         found = _summary(output)
+    _check_came_to_something(found, output)
+    return found
+
+
+def _records(measures: Sequence[Measure]) -> list[Record]:
+    """What measures write, once where several write the same."""
+    records = {record.columns: record for each in measures for record in each.records}
+    every_column = Counter((*COLUMNS, *itertools.chain(*records)))
+    if twice := [column for column, n in every_column.items() if n > 1]:
+        raise ValueError(f"`metrics`: rows have columns {twice} already: choose other names.")
+    return list(records.values())
+
+
+def _check_came_to_something(found: Summary, output: str | Path) -> None:
     if not any(found.images.values()):
         raise RuntimeError(
             f"Not one of {sum(found.failures.values())} rows came to anything. The first reason: "
             f"{next(iter(found.reasons.values()))}"
         )
     if any(found.failures.values()):
-        warn(f"Some rows failed: {found.failures}. Their reasons are in {store.folder}.")
-    return found
+        warn(f"Some rows failed: {found.failures}. Their reasons are in {Path(output)}.")
 
 
 def _compare_classes(methods: Sequence[Method], data: Any, example: Prepared) -> None:
