@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._model import Forward, root_module
+from captum_ext._engine.modules import Forward, root_module
 
 
 def fingerprint(forward_func: Forward) -> dict[str, str]:

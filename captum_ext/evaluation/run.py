@@ -13,7 +13,7 @@ import torch.distributed as dist
 from captum.attr import Attribution
 
 from captum_ext._checks import check_choice, check_count, warn
-from captum_ext._model import untouched
+from captum_ext._engine.state import preserve_state
 from captum_ext._pictures import IMAGENET
 from captum_ext.evaluation.examples import Blocks, Prepared
 from captum_ext.evaluation.measures import make_measures
@@ -197,7 +197,7 @@ def _compare_classes(methods: Sequence[Method], data: Any, example: Prepared) ->
     for method in {id(m.forward_func): m for m in methods}.values():
         device, kind = method.where
         try:
-            with torch.no_grad(), untouched(method.forward_func):
+            with torch.no_grad(), preserve_state(method.forward_func):
                 scores = method.forward_func(example.image[None].to(device, kind))
         except Exception:  # whatever it is, rows say so
             return

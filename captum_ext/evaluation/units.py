@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captum_ext._compat import _format_additional_forward_args
-from captum_ext._model import random_numbers, untouched
+from captum_ext._engine.state import preserve_state, seeded_random
 from captum_ext._pictures import digest, hash_of
 from captum_ext.evaluation.examples import Blocks, Failure, Prepared, is_the_machines, reason
 from captum_ext.evaluation.methods import Method, seeded
@@ -119,9 +119,9 @@ def _explained(
     extra = method.kwargs.get("additional_forward_args")
     with ExitStack() as kept:
         kept.enter_context(torch.enable_grad())
-        kept.enter_context(untouched(method.forward_func))
+        kept.enter_context(preserve_state(method.forward_func))
         number = hash_of(work.seed, examples[0].index, int(digest(method.name), 16))
-        kept.enter_context(random_numbers(device, number))
+        kept.enter_context(seeded_random(device, number))
         kept.enter_context(seeded(method, number))
         begin = _now(device)
         target = _target(work.target, method, images, examples)
@@ -158,7 +158,7 @@ def _explained(
                 if served:
                     # Of its own: metrics may come in another order, and others be left out.
                     own = hash_of(number, int(digest(record.columns), 16))
-                    with random_numbers(device, own), seeded(method, own):
+                    with seeded_random(device, own), seeded(method, own):
                         cells = record.cells(found.only(served))
                     for i, each in zip(served, cells, strict=True):
                         rows[good[i]] |= zip(record.columns, each, strict=True)

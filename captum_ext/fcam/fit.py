@@ -12,13 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from captum_ext._checks import check_count, warn
-from captum_ext._model import (
-    Forward,
-    floating_type,
-    random_numbers,
-    root_module,
-    untouched,
-)
+from captum_ext._engine.modules import Forward, parameter_dtype, root_module
+from captum_ext._engine.state import preserve_state, seeded_random
 from captum_ext._pictures import IMAGENET, Pictures, checked_channels, checked_pair, hash_of
 from captum_ext._training import Shuffled, evaluated, run_trainer
 from captum_ext.attr.fcam import FCAM
@@ -150,12 +145,12 @@ def fit_fcam(
     kept = ExitStack()
     with kept:
         kept.enter_context(evaluated(root))
-        kept.enter_context(untouched(root))
+        kept.enter_context(preserve_state(root))
         kept.enter_context(torch.enable_grad())  # Lightning switches gradients on, and leaves that
-        kept.enter_context(random_numbers(device, hash_of(seed)))
+        kept.enter_context(seeded_random(device, hash_of(seed)))
         kept.callback(root.to, device)
         with torch.no_grad():
-            blank = torch.zeros(1, len(mean), *view, device=device, dtype=floating_type(root))
+            blank = torch.zeros(1, len(mean), *view, device=device, dtype=parameter_dtype(root))
             n_classes = _n_classes(root(blank))
             decoder = FCAMDecoder.reading(root, blank, layers, widths, center).to(device)
         pictures = Pictures(data, whole, n_classes)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from captum_ext._engine.receptive_field import Field
 from captum_ext._fingerprint import changes
 from captum_ext._pictures import Pictures
-from captum_ext._receptive_field import Field
 from captum_ext.features._fields import field_boxes
 
 if TYPE_CHECKING:

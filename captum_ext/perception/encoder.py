@@ -8,16 +8,16 @@ from kornia.color import rgb_to_grayscale
 from torch import Tensor, is_tensor
 from torch.nn import Module
 
-from captum_ext._fingerprint import named_function
-from captum_ext._front import up_to_layer
-from captum_ext._model import (
+from captum_ext._engine.modules import (
     Forward,
     find_module,
-    floating_type,
-    full_precision,
     module_name,
+    parameter_dtype,
     root_module,
 )
+from captum_ext._engine.precision import full_precision
+from captum_ext._engine.replay import run_to_layer
+from captum_ext._fingerprint import named_function
 from captum_ext._pictures import IMAGENET, checked_channels, digest
 
 
@@ -96,7 +96,7 @@ class LayerEncoder:
         if self.channels == 1 and pictures.shape[1] == 3:
             pictures = rgb_to_grayscale(pictures)
         images = (pictures - self.mean.to(pictures)) / self.std.to(pictures)
-        return images.to(floating_type(self.root))
+        return images.to(parameter_dtype(self.root))
 
     def pictures(self, images: Tensor) -> Tensor:
         """Images as the classifier takes them as pictures, cut off at [0, 1]."""
@@ -109,7 +109,7 @@ class LayerEncoder:
         Raises:
             ValueError: the layer does not run, or has no height and width.
         """
-        latents = up_to_layer(self.forward_func, self.layer, (images,))[0]
+        latents = run_to_layer(self.forward_func, self.layer, (images,))[0]
         if self.reshape_transform is not None:
             latents = self.reshape_transform(latents)
         if latents.dim() != 4 or latents.shape[2:].numel() == 1:

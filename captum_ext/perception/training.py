@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from captum_ext._checks import check_count, check_size
+from captum_ext._engine.modules import parameter_dtype
+from captum_ext._engine.state import preserve_state, seeded_random
 from captum_ext._fingerprint import fingerprint
-from captum_ext._model import floating_type, random_numbers, untouched
 from captum_ext._pictures import Pictures, checked_pair, digest, hash_of
 from captum_ext._training import ResumableModule, Shuffled, evaluated, run_trainer
 from captum_ext.perception.decoder import PerceptionDecoder
@@ -60,7 +61,7 @@ class PerceptionModule(ResumableModule):
 
     def _decoded(self, latents: Tensor, images: Tensor) -> Tensor:
         size = (images.shape[2], images.shape[3])
-        pictures: Tensor = self.decoder(latents.to(floating_type(self.decoder)), size)
+        pictures: Tensor = self.decoder(latents.to(parameter_dtype(self.decoder)), size)
         return pictures
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
@@ -188,11 +189,11 @@ def fit_perception(
     device = next(root.parameters(), torch.empty(0)).device
     with ExitStack() as kept:
         kept.enter_context(evaluated(root))
-        kept.enter_context(untouched(root))
+        kept.enter_context(preserve_state(root))
         kept.enter_context(torch.enable_grad())  # Lightning switches gradients on, and leaves that
-        kept.enter_context(random_numbers(device, hash_of(seed)))
+        kept.enter_context(seeded_random(device, hash_of(seed)))
         kept.callback(root.to, device)
-        blank = torch.zeros(1, encoder.channels, *view, device=device, dtype=floating_type(root))
+        blank = torch.zeros(1, encoder.channels, *view, device=device, dtype=parameter_dtype(root))
         decoder = PerceptionDecoder.reading(encoder, blank, widths, convolutions).to(device)
         module = PerceptionModule(encoder, decoder, **options)
         if checkpoints is not None:
