@@ -61,7 +61,7 @@ def every_number(only: str) -> dict[str, dict[str, Tensor] | str]:
         start, before = time.perf_counter(), len(rows)
         try:
             calls = list(section())
-        except Exception as error:
+        except Exception as error:  # the package that a section is about cannot be imported
             rows[section.__name__] = f"{type(error).__name__}: {error}"
             continue
         for name, call in calls:

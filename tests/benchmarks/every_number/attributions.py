@@ -16,6 +16,7 @@ from subjects import (
     fixed,
     images,
     in_words,
+    late,
     maps,
     net,
     other_models,
@@ -54,12 +55,12 @@ def layer_cams() -> Calls:
     torch.manual_seed(4)
     dense = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Conv2d(6, 4, 3)).eval()
     x1, x3 = torch.randn(2, 3, 20), torch.randn(2, 3, 6, 8, 10)
-    tokens = {"reshape_transform": attr.tokens_to_grid}
+    tokens = {"reshape_transform": late("attr", "tokens_to_grid")}
     head, ln = {"head": "fc"}, "encoder.layers.encoder_layer_1.ln_1"
     at, extra = {"target": TARGETS}, {"additional_forward_args": (None, gain)}
     swin, mobile = other_models()
     some = ("LayerHiResCam", "LayerGradCamPlusPlus", *MASKING)
-    last = {"reshape_transform": attr.channels_last_to_first}
+    last = {"reshape_transform": late("attr", "channels_last_to_first")}
     for case, names, model, layer, inputs, options, kwargs in (
         ("small", EVERY, small, "relu2", x, {}, at),
         ("several layers", EVERY[:-1], small, ["relu1", small.relu2], x, {}, at),

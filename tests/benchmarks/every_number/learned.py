@@ -16,6 +16,7 @@ from subjects import (
     fixed,
     images,
     in_words,
+    late,
     maps,
     net,
     resnet,
@@ -140,10 +141,10 @@ def perception() -> Calls:
 
 
 def features() -> Calls:
-    features, attr = import_module("captum_ext.features"), import_module("captum_ext.attr")
+    features = import_module("captum_ext.features")
     data = [(picture, 0) for picture in maps(30, 56).view(10, 3, 56, 56)]
     ln = "encoder.layers.encoder_layer_1.ln_1"
-    tokens = {"reshape_transform": attr.tokens_to_grid}
+    tokens = {"reshape_transform": late("attr", "tokens_to_grid")}
 
     def patches(model: Any, layer: str, **options: Any) -> Any:
         options = {"n": 3, "size": 32, "units": [0, 5, 2], "batch_size": 4} | options

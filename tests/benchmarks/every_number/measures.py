@@ -95,13 +95,13 @@ def metrics() -> Calls:
 
 def evaluation() -> Calls:
     ev, attr = import_module("captum_ext.evaluation"), import_module("captum_ext.attr")
-    data = import_module("captum_ext.datasets").TexturedEllipses(7, 0, (40, 40))
+    datasets = import_module("captum_ext.datasets")
     every = ["localization", "top_1_localization", "top_5_localization", "insertion", "deletion"]
     every += ["overall_score", "average_drop", "increase_in_confidence", "road"]
     every += ["infidelity", "sensitivity_max", "total_variation"]
 
     def run(metrics: Any, **options: Any) -> Any:
-        model = net()
+        model, data = net(), datasets.TexturedEllipses(7, 0, (40, 40))
         methods = {
             "LayerCAM": attr.UpsampleWrapper(attr.LayerCam(model, "relu2")),
             "IG": (captum.IntegratedGradients(model), {"n_steps": 3}),

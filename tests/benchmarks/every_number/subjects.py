@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -127,6 +128,16 @@ def maps(n: int = 4, side: int = 32, seed: int = 0) -> Tensor:
 def fixed() -> torch.Generator:
     """A generator; in the tables below it stands for a new one at each call."""
     return torch.Generator().manual_seed(7)
+
+
+def late(package: str, name: str) -> Callable[..., Any]:
+    """A function of the package, which is looked up when it is called."""
+
+    def function(*args: Any) -> Any:
+        return getattr(import_module(f"captum_ext.{package}"), name)(*args)
+
+    function.__name__ = name
+    return function
 
 
 def anew(options: Mapping[str, Any]) -> dict[str, Any]:
