@@ -1,8 +1,10 @@
 """Checks of arguments, each a clear error before any model call; and warnings."""
 
+import difflib
 import math
 import sys
 import warnings
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -47,6 +49,11 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
     """Raise a ValueError unless the argument called `name` is one of the choices."""
     if not isinstance(value, str | None) or value not in tuple(choices):
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+
+
+def closest(name: str, names: Sequence[str], count: int = 3) -> str:
+    """The `count` names most like `name`, as a phrase for an error message."""
+    return ", ".join(difflib.get_close_matches(name, names, n=count, cutoff=0.0))
 
 
 def check_generator(generator: Any, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
-from captum_ext._model import Forward, root_module
+from captum_ext._engine.modules import Forward, root_module
 
 # Functions of these need no version: they do not change under a user's hands.
 LIBRARIES = sys.stdlib_module_names | {

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from captum_ext._checks import check_count, check_seed
 from captum_ext._data.pictures import Pictures
+from captum_ext._engine.state import preserve_state, seeded_random
 from captum_ext._identity import check_same_run, hash_of
-from captum_ext._model import random_numbers, untouched
 
 
 class DecoderModule(LightningModule):
@@ -120,9 +120,9 @@ class Fit:
         device = next(classifier.parameters(), torch.empty(0)).device
         with ExitStack() as kept:
             kept.enter_context(evaluated(classifier))
-            kept.enter_context(untouched(classifier))
+            kept.enter_context(preserve_state(classifier))
             kept.enter_context(torch.enable_grad())  # Lightning switches them on, and leaves that
-            kept.enter_context(random_numbers(device, hash_of(self.seed)))
+            kept.enter_context(seeded_random(device, hash_of(self.seed)))
             kept.callback(classifier.to, device)
             yield device
 

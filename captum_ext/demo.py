@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
-from captum_ext._checks import first_line
-from captum_ext._model import closest, find_module, layer_activations
+from captum_ext._checks import closest, first_line
+from captum_ext._engine.capture import LayerCapture
+from captum_ext._engine.modules import find_module
 from captum_ext.attr import (
     channels_last_to_first,
     suggest_layer,
     suggest_reshape_transform,
     tokens_to_grid,
 )
-from captum_ext.attr.layer.reshape import check_not_tokens
 from captum_ext.attr.layer.template import ReshapeTransform
 
 if TYPE_CHECKING:
@@ -423,7 +423,8 @@ def find_layer(
         return loaded.layer, loaded.reshape_transform
     try:
         layer = find_module(loaded.module, name)
-        activation = layer_activations(loaded.module, [layer], (x,))[0][0][0]
+        capture = LayerCapture(loaded.module, [layer], traces_channels=True)
+        activation = capture.activations((x,))[0][0][0]
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
     if activation.dim() not in (3, 4):
@@ -433,8 +434,5 @@ def find_layer(
         )
     if activation.dim() == 3:
         return name, tokens_to_grid
-    try:
-        check_not_tokens(activation, layer, (x,))
-    except ValueError:
-        return name, channels_last_to_first
-    return name, None
+    is_last = capture.channel_dims[0][0] == frozenset({3})
+    return name, channels_last_to_first if is_last else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_ext._model import full_precision, without_autocast
+from captum_ext._engine.precision import full_precision, without_autocast
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")

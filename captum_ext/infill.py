@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Generator, Tensor, nn
 
-from captum_ext._model import full_precision, without_autocast
+from captum_ext._engine.precision import full_precision, without_autocast
 from captum_ext.imaging import blur
 
 SIGMA = 10.0  # of the blur, in pixels of an image whose shorter side is SIDE

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import check_count, check_size, is_finite
-from captum_ext._compat import _format_additional_forward_args
 from captum_ext._data.sizes import height_width
-from captum_ext._model import Forward, Score, full_precision, scored, untouched
+from captum_ext._engine.modules import Forward
+from captum_ext._engine.outputs import Score, Scorer, score_of
+from captum_ext._engine.state import preserve_state
 from captum_ext.imaging import blur, resize
 from captum_ext.metrics import masks_to_boxes
 from captum_ext.metrics._inputs import checked_maps
@@ -159,8 +160,8 @@ def crop_tta(
         _in_original(box, shape, window, source)
         for box, window, source in zip(boxes.tolist(), windows, sources, strict=True)
     ]
-    n, found = len(images), _checked(model, score)
-    arguments = _format_additional_forward_args(additional_forward_args) or ()
+    n, device = len(images), images.device
+    scorer = Scorer(model, n, None, additional_forward_args, score, device, argument="model")
 
     def whole(chunk: list[int]) -> Tensor:
         return images[chunk]  # a copy, which a model may change
@@ -176,9 +177,9 @@ def crop_tta(
     def predictions(look: Callable[[list[int]], Tensor], which: list[int]) -> Tensor:
         step = internal_batch_size or n
         chunks = [which[i : i + step] for i in range(0, len(which), step)]
-        return torch.cat([found(look(c), *(_of(c, n, a) for a in arguments)) for c in chunks])
+        return torch.cat([_predicted(scorer, look(chunk), chunk) for chunk in chunks])
 
-    with torch.no_grad(), untouched(model):
+    with torch.no_grad(), preserve_state(model):
         mean = predictions(whole, list(range(n)))
         boxed = [i for i, place in enumerate(places) if place]
         if boxed:
@@ -280,34 +281,15 @@ def _checked_views(
     return windows
 
 
-def _of(chunk: list[int], n: int, argument: Any) -> Any:
-    """The entries of these images, where an argument of the model has one for each image."""
-    each = isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) == n
-    return argument[chunk] if each else argument
-
-
-def _checked(model: Forward, score: Score) -> Forward:
-    """`model`, scored, with an error where that is not a prediction for each image."""
-    scored(model, score)  # an unknown score is refused before any call
-
-    def forward(images: Tensor, *arguments: Any) -> Tensor:
-        output = model(images, *arguments)
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            got = output.dtype if isinstance(output, Tensor) else type(output)
-            raise TypeError(f"`model` must give a tensor of floats, got {got}.")
-        _check_rows("`model` must give", output, len(images))
-        if score == "softmax" and output.numel() == len(output):
-            raise ValueError(
-                f'`score` is "softmax", but `model` gives one logit for each image, '
-                f'{tuple(output.shape)}: choose "sigmoid".'
-            )
-        found: Any = score(output) if callable(score) else scored(lambda: output, score)()
-        _check_rows("`score` must leave", found, len(images))
-        if not bool(torch.isfinite(found).all()):
-            raise ValueError("`model` gives predictions that are not finite.")
-        return full_precision(found)
-
-    return forward
+def _predicted(scorer: Scorer, pictures: Tensor, examples: list[int]) -> Tensor:
+    """A row of scores for each of the pictures, which are of these images."""
+    output = scorer.outputs((pictures,), torch.tensor(examples, device=pictures.device))
+    _check_rows("`model` must give", output, len(pictures))
+    scores = score_of(output, scorer.score)
+    _check_rows("`score` must leave", scores, len(pictures))
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("`model` gives predictions that are not finite.")
+    return scores
 
 
 def _check_rows(what: str, found: Any, n: int) -> None:

@@ -19,7 +19,7 @@ from torchvision.models import (
 )
 from torchvision.models.vision_transformer import VisionTransformer
 
-from captum_ext._behind import Behind
+from captum_ext._engine.replay import LayerReplay
 from tests.methods import small_net
 
 
@@ -76,7 +76,7 @@ def test_equals_full_passes(name: str) -> None:
     layer, x = model.get_submodule(layer_name), torch.randn(2, 3, size, size).double()
     target, chosen = [3, 5], torch.tensor([0, 1, 4])
     with leaving_the_fast_way() as messages:
-        behind = Behind(model, layer, (x,), target)
+        behind = LayerReplay(model, layer, (x,), target)
         found = behind(drop_channel, chosen)
     expected = torch.stack([full_forward(model, layer, x, target, int(k)) for k in chosen])
     assert messages == []
@@ -101,7 +101,7 @@ class Executed(TorchFunctionMode):
 def test_only_what_lies_behind_is_computed_again() -> None:
     net, x = resnet18().eval(), torch.randn(1, 3, 32, 32)
     with Executed() as executed:
-        behind = Behind(net, net.layer4[0], (x,), 0)
+        behind = LayerReplay(net, net.layer4[0], (x,), 0)
         assert executed.convolutions == 20 + 2, "the whole, and a rehearsal of what lies behind"
         for chunk in torch.arange(512).split(128)[:2]:
             behind(drop_channel, chunk)
@@ -137,7 +137,7 @@ def test_dynamic_models_are_right_and_say_when_they_are_slow(where: str) -> None
     model, x = Dynamic(where).eval().double(), torch.randn(1, 3, 8, 8).double()
     expected = torch.cat([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
     with leaving_the_fast_way() as messages:
-        behind = Behind(model, model.conv2, (x,), 1)
+        behind = LayerReplay(model, model.conv2, (x,), 1)
         chunks = [behind(drop_channel, chunk) for chunk in torch.arange(4).split(3)]
     torch.testing.assert_close(torch.cat(chunks)[:, 0], expected, rtol=0, atol=1e-12)
     assert len(messages) == (where != "in front"), messages
@@ -211,7 +211,7 @@ def test_what_spoils_a_second_pass_is_noticed(body: Any) -> None:
     run = lambda y: model(y.clone())  # noqa: E731
     expected = torch.stack([full_forward(run, model.conv2, x, [1], k) for k in range(4)])
     with leaving_the_fast_way() as messages:
-        behind = Behind(model, model.conv2, (x,), 1)
+        behind = LayerReplay(model, model.conv2, (x,), 1)
         found = torch.cat([behind(drop_channel, chunk) for chunk in torch.arange(4).split(2)])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert len(messages) == 1
@@ -221,7 +221,7 @@ def test_what_spoils_a_second_pass_is_noticed(body: Any) -> None:
 def test_a_model_whose_passes_differ_takes_full_passes() -> None:
     model, x = Toy(count_calls).eval(), torch.randn(1, 3, 8, 8)
     with leaving_the_fast_way() as messages:
-        behind = Behind(model, model.conv2, (x,), 1)
+        behind = LayerReplay(model, model.conv2, (x,), 1)
     assert behind.tape is None
     assert messages
 
@@ -250,7 +250,7 @@ def test_tensors_of_vmap_get_to_nobody(where: str, root: str) -> None:
         model.fc.register_forward_hook(lambda m, args, y: kept.append(args[0]))
     model(x)
     with leaving_the_fast_way() as messages:
-        behind = Behind(forward, model.conv2, (x,), 1)
+        behind = LayerReplay(forward, model.conv2, (x,), 1)
         found = behind(drop_channel, torch.arange(4))
     expected = torch.stack([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
     torch.testing.assert_close(found, expected)
@@ -281,7 +281,7 @@ def test_writes_that_no_torch_function_shows_are_noticed() -> None:
     model, x = Scripted().eval().double(), torch.randn(1, 3, 8, 8).double()
     expected = torch.stack([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
     with leaving_the_fast_way() as messages:
-        behind = Behind(model, model.conv2, (x,), 1)
+        behind = LayerReplay(model, model.conv2, (x,), 1)
         found = torch.cat([behind(drop_channel, chunk) for chunk in torch.arange(4).split(2)])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert messages
@@ -296,7 +296,9 @@ def test_per_example_arguments_follow_their_image() -> None:
     model, x = Scaled("behind").eval().double(), torch.randn(2, 3, 8, 8).double()
     scale = torch.tensor([2.0, 5.0], dtype=torch.float64)
     with pytest.warns(UserWarning, match="one edit after the other"):
-        found = Behind(model, model.conv2, (x,), [0, 2], (scale,))(drop_channel, torch.arange(1, 4))
+        found = LayerReplay(model, model.conv2, (x,), [0, 2], (scale,))(
+            drop_channel, torch.arange(1, 4)
+        )
     for i, target in enumerate([0, 2]):
         for k in range(3):
             inner = lambda y, i=i: model(y, scale[i : i + 1])  # noqa: E731
@@ -306,7 +308,7 @@ def test_per_example_arguments_follow_their_image() -> None:
 
 def test_errors_of_the_model_are_not_swallowed(trace_free: Any) -> None:
     net, x = small_net(), torch.randn(1, 3, 8, 8)
-    behind = Behind(net, net.conv2, (x,), 0)
+    behind = LayerReplay(net, net.conv2, (x,), 0)
     net.fc.forward = lambda *args: 1 / 0  # type: ignore[assignment]
     with (
         trace_free(net, x),
@@ -327,18 +329,18 @@ def test_autocast_inside_the_model_reaches_the_part_behind() -> None:
                 return self.net(x).float()
 
     model, x = Cast().eval(), torch.randn(1, 3, 8, 8)
-    found = Behind(model, model.net.conv2, (x,), 1)(drop_channel, torch.arange(6))
+    found = LayerReplay(model, model.net.conv2, (x,), 1)(drop_channel, torch.arange(6))
     for k in range(6):
         expected = full_forward(model, model.net.conv2, x, [1], k)
         torch.testing.assert_close(found[k], expected, rtol=1e-2, atol=1e-2)
-    plain = Behind(model.net, model.net.conv2, (x,), 1)(drop_channel, torch.arange(6))
+    plain = LayerReplay(model.net, model.net.conv2, (x,), 1)(drop_channel, torch.arange(6))
     assert not torch.equal(found, plain)
 
 
 def test_layer_inputs_and_inference_mode() -> None:
     net, x = small_net(), torch.randn(2, 3, 8, 8)
-    expected = Behind(net, net.relu1, (x,), 1)(drop_channel, torch.arange(6))
+    expected = LayerReplay(net, net.relu1, (x,), 1)(drop_channel, torch.arange(6))
     with torch.inference_mode():
-        behind = Behind(net, net.conv2, (x,), 1, at_input=True)
+        behind = LayerReplay(net, net.conv2, (x,), 1, at_input=True)
         found = behind(drop_channel, torch.arange(6))
     torch.testing.assert_close(found, expected)

@@ -12,16 +12,11 @@ from torch import Tensor, nn
 from torchvision.models import densenet121, resnet18
 
 from captum_ext._checks import warn
-from captum_ext._model import (
-    _kept,
-    find_module,
-    intercept,
-    layer_activations,
-    layer_gradients,
-    root_module,
-    scored,
-    untouched,
-)
+from captum_ext._engine.capture import layer_activations, layer_gradients
+from captum_ext._engine.hooks import intercepted
+from captum_ext._engine.modules import find_module, root_module
+from captum_ext._engine.outputs import scored
+from captum_ext._engine.state import _kept, preserve_state
 from tests.methods import small_net
 
 
@@ -212,7 +207,7 @@ def test_nothing_stays_behind_after_an_error(error_in: str, trace_free: Any) -> 
     with (
         trace_free(net, x),
         pytest.raises((ZeroDivisionError, AssertionError)),
-        untouched(net),
+        preserve_state(net),
     ):
         layer_gradients(net, [net.conv2], (x,), "class 3" if broken is None else 1)
 
@@ -222,7 +217,7 @@ def test_train_mode_is_kept_warned_of_once_and_its_buffers_put_back(trace_free: 
     for forward in (net, net.forward, lambda x: net(x)):
         with trace_free(net), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            with untouched(forward):
+            with preserve_state(forward):
                 for _ in range(3):
                     layer_activations(forward, [net.conv2], (x,))
         assert ["train mode" in str(w.message) for w in caught] == [True]
@@ -230,7 +225,7 @@ def test_train_mode_is_kept_warned_of_once_and_its_buffers_put_back(trace_free: 
 
 def test_eval_mode_and_stateless_train_mode_do_not_warn(no_warnings: None) -> None:
     for model in (small_net(), nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten())):
-        with untouched(model):
+        with preserve_state(model):
             model(torch.randn(1, 3, 8, 8))
 
 
@@ -333,7 +328,7 @@ def test_hooks_of_other_threads_are_passed_by() -> None:
 
     seen = []
     for at_input in (False, True):
-        with intercept([net.conv2], ruin, at_input=at_input):
+        with intercepted([net.conv2], ruin, at_input=at_input) as acting, acting:
             thread = threading.Thread(target=lambda: seen.append(net(x)))
             thread.start()
             thread.join()
@@ -377,7 +372,7 @@ class Stateful(nn.Module):
 
 def test_buffers_that_come_and_go(trace_free: Any) -> None:
     net, x = Stateful().eval(), torch.rand(2, 3)
-    with trace_free(net), untouched(net):
+    with trace_free(net), preserve_state(net):
         net(x)
     assert net.cache is None
     assert "new" not in net.state_dict()
@@ -385,9 +380,9 @@ def test_buffers_that_come_and_go(trace_free: Any) -> None:
 
 def test_a_call_within_a_call_puts_back_its_own() -> None:
     net, x = Stateful().eval(), torch.rand(2, 3)
-    with untouched(net):
+    with preserve_state(net):
         net(x)
-        with untouched(net):
+        with preserve_state(net):
             net(x)
             net(x)
         assert net.calls == 1
@@ -399,11 +394,11 @@ def test_nothing_is_held_when_the_warning_is_an_error() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for forward in (net, lambda x: net(x)):
-            with pytest.raises(UserWarning, match="train mode"), untouched(forward):
+            with pytest.raises(UserWarning, match="train mode"), preserve_state(forward):
                 forward(torch.rand(2, 3))
     assert not _kept
     net.eval()
-    with untouched(net):
+    with preserve_state(net):
         net(torch.rand(2, 3))
     assert net.calls == 0
 
@@ -413,13 +408,13 @@ def test_the_last_thread_puts_back_what_the_first_found() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with untouched(net):
+        with preserve_state(net):
             net(x)
             inside.set()
             leave.wait(60)
 
     thread = threading.Thread(target=other)
-    with untouched(net):
+    with preserve_state(net):
         net(x)
         thread.start()
         inside.wait(60)

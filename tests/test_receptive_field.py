@@ -9,7 +9,7 @@ import torchvision.models as zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_ext._receptive_field import Field, receptive_field, unit_offset
+from captum_ext._engine.receptive_field import Field, receptive_field, unit_offset
 from captum_ext.attr import channels_last_to_first
 from tests.attr.layer.test_reshape_and_suggest import VIT_LAYER, small_vit
 from tests.methods import small_net

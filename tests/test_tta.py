@@ -265,7 +265,7 @@ def test_models_with_one_logit(flat: bool) -> None:
     expected = (images[0].mean().sigmoid() + crops[0].sigmoid()) / 2
     assert exact.item() == pytest.approx(expected.item())
     torch.testing.assert_close(found[:1], exact)
-    with pytest.raises(ValueError, match='`score` is "softmax", but `model` gives one logit'):
+    with pytest.raises(ValueError, match="`score` 'softmax' needs two classes or more"):
         crop_tta(model, images, masks)
 
 
@@ -384,7 +384,9 @@ def test_wrong_arguments_are_named_before_the_model_is_called() -> None:
 def test_an_output_that_is_no_prediction_is_named() -> None:
     images, masks = torch.rand(2, 3, 12, 10), at([0, 0, 3, 2], [4, 4, 9, 9])
     for model in (lambda x: x, lambda x: x.mean(), lambda x: means(x)[:1]):
-        with pytest.raises(ValueError, match=r"`model` must give .* each of 2 images, got \("):
+        with pytest.raises(
+            ValueError, match=r"`model` must give .* each of 2 (images|examples), got \("
+        ):
             crop_tta(model, images, masks)
     for model in (lambda x: {"logits": means(x)}, lambda x: means(x).argmax(1)):
         with pytest.raises(TypeError, match="`model` must give a tensor of floats, got"):

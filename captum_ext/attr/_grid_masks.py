@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from captum_ext._checks import check_count, is_finite
-from captum_ext._model import full_precision, without_autocast
+from captum_ext._engine.precision import full_precision, without_autocast
 from captum_ext.imaging import resize
 
 BLOCK = 256  # masks whose random numbers are drawn at once; between blocks RISE may stop

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from captum_ext._compat import TargetType, _select_targets
-from captum_ext._model import check_one_score_each, full_precision
+from captum_ext._engine.outputs import check_one_score_each
+from captum_ext._engine.precision import full_precision
 
 OUTPUTS = ("logits", "probabilities")
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from captum_ext._model import without_autocast
+from captum_ext._engine.precision import without_autocast
 
 
 class MaskedMeans:

@@ -1,6 +1,5 @@
 """The terms of FIDO's loss, and the gradient of the one that needs the model."""
 
-import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -9,18 +8,19 @@ import torch
 from torch import Generator, Tensor
 
 from captum_ext._checks import warn
-from captum_ext._compat import TargetType, _format_additional_forward_args
-from captum_ext._model import Forward, full_precision, one_target_each, without_autocast
+from captum_ext._compat import TargetType
+from captum_ext._engine.modules import Forward
+from captum_ext._engine.outputs import Scorer, even_size
+from captum_ext._engine.precision import full_precision, gradient_of_sum, without_autocast
 from captum_ext.attr._concrete_dropout import draw_uniform
 from captum_ext.attr._log_odds import log_odds
 from captum_ext.imaging import resize
 from captum_ext.infill import Infill
 
 SSR, SDR = 0, 1
-SCALE = 1024  # of fp16's loss in the backward pass: it has no numbers for a pixel's share
 
 
-class Score:
+class LogOddsScorer:
     """Log-odds of the target for masked images.
 
     Args:
@@ -43,51 +43,33 @@ class Score:
         additional_forward_args: Any,
         images: Tensor,
     ) -> None:
-        self.forward_func, self.outputs, self.n_images = forward_func, outputs, len(images)
-        self.target = one_target_each(target, images)
-        extra = _format_additional_forward_args(additional_forward_args) or ()
-        # No graph may hold a tensor that inference_mode made.
-        self.extra = [e.clone() if isinstance(e, Tensor) and e.is_inference() else e for e in extra]
+        self.outputs = outputs
+        self.scorer = Scorer(
+            forward_func, len(images), target, additional_forward_args, device=images.device
+        )
+        self.numbers = torch.arange(len(images), device=images.device)
         self.channels_last = not images.is_contiguous() and images.is_contiguous(
             memory_format=torch.channels_last
         )
-        self.checked = False
+        self.is_checked = False
 
     def __call__(self, composites: Tensor, examples: slice) -> Tensor:
         """Log-odds (n, p), of composites (n, p, C, H, W) of these examples."""
         n, p = composites.shape[:2]
-        numbers = torch.arange(self.n_images, device=composites.device)
-        each = numbers[examples].repeat_interleave(p)
-        target = self.target
-        if isinstance(target, Tensor):
-            target = target[each]
-        elif isinstance(target, list):
-            target = [t for t in target[examples] for _ in range(p)]
+        rows = self.numbers[examples].repeat_interleave(p)
         flat = composites.flatten(0, 1)
         if self.channels_last:
             flat = flat.contiguous(memory_format=torch.channels_last)
-        output = self.forward_func(flat, *(self._of(each, e) for e in self.extra))
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            shown = output.dtype if isinstance(output, Tensor) else type(output)
-            raise TypeError(f"`forward_func` must give a tensor of floats, got {shown}.")
-        if output.dim() == 0 or len(output) != n * p:
-            raise ValueError(
-                f"`forward_func` must give scores for each of {n * p} images, got "
-                f"{tuple(output.shape)}."
-            )
+        output = self.scorer.outputs((flat,), rows)
         with without_autocast(output):
-            odds = log_odds(output, target, self.outputs)
-        if not self.checked:
+            odds = log_odds(output, self.scorer.target_of(rows), self.outputs)
+        if not self.is_checked:
             self._check(output.detach(), odds.detach())
         return odds.reshape(n, p)
 
-    def _of(self, each: Tensor, value: Any) -> Any:
-        is_each = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.n_images
-        return value[each.to(value.device)] if is_each else value
-
     def _check(self, output: Tensor, odds: Tensor) -> None:
         """Look at the first values; to look at all would wait for the device each time."""
-        self.checked = True
+        self.is_checked = True
         if not bool(torch.isfinite(odds).all()):
             raise ValueError("`forward_func` gives scores that are not finite.")
         of_shares = bool(((output >= 0) & (output <= 1 + 1e-3)).all())
@@ -119,7 +101,7 @@ class MaskedScores:
 
     def __init__(
         self,
-        score: Score,
+        score: LogOddsScorer,
         images: Tensor,
         infill: Infill,
         sample: Callable[[Tensor, Tensor], Tensor],
@@ -130,8 +112,8 @@ class MaskedScores:
         self.score, self.images, self.infill, self.sample = score, images, infill, sample
         self.rows, self.n_masks = rows, n_masks
         n_planes = n_masks * len(rows)
-        self.images_at_once = _evenly(len(images), internal_batch_size)
-        self.planes_at_once = _evenly(n_planes, internal_batch_size // len(images))
+        self.images_at_once = even_size(len(images), internal_batch_size)
+        self.planes_at_once = even_size(n_planes, internal_batch_size // len(images))
         kind = full_precision(images).dtype
         signs = torch.tensor([-1.0 if row == SSR else 1.0 for row in rows], dtype=kind)
         self.signs = signs.repeat(n_masks).to(images.device)
@@ -151,7 +133,7 @@ class MaskedScores:
                 by_row = leaf.unbind(1)
                 z = self.sample(torch.stack([by_row[row] for row, _ in some], 1), uniform)
                 odds = self.score(self._composites(examples, z), examples) * signs
-                gradient[examples] += self._gradient(odds, leaf)
+                gradient[examples] += gradient_of_sum(odds, leaf, self.images.dtype)
                 total[examples] += odds.detach().sum(1)
         return total / self.n_masks, gradient / self.n_masks
 
@@ -170,26 +152,6 @@ class MaskedScores:
         fill = self.infill(examples, keep)
         return torch.addcmul(fill, keep, x - fill)
 
-    def _gradient(self, odds: Tensor, leaf: Tensor) -> Tensor:
-        """The gradient of the sum of `odds`, by the logits alone."""
-        kind = self.images.device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        scale = SCALE if torch.float16 in (self.images.dtype, autocast) else 1
-        found: Tensor | None = None
-        if odds.requires_grad:
-            again = scale > 1
-            (found,) = torch.autograd.grad(
-                odds.sum() * scale, leaf, allow_unused=True, retain_graph=again
-            )
-            if again and found is not None and not bool(torch.isfinite(found).all()):
-                scale = 1
-                (found,) = torch.autograd.grad(odds.sum(), leaf)
-        if found is None:
-            raise ValueError(
-                "`forward_func` gives scores that have no gradient with respect to its input."
-            )
-        return found / scale
-
 
 def regulariser(
     theta: Tensor,
@@ -204,8 +166,3 @@ def regulariser(
     down = difference(theta[..., 1:, :] - theta[..., :-1, :]).sum((1, 2, 3))
     right = difference(theta[..., 1:] - theta[..., :-1]).sum((1, 2, 3))
     return l1 * size + tv * (down + right)
-
-
-def _evenly(count: int, most: int) -> int:
-    """The size of as few chunks of at most `most` as there can be, about equal."""
-    return math.ceil(count / math.ceil(count / max(most, 1)))

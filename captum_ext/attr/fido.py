@@ -19,10 +19,13 @@ from captum_ext._checks import (
 )
 from captum_ext._compat import TargetType, log_usage, progress
 from captum_ext._data.sizes import height_width
-from captum_ext._model import Forward, Tensors, full_precision, untouched
+from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.outputs import default_batch_size
+from captum_ext._engine.precision import full_precision
+from captum_ext._engine.state import preserve_state
 from captum_ext.attr._concrete_dropout import DROPOUTS
 from captum_ext.attr._log_odds import OUTPUTS
-from captum_ext.attr._masked_scores import SDR, SSR, MaskedScores, Score, regulariser
+from captum_ext.attr._masked_scores import SDR, SSR, LogOddsScorer, MaskedScores, regulariser
 from captum_ext.attr._named import Named
 from captum_ext.imaging import resize
 from captum_ext.infill import Baselines, Infill, gaussian
@@ -246,7 +249,7 @@ class FIDO(Named, PerturbationAttribution):
         for name, value in (("l1", l1), ("tv", tv), ("warmup", warmup)):
             check_size(name, value)
         if internal_batch_size is None:
-            internal_batch_size = 16 if images.device.type == "cpu" else 64
+            internal_batch_size = default_batch_size(images.device)
         check_count("internal_batch_size", internal_batch_size)
         check_generator(generator, images.device)
         size = _checked_size(mask_size, images)
@@ -254,9 +257,11 @@ class FIDO(Named, PerturbationAttribution):
         if callback is not None and not callable(callback):
             raise TypeError(f"`callback` must be callable or None, got {type(callback)}.")
         shape = (images.shape[2], images.shape[3])
-        with torch.inference_mode(False), untouched(self.forward_func), torch.enable_grad():
+        with torch.inference_mode(False), preserve_state(self.forward_func), torch.enable_grad():
             scores = MaskedScores(
-                Score(self.forward_func, self.outputs, target, additional_forward_args, images),
+                LogOddsScorer(
+                    self.forward_func, self.outputs, target, additional_forward_args, images
+                ),
                 images,
                 Infill(images, baselines),
                 partial(DROPOUTS[dropout], temperature=temperature),

@@ -11,28 +11,17 @@ from torch import Generator, Tensor
 from captum_ext._checks import check_choice, check_count, check_generator, check_size
 from captum_ext._compat import (
     TargetType,
-    _expand_additional_forward_args,
-    _expand_target,
-    _format_additional_forward_args,
     _format_baseline,
     _format_output,
     _format_tensor_into_tuples,
     _is_tuple,
-    _run_forward,
-    _select_targets,
     _validate_input,
     log_usage,
     progress,
 )
-from captum_ext._model import (
-    Forward,
-    Score,
-    Tensors,
-    check_one_score_each,
-    full_precision,
-    scored,
-    untouched,
-)
+from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.outputs import Score, Scorer, check_score, score_of, select_scores
+from captum_ext._engine.state import preserve_state
 from captum_ext.attr._grid_masks import BLOCK, GridMasks, chunks_of
 from captum_ext.attr._masked_means import MaskedMeans
 from captum_ext.attr._named import Named
@@ -113,7 +102,7 @@ class RISE(Named, PerturbationAttribution):
     """
 
     def __init__(self, forward_func: Forward, score: Score = "softmax") -> None:
-        scored(forward_func, score)
+        check_score(score)
         super().__init__(forward_func)
         self.score = score
 
@@ -265,11 +254,15 @@ class RISE(Named, PerturbationAttribution):
         check_generator(generator, first.device)
         masks = GridMasks(first, grid, p, generator)
         fills = _fills(baselines, inputs)
-        extra = _format_additional_forward_args(additional_forward_args)
-        forward = scored(
-            self.forward_func, _probabilities if self.score == "softmax" else self.score
-        )
         n_examples = len(first)
+        scorers = [
+            Scorer(
+                self.forward_func, n_examples, target, additional_forward_args, self.score,
+                first.device,
+            )
+            for target in targets
+        ]  # fmt: skip
+        every = torch.arange(n_examples, device=first.device)
 
         def scores_under(m: Tensor) -> Tensor:
             """(n, T * B) of the masks (n, *spatial)."""
@@ -278,16 +271,9 @@ class RISE(Named, PerturbationAttribution):
                 _blend(x, b, m) if masked else torch.cat([x] * n)
                 for x, b, masked in zip(inputs, fills, is_masked, strict=True)
             )
-            more = _expand_additional_forward_args(extra, n)
-            output = _run_forward(forward, composites, None, more)
-            if output.dim() == 0 or len(output) != n * n_examples:
-                raise ValueError(
-                    f"`forward_func` must give scores for each of {n * n_examples} examples, got "
-                    f"{tuple(output.shape)}."
-                )
-            chosen = [_select_targets(output, _expand_target(target, n)) for target in targets]
-            for score in chosen:
-                check_one_score_each(score)
+            rows = every.repeat(n)
+            scores = score_of(scorers[0].outputs(composites, rows), self.score)
+            chosen = [select_scores(scores, scorer.target_of(rows)) for scorer in scorers]
             return torch.stack([score.reshape(n, n_examples) for score in chosen], 1).flatten(1)
 
         chunks: Any = chunks_of(n_masks, perturbations_per_eval)
@@ -296,7 +282,7 @@ class RISE(Named, PerturbationAttribution):
         sums = MaskedMeans(with_errors)
         maps = errors = used = None
         is_done = torch.zeros(len(targets) * n_examples, dtype=torch.bool, device=first.device)
-        with untouched(self.forward_func):
+        with preserve_state(self.forward_func):
             for start, stop in chunks:
                 m = masks(start, stop)
                 sums.add(scores_under(m), m.flatten(1))
@@ -383,12 +369,3 @@ def _blend(x: Tensor, baseline: Tensor | float, masks: Tensor) -> Tensor:
     # A number that is copied to the device would make each pass wait for it.
     fill = baseline.to(x) if isinstance(baseline, Tensor) else x.new_full((), baseline)
     return torch.lerp(fill, x, m).flatten(0, 1)
-
-
-def _probabilities(output: Tensor) -> Tensor:
-    if output.dim() < 2 or output.shape[1] < 2:
-        raise ValueError(
-            f"`score` 'softmax' needs two classes or more in dimension 1, got outputs of shape "
-            f"{tuple(output.shape)}: for one logit there are 'sigmoid' and 'logit'."
-        )
-    return full_precision(output).softmax(1)

@@ -68,7 +68,7 @@ def _with_options(name: str, options: Any) -> Asked:
 
     ``name: {}``, ``name: method`` or ``name: {method: ..., sess: {...}, arguments: {...}}``.
     """
-    from captum_ext._model import closest
+    from captum_ext._checks import closest
     from captum_ext.demo import InputError
 
     if name.splitlines() != [name]:
@@ -103,7 +103,7 @@ def _plain(value: Any) -> Any:
 
 
 def _find(name: str) -> "Method | type[Attribution]":
-    from captum_ext._model import closest
+    from captum_ext._checks import closest
     from captum_ext.demo import InputError
 
     try:

@@ -24,7 +24,7 @@ def read_config(
     """
     import yaml
 
-    from captum_ext._model import closest
+    from captum_ext._checks import closest
     from captum_ext.demo import InputError
 
     try:

@@ -257,7 +257,7 @@ def _check_required(arguments: argparse.Namespace) -> None:
 
 
 def _check_against(against: str | None, names: Iterable[str]) -> None:
-    from captum_ext._model import closest
+    from captum_ext._checks import closest
     from captum_ext.demo import InputError
 
     if against is not None and against not in names:

@@ -125,7 +125,7 @@ def find_methods(
     known = {_key(method.name): method for method in among}
     for name in names or ():
         if _key(name) not in known:
-            from captum_ext._model import closest
+            from captum_ext._checks import closest
             from captum_ext.demo import InputError
 
             hint = "; an IMAGE goes in front of --method" if image is None else ""

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from captum_ext._checks import check_choice, check_range
-from captum_ext._model import closest
+from captum_ext._checks import check_choice, check_range, closest
 from captum_ext.evaluation.examples import Prepared
 from captum_ext.evaluation.records import (
     Array,

@@ -12,8 +12,8 @@ from torch import Generator, Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
 
+from captum_ext._engine.modules import Forward, parameter_dtype, root_module
 from captum_ext._identity import function_name, plain
-from captum_ext._model import Forward, floating_type, root_module
 from captum_ext.attr import UpsampleWrapper
 from captum_ext.fcam.guides import wrapped
 from captum_ext.fcam.stored import described
@@ -47,7 +47,7 @@ class Method(NamedTuple):
             )
         if root is None:
             return torch.device("cpu"), torch.float32
-        return next(root.parameters(), torch.empty(0)).device, floating_type(root)
+        return next(root.parameters(), torch.empty(0)).device, parameter_dtype(root)
 
 
 def checked_methods(methods: Any) -> list[Method]:

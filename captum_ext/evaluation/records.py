@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from captum_ext._compat import _format_additional_forward_args
-from captum_ext._model import Forward
+from captum_ext._engine.modules import Forward
 from captum_ext.evaluation.examples import Prepared
 from captum_ext.imaging import min_max
 from captum_ext.metrics import Curve, RoadScores, box_ious, in_top_k, pixel_counts

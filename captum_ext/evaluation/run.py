@@ -15,8 +15,8 @@ from captum.attr import Attribution
 from captum_ext._checks import check_choice, check_count, check_seed, warn
 from captum_ext._data.pixels import IMAGENET, mean_and_std
 from captum_ext._data.sizes import height_width
+from captum_ext._engine.state import preserve_state
 from captum_ext._identity import function_name, model_digest, plain
-from captum_ext._model import untouched
 from captum_ext.evaluation.examples import Blocks, Prepared
 from captum_ext.evaluation.measures import Measure, make_measures
 from captum_ext.evaluation.methods import (
@@ -203,7 +203,7 @@ def _compare_classes(methods: Sequence[Method], data: Any, example: Prepared) ->
     for method in {id(m.forward_func): m for m in methods}.values():
         device, kind = method.where
         try:
-            with torch.no_grad(), untouched(method.forward_func):
+            with torch.no_grad(), preserve_state(method.forward_func):
                 scores = method.forward_func(example.image[None].to(device, kind))
         except Exception:  # whatever it is, rows say so
             return

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from captum_ext._compat import _format_additional_forward_args
 from captum_ext._data.files import is_the_machines
+from captum_ext._engine.state import preserve_state, seeded_random
 from captum_ext._identity import digest, hash_of
-from captum_ext._model import random_numbers, untouched
 from captum_ext.evaluation.examples import Blocks, Failure, Prepared, reason
 from captum_ext.evaluation.methods import Method, seeded
 from captum_ext.evaluation.records import Explained, Record
@@ -120,9 +120,9 @@ def _explained(
     extra = method.kwargs.get("additional_forward_args")
     with ExitStack() as kept:
         kept.enter_context(torch.enable_grad())
-        kept.enter_context(untouched(method.forward_func))
+        kept.enter_context(preserve_state(method.forward_func))
         number = hash_of(work.seed, examples[0].index, int(digest(method.name), 16))
-        kept.enter_context(random_numbers(device, number))
+        kept.enter_context(seeded_random(device, number))
         kept.enter_context(seeded(method, number))
         begin = _now(device)
         target = _target(work.target, method, images, examples)
@@ -159,7 +159,7 @@ def _explained(
                 if served:
                     # Of its own: metrics may come in another order, and others be left out.
                     own = hash_of(number, int(digest(record.columns), 16))
-                    with random_numbers(device, own), seeded(method, own):
+                    with seeded_random(device, own), seeded(method, own):
                         cells = record.cells(found.only(served))
                     for i, each in zip(served, cells, strict=True):
                         rows[good[i]] |= zip(record.columns, each, strict=True)

@@ -11,16 +11,11 @@ from torch.nn import Module
 
 from captum_ext._checks import one_batch_of_images
 from captum_ext._compat import TargetType, log_usage
+from captum_ext._engine.capture import layer_activations
+from captum_ext._engine.modules import Forward, Tensors, find_module, root_module
+from captum_ext._engine.precision import full_precision
+from captum_ext._engine.state import preserve_state
 from captum_ext._identity import SavedDecoder
-from captum_ext._model import (
-    Forward,
-    Tensors,
-    find_module,
-    full_precision,
-    layer_activations,
-    root_module,
-    untouched,
-)
 from captum_ext.attr._named import Named
 from captum_ext.fcam.decoder import FCAMDecoder
 
@@ -115,7 +110,7 @@ class FCAM(Named, Attribution):
         self, images: Tensor, target: TargetType = None, additional_forward_args: Any = None
     ) -> Tensor:
         """The map in one channel: (N, 1, H, W), in float32 or better."""
-        with torch.no_grad(), untouched(self.forward_func), untouched(self.decoder):
+        with torch.no_grad(), preserve_state(self.forward_func), preserve_state(self.decoder):
             found, _ = layer_activations(
                 self.forward_func, self.layers, (images,), target, additional_forward_args
             )

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from captum_ext._checks import check_count, check_generator, check_size, warn
-from captum_ext._model import full_precision, without_autocast
+from captum_ext._engine.precision import full_precision, without_autocast
 
 # Elements of the matrix of affinities that are in memory at once: in float32 32 MiB on a GPU, and
 # on a CPU 4 MiB, which its caches hold.

@@ -1,6 +1,5 @@
 """F-CAM's decoder: a U-Net's right half on the features of a frozen classifier (Sec. 3, Fig. 2)."""
 
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Self
@@ -12,14 +11,10 @@ from torch.nn import functional as F
 
 from captum_ext._checks import check_count
 from captum_ext._compat import _run_forward
-from captum_ext._model import (
-    Forward,
-    copies,
-    find_module,
-    layer_activations,
-    root_module,
-    untouched,
-)
+from captum_ext._engine.capture import copies, layer_activations
+from captum_ext._engine.hooks import hooked
+from captum_ext._engine.modules import Forward, find_module, root_module
+from captum_ext._engine.state import preserve_state
 
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
@@ -115,7 +110,7 @@ class FCAMDecoder(nn.Module):
         """
         named = find_taps(classifier, images) if layers is None else list(layers)
         modules = [find_module(classifier, name, "layers") for name in named]
-        with untouched(classifier):
+        with preserve_state(classifier):
             found = [tensors[0] for tensors in layer_activations(classifier, modules, (images,))[0]]
         for name, features in zip(named, found, strict=True):
             if features.dim() != 4:
@@ -193,29 +188,22 @@ def find_taps(classifier: Forward, images: Tensor) -> list[str]:
         raise ValueError(
             f"`classifier` must be a torch.nn.Module, got {classifier!r}: name the `layers`."
         )
-    names = {module: name for name, module in root.named_modules()}
-    me = threading.get_ident()
+    names, modules = zip(*root.named_modules(), strict=True)
     runs: Counter[str] = Counter()
     ran: list[tuple[str, tuple[int, int]]] = []
     sizes: dict[str, tuple[int, int] | None] = {}
 
-    def seen(module: Module, args: Any, output: Any) -> None:
-        if threading.get_ident() != me:
-            return
-        runs[names[module]] += 1
+    def see(index: int, args: Any, output: Any) -> None:
+        name = names[index]
+        runs[name] += 1
         is_map = isinstance(output, Tensor) and output.dim() == 4
         size = (output.shape[2], output.shape[3]) if is_map else None
-        sizes[names[module]] = size
-        if size is not None and not isinstance(module, _POOLS):
-            ran.append((names[module], size))
+        sizes[name] = size
+        if size is not None and not isinstance(modules[index], _POOLS):
+            ran.append((name, size))
 
-    handles = [module.register_forward_hook(seen) for module in root.modules()]
-    try:
-        with torch.no_grad(), untouched(classifier):
-            _run_forward(classifier, copies((images,)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), preserve_state(classifier), hooked(modules, after=see) as acting, acting:
+        _run_forward(classifier, copies((images,)))
 
     def in_other_block(name: str, size: tuple[int, int]) -> bool:
         """Whether a module around it, not just a sequence of modules, puts out another size."""

@@ -14,7 +14,7 @@ from captum_ext._checks import warn
 from captum_ext._data.pictures import Pictures
 from captum_ext._data.pixels import IMAGENET, Normalize
 from captum_ext._data.sizes import height_width
-from captum_ext._model import Forward, floating_type, root_module
+from captum_ext._engine.modules import Forward, parameter_dtype, root_module
 from captum_ext._training import Fit
 from captum_ext.fcam.attribution import FCAM
 from captum_ext.fcam.crf import DenseCRFLoss
@@ -136,7 +136,7 @@ def fit_fcam(
     n_channels = Normalize(options.get("normalize", IMAGENET)).channels
     with run.around(root) as device:
         with torch.no_grad():
-            blank = torch.zeros(1, n_channels, *view, device=device, dtype=floating_type(root))
+            blank = torch.zeros(1, n_channels, *view, device=device, dtype=parameter_dtype(root))
             n_classes = _n_classes(root(blank))
             decoder = FCAMDecoder.reading(root, blank, layers, widths, center).to(device)
         pictures = Pictures(data, whole, n_classes)

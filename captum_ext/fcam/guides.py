@@ -7,7 +7,7 @@ from captum.attr import Attribution
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._model import Forward, root_module
+from captum_ext._engine.modules import Forward, root_module
 from captum_ext.imaging import min_max, one_channel, resize
 
 

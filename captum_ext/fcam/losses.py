@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_ext._checks import check_size
-from captum_ext._model import full_precision
+from captum_ext._engine.precision import full_precision
 from captum_ext.fcam.seeding import IGNORED
 
 # --- seeds ---------------------------------------------------------------------------------------

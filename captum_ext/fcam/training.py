@@ -11,8 +11,10 @@ from torch.nn import Module
 
 from captum_ext._checks import check_size
 from captum_ext._data.pixels import IMAGENET, Normalize
+from captum_ext._engine.capture import layer_activations
+from captum_ext._engine.modules import find_module, parameter_dtype
+from captum_ext._engine.state import seeded_random
 from captum_ext._identity import hash_of
-from captum_ext._model import find_module, floating_type, layer_activations, random_numbers
 from captum_ext._training import DecoderModule, evaluated
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide, guidance
@@ -122,12 +124,12 @@ class FCAMModule(DecoderModule):
 
     def images(self, pixels: Tensor) -> Tensor:
         """Bytes (N, 3, H, W) as the classifier takes them."""
-        return self.normalize(pixels / 255).to(floating_type(self.classifier))
+        return self.normalize(pixels / 255).to(parameter_dtype(self.classifier))
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of `Item`."""
         seed = hash_of(self.seed, self.current_epoch, self.global_rank, batch_idx)
-        with random_numbers(self.device, seed), evaluated(self.classifier):
+        with seeded_random(self.device, seed), evaluated(self.classifier):
             return self._loss(batch, batch_idx, Generator(self.device).manual_seed(seed))
 
     def _loss(self, batch: Sequence[Tensor], batch_idx: int, generator: Generator) -> Tensor:

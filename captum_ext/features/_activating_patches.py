@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from captum_ext._data.pictures import Pictures
+from captum_ext._engine.receptive_field import Field
 from captum_ext._identity import changes
-from captum_ext._receptive_field import Field
 from captum_ext.features._fields import field_boxes
 
 if TYPE_CHECKING:

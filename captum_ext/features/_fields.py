@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from captum_ext._data.pictures import Pictures
-from captum_ext._receptive_field import Field
+from captum_ext._engine.receptive_field import Field
 from captum_ext.features._layer_maps import LayerMaps
 
 
@@ -23,7 +23,7 @@ def field_boxes(field: Field, positions: Tensor) -> Tensor:
         (..., 4), int64: (x1, y1, x2, y2), half-open.
 
     Example:
-        >>> from captum_ext._receptive_field import Axis
+        >>> from captum_ext._engine.receptive_field import Axis
         >>> axis = Axis(size=5, stride=2, start=1)
         >>> field_boxes(Field(axis, axis), torch.tensor([0, 3])).tolist()
         [5, -1, 10, 4]

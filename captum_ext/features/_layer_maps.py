@@ -8,18 +8,17 @@ from torch import Tensor
 from torch.nn import Module
 
 from captum_ext._data.pixels import Normalize
-from captum_ext._front import up_to_layer
-from captum_ext._identity import function_name
-from captum_ext._model import (
+from captum_ext._engine.capture import LayerCapture
+from captum_ext._engine.modules import (
     Forward,
     Tensors,
     find_module,
-    floating_type,
-    layer_activations,
     module_name,
+    parameter_dtype,
     root_module,
 )
-from captum_ext.attr.layer.reshape import check_not_tokens
+from captum_ext._engine.replay import run_to_layer
+from captum_ext._identity import function_name
 
 ReshapeTransform = Callable[[Tensor], Tensor]
 
@@ -48,7 +47,7 @@ class LayerMaps:
         self.name = module_name(forward_func, self.layer).strip("`")
         owner = root_module(forward_func) or self.layer
         self.device = next(owner.parameters(), torch.empty(0)).device
-        self.dtype = floating_type(owner)
+        self.dtype = parameter_dtype(owner)
         self.normalize = Normalize(normalize).to(self.device)
 
     def images(self, pixels: Tensor) -> Tensor:
@@ -57,13 +56,19 @@ class LayerMaps:
 
     def __call__(self, images: Tensor) -> Tensor:
         """The maps, without a graph."""
-        (tensors,), _ = layer_activations(self.forward_func, [self.layer], (images,))
+        capture = LayerCapture(self.forward_func, [self.layer], **self._options)
+        (tensors,), _ = capture.activations((images,))
+        capture.check_channels()
         return self._on_grid(tensors, images)
 
     def with_graph(self, images: Tensor) -> Tensor:
         """The maps, with a graph from the images on, where gradients are switched on."""
-        tensors = up_to_layer(self.forward_func, self.layer, (images,))
+        tensors = run_to_layer(self.forward_func, self.layer, (images,), **self._options)
         return self._on_grid(tensors, images)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"traces_channels": self.reshape_transform is None}
 
     def _on_grid(self, tensors: Tensors, images: Tensor) -> Tensor:
         if len(tensors) != 1:
@@ -71,8 +76,6 @@ class LayerMaps:
         maps = tensors[0]
         if self.reshape_transform is not None:
             maps = self.reshape_transform(maps)
-        else:
-            check_not_tokens(maps, self.layer, (images,), root_module(self.forward_func))
         if maps.dim() == 2:  # units that see the whole image, as those of a linear layer
             maps = maps[:, :, None, None]
         if maps.dim() != 4 or len(maps) != len(images):

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import Module
 
-from captum_ext._model import full_precision
+from captum_ext._engine.precision import full_precision
 
 
 def checked_start(start: Any, target: Any, module: Module | None) -> tuple[Tensor, torch.dtype]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import check_count
-from captum_ext._model import full_precision
+from captum_ext._engine.precision import full_precision
 
 _NOTHING = torch.iinfo(torch.int64).max  # the key of an entry that is not there
 

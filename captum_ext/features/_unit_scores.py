@@ -12,19 +12,16 @@ from captum_ext._compat import (
     _run_forward,
     _select_targets,
 )
-from captum_ext._front import up_to_layer
-from captum_ext._model import (
-    Forward,
-    Tensors,
+from captum_ext._engine.capture import layer_activations
+from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.outputs import (
     check_one_score_each,
-    full_precision,
-    layer_activations,
     one_target_each,
+    outside_inference_mode,
     scored,
-    without_autocast,
 )
-
-SCALE = 1024  # of an fp16 score in the backward pass: it has no numbers for a pixel's share
+from captum_ext._engine.precision import full_precision, gradient_of_sum, without_autocast
+from captum_ext._engine.replay import run_to_layer
 
 
 class UnitScores:
@@ -52,8 +49,10 @@ class UnitScores:
     ) -> None:
         self.forward_func, self.layer, self.kind = forward_func, layer, kind
         self.reshape_transform = reshape_transform
-        self.target = target if callable(target) else one_target_each(target, images)
-        self.target = _for_graphs(self.target)
+        self.target = (
+            target if callable(target) else one_target_each(target, len(images), images.device)
+        )
+        self.target = outside_inference_mode(self.target)
         if layer is not None and isinstance(self.target, Tensor):
             self.target = self.target.tolist()
         if layer is not None and isinstance(self.target, list):
@@ -61,7 +60,7 @@ class UnitScores:
             for t in self.target:
                 assert isinstance(t, tuple), f"Target element type {type(t)} in list is not valid."
         extra = _format_additional_forward_args(additional_forward_args)
-        self.extra = None if extra is None else tuple(map(_for_graphs, extra))
+        self.extra = None if extra is None else tuple(map(outside_inference_mode, extra))
 
     def whole_pass(self, images: Tensor) -> Tensor:
         """What a call gives, without a graph; the layer is seen to run, and to run once."""
@@ -76,7 +75,7 @@ class UnitScores:
         """(B,), in float32 or better."""
         if self.layer is not None:
             inputs = (images.to(self.kind),)
-            found = up_to_layer(self.forward_func, self.layer, inputs, self.extra)
+            found = run_to_layer(self.forward_func, self.layer, inputs, self.extra)
             return self._of_layer(found, len(images))
         x = images.to(self.kind, copy=True)  # the model's first step may work in place
         output = _run_forward(scored(self.forward_func, "logit"), (x,), self.target, self.extra)
@@ -87,23 +86,7 @@ class UnitScores:
         """The scores of the transformed images, and their gradient by the images themselves."""
         leaf = images.detach().requires_grad_()
         score = self(transform(leaf))
-        kind = images.device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        scale = SCALE if torch.float16 in (self.kind, autocast) else 1
-        found = None
-        if score.requires_grad:
-            total, again = score.sum(), scale > 1
-            (found,) = torch.autograd.grad(
-                total * scale, leaf, allow_unused=True, retain_graph=again
-            )
-            if again and found is not None and not bool(torch.isfinite(found).all()):
-                scale = 1
-                (found,) = torch.autograd.grad(total, leaf)
-        if found is None:
-            raise ValueError(
-                "`forward_func` gives scores that have no gradient with respect to its input."
-            )
-        return score.detach(), found / scale
+        return score.detach(), gradient_of_sum(score, leaf, self.kind)
 
     def _of_layer(self, activations: Tensors, n: int) -> Tensor:
         if len(activations) != 1:
@@ -122,11 +105,6 @@ class UnitScores:
                     check_one_score_each(a.flatten(2)[..., 0] if a.dim() > 2 else a)
                 score = full_precision(_select_targets(a, target)).reshape(len(a), -1).mean(1)
         return _one_each(score, n)
-
-
-def _for_graphs(value: Any) -> Any:
-    """No graph may hold a tensor that inference_mode made."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _one_each(score: Tensor, n: int) -> Tensor:

@@ -13,13 +13,8 @@ from torch.nn import Module
 from captum_ext._checks import check_choice, check_count, check_generator, check_size, warn
 from captum_ext._compat import TargetType, progress
 from captum_ext._data.pixels import mean_and_std
-from captum_ext._model import (
-    Forward,
-    find_module,
-    random_numbers,
-    root_module,
-    untouched,
-)
+from captum_ext._engine.modules import Forward, find_module, root_module
+from captum_ext._engine.state import preserve_state, seeded_random
 from captum_ext.features._parametrizations import Fourier, Pixels
 from captum_ext.features._starts import (
     Drawn,
@@ -258,13 +253,13 @@ class ActivationMaximization:
             steps = progress(steps, desc="Activation maximization")
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(untouched(self.forward_func))
+            stack.enter_context(preserve_state(self.forward_func))
             stack.enter_context(torch.enable_grad())
             drawn = Drawn(start, generator)
             images = limited(start + noise * drawn.normal() if noise else start.clone())
             shifts = drawn.shifts(n_steps, jitter) if jitter else None
             if transform is not None and generator is not None:
-                stack.enter_context(random_numbers(start.device, drawn.seed()))
+                stack.enter_context(seeded_random(start.device, drawn.seed()))
             scores = UnitScores(
                 self.forward_func, self.layer, self.reshape_transform, target,
                 additional_forward_args, images, kind,

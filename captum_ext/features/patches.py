@@ -11,9 +11,10 @@ from captum_ext._checks import check_choice, check_count, check_range
 from captum_ext._data.pictures import Pictures
 from captum_ext._data.pixels import IMAGENET
 from captum_ext._data.sizes import height_width
+from captum_ext._engine.modules import Forward
+from captum_ext._engine.receptive_field import trace_field
+from captum_ext._engine.state import preserve_state
 from captum_ext._identity import model_digest
-from captum_ext._model import Forward, untouched
-from captum_ext._receptive_field import trace_field
 from captum_ext.features._activating_patches import ActivatingPatches
 from captum_ext.features._fields import clipped, effective_boxes, field_boxes
 from captum_ext.features._layer_maps import LayerMaps, ReshapeTransform
@@ -151,7 +152,7 @@ def maximally_activating_patches(
             "shard": list(shard),
         }
         store = Store(Path(checkpoint), run, checkpoint_every)
-    with untouched(forward_func):
+    with preserve_state(forward_func):
         blank = maps.images(torch.zeros(1, 3, *pictures.size, dtype=torch.uint8))
         n_channels = maps(blank).shape[1]
         rows = tuple(range(n_channels)) if chosen is None else chosen

@@ -24,7 +24,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from captum_ext._checks import check_count, check_range, warn
-from captum_ext._model import full_precision
+from captum_ext._engine.precision import full_precision
 from captum_ext.metrics._inputs import (
     check_boxes,
     check_corners,

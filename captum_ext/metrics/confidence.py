@@ -6,7 +6,8 @@ import torch
 from torch import Generator, Tensor
 
 from captum_ext._compat import TargetType
-from captum_ext._model import Forward, Score, Tensors
+from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.outputs import Score
 from captum_ext.infill import Baselines
 from captum_ext.metrics.faithfulness import Means, Trial
 

@@ -7,7 +7,9 @@ import torch
 from torch import Generator, Tensor
 
 from captum_ext._compat import TargetType
-from captum_ext._model import Forward, Score, Tensors, untouched
+from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.outputs import Score
+from captum_ext._engine.state import preserve_state
 from captum_ext.infill import Baselines, Infill
 from captum_ext.metrics.faithfulness import Means, Trial
 
@@ -108,7 +110,7 @@ def insertion(
     trial = Trial(forward_func, inputs, target, additional_forward_args, score, internal_batch_size)
     ranks, infill = trial.ranks(attributions, generator), trial.infill(baselines, generator)
     counts = _counts(step, ranks[0].numel())
-    with torch.no_grad(), untouched(forward_func):
+    with torch.no_grad(), preserve_state(forward_func):
         return _inserted(trial, ranks, infill, counts, show_progress)
 
 
@@ -156,7 +158,7 @@ def deletion(
     trial = Trial(forward_func, inputs, target, additional_forward_args, score, internal_batch_size)
     ranks, infill = trial.ranks(attributions, generator), trial.infill(baselines, generator)
     counts = _counts(step, ranks[0].numel())
-    with torch.no_grad(), untouched(forward_func):
+    with torch.no_grad(), preserve_state(forward_func):
         return _deleted(trial, ranks, infill, counts, show_progress)
 
 
@@ -209,7 +211,7 @@ def overall_score(
     ranks = trial.ranks(attributions, generator)
     coming, left = (trial.infill(b, generator) for b in (insertion_baselines, deletion_baselines))
     counts = _counts(step, ranks[0].numel())
-    with torch.no_grad(), untouched(forward_func):
+    with torch.no_grad(), preserve_state(forward_func):
         first = _inserted(trial, ranks, coming, counts, show_progress)
         second = _deleted(trial, ranks, left, counts, show_progress)
     return OverallScore(first.auc - second.auc, first, second)

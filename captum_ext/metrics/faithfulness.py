@@ -27,14 +27,9 @@ from captum_ext._compat import (
     _select_targets,
     progress,
 )
-from captum_ext._model import (
-    Forward,
-    Score,
-    check_one_score_each,
-    one_target_each,
-    scored,
-    untouched,
-)
+from captum_ext._engine.modules import Forward
+from captum_ext._engine.outputs import Score, check_one_score_each, one_target_each, scored
+from captum_ext._engine.state import preserve_state
 from captum_ext.imaging import min_max
 from captum_ext.infill import Baselines, Infill
 from captum_ext.metrics._inputs import checked_maps
@@ -62,7 +57,7 @@ class Trial:
         check_count("internal_batch_size", internal_batch_size)
         self.forward_func, self.internal_batch_size = forward_func, internal_batch_size
         self.forward = scored(_checked(forward_func, score), score)
-        self.target = one_target_each(target, self.images)
+        self.target = one_target_each(target, len(self.images), self.images.device)
         self.extra = _format_additional_forward_args(additional_forward_args) or ()
 
     def maps(self, attributions: Any) -> Tensor:
@@ -146,7 +141,7 @@ class Trial:
             fill = infill(examples, keep[:, None])[:, 0]
             return torch.lerp(fill, self.images[examples], keep)
 
-        with torch.no_grad(), untouched(self.forward_func):
+        with torch.no_grad(), preserve_state(self.forward_func):
             whole, marked = self.scores(pictures, 2).unbind(1)
         return whole, marked
 

@@ -13,7 +13,10 @@ from torch import Generator, Tensor
 
 from captum_ext._checks import check_size, is_finite
 from captum_ext._compat import TargetType
-from captum_ext._model import Forward, Score, Tensors, full_precision, untouched
+from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.outputs import Score
+from captum_ext._engine.precision import full_precision
+from captum_ext._engine.state import preserve_state
 from captum_ext.infill import Infill
 from captum_ext.metrics.faithfulness import SEED, Means, Trial
 
@@ -108,7 +111,7 @@ def road(
     infill = Infill(trial.images, imputed)
     pixels = ranks[0].numel()
     left = [max(pixels - round(p / 100 * pixels), 1) for p in percentiles]
-    with torch.no_grad(), untouched(forward_func):
+    with torch.no_grad(), preserve_state(forward_func):
         lerf = trial.shown(ranks, infill, left, show_progress)
         morf = trial.shown(pixels - 1 - ranks, infill, left, show_progress)
     return RoadScores((lerf - morf).mean(1) / 2, morf, lerf, lerf.new_tensor(percentiles))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from captum_ext._checks import check_count
+from captum_ext._engine.state import preserve_state
 from captum_ext._identity import SavedDecoder, changes
-from captum_ext._model import untouched
 from captum_ext.imaging import resize
 from captum_ext.perception.encoder import LayerEncoder, fits, stride_of
 
@@ -102,7 +102,7 @@ class PerceptionDecoder(nn.Module):
             ValueError: a layer without height and width, or of which the cells are not a power of
                 two of pixels wide.
         """
-        with untouched(encoder.forward_func):
+        with preserve_state(encoder.forward_func):
             channels, stride = stride_of(encoder, images)
         decoder = cls(channels, stride, widths, convolutions, colors=encoder.channels)
         decoder.made_for = encoder.about()

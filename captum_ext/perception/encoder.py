@@ -8,16 +8,16 @@ from torch import Tensor, is_tensor
 from torch.nn import Module
 
 from captum_ext._data.pixels import IMAGENET, Normalize
-from captum_ext._front import up_to_layer
-from captum_ext._identity import digest, function_name
-from captum_ext._model import (
+from captum_ext._engine.modules import (
     Forward,
     find_module,
-    floating_type,
-    full_precision,
     module_name,
+    parameter_dtype,
     root_module,
 )
+from captum_ext._engine.precision import full_precision
+from captum_ext._engine.replay import run_to_layer
+from captum_ext._identity import digest, function_name
 
 
 class LayerEncoder:
@@ -92,7 +92,7 @@ class LayerEncoder:
 
     def images(self, pictures: Tensor) -> Tensor:
         """Pictures in [0, 1] as the classifier takes them, in its dtype."""
-        return self.normalize(pictures).to(floating_type(self.root))
+        return self.normalize(pictures).to(parameter_dtype(self.root))
 
     def pictures(self, images: Tensor) -> Tensor:
         """Images as the classifier takes them as pictures, cut off at [0, 1]."""
@@ -104,7 +104,7 @@ class LayerEncoder:
         Raises:
             ValueError: the layer does not run, or has no height and width.
         """
-        latents = up_to_layer(self.forward_func, self.layer, (images,))[0]
+        latents = run_to_layer(self.forward_func, self.layer, (images,))[0]
         if self.reshape_transform is not None:
             latents = self.reshape_transform(latents)
         if latents.dim() != 4 or latents.shape[2:].numel() == 1:

@@ -3,7 +3,7 @@
 from kornia.metrics import ssim
 from torch import Tensor
 
-from captum_ext._model import full_precision, without_autocast
+from captum_ext._engine.precision import full_precision, without_autocast
 
 WINDOW = 11  # of SSIM, with sigma 1.5
 

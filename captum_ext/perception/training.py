@@ -10,8 +10,8 @@ from torch import Tensor
 from captum_ext._checks import check_size
 from captum_ext._data.pictures import Pictures
 from captum_ext._data.sizes import height_width
+from captum_ext._engine.modules import parameter_dtype
 from captum_ext._identity import model_digest
-from captum_ext._model import floating_type
 from captum_ext._training import DecoderModule, Fit, evaluated
 from captum_ext.perception.decoder import PerceptionDecoder
 from captum_ext.perception.encoder import LayerEncoder
@@ -58,7 +58,7 @@ class PerceptionModule(DecoderModule):
 
     def _decoded(self, latents: Tensor, images: Tensor) -> Tensor:
         size = (images.shape[2], images.shape[3])
-        pictures: Tensor = self.decoder(latents.to(floating_type(self.decoder)), size)
+        pictures: Tensor = self.decoder(latents.to(parameter_dtype(self.decoder)), size)
         return pictures
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
@@ -157,7 +157,7 @@ def fit_perception(
     view, root = height_width("size", size), encoder.root
     pictures = Pictures(data, view, has_labels=False)
     with run.around(root) as device:
-        blank = torch.zeros(1, encoder.channels, *view, device=device, dtype=floating_type(root))
+        blank = torch.zeros(1, encoder.channels, *view, device=device, dtype=parameter_dtype(root))
         decoder = PerceptionDecoder.reading(encoder, blank, widths, convolutions).to(device)
         module = PerceptionModule(encoder, decoder, **options)
         if checkpoints is not None:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from captum_ext._checks import check_choice, check_range, check_size, one_batch_of_images
-from captum_ext._model import full_precision, untouched
+from captum_ext._engine.precision import full_precision
+from captum_ext._engine.state import preserve_state
 from captum_ext.imaging import min_max, one_channel, resize
 from captum_ext.perception.decoder import PerceptionDecoder
 from captum_ext.perception.encoder import LayerEncoder
@@ -141,7 +142,7 @@ class PerceptionVisualization:
         """D(E(x)), (N, C, H, W), in [0, 1]."""
         images = one_batch_of_images(inputs)
         size = (images.shape[2], images.shape[3])
-        with untouched(self.encoder.forward_func), untouched(self.decoder):
+        with preserve_state(self.encoder.forward_func), preserve_state(self.decoder):
             latents = self.encoder(images)
             weights = next(self.decoder.parameters(), latents)
             found = self.decoder(latents.to(weights.dtype), size)
@@ -188,7 +189,7 @@ class PerceptionVisualization:
         images = one_batch_of_images(inputs)
         found = self.reconstruct(images)
         pictures = self.encoder.pictures(images)
-        with untouched(self.encoder.forward_func):
+        with preserve_state(self.encoder.forward_func):
             latents, again = self.encoder(images), self.encoder(self.encoder.images(found))
         return structural_similarity(pictures, found).mean(1), deep_similarity(latents, again)
 

@@ -13,7 +13,7 @@ from captum.testing.attr.helpers import test_config
 from captum.testing.helpers.basic_models import BasicModel_ConvNet
 from torch import Tensor, nn
 
-from captum_ext._model import layer_activations
+from captum_ext._engine.capture import layer_activations
 from captum_ext.attr import FCAM, SESSWrapper, UpsampleWrapper
 from captum_ext.fcam import FCAMDecoder
 

@@ -812,8 +812,8 @@ def test_bad_generators_and_outputs_argument() -> None:
 @pytest.mark.parametrize(
     ("forward", "error", "message"),
     [
-        (lambda x: x.mean(), ValueError, "each of 8 images"),
-        (lambda x: x[:1].flatten(1), ValueError, "each of 8 images"),
+        (lambda x: x.mean(), ValueError, "each of 8 examples"),
+        (lambda x: x[:1].flatten(1), ValueError, "each of 8 examples"),
         (lambda x: (x.mean((2, 3)),), TypeError, "tuple"),
         (lambda x: x.mean((2, 3)).argmax(1), TypeError, "int64"),
         (lambda x: x.detach().mean((2, 3)), ValueError, "no gradient"),

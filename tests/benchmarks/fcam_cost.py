@@ -40,8 +40,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
+from captum_ext._engine.capture import layer_activations
 from captum_ext._identity import hash_of
-from captum_ext._model import layer_activations
 from captum_ext._training import evaluated
 from captum_ext.attr import FCAM
 from captum_ext.fcam import DenseCRFLoss, FCAMDecoder, FCAMModule, dense_crf_loss, local_crf_loss

@@ -63,7 +63,7 @@ from captum.attr import LayerGradCam
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from captum_ext._receptive_field import receptive_field, unit_offset
+from captum_ext._engine.receptive_field import receptive_field, unit_offset
 from captum_ext.attr import FIDO, FIDOMasks
 from captum_ext.attr._concrete_dropout import DROPOUTS
 from captum_ext.attr._masked_scores import SDR, SSR, MaskedScores, Score

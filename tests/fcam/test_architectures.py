@@ -7,7 +7,7 @@ import torch
 import torchvision
 from captum.attr import LayerGradCam
 
-from captum_ext._model import find_module
+from captum_ext._engine.modules import find_module
 from captum_ext.attr import FCAM
 from captum_ext.fcam import FCAMDecoder, SeedSampler, find_taps, fit_fcam
 

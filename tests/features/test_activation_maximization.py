@@ -13,7 +13,7 @@ from kornia.augmentation import RandomAffine
 from torch import Generator, Tensor, nn
 from torchvision.models import resnet18
 
-from captum_ext._receptive_field import receptive_field
+from captum_ext._engine.receptive_field import receptive_field
 from captum_ext.features import ActivationMaximization, PreferredInputs
 from captum_ext.features._parametrizations import Fourier, Pixels
 from captum_ext.imaging import blur

@@ -16,7 +16,7 @@ import torchvision.models as zoo
 from PIL import Image
 from torch import Tensor, nn
 
-from captum_ext._model import layer_activations
+from captum_ext._engine.capture import layer_activations
 from captum_ext.attr import channels_last_to_first, tokens_to_grid
 from captum_ext.datasets import Example
 from captum_ext.features import ActivatingPatches, TopActivations

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from captum_ext._receptive_field import Axis, Field
+from captum_ext._engine.receptive_field import Axis, Field
 from captum_ext.features import maximally_activating_patches as top_patches
 from captum_ext.features._fields import clipped, energy_boxes, field_boxes
 from tests.features.test_patches import PLAIN, net_with_ties, noise

@@ -7,7 +7,6 @@ import torch
 from captum.attr import PerturbationAttribution
 from torch import Tensor
 
-from captum_ext._behind import Behind
 from captum_ext._checks import check_count
 from captum_ext._compat import (
     TargetType,
@@ -16,14 +15,11 @@ from captum_ext._compat import (
     log_usage,
     progress,
 )
-from captum_ext._model import (
-    Forward,
-    Score,
-    Tensors,
-    full_precision,
-    scored,
-    untouched,
-)
+from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.outputs import Score, scored
+from captum_ext._engine.precision import full_precision
+from captum_ext._engine.replay import LayerReplay
+from captum_ext._engine.state import preserve_state
 from captum_ext.attr.layer.template import (
     Layer,
     LayerMap,
@@ -43,7 +39,7 @@ class LayerAblationCam(LayerMap, PerturbationAttribution):
 
     Only the part of the model behind the layer is run for each channel, `perturbations_per_eval`
     at a time; where a model does not allow it, the whole model is, with a warning (see
-    `captum_ext._behind.Behind`, which also says what is kept in memory).
+    `captum_ext._engine.replay.LayerReplay`, which also says what is kept in memory).
 
     Args:
         forward_func: the model.
@@ -125,19 +121,19 @@ class LayerAblationCam(LayerMap, PerturbationAttribution):
                 f"{layer_baselines!r}."
             )
         maps = []
-        with untouched(self.forward_func), torch.no_grad():
+        with preserve_state(self.forward_func), torch.no_grad():
             for layer in self.layers:
-                behind = Behind(
+                behind = LayerReplay(
                     scored(self.forward_func, self.score),
                     layer,
                     examples,
                     target,
                     additional_forward_args,
-                    at_input=attribute_to_layer_input,
-                    device_ids=self.device_ids,
+                    **self._capture_options(attribute_to_layer_input),
                 )
+                behind.capture.check_channels()
                 cams = []
-                grids = self._on_grid([behind.activations], examples, [layer])[0]
+                grids = self._on_grid([behind.activations])[0]
                 for which, a in enumerate(grids):
                     scores = self._ablated_scores(
                         behind, which, layer_baselines, perturbations_per_eval, show_progress
@@ -152,7 +148,7 @@ class LayerAblationCam(LayerMap, PerturbationAttribution):
 
     def _ablated_scores(
         self,
-        behind: Behind,
+        behind: LayerReplay,
         which: int,
         layer_baselines: float | str | Tensor | None,
         perturbations_per_eval: int,

@@ -13,15 +13,9 @@ from captum_ext._compat import (
     _select_targets,
     log_usage,
 )
-from captum_ext._model import (
-    Forward,
-    Tensors,
-    find_module,
-    full_precision,
-    module_name,
-    root_module,
-    untouched,
-)
+from captum_ext._engine.modules import Forward, Tensors, find_module, module_name, root_module
+from captum_ext._engine.precision import full_precision
+from captum_ext._engine.state import preserve_state
 from captum_ext.attr.layer.template import (
     Layer,
     LayerMap,
@@ -99,7 +93,7 @@ class LayerClassActivationMap(LayerMap):
         """The map of each example, raw and signed. Arguments as in `GradientCam.attribute`."""
         examples: Tensors = _format_tensor_into_tuples(inputs)
         additional_forward_args = _format_additional_forward_args(additional_forward_args)
-        with untouched(self.forward_func), torch.no_grad():
+        with preserve_state(self.forward_func), torch.no_grad():
             per_layer, score = self._activations(
                 examples, target, additional_forward_args, attribute_to_layer_input
             )

@@ -12,7 +12,9 @@ from captum_ext._compat import (
     _format_tensor_into_tuples,
     log_usage,
 )
-from captum_ext._model import Forward, Tensors, full_precision, untouched
+from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.precision import full_precision
+from captum_ext._engine.state import preserve_state
 from captum_ext.attr.layer.template import Layer, LayerMap, Maps, ReshapeTransform
 
 
@@ -78,7 +80,7 @@ class LayerEigenCam(LayerMap):
         """
         examples: Tensors = _format_tensor_into_tuples(inputs)
         additional_forward_args = _format_additional_forward_args(additional_forward_args)
-        with untouched(self.forward_func), torch.no_grad():
+        with preserve_state(self.forward_func), torch.no_grad():
             per_layer, _ = self._activations(
                 examples, target, additional_forward_args, attribute_to_layer_input
             )

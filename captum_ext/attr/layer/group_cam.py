@@ -15,14 +15,10 @@ from captum_ext._compat import (
     _format_tensor_into_tuples,
     log_usage,
 )
-from captum_ext._model import (
-    Forward,
-    Score,
-    Tensors,
-    full_precision,
-    scored,
-    untouched,
-)
+from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.outputs import Score, scored
+from captum_ext._engine.precision import full_precision
+from captum_ext._engine.state import preserve_state
 from captum_ext.attr.layer.masking import MaskingCam, check_baselines, check_perturbable, is_flat
 from captum_ext.attr.layer.template import Layer, Maps, ReshapeTransform, spatial_mean
 from captum_ext.imaging import blur
@@ -122,7 +118,7 @@ class LayerGroupCam(MaskingCam):
         additional_forward_args = _format_additional_forward_args(additional_forward_args)
         check_count("perturbations_per_eval", perturbations_per_eval)
         check_baselines(baselines, examples)
-        with untouched(self.forward_func), torch.no_grad():
+        with preserve_state(self.forward_func), torch.no_grad():
             activations, gradients = self._gradients(
                 examples, target, additional_forward_args, attribute_to_layer_input
             )

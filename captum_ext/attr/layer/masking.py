@@ -10,14 +10,13 @@ from torch import Tensor
 from captum_ext._compat import (
     BaselineType,
     TargetType,
-    _expand_additional_forward_args,
-    _expand_target,
     _format_baseline,
-    _run_forward,
     _validate_input,
     progress,
 )
-from captum_ext._model import Score, Tensors, full_precision, scored
+from captum_ext._engine.modules import Tensors
+from captum_ext._engine.outputs import Score, Scorer
+from captum_ext._engine.precision import full_precision
 from captum_ext.attr.layer.template import LayerMap
 from captum_ext.imaging import min_max, resize
 
@@ -54,7 +53,11 @@ class MaskingCam(LayerMap, PerturbationAttribution):
             perturbations_per_eval: masks in one forward pass, for each example.
             show_progress: whether to draw a bar.
         """
-        forward = scored(self.forward_func, self.score)
+        n_examples, device = len(inputs[0]), inputs[0].device
+        scorer = Scorer(
+            self.forward_func, n_examples, target, additional_forward_args, self.score, device
+        )
+        every = torch.arange(n_examples, device=device)
         values = _format_baseline(baselines, inputs)
         starts: Any = range(0, n_masks, perturbations_per_eval)
         if show_progress:
@@ -67,13 +70,7 @@ class MaskingCam(LayerMap, PerturbationAttribution):
                 _blend(x, b, chunk) if _is_maskable(x, chunk) else torch.cat([x] * n)
                 for x, b in zip(inputs, values, strict=True)
             )
-            score = _run_forward(
-                forward,
-                masked,
-                _expand_target(target, n),
-                _expand_additional_forward_args(additional_forward_args, n),
-            )
-            scores.append(score.reshape(n, -1))
+            scores.append(scorer(masked, every.repeat(n)).reshape(n, -1))
         found = torch.cat(scores).T
         if not bool(torch.isfinite(found).all()):
             raise ValueError("The scores of the masked inputs are not finite.")

@@ -3,9 +3,6 @@
 from math import isqrt
 
 from torch import Tensor
-from torch.nn import Linear, Module
-
-from captum_ext._model import Tensors
 
 _MOST_PREFIX_TOKENS = 8  # a class token, a distillation token, registers
 
@@ -66,28 +63,3 @@ def channels_last_to_first(activations: Tensor) -> Tensor:
             f"`activations` must have the shape (B, h, w, C), got {tuple(activations.shape)}."
         )
     return activations.permute(0, 3, 1, 2)
-
-
-def check_not_tokens(
-    activation: Tensor, layer: Module, inputs: Tensors, model: Module | None = None
-) -> None:
-    """Refuse an activation whose channels are not in dimension 1.
-
-    Three dimensions are (B, C, length) where the model is fed signals, and tokens (B, T, C) where
-    it is fed images. Channels are last where the last dimension, and not dimension 1, is as wide as
-    a layer normalisation of the model or a linear map of the layer.
-    """
-    shape = tuple(activation.shape)
-    if len(shape) < 3:
-        return
-    norms = [getattr(m, "normalized_shape", None) for m in (model or layer).modules()]
-    widths = {norm[-1] for norm in norms if norm}
-    widths |= {m.out_features for m in layer.modules() if isinstance(m, Linear)}
-    last_is_width = shape[-1] in widths and shape[1] not in widths
-    is_signal = any(x.dim() == 3 for x in inputs)
-    if last_is_width or (len(shape) == 3 and not is_signal):
-        raise ValueError(
-            f"`layer` {type(layer).__name__} gives tokens or channels last, of shape {shape}; a "
-            f"map needs channels in dimension 1. Pass `reshape_transform=tokens_to_grid` for "
-            f"(B, T, C), `channels_last_to_first` for (B, h, w, C), or your own callable."
-        )

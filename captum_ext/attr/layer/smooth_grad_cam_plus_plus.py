@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from captum_ext._checks import check_count
 from captum_ext._compat import TargetType, _expand_additional_forward_args, _expand_target
-from captum_ext._model import Forward, Tensors, full_precision
+from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.precision import full_precision
 from captum_ext.attr.layer.template import (
     GradientCam,
     Layer,

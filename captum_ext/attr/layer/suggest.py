@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import Module
 
-from captum_ext._model import Forward, root_module
+from captum_ext._engine.modules import Forward, root_module
 from captum_ext.attr.layer.reshape import channels_last_to_first, tokens_to_grid
 
 # Modules that tell a family, the layer to use ("*": the last child), and how to read it as a map.

@@ -25,18 +25,11 @@ from captum_ext._compat import (
     _format_tensor_into_tuples,
     log_usage,
 )
-from captum_ext._model import (
-    Forward,
-    Tensors,
-    check_one_score_each,
-    find_module,
-    full_precision,
-    layer_activations,
-    layer_gradients,
-    root_module,
-    untouched,
-)
-from captum_ext.attr.layer.reshape import check_not_tokens
+from captum_ext._engine.capture import LayerCapture
+from captum_ext._engine.modules import Forward, Tensors, find_module
+from captum_ext._engine.outputs import check_one_score_each
+from captum_ext._engine.precision import full_precision
+from captum_ext._engine.state import preserve_state
 
 Layer = Module | str
 Maps = Tensor | Tensors | list[Tensor | Tensors]
@@ -105,17 +98,11 @@ class LayerMap(LayerAttribution):
         self, inputs: Tensors, target: TargetType, additional_forward_args: Any, at_input: bool
     ) -> tuple[list[Tensors], Tensor]:
         """The layers' activations as maps, and the target's scores (so every target is checked)."""
-        activations, score = layer_activations(
-            self.forward_func,
-            self.layers,
-            inputs,
-            target,
-            additional_forward_args,
-            at_input=at_input,
-            device_ids=self.device_ids,
-        )
+        capture = LayerCapture(self.forward_func, self.layers, **self._capture_options(at_input))
+        activations, score = capture.activations(inputs, target, additional_forward_args)
+        capture.check_channels()
         check_one_score_each(score)
-        return self._on_grid(activations, inputs), score
+        return self._on_grid(activations), score
 
     def _gradients(
         self,
@@ -126,27 +113,24 @@ class LayerMap(LayerAttribution):
         grad_kwargs: dict[str, Any] | None = None,
     ) -> tuple[list[Tensors], list[Tensors]]:
         """The layers' activations and the target's gradients there, as maps."""
-        activations, gradients = layer_gradients(
-            self.forward_func,
-            self.layers,
-            inputs,
-            target,
-            additional_forward_args,
-            at_input=at_input,
-            device_ids=self.device_ids,
-            grad_kwargs=grad_kwargs,
+        capture = LayerCapture(self.forward_func, self.layers, **self._capture_options(at_input))
+        activations, gradients = capture.gradients(
+            inputs, target, additional_forward_args, grad_kwargs
         )
-        return self._on_grid(activations, inputs), self._on_grid(gradients, inputs)
+        capture.check_channels()
+        return self._on_grid(activations), self._on_grid(gradients)
 
-    def _on_grid(
-        self, per_layer: list[Tensors], inputs: Tensors, layers: list[Module] | None = None
-    ) -> list[Tensors]:
-        if self.reshape_transform is not None:
-            return [tuple(self.reshape_transform(t) for t in tensors) for tensors in per_layer]
-        for layer, tensors in zip(layers or self.layers, per_layer, strict=True):
-            for tensor in tensors:
-                check_not_tokens(tensor, layer, inputs, root_module(self.forward_func))
-        return per_layer
+    def _capture_options(self, at_input: bool) -> dict[str, Any]:
+        return {
+            "at_input": at_input,
+            "device_ids": self.device_ids,
+            "traces_channels": self.reshape_transform is None,
+        }
+
+    def _on_grid(self, per_layer: list[Tensors]) -> list[Tensors]:
+        if self.reshape_transform is None:
+            return per_layer
+        return [tuple(self.reshape_transform(t) for t in tensors) for tensors in per_layer]
 
     def _format(self, maps: list[Tensors]) -> Maps:
         """A list where a list of layers came in; a tuple where a layer has several tensors."""
@@ -210,7 +194,7 @@ class GradientCam(LayerMap, GradientAttribution, ABC):
         """
         examples: Tensors = _format_tensor_into_tuples(inputs)
         additional_forward_args = _format_additional_forward_args(additional_forward_args)
-        with untouched(self.forward_func):
+        with preserve_state(self.forward_func):
             activations, gradients = self._gradients(
                 examples, target, additional_forward_args, attribute_to_layer_input, grad_kwargs
             )

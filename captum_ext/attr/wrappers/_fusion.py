@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_ext._model import full_precision
+from captum_ext._engine.precision import full_precision
 from captum_ext.attr.wrappers._windows import Size, Window, lines
 from captum_ext.imaging import resize
 

@@ -28,8 +28,9 @@ from torch.nn import functional as F
 
 from captum_ext._checks import check_choice, is_finite, one_batch_of_images
 from captum_ext._compat import progress
-from captum_ext._model import Forward, Tensors, full_precision
-from captum_ext._receptive_field import receptive_field, unit_offset
+from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.precision import full_precision
+from captum_ext._engine.receptive_field import receptive_field, unit_offset
 from captum_ext.attr._named import Named
 from captum_ext.attr.wrappers._following import Arguments, Place, chain
 from captum_ext.attr.wrappers.upsample import UpsampleWrapper

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from captum_ext._checks import check_choice, check_count, is_finite, warn
 from captum_ext._compat import _format_output, log_usage
 from captum_ext._data.sizes import height_width
-from captum_ext._model import Forward, Tensors, untouched, without_autocast
+from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.precision import without_autocast
+from captum_ext._engine.state import preserve_state
 from captum_ext.attr.wrappers._copies import Average, Fill, Mover, Solved
 from captum_ext.attr.wrappers._following import Arguments, Following
 from captum_ext.attr.wrappers._template import (
@@ -267,7 +269,7 @@ class AugmentedSR(ImageWrapper):
         images = self._check(inputs, kwargs)
         mover = Mover(self._steps(images), self._filling(images), images.shape[1])
         history = None
-        with untouched(self.forward_func):
+        with preserve_state(self.forward_func):
             if self.mode == "tta":
                 result = self._of_the_mean(images, mover, kwargs)
             else:

@@ -1,27 +1,28 @@
 """SESS: saliency enhancing with scaling and sliding (Tursun et al. 2022)."""
 
 import math
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from captum.attr import Attribution
 from torch import Tensor
 from torch.nn import Module
-from torch.nn import functional as F
 
 from captum_ext._checks import check_choice, check_count, check_range, is_finite, warn
-from captum_ext._compat import _format_output, _run_forward, _select_targets, log_usage
+from captum_ext._compat import _format_output, _run_forward, log_usage
 from captum_ext._data.sizes import height_width
-from captum_ext._model import (
+from captum_ext._engine.hooks import hooked
+from captum_ext._engine.modules import Tensors
+from captum_ext._engine.outputs import (
     Score,
-    Tensors,
-    check_one_score_each,
-    full_precision,
-    untouched,
+    check_output,
+    check_score,
+    log_scores,
+    select_scores,
 )
+from captum_ext._engine.precision import full_precision
+from captum_ext._engine.state import preserve_state
 from captum_ext.attr.wrappers._following import Following
 from captum_ext.attr.wrappers._fusion import Fusion, canvas_of
 from captum_ext.attr.wrappers._template import (
@@ -39,11 +40,6 @@ from captum_ext.attr.wrappers._windows import (
 )
 from captum_ext.imaging import blur, lay_over, min_max, percentile
 
-_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda output: torch.log_softmax(output, 1),
-    "sigmoid": F.logsigmoid,
-    "logit": lambda output: output.clamp(min=0).log(),
-}
 _FUSIONS = ("soft", "reference", "coverage", "weighted")
 _POOLS = ("mean", "max")
 
@@ -171,8 +167,7 @@ class SESSWrapper(ImageWrapper):
                 f"`sign`='signed' goes with `fusion`='coverage' or 'weighted' and `pool`='mean', "
                 f"got {fusion!r} and {pool!r}."
             )
-        if not callable(score):
-            check_choice("score", score, _SCORES)
+        check_score(score)
         for name, count in (
             ("n_scales", n_scales),
             ("max_patches", max_patches),
@@ -233,7 +228,7 @@ class SESSWrapper(ImageWrapper):
         windows = self._windows(sizes)
         cutter = Cutter(sizes, self.window, self.antialias)
         following = Following(self._base, images, kwargs, cutter)
-        with untouched(self.forward_func):
+        with preserve_state(self.forward_func):
             fused, coverage = self._fuse(images, windows, sizes, following, return_coverage)
         if self.smooth:
             fused = blur(fused, self.smooth_kernel, self.smooth_sigma)
@@ -314,14 +309,17 @@ class SESSWrapper(ImageWrapper):
         options = (self.window, self.pool, self.fusion, self.theta)
         fusion = Fusion(images, sizes, *options, peak, wants_coverage)
         offset: Offset | None = None
+        heard = [self.forward_func] if isinstance(self.forward_func, Module) else []
         size = self._at_once(images, following.arguments, self.internal_batch_size)
         for examples, places in self._chunks(pairs, size, following.one_place, "attribution"):
             arguments = following.at(examples, places)
             pictures = following.move(images, examples, places, False)
             if scores is None:
-                with _first_output(self.forward_func, pictures) as outputs:
+                first_pass = _FirstOutput(pictures)
+                with hooked(heard, after=first_pass.keep) as acting, acting:
                     maps, is_map = self._maps(pictures.clone(), images, arguments, size)
-                logs = self._log_scores(images, examples, places, following, detector, outputs)
+                output = first_pass.output
+                logs = self._log_scores(images, examples, places, following, detector, output)
             else:
                 maps, is_map = self._maps(pictures, images, arguments, size)
                 logs = scores[examples, [place.number for place in places]]
@@ -343,14 +341,12 @@ class SESSWrapper(ImageWrapper):
         places: list[Window],
         following: Following[Window],
         detector: "_Probabilities",
-        outputs: Sequence[Tensor] = (),
+        output: Tensor | None = None,
     ) -> Tensor:
         """The logarithms of the windows' scores, from the model's output if it is there already."""
         arguments = following.at(examples, places, ("target", "additional_forward_args"))
         with torch.no_grad():
-            if outputs:
-                (output,) = outputs
-            else:
+            if output is None:
                 pictures = following.move(images, examples, places, False)
                 extra = arguments.get("additional_forward_args")
                 try:
@@ -358,29 +354,14 @@ class SESSWrapper(ImageWrapper):
                 except Exception as error:
                     self._check_the_model_takes(pictures, images, arguments, error)
                     raise
-            if not isinstance(output, Tensor) or output.shape[:1] != (len(places),):
-                shown = tuple(output.shape) if isinstance(output, Tensor) else repr(type(output))
-                raise ValueError(
-                    f"`attribution_method` explains a model that gives {shown} for {len(places)} "
-                    f"windows: scores need one entry for each in dimension 0."
-                )
-            output = full_precision(output)
+            check_output(output, len(places))
+            logs = log_scores(output, self.score)
             if self.score == "softmax":
-                if output.dim() < 2 or output.shape[1] < 2:
-                    raise ValueError(
-                        f"`score`='softmax' is of several classes, but the model gives "
-                        f"{tuple(output.shape)}: take 'sigmoid' or 'logit'."
-                    )
-                detector.see(output)
-            if callable(self.score):
-                logs = _SCORES["logit"](full_precision(self.score(output)))
-            else:
-                logs = _SCORES[self.score](output)
-            found: Tensor = _select_targets(logs, arguments.get("target"))
-            check_one_score_each(found)
+                detector.see(full_precision(output))
+            found = select_scores(logs, arguments.get("target"))
         if bool((found.isnan() | (found == math.inf)).any()):
             raise ValueError("`score`: the model's scores of the windows are not finite.")
-        return found.reshape(-1)
+        return found
 
     def _calibrated(self, maps: Tensor, is_map: Tensor, offset: Offset) -> Tensor:
         """The maps (n, 1, h', w') at the window's size, in [0, 1] or, signed, in [-1, 1]."""
@@ -408,29 +389,20 @@ class _Probabilities:
         return bool(self.flags) and bool(torch.stack(self.flags).all())
 
 
-@contextmanager
-def _first_output(forward_func: Any, pictures: Tensor) -> Iterator[list[Tensor]]:
-    """Hold what the model gives when it first runs in this thread, if it runs on `pictures`."""
-    outputs: list[Tensor] = []
-    if not isinstance(forward_func, Module):
-        yield outputs
-        return
-    me, is_first = threading.get_ident(), True
+class _FirstOutput:
+    """Keeps what the model gives when it first runs, if it runs on `pictures`."""
 
-    def hear(module: Module, args: Any, output: Any) -> None:
-        nonlocal is_first
-        if threading.get_ident() != me or not is_first:
+    def __init__(self, pictures: Tensor) -> None:
+        self.pictures, self.is_first = pictures, True
+        self.output: Tensor | None = None
+
+    def keep(self, index: int, args: Any, output: Any) -> None:
+        if not self.is_first:
             return
-        is_first = False
-        same = args and isinstance(args[0], Tensor) and args[0].shape == pictures.shape
-        if same and isinstance(output, Tensor) and torch.equal(args[0], pictures):
-            outputs.append(output.detach().clone())
-
-    handle = forward_func.register_forward_hook(hear)
-    try:
-        yield outputs
-    finally:
-        handle.remove()
+        self.is_first = False
+        same = args and isinstance(args[0], Tensor) and args[0].shape == self.pictures.shape
+        if same and isinstance(output, Tensor) and torch.equal(args[0], self.pictures):
+            self.output = output.detach().clone()
 
 
 def _check_scales(scales: Any, window: Size) -> list[int] | str | None:

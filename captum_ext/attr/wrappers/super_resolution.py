@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_ext._model import without_autocast
+from captum_ext._engine.precision import without_autocast
 
 Downsample = str | Callable[[Tensor], Tensor]
 Size = tuple[int, int]

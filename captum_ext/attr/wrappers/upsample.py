@@ -8,7 +8,7 @@ from captum.attr import Attribution, LayerAttribution
 from torch import Tensor
 
 from captum_ext._compat import _format_output, _format_tensor_into_tuples, _is_tuple, log_usage
-from captum_ext._model import Tensors
+from captum_ext._engine.modules import Tensors
 from captum_ext.imaging import min_max, resize
 
 _FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -291,9 +291,13 @@ def test_a_target_is_asked_for(name: str) -> None:
     with pytest.raises(AssertionError, match="Target not provided"):
         EVERY[name](net, "relu2").attribute(x)
     one = nn.Sequential(net, nn.Linear(4, 1)).eval()
-    options = {"head": net.fc} if name == "CAM" else {}
-    if name != "CAM":
-        assert EVERY[name](one, net.relu2, **options).attribute(x).shape == (3, 1, 9, 9)
+    if name in ("Score-CAM increase", "Group-CAM"):
+        with pytest.raises(ValueError, match="'softmax' needs two classes or more"):
+            EVERY[name](one, net.relu2).attribute(x)
+        sigmoid = EVERY[name](one, net.relu2, score="sigmoid")
+        assert sigmoid.attribute(x).shape == (3, 1, 9, 9)
+    elif name != "CAM":
+        assert EVERY[name](one, net.relu2).attribute(x).shape == (3, 1, 9, 9)
 
 
 @pytest.mark.parametrize("name", MASKING)

@@ -11,7 +11,7 @@ from torchvision import models
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
-from captum_ext._model import layer_activations
+from captum_ext._engine.capture import layer_activations
 from captum_ext.attr import (
     LayerAblationCam,
     LayerClassActivationMap,

@@ -9,7 +9,6 @@ turns units of receptive field r, jump j and first centre c into
 model is run once, and every function that it calls on the way to the layer is followed.
 """
 
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -23,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from captum_ext._compat import _run_forward
-from captum_ext._model import Forward, module_name, untouched
+from captum_ext._engine.hooks import hooked
+from captum_ext._engine.modules import Forward, module_name
+from captum_ext._engine.state import preserve_state
 
 
 class Axis(NamedTuple):
@@ -76,7 +77,7 @@ def receptive_field(
     Raises:
         ValueError: the layer's output cannot be followed back to the image.
     """
-    with untouched(forward_func):
+    with preserve_state(forward_func):
         return trace_field(
             forward_func,
             layer,
@@ -96,28 +97,27 @@ def trace_field(
     exact: bool = False,
     reshape_transform: Callable[[Tensor], Tensor] | None = None,
 ) -> Field:
-    """`receptive_field` for callers that are inside `untouched`."""
+    """`receptive_field` for callers that are inside `preserve_state`."""
     tracer = _Tracer(image)
     found: list[tuple[_Spot | None, str | None]] = []
-    me = threading.get_ident()
 
-    def keep(module: Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == me:
-            for x in tree_leaves(output):
-                if isinstance(x, Tensor):
-                    y = x if reshape_transform is None else reshape_transform(x)
-                    stray = tracer.strays.get(id(y), (y, tracer.was_read))[1]
-                    found.append((tracer.spots.get(id(y)), stray))
+    def keep(index: int, args: Any, output: Any) -> None:
+        for x in tree_leaves(output):
+            if isinstance(x, Tensor):
+                y = x if reshape_transform is None else reshape_transform(x)
+                stray = tracer.strays.get(id(y), (y, tracer.was_read))[1]
+                found.append((tracer.spots.get(id(y)), stray))
 
     with ExitStack() as stack:
-        stack.callback(layer.register_forward_hook(keep).remove)
+        acting = stack.enter_context(hooked([layer], after=keep))
         stack.enter_context(torch.no_grad())
         stack.enter_context(tracer)
         if exact:
             unfused = torch.jit.optimized_execution  # type: ignore[attr-defined]
             stack.enter_context(unfused(False))  # what is fused is not seen
             stack.enter_context(_FromPython())  # type: ignore[no-untyped-call]
-        _run_forward(forward_func, tracer.image, None, additional_forward_args)
+        with acting:
+            _run_forward(forward_func, tracer.image, None, additional_forward_args)
     spot, stray = found[0] if found else (None, None)
     if spot is None:
         raise ValueError(

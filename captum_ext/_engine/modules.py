@@ -1,0 +1,80 @@
+"""Find a model and its layers."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import DataParallel, Module
+
+from captum_ext._checks import closest
+
+Tensors = tuple[Tensor, ...]
+Forward = Callable[..., Any]
+
+
+def owner_module(forward_func: object) -> Module | None:
+    """The module that `forward_func` is, or is a method, a part or a decoration of."""
+    while forward_func is not None and not isinstance(forward_func, Module):
+        owner = getattr(forward_func, "__self__", None)
+        if isinstance(owner, Module):
+            return owner
+        inner = forward_func.func if isinstance(forward_func, partial) else None
+        forward_func = inner or getattr(forward_func, "__wrapped__", None)
+    return forward_func
+
+
+def root_module(forward_func: Forward) -> Module | None:
+    """The module behind `forward_func`, without DataParallel; None for a plain function."""
+    owner = owner_module(forward_func)
+    if isinstance(owner, DataParallel):
+        inner: Module = owner.module
+        return inner
+    return owner
+
+
+def find_module(forward_func: Forward, module: Module | str, argument: str = "layer") -> Module:
+    """The module called `module`, or `module` itself.
+
+    Raises:
+        ValueError: an unknown name (the three closest are named), or a name for a plain function.
+        TypeError: neither a module nor a name.
+    """
+    root = root_module(forward_func)
+    if hasattr(root, "_orig_mod"):
+        raise ValueError(
+            "`forward_func` is a compiled module, and compiled graphs ignore hooks: pass the eager "
+            "module (`model._orig_mod`)."
+        )
+    if isinstance(module, Module):
+        return module
+    if not isinstance(module, str):
+        raise TypeError(
+            f"`{argument}` must be a torch.nn.Module or its dotted name, got {type(module)}."
+        )
+    if root is None:
+        raise ValueError(
+            f"`{argument}` is the name {module!r}, but `forward_func` is not a module that could "
+            f"be searched for it: pass the module itself."
+        )
+    names = dict(root.named_modules())
+    if module not in names or not module:
+        known = [name for name in names if name]
+        raise ValueError(
+            f"`{argument}` {module!r} is not in the model. Closest: {closest(module, known)}."
+        )
+    return names[module]
+
+
+def module_name(forward_func: Forward, module: Module) -> str:
+    """The dotted name of `module`, or its class where the model is not at hand."""
+    root = root_module(forward_func)
+    names = {} if root is None else {id(m): name for name, m in root.named_modules()}
+    return f"`{names.get(id(module)) or type(module).__name__}`"
+
+
+def parameter_dtype(module: Module) -> torch.dtype:
+    """The dtype of the module's first parameter of floats; float32 without one."""
+    dtypes = (weight.dtype for weight in module.parameters() if weight.is_floating_point())
+    return next(dtypes, torch.float32)
