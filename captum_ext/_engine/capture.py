@@ -112,8 +112,14 @@ class LayerCapture:
                 score = self.first_run(start_graph, copies(inputs), target, additional_forward_args)
             if score.requires_grad:
                 break
-        activations = self.gathered()
         check_one_score_each(score)
+        devices = self.devices()
+        if keeps_graph and all(len(on) == 1 for on in devices):
+            # The leaves themselves: a copy would not lie on the gradients' way.
+            pairs = zip(self.by_device, devices, strict=True)
+            activations = [held[device] for held, (device,) in pairs]
+        else:
+            activations = self.gathered()
         self._differentiate(score, grad_kwargs)
         if not keeps_graph:
             activations = [tuple(t.detach() for t in tensors) for tensors in activations]
@@ -200,12 +206,9 @@ class LayerCapture:
         return [_sort_key_list(list(held), self.device_ids) for held in self.by_device]
 
     def gathered(self) -> list[Tensors]:
-        """The tensors of each layer: those held, or of several devices their concatenation."""
-        gathered = []
-        for held, devices in zip(self.by_device, self.devices(), strict=True):
-            pieces = [held[device] for device in devices]
-            gathered.append(pieces[0] if len(pieces) == 1 else _reduce_list(pieces))
-        return gathered
+        """The tensors of each layer, those of several devices joined."""
+        pairs = zip(self.by_device, self.devices(), strict=True)
+        return [_reduce_list([held[device] for device in devices]) for held, devices in pairs]
 
 
 def layer_activations(

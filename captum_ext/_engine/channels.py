@@ -45,9 +45,10 @@ class ChannelTracer(TorchFunctionMode):
 
     def begin_at(self, inputs: Tensors) -> None:
         """Take the model's inputs, images and volumes, to have channels in dimension 1."""
-        for x in inputs:
-            if x.dim() > 3:
-                self._dims[id(x)] = (weakref.ref(x), frozenset({1}))
+        with torch._C.DisableTorchFunction():  # other modes would see the look at a shape
+            for x in inputs:
+                if x.dim() > 3:
+                    self._dims[id(x)] = (weakref.ref(x), frozenset({1}))
 
     def dims_of(self, tensor: Any) -> Dims | None:
         """The dimensions that hold the channels of a tensor; None where they are not known."""
@@ -58,16 +59,17 @@ class ChannelTracer(TorchFunctionMode):
         kwargs = kwargs or {}
         name = function_name(func)
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        shapes = [x.shape for x in leaves]  # a function may change them in place
-        known = [(self.dims_of(x), shape) for x, shape in zip(leaves, shapes, strict=True)]
+        with torch._C.DisableTorchFunction():
+            known = [(self.dims_of(x), x.shape) for x in leaves]
         result = func(*args, **kwargs)
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                dims = _dims_after(name, args, kwargs, known, x.shape)
-                if dims is None:
-                    self._dims.pop(id(x), None)
-                else:
-                    self._dims[id(x)] = (weakref.ref(x), dims)
+        with torch._C.DisableTorchFunction():
+            for x in tree_leaves(result):
+                if isinstance(x, Tensor):
+                    dims = _dims_after(name, args, kwargs, known, x.shape)
+                    if dims is None:
+                        self._dims.pop(id(x), None)
+                    else:
+                        self._dims[id(x)] = (weakref.ref(x), dims)
         return result
 
 
@@ -148,14 +150,13 @@ def _dims_after(
         return None if before is None else frozenset(order.index(dim) for dim in before)
     if name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"):
         return None if before is None else _reshaped(before, old, shape)
+    kept: Sequence[int | None] | None = None
     if name == "getitem":
-        kept = _kept_by_index(args[1], len(old))
+        kept = _kept_by_index(args[1], len(old)) or ()
     elif name in ("select", "unbind", *_REDUCTIONS) and n < len(old):
         gone = given(args, kwargs, 1, "dim", 0)
         gone = {dim % len(old) for dim in (gone if isinstance(gone, tuple | list) else (gone,))}
         kept = [dim for dim in range(len(old)) if dim not in gone]
-    else:
-        kept = None
     if kept is not None:
         found = {new for new, dim in enumerate(kept) if dim in (before or ())}
         return frozenset(found) or None

@@ -283,8 +283,8 @@ def test_what_cannot_be_scored_or_laid_out() -> None:
 
     with pytest.raises(ValueError, match="gave <class 'NoneType'> instead of a map"):
         sess(Gives(logits, lambda x: None)).attribute(x, target=0)
-    for model in (lambda x: (logits(x), x), lambda x: logits(x).sum()):
-        with pytest.raises(ValueError, match="scores need one entry for each"):
+    for model, error in ((lambda x: (logits(x), x), TypeError), (lambda x: x.sum(), ValueError)):
+        with pytest.raises(error, match=r"`forward_func` must give (a tensor|scores for each)"):
             sess(Gives(model, lambda x: x), pre_filter_ratio=0.5).attribute(x, target=0)
     net = pooled_net(torch.float32)
     with pytest.raises(ValueError, match=r"`downsample` asks for 20 x 28 cells, but the maps have"):

@@ -907,7 +907,7 @@ def test_what_the_model_gives() -> None:
     for r in (0.0, 0.5):
         with pytest.raises(ValueError, match=r"`score`: the model's scores .* not finite"):
             sess(lambda x: x[:, :2, 0, 0] * math.nan, pre_filter_ratio=r).attribute(x, target=0)
-        with pytest.raises(ValueError, match="`score`='softmax' is of several classes"):
+        with pytest.raises(ValueError, match="`score` 'softmax' needs two classes or more"):
             sess(lambda x: x[:, :1, 0, 0], pre_filter_ratio=r).attribute(x, target=0)
         with pytest.warns(UserWarning, match="a probability already"):
             sess(lambda x: x[:, :2, 0, 0].softmax(1), pre_filter_ratio=r).attribute(x, target=0)

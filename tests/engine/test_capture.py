@@ -137,6 +137,21 @@ def test_create_graph_makes_the_result_differentiable() -> None:
     assert torch.autograd.gradcheck(gradient_times_activation, (x,))
 
 
+def test_create_graph_gives_the_hessian_at_the_activations() -> None:
+    """Of y = tanh(w . a): the gradient w (1 - y^2), and its derivative -2 w w^T y (1 - y^2)."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Tanh()).double()
+    x = torch.randn(1, 3, dtype=torch.float64)
+    for options in ({}, {"at_input": True}):
+        layer = net[1] if options else net[0]
+        (a,), (g,) = layer_gradients(
+            net, [layer], (x,), 1, grad_kwargs={"create_graph": True}, **options
+        )
+        rows = [torch.autograd.grad(g[0][0, i], a[0], retain_graph=True)[0][0] for i in range(4)]
+        w, y = net[1].weight[1], net(x)[0, 1]
+        torch.testing.assert_close(g[0][0], w * (1 - y**2))
+        torch.testing.assert_close(torch.stack(rows), -2 * torch.outer(w, w) * y * (1 - y**2))
+
+
 @pytest.mark.parametrize(
     ("give", "take"),
     [

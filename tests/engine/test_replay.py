@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models import (
@@ -158,6 +159,14 @@ def write_into_input_and_result(model: Any, x: Tensor) -> Tensor:
     return model.fc(y.mean((2, 3))) + z.mean()
 
 
+def write_the_same_unless_edited(model: Any, x: Tensor) -> Tensor:
+    """A second pass without an edit gives the same; with one, what was written stays."""
+    z = model.conv1(x)
+    y = model.conv2(z)
+    z.clamp_(max=float(y.amax()))
+    return model.fc(y.mean((2, 3))) + z.mean()
+
+
 def write_through_data(model: Any, x: Tensor) -> Tensor:
     z = model.conv1(x)
     y = model.conv2(z)
@@ -199,6 +208,7 @@ class Toy(nn.Module):
     [
         write_into_the_input,
         write_into_input_and_result,
+        write_the_same_unless_edited,
         write_through_data,
         write_through_numpy,
         grow_a_list,
@@ -258,6 +268,29 @@ def test_tensors_of_vmap_get_to_nobody(where: str, root: str) -> None:
     kept += model.seen if where == "list" else []
     assert all(torch.isfinite(t.sum()) for t in kept)
     assert len(messages) == 1
+
+
+def test_what_nobody_keeps_does_not_matter() -> None:
+    """A hook that only looks; and weights that old-style modules make anew in every pass."""
+    torch.manual_seed(0)
+    model, x = (
+        Toy(lambda m, x: m.fc(m.conv2(m.conv1(x)).mean((2, 3)))).eval(),
+        torch.randn(1, 3, 8, 8),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.spectral_norm(model.fc)
+    nn.utils.prune.l1_unstructured(model.conv1, "weight", 10)
+    nn.utils.prune.l1_unstructured(model.fc, "bias", 1)
+    shapes = []
+    model.fc.register_forward_hook(lambda m, args, y: shapes.append(tuple(y.shape)))
+    with leaving_the_fast_way() as messages:
+        behind = LayerReplay(model, model.conv2, (x,), 1)
+        found = behind(drop_channel, torch.arange(4))
+    expected = torch.stack([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
+    torch.testing.assert_close(found, expected)
+    assert messages == []
+    assert shapes
 
 
 @torch.jit.script

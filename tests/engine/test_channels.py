@@ -1,0 +1,201 @@
+"""Where the channels are follows from the operations, and not from widths."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import (
+    convnext_tiny,
+    densenet121,
+    mobilenet_v3_small,
+    shufflenet_v2_x0_5,
+    swin_t,
+)
+from torchvision.models.vision_transformer import VisionTransformer
+
+from captum_ext._engine.capture import LayerCapture
+from captum_ext._engine.channels import ChannelTracer
+from captum_ext.attr import LayerAblationCam, LayerHiResCam
+from tests.methods import EVERY, SmallNet, small_net
+
+
+def traced(function: Any, x: Tensor) -> set[int] | None:
+    """Where the channels are after `function`, of x (B, C, H, W)."""
+    tracer = ChannelTracer()
+    tracer.begin_at((x,))
+    with torch.no_grad(), tracer:
+        result = function(x)
+    dims = tracer.dims_of(result)
+    return None if dims is None else set(dims)
+
+
+linear = nn.Linear(6, 6)
+over_rows = nn.Linear(4, 4)
+OPERATIONS: dict[str, tuple[Any, set[int] | None]] = {
+    "element by element": (lambda x: (x.relu_() + 1) * torch.rand(6, 1, 1), {1}),
+    "convolution": (nn.Conv2d(6, 3, 3), {1}),
+    "pooling": (lambda x: nn.functional.adaptive_avg_pool2d(x, 1), {1}),
+    "permute": (lambda x: x.permute(0, 2, 3, 1), {3}),
+    "permute, dimensions by keyword": (lambda x: x.permute(dims=(0, -2, -1, 1)), {3}),
+    "transpose": (lambda x: x.transpose(1, 3), {3}),
+    "movedim": (lambda x: x.movedim(1, -1), {3}),
+    "mT": (lambda x: x.transpose(1, 3).mT, {2}),
+    "flatten": (lambda x: x.flatten(2), {1}),
+    "flatten with the channels": (lambda x: x.flatten(1), None),
+    "tokens": (lambda x: x.flatten(2).transpose(1, 2), {2}),
+    "split": (lambda x: x.reshape(2, 3, 2, 4, 4), {1, 2}),
+    "channel shuffle": (lambda x: x.view(2, 3, 2, 4, 4).transpose(1, 2).reshape(2, 6, 4, 4), {1}),
+    "windows": (lambda x: x.permute(0, 2, 3, 1).reshape(2, 2, 2, 2, 2, 6), {5}),
+    "index": (lambda x: x[:, None, ..., 0], {2}),
+    "unbind": (lambda x: x.reshape(2, 3, 2, 4, 4).unbind(1)[0], {1}),
+    "a sum over one part": (lambda x: x.reshape(2, 3, 2, 4, 4).sum(dim=1), {1}),
+    "an index of another kind": (lambda x: x[torch.tensor([0, 1])], None),
+    "linear over the channels": (lambda x: linear(x.permute(0, 2, 3, 1)), {3}),
+    "linear over positions": (lambda x: over_rows(x), {1}),
+    "layer normalisation": (lambda x: nn.functional.layer_norm(x.movedim(1, 3), (6,)), {3}),
+    "over all dimensions": (lambda x: nn.functional.layer_norm(x, (6, 4, 4)), {1}),
+    "attention": (
+        lambda x: nn.functional.scaled_dot_product_attention(*[x.flatten(2).mT] * 3),
+        {2},
+    ),
+    "einsum": (lambda x: torch.einsum("bchw->bhwc", x), None),
+    "two that disagree": (lambda x: x[:, :4] + x[:, :4].permute(0, 2, 3, 1), None),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name: str) -> None:
+    function, expected = OPERATIONS[name]
+    assert traced(function, torch.rand(2, 6, 4, 4)) == expected
+
+
+MODELS = (convnext_tiny, densenet121, mobilenet_v3_small, shufflenet_v2_x0_5, swin_t)
+
+
+@pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+def test_channels_are_what_does_not_grow_with_the_image(build: Any) -> None:
+    """An independent answer: of two image sizes, only height and width of a layer differ."""
+    model, shapes, runs = build().eval(), [], Counter[str]()
+    images = [torch.randn(1, 3, 64, 64), torch.randn(1, 3, 96, 128)]
+    for x in images:
+        shapes.append({})
+
+        def see(name: str, output: Any, found: dict[str, Any] = shapes[-1]) -> None:
+            runs.update([name])
+            found[name] = output.shape if isinstance(output, Tensor) else ()
+
+        handles = [
+            module.register_forward_hook(lambda m, a, y, name=name, see=see: see(name, y))
+            for name, module in model.named_modules()
+        ]
+        with torch.no_grad():
+            model(x)
+        for handle in handles:
+            handle.remove()
+    n_seen = 0
+    for name in list(shapes[0])[::7]:
+        small, large = shapes[0][name], shapes[1][name]
+        fixed = {i for i, n in enumerate(small) if i > 0 and n == large[i]}
+        if runs[name] != 2 or len(small) < 3 or len(fixed) != 1:
+            continue
+        capture = LayerCapture(model, [model.get_submodule(name)], traces_channels=True)
+        capture.activations((images[0],))
+        assert capture.channel_dims == [[fixed]], name
+        n_seen += 1
+    assert n_seen > 5
+
+
+def test_widths_that_mislead() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.LayerNorm([2, 3, 3]), nn.Flatten(), nn.Linear(18, 2))
+    x = torch.rand(1, 1, 3, 3)
+    for layer in ("0", "1"):
+        assert LayerHiResCam(net, layer).attribute(x, target=1).shape == (1, 1, 3, 3)
+
+    class Square(nn.Module):
+        """Channels last, as many as rows and columns: no width can tell."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.LayerNorm(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x).permute(0, 2, 3, 1)).mean((1, 2))
+
+    square = Square()
+    with pytest.raises(ValueError, match=r"channels last, of shape .*channels_last_to_first"):
+        LayerHiResCam(square, "norm").attribute(torch.rand(1, 3, 4, 4), target=1)
+
+
+def test_layers_whose_channels_only_the_way_to_them_tells() -> None:
+    torch.manual_seed(0)
+    vit = VisionTransformer(16, 4, 2, 2, 8, 16, num_classes=3).eval()
+    nn.init.normal_(vit.heads.head.weight)
+    x = torch.rand(2, 3, 16, 16)
+    for layer in (vit.encoder.dropout, vit.encoder.layers[1].mlp[1], vit.encoder.layers[0]):
+        with pytest.raises(ValueError, match="tokens or channels last"):
+            LayerHiResCam(vit, layer).attribute(x, target=1)
+    net = small_net()
+    for layer in ("relu1", "relu2"):
+        assert LayerHiResCam(net, layer).attribute(x, target=1).shape == (2, 1, 16, 16)
+    found = LayerHiResCam(net, "relu2").attribute(x, target=1, attribute_to_layer_input=True)
+    assert found.shape == (2, 1, 16, 16)
+
+
+class Script(nn.Module):
+    """A scripted part hides the operations that made its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+        self.identity, self.fc = nn.Identity(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.identity(self.part(x).transpose(2, 3).relu()).mean((2, 3)))
+
+
+def test_where_the_channels_are_lost_an_error_says_what_to_pass() -> None:
+    net, x = Script().eval(), torch.rand(1, 3, 6, 6)
+    with pytest.raises(ValueError, match=r"not known .* `reshape_transform=torch.nn.Identity\(\)`"):
+        LayerHiResCam(net, "identity").attribute(x, target=1)
+    method = LayerHiResCam(net, "identity", reshape_transform=nn.Identity())
+    assert method.attribute(x, target=1).shape == (1, 1, 4, 4)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_method_asks(name: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), Permuted(), nn.Linear(4, 4), Mean())
+    options = {"head": net[2]} if name == "CAM" else {}
+    with pytest.raises(ValueError, match="tokens or channels last"):
+        EVERY[name](net, net[2], **options).attribute(torch.rand(2, 3, 4, 4), target=[1, 2])
+
+
+class Permuted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((1, 2))
+
+
+def test_no_mode_stays_behind(trace_free: Any) -> None:
+    net, x = small_net(), torch.rand(1, 3, 8, 8)
+    for broken in (net.relu2, net.conv2, net.fc):
+        forward = broken.forward
+        broken.forward = lambda *args: 1 / 0  # type: ignore[assignment]
+        for layer in (net.relu2, net.conv2):
+            with trace_free(net, x), pytest.raises(ZeroDivisionError):
+                LayerHiResCam(net, layer).attribute(x, target=1)
+            with trace_free(net, x), pytest.raises(ZeroDivisionError):
+                LayerAblationCam(net, layer).attribute(x, target=1)
+        broken.forward = forward  # type: ignore[method-assign]
+
+
+def test_dimensions_of_signals_and_volumes() -> None:
+    for dims in (1, 3):
+        net, x = SmallNet(dims).eval(), torch.rand(1, 3, *[6] * dims)
+        for layer in (net.conv2, net.relu2):
+            assert LayerHiResCam(net, layer).attribute(x, target=1).shape == (1, 1, *[6] * dims)
