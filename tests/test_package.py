@@ -1,7 +1,10 @@
 """What importing the package costs and shows."""
 
+import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +34,45 @@ def test_public_names_exist_once_and_have_docstrings() -> None:
     names = captum_ext.attr.__all__
     assert len(names) == len(set(names))
     assert all(getattr(captum_ext.attr, name).__doc__ for name in names)
+
+
+def imports_of(file: Path) -> set[str]:
+    """The parts of the package that a file imports when it runs, at its top or inside functions."""
+    tree = ast.parse(file.read_text())
+    guarded = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in guarded:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name.split(".")[1] for name in names if name.startswith("captum_ext.")}
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    """Of the parts of the package none imports what imports it, but that `attr` exports FCAM."""
+    root = Path(captum_ext.__file__).parent
+    graph: dict[str, set[str]] = {}
+    for file in root.rglob("*.py"):
+        part = file.relative_to(root).with_suffix("").parts[0]
+        graph.setdefault(part, set()).update(imports_of(file) - {part})
+    assert "fcam" in imports_of(root / "attr" / "__init__.py")
+    assert not any("fcam" in imports_of(file) for file in (root / "attr").glob("*/*.py"))
+    graph["attr"].remove("fcam")
+    assert not graph["attr"] & {"metrics", "evaluation", "cli", "datasets", "demo", "features"}
+    assert not graph["_engine"] & {"_data", "_identity", "attr"}
+    order = list(TopologicalSorter(graph).static_order())  # a CycleError names a cycle
+    assert order.index("attr") < order.index("fcam") < order.index("evaluation")
+
+
+def test_fcam_is_exported_lazily() -> None:
+    code = (
+        "import sys, captum_ext.attr as attr; assert 'captum_ext.fcam' not in sys.modules;"
+        "from captum_ext.attr import FCAM; from captum_ext.fcam import FCAM as same;"
+        "assert FCAM is same is attr.FCAM; assert not hasattr(attr, 'FCAN')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
