@@ -48,7 +48,7 @@ def fingerprint(forward_func: Forward) -> dict[str, str]:
         ValueError: a plain function, whose parameters are not known.
     """
     digests = {}
-    for name, value in _known_root(forward_func).state_dict().items():
+    for name, value in known_root(forward_func).state_dict().items():
         if isinstance(value, Tensor):
             flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
             head = f"{value.dtype}{tuple(value.shape)}".encode()
@@ -61,7 +61,12 @@ def model_digest(forward_func: Forward) -> str:
     return digest(sorted(fingerprint(forward_func).items()))
 
 
-def _known_root(forward_func: Forward) -> Module:
+def known_root(forward_func: Forward) -> Module:
+    """The module behind `forward_func`.
+
+    Raises:
+        ValueError: a plain function.
+    """
     root = root_module(forward_func)
     if root is None:
         raise ValueError(f"`forward_func` must be a torch.nn.Module, got {forward_func!r}.")
@@ -205,7 +210,7 @@ class SavedDecoder:
         Raises:
             ValueError: the classifier is a plain function.
         """
-        root = _known_root(classifier)
+        root = known_root(classifier)
         content = {"decoder": decoder.state_dict(), **options}
         content |= {"classifier": fingerprint(root), "dtypes": _dtypes(root)}
         with whole_file(path) as unfinished:
@@ -239,7 +244,7 @@ class SavedDecoder:
         needed = {"decoder", "classifier", *self.options}
         if not isinstance(saved, dict) or not needed <= saved.keys():
             raise ValueError(f"`path` {path} has no decoder of {self.name} in it.")
-        root = _known_root(classifier)
+        root = known_root(classifier)
         _check_classifier(saved, root, path)
         decoder = make(saved)
         try:

@@ -12,10 +12,10 @@ from torch.nn import Module
 from captum_ext._checks import one_batch_of_images
 from captum_ext._compat import TargetType, log_usage
 from captum_ext._engine.capture import layer_activations
-from captum_ext._engine.modules import Forward, Tensors, find_module, root_module
+from captum_ext._engine.modules import Forward, Tensors, find_module
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
-from captum_ext._identity import SavedDecoder
+from captum_ext._identity import SavedDecoder, known_root
 from captum_ext.attr._named import Named
 from captum_ext.fcam.decoder import FCAMDecoder
 
@@ -122,19 +122,21 @@ class FCAM(Named, Attribution):
     def save(self, path: str | Path) -> None:
         """Write the decoder to a file, with the classifier's fingerprint, not the classifier.
 
+        The folder is made where there is none.
+
         Raises:
             ValueError: the classifier is a plain function, see `fingerprint`.
         """
-        decoder, root = self.decoder, root_module(self.forward_func)
-        names = {} if root is None else {module: name for name, module in root.named_modules()}
+        decoder, root = self.decoder, known_root(self.forward_func)
+        names = {module: name for name, module in root.named_modules()}
         _FILE.save(
             path,
             decoder,
-            self.forward_func,
+            root,
             channels=decoder.channels,
             widths=decoder.widths,
             center=decoder.has_center,
-            layers=[names.get(layer) for layer in self.layers],
+            layers=[names[layer] for layer in self.layers],
         )
 
     @classmethod

@@ -84,7 +84,8 @@ def maximally_activating_patches(
         receptive_field: "analytic", "effective", or "image" for the whole image.
         energy: of an effective receptive field, in [0, 1].
         reshape_transform: turns what the layer puts out into (B, C, h, w), for token layers; see
-            `captum_ext.attr.tokens_to_grid`.
+            `captum_ext.attr.tokens_to_grid`. A `checkpoint` knows one of your own by its name and
+            an attribute `version`: ``my_transform.version = "1"`` below its definition.
         batch_size: pictures in a forward pass.
         num_workers: processes that read pictures.
         shard: (i, k) looks at the pictures i, i + k, i + 2 k, ... alone, for k processes: `merge`

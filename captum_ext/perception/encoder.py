@@ -35,7 +35,8 @@ class LayerEncoder:
             of one channel where it takes grey ones. ImageNet's. (The authors' classifier takes
             pictures in [0, 1] as they are: `((0, 0, 0), (1, 1, 1))`.)
         reshape_transform: of the layer's output to (N, C, h, w), as the layer methods take it;
-            `tokens_to_grid` for a vision transformer.
+            `tokens_to_grid` for a vision transformer. A decoder knows one of your own by its name
+            and an attribute `version`: ``my_transform.version = "1"`` below its definition.
 
     Raises:
         ValueError: a plain function, a layer that is unknown, `normalize` out of range.

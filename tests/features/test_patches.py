@@ -287,6 +287,8 @@ def test_transforms_are_told_apart(tmp_path: Path) -> None:
     wide = partial(tokens_to_grid, grid=(1, 9))
     with pytest.raises(ValueError, match="another run: reshape_transform was"):
         top_patches(net, layer, data, reshape_transform=wide, **options)
+    with pytest.raises(ValueError, match=r"^`reshape_transform` is .*`function\.version = "):
+        top_patches(net, layer, data, reshape_transform=lambda x: tokens_to_grid(x), **options)
 
 
 @pytest.mark.parametrize(("count", "per_image"), [(2, 1), (3, 2)])

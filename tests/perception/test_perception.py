@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -344,6 +345,33 @@ def test_files_that_are_refused(tmp_path):
         PerceptionDecoder.load(file, encoder)
     with pytest.raises(FileNotFoundError):
         PerceptionDecoder.load(tmp_path / "none.pt", encoder)
+
+
+def test_files_of_before_are_those_of_now(tmp_path):
+    """Names and texts that a file is known by, since files stay."""
+    encoder = LayerEncoder(small(), "4", normalize=((0.5,), (0.25,)))
+    decoder = PerceptionDecoder(8, stride=4, widths=(4, 4), convolutions=(1, 1), colors=1)
+    decoder.save(tmp_path / "new" / "a.pt", encoder)
+    saved = torch.load(tmp_path / "new" / "a.pt", weights_only=True)
+    assert list(saved) == [
+        *("decoder", "channels", "stride", "widths", "convolutions", "colors", "encoder"),
+        *("classifier", "dtypes"),
+    ]
+    assert saved["encoder"] | {"architecture": ""} == {
+        "architecture": "",
+        "layer": "4",
+        "normalize": [[0.5], [0.25]],
+        "reshape_transform": "NoneType",
+    }
+    grid = partial(tokens_to_grid, grid=(2, 3))
+    about = LayerEncoder(small(), "4", reshape_transform=grid).about()
+    assert about["reshape_transform"] == "tokens_to_grid, (), [('grid', (2, 3))]"
+
+
+def test_a_transform_that_a_decoder_could_not_know_again_is_refused():
+    encoder = LayerEncoder(small(), "4", reshape_transform=lambda x: x)
+    with pytest.raises(ValueError, match=r"^`reshape_transform` is .*`function\.version = "):
+        PerceptionDecoder.reading(encoder, torch.rand(1, 3, 16, 16))
 
 
 # --- losses --------------------------------------------------------------------------------------
