@@ -60,7 +60,7 @@ def resize(
     if n == 2 and not (linear and antialias):
         from kornia.geometry.transform import resize as resize_images
 
-        resized = resize_images(x, tuple(size), mode, align_corners=align)
+        resized = resize_images(x, (size[0], size[1]), mode, align_corners=align)
     else:
         # Kornia blurs images before it shrinks them, which differs by up to 0.045 from Pillow.
         smooth = linear and antialias

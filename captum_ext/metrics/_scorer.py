@@ -1,24 +1,15 @@
-"""Does the model heed what an attribution marks? What insertion, deletion, drop and ROAD share.
+"""Scores of perturbed images: what insertion, deletion, drop and ROAD share.
 
-Pixels are shown or hidden in the order of a map, and the model is asked again: in `curves` for each
-share of the pixels, in `confidence` once, in `road` with what is hidden interpolated. Attributions
-are (B, C, H, W) or (B, H, W), of the images' height and width; channels that are all equal count as
-one map, others are summed. Insertion, deletion and ROAD see nothing of a map but the order of its
-pixels. **Pixels of equal value** come in a random order, the same for all images of a size and for
-every call, unless a `generator` draws another: a flat map is a random one, and not one that reads
-from the upper left.
-
-Functions give figures of each image, and keep the curves; the torchmetrics classes take what the
-functions return, and average it over batches and processes.
+Only `Scorer.scores` runs a model.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Generator, Tensor
-from torchmetrics import Metric
 
 from captum_ext._checks import check_count, check_generator, one_batch_of_images
 from captum_ext._compat import (
@@ -41,11 +32,41 @@ from captum_ext.metrics._inputs import checked_maps
 
 SEED = 0  # of the order of equal pixels, and of ROAD's noise
 
-Pictures = Callable[[Tensor, Tensor], Tensor]
+Perturb = Callable[[Tensor, Tensor], Tensor]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Trial:
-    """A model, images, and the scores of pictures that are made of them, in chunks."""
+class Scoring(TypedDict, total=False):
+    """Keywords that all metrics of faithfulness take.
+
+    Attributes:
+        score: "softmax" (default; RISE), "sigmoid", "logit" (the output as it is) or a callable of
+            the output.
+        generator: of the order of equal pixels and of random infill; on the images' device. None
+            is a fixed order and fixed noise, and touches no global random state.
+        internal_batch_size: images in one pass of the model, and in memory. None is 16 on a CPU and
+            64 elsewhere.
+        show_progress: whether to draw a progress bar.
+    """
+
+    score: Score
+    generator: Generator | None
+    internal_batch_size: int | None
+    show_progress: bool
+
+
+def with_scoring(function: Function) -> Function:
+    """`function`, with a signature that names the keywords in its `**scoring`."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    keywords = inspect.signature(Scorer).parameters
+    shared = [keywords[name] for name in Scoring.__annotations__]
+    vars(function)["__signature__"] = signature.replace(parameters=own + shared)
+    return function
+
+
+class Scorer:
+    """A model, images, and the model's scores of what is made of the images, in chunks."""
 
     def __init__(
         self,
@@ -53,8 +74,11 @@ class Trial:
         inputs: Any,
         target: TargetType,
         additional_forward_args: Any,
-        score: Score,
-        internal_batch_size: int | None,
+        *,
+        score: Score = "softmax",
+        generator: Generator | None = None,
+        internal_batch_size: int | None = None,
+        show_progress: bool = False,
     ) -> None:
         self.images = one_batch_of_images(inputs)
         if internal_batch_size is None:
@@ -64,6 +88,14 @@ class Trial:
         self.forward = scored(_checked(forward_func, score), score)
         self.target = one_target_each(target, self.images)
         self.extra = _format_additional_forward_args(additional_forward_args) or ()
+        check_generator(generator, self.images.device)
+        self.score, self.generator, self.show_progress = score, generator, show_progress
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The block in which scores are taken: without gradients, and with the model put back."""
+        with torch.no_grad(), untouched(self.forward_func):
+            yield
 
     def maps(self, attributions: Any) -> Tensor:
         """One map for each image, (B, H, W)."""
@@ -79,37 +111,35 @@ class Trial:
             )
         return maps
 
-    def ranks(self, attributions: Any, generator: Generator | None) -> Tensor:
-        """Each pixel's place, (B, H, W), from 0, the most relevant; equal ones in random order."""
-        check_generator(generator, self.images.device)
+    def ranks(self, attributions: Any) -> Tensor:
+        """Each pixel's rank, (B, H, W), from 0, the most relevant; equal ones in random order."""
         maps = self.maps(attributions)
         flat = maps.flatten(1)
-        draws = generator or Generator().manual_seed(SEED)
+        draws = self.generator or Generator().manual_seed(SEED)
         shuffled = torch.randperm(flat.shape[1], generator=draws, device=draws.device)
         shuffled = shuffled.to(flat.device)
         order = shuffled[flat[:, shuffled].argsort(dim=1, descending=True, stable=True)]
-        places = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
-        return torch.empty_like(order).scatter_(1, order, places).view_as(maps)
+        ranks = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
+        return torch.empty_like(order).scatter_(1, order, ranks).view_as(maps)
 
-    def infill(self, baselines: Baselines, generator: Generator | None) -> Infill:
-        device = self.images.device
-        check_generator(generator, device)
+    def infill(self, baselines: Baselines) -> Infill:
+        """What takes the place of hidden pixels."""
         infill = Infill(self.images, baselines)
-        infill.draw(generator or Generator(device).manual_seed(SEED))
+        infill.draw(self.generator or Generator(self.images.device).manual_seed(SEED))
         return infill
 
-    def scores(self, pictures: Pictures, n: int, show_progress: bool = False) -> Tensor:
-        """The scores (B, n) of `pictures(examples, which of the n)`, indices in two tensors."""
-        every, found = len(self.images) * n, []
-        starts: Any = range(0, every, self.internal_batch_size)
-        if show_progress:
+    def scores(self, perturb: Perturb, n: int) -> Tensor:
+        """The scores (B, n) of `perturb(examples, which of the n)`, indices in two tensors."""
+        total, chunks = len(self.images) * n, []
+        starts: Any = range(0, total, self.internal_batch_size)
+        if self.show_progress:
             starts = progress(starts, desc="Faithfulness")
         for start in starts:
-            stop = min(start + self.internal_batch_size, every)
+            stop = min(start + self.internal_batch_size, total)
             numbers = torch.arange(start, stop, device=self.images.device)
             examples = numbers // n
             extra = [self._of(examples, e) for e in self.extra]
-            output = self.forward(pictures(examples, numbers % n), *extra)
+            output = self.forward(perturb(examples, numbers % n), *extra)
             target = self.target
             if isinstance(target, Tensor):
                 target = target.to(output.device)[examples.to(output.device)]
@@ -117,38 +147,37 @@ class Trial:
                 target = [target[i // n] for i in range(start, stop)]
             chosen = _select_targets(output, target)
             check_one_score_each(chosen)
-            found.append(chosen.reshape(-1))
-        scores = torch.cat(found).reshape(-1, n).to(self.images.device)
+            chunks.append(chosen.reshape(-1))
+        scores = torch.cat(chunks).reshape(-1, n).to(self.images.device)
         if not bool(torch.isfinite(scores).all()):
             raise ValueError("`forward_func` gives scores that are not finite.")
         return scores
 
-    def shown(
-        self, ranks: Tensor, infill: Infill, counts: Sequence[int], show_progress: bool
-    ) -> Tensor:
-        """The scores (B, n) while just the first so many pixels of `ranks` show."""
+    def shown(self, ranks: Tensor, infill: Infill, counts: Sequence[int]) -> Tensor:
+        """The scores (B, n) while only the first so many pixels of `ranks` show."""
         cuts = torch.tensor(counts, device=ranks.device)[:, None, None]
 
-        def pictures(examples: Tensor, which: Tensor) -> Tensor:
+        def perturb(examples: Tensor, which: Tensor) -> Tensor:
             show = (ranks[examples] < cuts[which])[:, None]
             fill = infill(examples, show[:, None].to(self.images.dtype))[:, 0]
             return torch.where(show, self.images[examples], fill)
 
-        return self.scores(pictures, len(counts), show_progress)
+        return self.scores(perturb, len(counts))
 
-    def whole_and_marked(self, attributions: Any, infill: Infill) -> tuple[Tensor, Tensor]:
+    def confidences(self, attributions: Any, baselines: Baselines) -> tuple[Tensor, Tensor]:
         """The scores (B,) of the images, and of what their maps, scaled to [0, 1], let through."""
+        infill = self.infill(baselines)
         weights = min_max(self.maps(attributions)[:, None])
 
-        def pictures(examples: Tensor, which: Tensor) -> Tensor:
+        def perturb(examples: Tensor, which: Tensor) -> Tensor:
             keep = torch.where(which[:, None, None, None] == 0, 1, weights[examples])
             keep = keep.to(self.images.dtype)
             fill = infill(examples, keep[:, None])[:, 0]
             return torch.lerp(fill, self.images[examples], keep)
 
-        with torch.no_grad(), untouched(self.forward_func):
-            whole, marked = self.scores(pictures, 2).unbind(1)
-        return whole, marked
+        with self.running():
+            original, masked = self.scores(perturb, 2).unbind(1)
+        return original, masked
 
     def _of(self, examples: Tensor, value: Any) -> Any:
         is_each = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.images)
@@ -177,38 +206,3 @@ def _checked(forward_func: Forward, score: Score) -> Forward:
         return output
 
     return forward
-
-
-class Means(Metric):
-    """Means over images of what a function gives for each."""
-
-    is_differentiable = False
-    full_state_update = False
-    names: tuple[str, ...] = ()  # of the means, where there are several
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        # One float32 more or less is lost in the sum of a million images.
-        zeros = torch.zeros(len(self.names) or 1, dtype=torch.float64)
-        self.add_state("total", zeros, dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    @abstractmethod
-    def _values(self, found: Any) -> Tensor:
-        """Of each image, (B, one or as many as names)."""
-
-    def update(self, found: Any) -> None:
-        """Add a batch: what the function returned for it."""
-        values = self._values(found)
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError("`found` has values that are not finite.")
-        self.total = self.total + values.double().sum(0).to(self.total.device)
-        self.count = self.count + len(values)
-
-    def compute(self) -> Any:
-        """The mean, or each by its name; NaN without an image."""
-        means = (self.total / self.count).float()
-        return dict(zip(self.names, means, strict=True)) if self.names else means[0]
