@@ -277,7 +277,7 @@ class _Custom(Measure):
 _CURVES = ("insertion", "deletion")
 LOCALIZATION = ("pointing_game", "energy", "max_box_acc", "max_box_acc_v2", "pxap", "px_iou")
 _POOLED = (_MaxBoxAcc, _MaxBoxAccV2, _PxAP, _PxIoU, _Top1, _Top5)
-MEASURES: Mapping[str, Callable[..., Measure]] = (
+_ALL: Mapping[str, Callable[..., Measure]] = (
     {name: partial(_Mean, definition) for name, definition in DEFINITIONS.items()}
     | {name: partial(_CurveMean, DEFINITIONS[name]) for name in _CURVES}
     | {measure.name: measure for measure in (_Overall, *_POOLED)}
@@ -286,6 +286,7 @@ MEASURES: Mapping[str, Callable[..., Measure]] = (
         "sensitivity_max": partial(_Captums, "sensitivity_max", sensitivity_to_noise),
     }
 )
+MEASURES = {name: _ALL[name] for name in (*LOCALIZATION, *_ALL)}
 
 
 def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
