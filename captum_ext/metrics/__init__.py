@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _CLASSES = {d.class_name for d in _DEFINITIONS.values()} - {None} | {"MaxBoxAcc", "PxAP", "PxIoU"}
 
-if not TYPE_CHECKING:
+if not TYPE_CHECKING:  # for a type checker, unknown names stay errors
     __all__ = sorted(
         _CLASSES
         | {
@@ -44,10 +44,9 @@ if not TYPE_CHECKING:
         }
     )
 
+    def __getattr__(name: str) -> Any:
+        if name not in _CLASSES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from captum_ext.metrics import classes
 
-def __getattr__(name: str) -> Any:
-    if name not in _CLASSES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from captum_ext.metrics import classes
-
-    return getattr(classes, name)
+        return getattr(classes, name)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from captum_ext._compat import TargetType
 from captum_ext._model import Forward, Tensors
-from captum_ext.infill import Baselines, Infill
+from captum_ext.infill import Baselines
 from captum_ext.metrics._definition import define
 from captum_ext.metrics._scorer import Scorer, Scoring, with_scoring
 
@@ -107,10 +107,7 @@ def insertion(
         (tensor([[ 0.,  4.,  7.,  9., 10.]]), tensor([6.2500]))
     """
     scorer = Scorer(forward_func, inputs, target, additional_forward_args, **scoring)
-    ranks, infill = scorer.ranks(attributions), scorer.infill(baselines)
-    counts = _counts(step, ranks[0].numel())
-    with scorer.running():
-        return _inserted(scorer, ranks, infill, counts)
+    return _curves(scorer, attributions, step, insertion=baselines)[0]
 
 
 @with_scoring
@@ -150,10 +147,7 @@ def deletion(
         (tensor([[10.,  3.,  0.]]), tensor([0.0000, 0.5000, 1.0000]), tensor([4.]))
     """
     scorer = Scorer(forward_func, inputs, target, additional_forward_args, **scoring)
-    ranks, infill = scorer.ranks(attributions), scorer.infill(baselines)
-    counts = _counts(step, ranks[0].numel())
-    with scorer.running():
-        return _deleted(scorer, ranks, infill, counts)
+    return _curves(scorer, attributions, step, deletion=baselines)[0]
 
 
 @with_scoring
@@ -197,22 +191,24 @@ def overall_score(
         (tensor([2.5000]), tensor([6.2500]), tensor([3.7500]))
     """
     scorer = Scorer(forward_func, inputs, target, additional_forward_args, **scoring)
-    ranks = scorer.ranks(attributions)
-    shown, hidden = scorer.infill(insertion_baselines), scorer.infill(deletion_baselines)
-    counts = _counts(step, ranks[0].numel())
-    with scorer.running():
-        first = _inserted(scorer, ranks, shown, counts)
-        second = _deleted(scorer, ranks, hidden, counts)
+    first, second = _curves(
+        scorer, attributions, step, insertion=insertion_baselines, deletion=deletion_baselines
+    )
     return OverallScore(first.auc - second.auc, first, second)
 
 
-def _inserted(scorer: Scorer, ranks: Tensor, infill: Infill, counts: list[int]) -> Curve:
-    return _curve(scorer.shown(ranks, infill, counts), counts)
-
-
-def _deleted(scorer: Scorer, ranks: Tensor, infill: Infill, counts: list[int]) -> Curve:
+def _curves(scorer: Scorer, attributions: Any, step: float, **baselines: Baselines) -> list[Curve]:
+    """Of "insertion" and "deletion", those of which there are baselines, in their order."""
+    ranks = scorer.ranks(attributions)
+    infills = {name: scorer.infill(value) for name, value in baselines.items()}
+    counts = _counts(step, ranks[0].numel())
     left = [counts[-1] - count for count in counts]
-    return _curve(scorer.shown(counts[-1] - 1 - ranks, infill, left), counts)
+    shown = {"insertion": (ranks, counts), "deletion": (counts[-1] - 1 - ranks, left)}
+    with scorer.running():
+        return [
+            _curve(scorer.shown(shown[name][0], infill, shown[name][1]), counts)
+            for name, infill in infills.items()
+        ]
 
 
 def _curve(scores: Tensor, counts: list[int]) -> Curve:
