@@ -110,8 +110,12 @@ def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
 
 
 def _check_tolerance(tolerance: float) -> None:
-    if not 0 <= tolerance < float("inf"):
-        raise ValueError(f"`tolerance` must be a number of pixels, 0 or more, got {tolerance}.")
+    try:
+        allowed = 0 <= tolerance < float("inf")
+    except TypeError:
+        allowed = False
+    if not allowed:
+        raise ValueError(f"`tolerance` must be a number of pixels, 0 or more, got {tolerance!r}.")
 
 
 POINTING_GAME = define(
