@@ -135,7 +135,7 @@ def test_every_flag_has_a_key(capsys):
         ("method: cam\nmetrics: {insertion: {step: -1}}", "`step` must be"),
         (
             "method: cam\nmetrics: {pointing_game: {tolerence: 1}}",
-            "unexpected keyword argument 'tolerence'",
+            "must be one of ['tolerance'], got 'tolerence'",
         ),
         ("method: cam\nmetrics: {insertions: }", "--metrics must be names of"),
         ("against: cam\nmethod: grad-cam", "--against 'cam' is none of the methods"),

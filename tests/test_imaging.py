@@ -1,11 +1,15 @@
 """Image operations against closed forms and against the libraries they stand for."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kornia.filters import gaussian_blur2d
+from torch.nn import functional as F
 
 from captum_ext.imaging import blur, lay_over, min_max, percentile, resize, warp
 
@@ -30,6 +34,31 @@ def test_resize_is_linear_between_pixel_centres() -> None:
     assert resize(x, [8])[0, 0].tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
     assert resize(x, [7], align_corners=True)[0, 0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3]
     assert resize(x, [4]) is x
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [D, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest", "nearest-exact", "area"])
+def test_images_are_resized_as_by_torch(mode: str, dtype: torch.dtype, autocast: bool) -> None:
+    """By Kornia, with a difference of 0: mode by mode, on odd sizes, up, down and to one pixel."""
+    linear = mode in ("bilinear", "bicubic")
+    for size, new in (((7, 5), (13, 9)), ((13, 9), (7, 5)), ((6, 8), (3, 20)), ((4, 4), (1, 1))):
+        for channels_last in (False, True):
+            x = torch.randn(2, 3, *size, dtype=D).to(dtype)
+            x = x.to(memory_format=torch.channels_last) if channels_last else x
+            for align in (False, True) if linear else (None,):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    found = resize(x, new, mode, bool(align))
+                    theirs = F.interpolate(x, size=new, mode=mode, align_corners=align)
+                theirs = theirs.to(dtype) if linear else theirs
+                assert found.dtype == theirs.dtype
+                assert torch.equal(found, theirs)
+
+
+def test_importing_the_operations_costs_no_kornia() -> None:
+    code = "import sys, captum_ext.imaging; print('kornia' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
 
 
 def test_antialias_is_torchvisions() -> None:
@@ -107,6 +136,7 @@ def test_resize_refuses() -> None:
         (torch.zeros(1, 1, 4), [8], "bicubic"),
         (torch.zeros(1, 1, 4, 4), [8], "bilinear"),
         (torch.zeros(1, 1), [], "bilinear"),
+        (torch.zeros(1, 1, 4, 4), [0, 8], "bilinear"),
     ):
         with pytest.raises(ValueError, match="cannot be resized"):
             resize(x, size, mode)

@@ -12,8 +12,10 @@ from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from captum_ext._checks import check_choice, check_range, closest
+from captum_ext._checks import check_choice, closest
 from captum_ext.evaluation.examples import Prepared
 from captum_ext.evaluation.records import (
     Array,
@@ -25,28 +27,18 @@ from captum_ext.evaluation.records import (
     Record,
     infidelity_to_noise,
     label_in_top,
-    of_maps,
+    numbers_of,
     of_model,
-    of_region,
     sensitivity_to_noise,
     unpacked,
 )
-from captum_ext.metrics import (
-    average_drop,
-    deletion,
-    energy_pointing_game,
-    increase_in_confidence,
-    insertion,
-    pointing_game,
-    road,
-    total_variation,
-)
-from captum_ext.metrics.masks import NORMS
-from captum_ext.metrics.wsol import CONVENTIONS
+from captum_ext.metrics import pixels, wsol
+from captum_ext.metrics._definition import DEFINITIONS, Definition
 
 Row = Mapping[str, str]
 SHARES = np.linspace(0, 1, 101)  # at which curves of different images are averaged
-_OURS = ("show_progress", "generator")  # are evaluate's own
+# Keywords that are evaluate's own.
+_OURS = ("target", "additional_forward_args", "show_progress", "generator")
 _THRESHOLDS = np.arange(1000) / 1000
 _LEVELS = np.arange(1001) / 1000
 
@@ -93,26 +85,75 @@ class Measure(ABC):
         raise NotImplementedError
 
 
-# --- localisation --------------------------------------------------------------------------------
+# --- means over images ---------------------------------------------------------------------------
 
 
-class _Pointing(Measure):
-    name = "pointing_game"
+class _Mean(Measure):
+    """The mean of the numbers of a definition."""
 
-    def __init__(self, tolerance: float = 15) -> None:
-        check_range("tolerance", tolerance, 0, 1e9)
-        self.options = {"tolerance": tolerance}
-        function = partial(of_region, pointing_game, self.options)
-        self.records = [Numbers(self.name, function, _region)]
+    def __init__(self, definition: Definition, **options: Any) -> None:
+        self.name, self.higher_is_better = definition.name, definition.higher_is_better
+        known = _options_of(self.name, definition.function, options)
+        self.options = options if definition.takes == "model" else known | options
+        if definition.check is not None:
+            definition.check(**self.options)
+        needs = _region if definition.takes == "region" else None
+        self.records = [Numbers(self.name, partial(numbers_of, definition, self.options), needs)]
 
 
-class _Energy(Measure):
-    name = "energy"
+class _CurveMean(_Mean):
+    """The mean of the areas under curves, and the mean of the curves."""
+
+    axis = "share of the pixels", SHARES
+
+    def __init__(self, definition: Definition, **options: Any) -> None:
+        super().__init__(definition, **options)
+        self.records = [Curves(self.name, partial(of_model, definition.function, options))]
+
+    def vector(self, row: Row) -> Array:
+        shares, scores = unpacked(row[f"{self.name}_curve"], "<f4").reshape(2, -1)
+        return np.concatenate((super().vector(row), np.interp(SHARES, shares, scores)))
+
+    def curve(self, sums: Array, counts: Array) -> Array:
+        return sums[:, 1:] / counts[:, None]
+
+
+class _Overall(Measure):
+    """Out of the records of insertion and deletion, with the options that they are given."""
+
+    name = "overall_score"
 
     def __init__(self) -> None:
         self.options = {}
-        function = partial(of_region, energy_pointing_game, {})
-        self.records = [Numbers(self.name, function, _region)]
+        self.records = [r for name in _CURVES for r in MEASURES[name]().records]
+
+    def vector(self, row: Row) -> Array:
+        return np.array([float(row["insertion"]) - float(row["deletion"])])
+
+
+class _Captums(Measure):
+    """The mean of what a function of `Explained` gives, the lower the better."""
+
+    higher_is_better = False
+
+    def __init__(self, name: str, function: Callable[..., Any], **options: Any) -> None:
+        _options_of(name, function, options)
+        self.name, self.options = name, options
+        self.records = [Numbers(name, partial(function, **options))]
+
+
+def _options_of(name: str, function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """The options that a function has, and their defaults; an error for other ones."""
+    parameters = inspect.signature(function).parameters.values()
+    known = {
+        p.name: p.default for p in parameters if p.default is not p.empty and p.name not in _OURS
+    }
+    for option in given:
+        check_choice(f"metrics: {name}", option, known)
+    return known
+
+
+# --- figures of all images together --------------------------------------------------------------
 
 
 class _MaxBoxAcc(Measure):
@@ -124,28 +165,27 @@ class _MaxBoxAcc(Measure):
     def __init__(
         self, iou_thresholds: Sequence[float] | None = None, convention: str = "components"
     ) -> None:
-        check_choice("convention", convention, CONVENTIONS)
-        self.deltas = self.default if iou_thresholds is None else tuple(iou_thresholds)
-        for delta in self.deltas:
-            check_range("iou_thresholds", delta, 0, 1)
-        if not self.deltas:
-            raise ValueError("`iou_thresholds` must be at least one number.")
-        self.options = {"iou_thresholds": list(self.deltas), "convention": convention}
+        thresholds = self.default if iou_thresholds is None else tuple(iou_thresholds)
+        self.box_options = wsol.BoxOptions(thresholds, self.contours, convention)
+        self.options = {"iou_thresholds": list(thresholds), "convention": convention}
         self.ious = Ious(self.contours, convention)
         self.records = [self.ious]
 
     def vector(self, row: Row) -> Array:
-        ious = unpacked(row[self.ious.columns[0]], "<f4")
-        return np.concatenate([ious >= np.float32(delta) for delta in self.deltas])
+        ious = _tensor(unpacked(row[self.ious.columns[0]], "<f4"))
+        hits: Array = wsol.box_hits(ious[None], self.box_options).flatten().numpy()
+        return hits
 
     def figure(self, sums: Array, counts: Array) -> Array:
-        best = sums.reshape(len(sums), len(self.deltas), -1).max(2).mean(1)
-        figures: Array = best / counts
+        figures: Array = wsol.max_box_acc(self._hits(sums), _tensor(counts)).numpy()
         return figures
 
     def curve(self, sums: Array, counts: Array) -> Array:
-        accuracies: Array = sums.reshape(len(sums), len(self.deltas), -1).mean(1)
-        return accuracies / counts[:, None]
+        accuracies: Array = wsol.box_acc(self._hits(sums), _tensor(counts)).mean(1).numpy()
+        return accuracies
+
+    def _hits(self, sums: Array) -> Tensor:
+        return _tensor(sums).reshape(len(sums), len(self.box_options.iou_thresholds), -1)
 
 
 class _MaxBoxAccV2(_MaxBoxAcc):
@@ -184,11 +224,10 @@ class _Pixels(Measure):
     def vector(self, row: Row) -> Array:
         return unpacked(row["pixel_counts"], "<i4")
 
-    @staticmethod
-    def positives(sums: Array) -> tuple[Array, Array]:
-        """True ones and false ones at or above each threshold, each (R, 1001)."""
-        levels = sums.reshape(len(sums), 2, -1)[:, :, ::-1].cumsum(2)[:, :, ::-1]
-        return levels[:, 0], levels[:, 1]
+    def counts(self, sums: Array) -> tuple[Tensor, Tensor]:
+        """How many pixels have which value, in the masks and outside: two (R, 1001)."""
+        inside, outside = _tensor(sums).reshape(len(sums), 2, -1).unbind(1)
+        return inside, outside
 
 
 class _PxAP(_Pixels):
@@ -196,23 +235,13 @@ class _PxAP(_Pixels):
     axis = "recall", SHARES
 
     def figure(self, sums: Array, counts: Array) -> Array:
-        precision, recall = self._precision(sums)
-        figures: Array = (precision * np.diff(recall, axis=1, prepend=0)).sum(1)
+        figures: Array = pixels.px_ap(*self.counts(sums)).numpy()
         return figures
 
     def curve(self, sums: Array, counts: Array) -> Array:
-        """Precision at the first threshold, from above, that has the recall; at 0, any recall."""
-        least = np.maximum(SHARES, 1e-9)
-        found = [
-            precision[np.searchsorted(recall, least).clip(max=len(recall) - 1)]
-            for precision, recall in zip(*self._precision(sums), strict=True)
-        ]
-        return np.stack(found)
-
-    def _precision(self, sums: Array) -> tuple[Array, Array]:
-        """And recall, from the highest threshold to the lowest."""
-        right, wrong = (each[:, ::-1] for each in self.positives(sums))
-        return right / np.maximum(right + wrong, 1), right / right[:, -1:]
+        recalls = torch.from_numpy(SHARES)
+        precisions: Array = pixels.precision_at(*self.counts(sums), recalls).numpy()
+        return precisions
 
 
 class _PxIoU(_Pixels):
@@ -224,101 +253,12 @@ class _PxIoU(_Pixels):
         return figures
 
     def curve(self, sums: Array, counts: Array) -> Array:
-        right, wrong = self.positives(sums)
-        ious: Array = right / (right[:, :1] + wrong)
+        ious: Array = pixels.px_iou_curve(*self.counts(sums)).numpy()
         return ious
 
 
-# --- faithfulness, robustness, smoothness --------------------------------------------------------
-
-
-class _Options(Measure):
-    """The options are keywords of a function."""
-
-    function: ClassVar[Callable[..., Any]]
-
-    def __init__(self, **options: Any) -> None:
-        parameters = inspect.signature(type(self).function).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _OURS]
-        for option in options:
-            check_choice(f"metrics: {self.name}", option, known)
-        self.options = options
-
-
-class _Score(_Options):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.records = [Numbers(self.name, partial(of_model, type(self).function, options))]
-
-
-class _Insertion(_Options):
-    name, function = "insertion", insertion
-    axis = "share of the pixels", SHARES
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.records = [Curves(self.name, partial(of_model, type(self).function, options))]
-
-    def vector(self, row: Row) -> Array:
-        shares, scores = unpacked(row[f"{self.name}_curve"], "<f4").reshape(2, -1)
-        return np.concatenate((super().vector(row), np.interp(SHARES, shares, scores)))
-
-    def curve(self, sums: Array, counts: Array) -> Array:
-        return sums[:, 1:] / counts[:, None]
-
-
-class _Deletion(_Insertion):
-    name, function, higher_is_better = "deletion", deletion, False
-
-
-class _Overall(Measure):
-    """Out of the records of insertion and deletion, with the options that they are given."""
-
-    name = "overall_score"
-
-    def __init__(self) -> None:
-        self.options = {}
-        self.records = [*_Insertion().records, *_Deletion().records]
-
-    def vector(self, row: Row) -> Array:
-        return np.array([float(row["insertion"]) - float(row["deletion"])])
-
-
-class _AverageDrop(_Score):
-    name, function, higher_is_better = "average_drop", average_drop, False
-
-
-class _Increase(_Score):
-    name, function = "increase_in_confidence", increase_in_confidence
-
-
-class _Road(_Score):
-    name, function = "road", road
-
-
-class _Captums(_Options):
-    higher_is_better = False
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.records = [Numbers(self.name, partial(type(self).function, **options))]
-
-
-class _Infidelity(_Captums):
-    name, function = "infidelity", infidelity_to_noise
-
-
-class _Sensitivity(_Captums):
-    name, function = "sensitivity_max", sensitivity_to_noise
-
-
-class _Variation(Measure):
-    name, higher_is_better = "total_variation", False
-
-    def __init__(self, norm: str = "squared") -> None:
-        check_choice("norm", norm, NORMS)
-        self.options = {"norm": norm}
-        self.records = [Numbers(self.name, partial(of_maps, total_variation, self.options))]
+def _tensor(values: Array) -> Tensor:
+    return torch.tensor(values)
 
 
 # --- by name -------------------------------------------------------------------------------------
@@ -333,12 +273,19 @@ class _Custom(Measure):
         self.records = [Numbers(name, function)]
 
 
-LOCALIZATION = (_Pointing, _Energy, _MaxBoxAcc, _MaxBoxAccV2, _PxAP, _PxIoU)
-_OTHERS = (
-    *(_Top1, _Top5, _Insertion, _Deletion, _Overall, _AverageDrop, _Increase, _Road),
-    *(_Infidelity, _Sensitivity, _Variation),
+_CURVES = ("insertion", "deletion")
+LOCALIZATION = ("pointing_game", "energy", "max_box_acc", "max_box_acc_v2", "pxap", "px_iou")
+_POOLED = (_MaxBoxAcc, _MaxBoxAccV2, _PxAP, _PxIoU, _Top1, _Top5)
+_ALL: Mapping[str, Callable[..., Measure]] = (
+    {name: partial(_Mean, definition) for name, definition in DEFINITIONS.items()}
+    | {name: partial(_CurveMean, DEFINITIONS[name]) for name in _CURVES}
+    | {measure.name: measure for measure in (_Overall, *_POOLED)}
+    | {
+        "infidelity": partial(_Captums, "infidelity", infidelity_to_noise),
+        "sensitivity_max": partial(_Captums, "sensitivity_max", sensitivity_to_noise),
+    }
 )
-MEASURES: Mapping[str, type[Any]] = {m.name: m for m in LOCALIZATION + _OTHERS}
+MEASURES = {name: _ALL[name] for name in (*LOCALIZATION, *_ALL)}
 
 
 def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
@@ -357,7 +304,7 @@ def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
     for name, value in items:
         value = {} if value is None else value
         if name == "localization" and value == {}:
-            every = [kind() for kind in LOCALIZATION]
+            every = [MEASURES[each]() for each in LOCALIZATION]
             # Where no example is known, rows say why.
             made |= {m.name: m for m in every if not known or any(m.serves(e) for e in known)}
         elif callable(value) and name not in MEASURES:
@@ -372,7 +319,7 @@ def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
                 f"with functions, got {name!r}: {value!r}. Closest: {near}"
             )
     if _Overall.name in made:
-        both = [made.get(kind.name) or kind() for kind in (_Insertion, _Deletion)]
+        both = [made.get(name) or MEASURES[name]() for name in _CURVES]
         made[_Overall.name].records = [record for one in both for record in one.records]
     if not made:
         raise ValueError(
@@ -387,9 +334,8 @@ def measure_of(name: str, options: Mapping[str, Any]) -> Measure:
     """The measure of a run, to read its rows, for which only the options of boxes matter."""
     if name not in MEASURES:
         return _Custom(name, lambda found: None, options.get("higher_is_better", True))
-    kind = MEASURES[name]
-    measure: Measure = kind(**options) if issubclass(kind, _MaxBoxAcc) else kind()
-    return measure
+    measure = MEASURES[name]()
+    return MEASURES[name](**options) if isinstance(measure, _MaxBoxAcc) else measure
 
 
 def _region(example: Prepared) -> Any:

@@ -17,7 +17,8 @@ from captum_ext._compat import _format_additional_forward_args
 from captum_ext._engine.modules import Forward
 from captum_ext.evaluation.examples import Prepared
 from captum_ext.imaging import min_max
-from captum_ext.metrics import Curve, RoadScores, box_ious, in_top_k, pixel_counts
+from captum_ext.metrics import Curve, box_ious, in_top_k, pixel_counts
+from captum_ext.metrics._definition import Definition
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Options = Mapping[str, Any]
@@ -164,16 +165,22 @@ class PixelCounts(Record):
 # --- functions of Explained, which pickle --------------------------------------------------------
 
 
-def of_region(function: Callable[..., Tensor], options: Options, found: Explained) -> Tensor:
-    """What a function of maps and masks says of the examples' regions."""
-    regions = [example.region for example in found.examples]
-    masks = torch.stack([region for region in regions if region is not None])
-    return function(found.maps, masks.to(found.maps.device), **options)
+def numbers_of(definition: Definition, options: Options, found: Explained) -> Tensor:
+    """The numbers of a metric, (B,)."""
+    if definition.takes == "model":
+        figures = of_model(definition.function, options, found)
+    elif definition.takes == "region":
+        regions = [example.region for example in found.examples]
+        masks = torch.stack([region for region in regions if region is not None])
+        figures = definition.function(found.maps, masks.to(found.maps.device), **options)
+    else:
+        figures = definition.function(_scaled(found.maps), **options)
+    return definition.values(figures)[:, 0]
 
 
 def of_model(function: Callable[..., Any], options: Options, found: Explained) -> Any:
-    """What a function in Captum's manner says."""
-    figures = function(
+    """What a function in Captum's manner returns."""
+    return function(
         found.forward_func,
         found.images,
         found.maps,
@@ -181,12 +188,6 @@ def of_model(function: Callable[..., Any], options: Options, found: Explained) -
         found.additional_forward_args,
         **options,
     )
-    return figures.score if isinstance(figures, RoadScores) else figures
-
-
-def of_maps(function: Callable[..., Any], options: Options, found: Explained) -> Any:
-    """What a function of the maps alone says, scaled to [0, 1]."""
-    return function(_scaled(found.maps), **options)
 
 
 def label_in_top(k: int, found: Explained) -> Tensor:

@@ -1,73 +1,52 @@
-"""Metrics of attributions: plain functions, and torchmetrics classes over them."""
+"""Metrics of attributions: plain functions, and torchmetrics classes over them.
 
-from captum_ext.metrics.boxes import (
-    best_box_iou,
-    box_from_map,
-    boxes_to_masks,
-    center_gaussian,
-    in_top_k,
-    masks_to_boxes,
-)
-from captum_ext.metrics.confidence import (
-    AverageDrop,
-    IncreaseInConfidence,
-    average_drop,
-    increase_in_confidence,
-)
-from captum_ext.metrics.curves import (
-    Curve,
-    Deletion,
-    Insertion,
-    Overall,
-    OverallScore,
-    deletion,
-    insertion,
-    overall_score,
-)
-from captum_ext.metrics.localization import (
-    EnergyPointingGame,
-    PointingGame,
-    energy_pointing_game,
-    pointing_game,
-)
-from captum_ext.metrics.masks import mask_iou, total_variation
-from captum_ext.metrics.pixels import PxAP, PxIoU, pixel_counts, pixel_iou
-from captum_ext.metrics.road import Road, RoadScores, linear_imputation, road
-from captum_ext.metrics.wsol import MaxBoxAcc, box_ious
+Functions give figures of each image, and keep the curves; the classes average them over batches and
+processes, and torchmetrics is imported where one of them is asked for.
 
-__all__ = [
-    "AverageDrop",
-    "Curve",
-    "Deletion",
-    "EnergyPointingGame",
-    "IncreaseInConfidence",
-    "Insertion",
-    "MaxBoxAcc",
-    "Overall",
-    "OverallScore",
-    "PointingGame",
-    "PxAP",
-    "PxIoU",
-    "Road",
-    "RoadScores",
-    "average_drop",
-    "best_box_iou",
-    "box_from_map",
-    "box_ious",
-    "boxes_to_masks",
-    "center_gaussian",
-    "deletion",
-    "energy_pointing_game",
-    "in_top_k",
-    "increase_in_confidence",
-    "insertion",
-    "linear_imputation",
-    "mask_iou",
-    "masks_to_boxes",
-    "overall_score",
-    "pixel_counts",
-    "pixel_iou",
-    "pointing_game",
-    "road",
-    "total_variation",
-]
+**Is a map on the object?** Maps and masks, or boxes, are compared: `pointing_game`,
+`energy_pointing_game`, `box_ious`, `pixel_counts` and what is made of these.
+
+**Does the model heed what a map marks?** Pixels are shown or hidden in the order of a map, and the
+model is asked again: in `insertion` and `deletion` for each share of the pixels, in `average_drop`
+and `increase_in_confidence` once, in `road` with what is hidden interpolated. Attributions are
+(B, C, H, W) or (B, H, W), of the images' height and width; channels that are all equal count as one
+map, others are summed. Insertion, deletion and ROAD see nothing of a map but the order of its
+pixels. **Pixels of equal value** come in a random order, the same for all images of a size and for
+every call, unless a `generator` draws another: a flat map is a random one, and not one that reads
+from the upper left.
+"""
+# ruff: noqa: F403 (each file says in `__all__` what is public: a new metric needs no line here)
+
+from typing import TYPE_CHECKING, Any
+
+from captum_ext.metrics._definition import DEFINITIONS as _DEFINITIONS
+from captum_ext.metrics.boxes import *
+from captum_ext.metrics.confidence import *
+from captum_ext.metrics.curves import *
+from captum_ext.metrics.localization import *
+from captum_ext.metrics.masks import *
+from captum_ext.metrics.pixels import *
+from captum_ext.metrics.road import *
+from captum_ext.metrics.wsol import *
+
+if TYPE_CHECKING:
+    from captum_ext.metrics.classes import *
+
+_CLASSES = {d.class_name for d in _DEFINITIONS.values()} - {None} | {"MaxBoxAcc", "PxAP", "PxIoU"}
+
+if not TYPE_CHECKING:  # for a type checker, unknown names stay errors
+    __all__ = sorted(
+        _CLASSES
+        | {
+            name
+            for name, value in globals().items()
+            if getattr(value, "__module__", "").startswith(f"{__name__}.")
+        }
+    )
+
+    def __getattr__(name: str) -> Any:
+        if name not in _CLASSES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from captum_ext.metrics import classes
+
+        return getattr(classes, name)

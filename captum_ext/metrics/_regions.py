@@ -3,13 +3,10 @@
 In what follows `levels` (H, W) says how many thresholds are below a pixel: mask k is levels > k.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import higra as hg
 import numpy as np
-from scipy import ndimage
 
 N_THRESHOLDS = 1000
 
@@ -30,13 +27,20 @@ class Regions:
 
     def sums(self, amounts: Array) -> Array:
         """Over the pixels of each region, of amounts (H * W, ...)."""
+        import higra as hg
+
         sums: Array = hg.accumulate_sequential(self.tree, amounts, hg.Accumulators.sum)
         return sums[self.nodes]
 
 
-def regions_of(levels: Array, adjacency: Callable[[tuple[int, ...]], Any]) -> Regions:
-    """The regions of all masks: the nodes of the max-tree."""
-    tree, stop = hg.component_tree_max_tree(adjacency(levels.shape), levels.astype(np.int16))
+def regions_of(levels: Array, neighbours: int) -> Regions:
+    """The regions of all masks, of pixels with 4 or 8 neighbours: the nodes of the max-tree."""
+    import higra as hg
+
+    graphs = {4: hg.get_4_adjacency_implicit_graph, 8: hg.get_8_adjacency_implicit_graph}
+    tree, stop = hg.component_tree_max_tree(
+        graphs[neighbours](levels.shape), levels.astype(np.int16)
+    )
     stop = stop.astype(np.int64)
     start = stop[tree.parents()]
     start[-1] = 0  # of the root, the whole image
@@ -51,7 +55,7 @@ def regions_of(levels: Array, adjacency: Callable[[tuple[int, ...]], Any]) -> Re
 
 def holes_of(levels: Array) -> tuple[Array, Array, Array]:
     """Start and stop of all holes in regions, and the boxes of their outlines on the regions."""
-    holes = regions_of(N_THRESHOLDS - levels, hg.get_4_adjacency_implicit_graph)
+    holes = regions_of(N_THRESHOLDS - levels, neighbours=4)
     height, width = levels.shape
     inner = (holes.boxes > 0).all(1) & (holes.boxes[:, 2:] < [width, height]).all(1)
     start, stop = N_THRESHOLDS - holes.stop[inner], N_THRESHOLDS - holes.start[inner]
@@ -84,6 +88,8 @@ def outlined_areas(levels: Array, regions: Regions) -> Array:
     Without a hole it is the region's own area, else between that and its box's: holes are filled
     only where more than one region of a mask may be the largest.
     """
+    from scipy import ndimage
+
     areas: Array
     areas, euler = regions.sums(_by_squares(levels)).T
     sides = regions.boxes[:, 2:] - regions.boxes[:, :2] - 1
@@ -144,6 +150,8 @@ def _outlined_area(region: Array) -> float:
     Of each square of four neighbouring pixels, holes filled, it takes all if four are in the
     region, a half if three are, and else nothing.
     """
+    from scipy import ndimage
+
     outside, _ = ndimage.label(np.pad(~region, 1, constant_values=True))
     filled = (outside != outside[0, 0]).astype(np.int64)
     four = filled[1:, 1:] + filled[1:, :-1] + filled[:-1, 1:] + filled[:-1, :-1]

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from captum_ext._checks import check_count, check_range, warn
@@ -31,6 +30,15 @@ from captum_ext.metrics._inputs import (
     checked_maps,
     checked_masks,
 )
+
+__all__ = [
+    "best_box_iou",
+    "box_from_map",
+    "boxes_to_masks",
+    "center_gaussian",
+    "in_top_k",
+    "masks_to_boxes",
+]
 
 _IN_PLANE = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # eight neighbours
 
@@ -63,6 +71,8 @@ def box_from_map(maps: Tensor, threshold: float = 0.2) -> Tensor:
         >>> box_from_map(maps), box_from_map(maps, threshold=0.5)
         (tensor([[2, 1, 7, 3]]), tensor([[1, 4, 2, 5]]))
     """
+    from scipy import ndimage
+
     check_range("threshold", threshold, 0, 1, below=True)
     values = checked_maps(maps, "maps")
     top = values.flatten(1).amax(1)[:, None, None]

@@ -1,17 +1,20 @@
 """Average drop and increase in confidence: the score of what a map lets through."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward, Tensors
-from captum_ext._engine.outputs import Score
 from captum_ext.infill import Baselines
-from captum_ext.metrics.faithfulness import Means, Trial
+from captum_ext.metrics._definition import define
+from captum_ext.metrics._scorer import Faithfulness, Scoring, with_scoring
+
+__all__ = ["average_drop", "increase_in_confidence"]
 
 
+@with_scoring
 def average_drop(
     forward_func: Forward,
     inputs: Tensor | Tensors,
@@ -20,9 +23,7 @@ def average_drop(
     additional_forward_args: Any = None,
     *,
     baselines: Baselines = "zeros",
-    score: Score = "softmax",
-    generator: Generator | None = None,
-    internal_batch_size: int | None = None,
+    **scoring: Unpack[Scoring],
 ) -> Tensor:
     r"""The share of each image's score that is lost when only what the map marks is shown: (B,).
 
@@ -43,9 +44,7 @@ def average_drop(
         target: as in Captum.
         additional_forward_args: as in Captum.
         baselines: b. "zeros" (paper): the image is multiplied by the map.
-        score: "softmax" (paper), "sigmoid", "logit" or a callable of the output.
-        generator: of "noise".
-        internal_batch_size: pictures in one pass of the model.
+        **scoring: `score` and other keywords of `insertion`. "softmax" is the paper's score.
 
     Raises:
         ValueError: see `insertion`, and scores below 0, of which no share is lost.
@@ -61,16 +60,17 @@ def average_drop(
         >>> average_drop(model, image, torch.eye(2)[None], score="logit")  # 5 of 10 are shown
         tensor([0.5000])
     """
-    trial = Trial(forward_func, inputs, target, additional_forward_args, score, internal_batch_size)
-    whole, marked = trial.whole_and_marked(attributions, trial.infill(baselines, generator))
-    if bool((whole < 0).any()):
+    scorer = Faithfulness(forward_func, inputs, target, additional_forward_args, **scoring)
+    original, masked = scorer.confidences(attributions, baselines)
+    if bool((original < 0).any()):
         raise ValueError(
-            f"`score` {score!r} is below 0 for an image, so that no share of it can be lost: "
-            f"choose probabilities."
+            f"`score` {scorer.score!r} is below 0 for an image, so that no share of it can be "
+            f"lost: choose probabilities."
         )
-    return (whole - marked).clamp(min=0) / torch.where(whole > 0, whole, 1)
+    return (original - masked).clamp(min=0) / torch.where(original > 0, original, 1)
 
 
+@with_scoring
 def increase_in_confidence(
     forward_func: Forward,
     inputs: Tensor | Tensors,
@@ -79,9 +79,7 @@ def increase_in_confidence(
     additional_forward_args: Any = None,
     *,
     baselines: Baselines = "zeros",
-    score: Score = "softmax",
-    generator: Generator | None = None,
-    internal_batch_size: int | None = None,
+    **scoring: Unpack[Scoring],
 ) -> Tensor:
     """Whether the score rises when only what the map marks is shown: (B,), bool.
 
@@ -95,9 +93,7 @@ def increase_in_confidence(
         target: as in Captum.
         additional_forward_args: as in Captum.
         baselines: b. "zeros".
-        score: "softmax", "sigmoid", "logit" or a callable of the output.
-        generator: of "noise".
-        internal_batch_size: pictures in one pass of the model.
+        **scoring: `score` and other keywords of `insertion`.
 
     Reference:
         Chattopadhay et al., https://arxiv.org/abs/1710.11063
@@ -108,63 +104,35 @@ def increase_in_confidence(
         >>> increase_in_confidence(model, image, weights[None], score="logit")  # 1 to 4
         tensor([True])
     """
-    trial = Trial(forward_func, inputs, target, additional_forward_args, score, internal_batch_size)
-    whole, marked = trial.whole_and_marked(attributions, trial.infill(baselines, generator))
-    return whole < marked
+    scorer = Faithfulness(forward_func, inputs, target, additional_forward_args, **scoring)
+    original, masked = scorer.confidences(attributions, baselines)
+    return original < masked
 
 
-# --- torchmetrics --------------------------------------------------------------------------------
-
-
-class AverageDrop(Means):
-    """The mean of `average_drop`, a share of 1.
-
-    Args:
-        **kwargs: see `torchmetrics.Metric`.
-
-    Raises:
-        TypeError: from `update`, for anything but what the function returns.
-        ValueError: from `update`, for values that are not finite.
-
-    Example:
-        >>> metric = AverageDrop()
-        >>> metric.update(torch.tensor([0.0, 0.5]))
-        >>> metric.compute()
-        tensor(0.2500)
-    """
-
-    higher_is_better = False
-
-    def _values(self, found: Any) -> Tensor:
-        return _each(found, of_bools=False)
-
-
-class IncreaseInConfidence(Means):
-    """The share of images that have an `increase_in_confidence`.
-
-    Args:
-        **kwargs: see `torchmetrics.Metric`.
-
-    Raises:
-        TypeError: from `update`, for anything but what the function returns.
-
-    Example:
-        >>> metric = IncreaseInConfidence()
-        >>> metric.update(torch.tensor([True, False, False, True]))
-        >>> metric.compute()
-        tensor(0.5000)
-    """
-
-    higher_is_better = True
-
-    def _values(self, found: Any) -> Tensor:
-        return _each(found, of_bools=True)
-
-
-def _each(found: Any, of_bools: bool) -> Tensor:
-    """A number for each image, (B, 1)."""
+def _values(found: Any, of_bools: bool = False) -> Tensor:
     if not isinstance(found, Tensor) or found.dim() != 1 or (found.dtype == torch.bool) != of_bools:
         shown = f"{found.dtype}, {tuple(found.shape)}" if isinstance(found, Tensor) else type(found)
-        kind = "bool" if of_bools else "numbers"
-        raise TypeError(f"`found` must be {kind}, (B,), got {shown}.")
+        expected = "bool" if of_bools else "numbers"
+        raise TypeError(f"`found` must be {expected}, (B,), got {shown}.")
     return found[:, None]
+
+
+def _bools(found: Any) -> Tensor:
+    return _values(found, of_bools=True)
+
+
+AVERAGE_DROP = define(
+    "average_drop",
+    average_drop,
+    "model",
+    "AverageDrop",
+    higher_is_better=False,
+    values=_values,
+)
+INCREASE = define(
+    "increase_in_confidence",
+    increase_in_confidence,
+    "model",
+    "IncreaseInConfidence",
+    values=_bools,
+)

@@ -1,17 +1,18 @@
 """Insertion and deletion: the score while an image's pixels come or go, and the area under it."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward, Tensors
-from captum_ext._engine.outputs import Score
-from captum_ext._engine.state import preserve_state
-from captum_ext.infill import Baselines, Infill
-from captum_ext.metrics.faithfulness import Means, Trial
+from captum_ext.infill import Baselines
+from captum_ext.metrics._definition import define
+from captum_ext.metrics._scorer import Faithfulness, Scoring, with_scoring
+
+__all__ = ["Curve", "OverallScore", "deletion", "insertion", "overall_score"]
 
 STEP = 1 / 28  # of the pixels: 224 x 8 of 224 x 224
 
@@ -44,6 +45,7 @@ class OverallScore(NamedTuple):
     deletion: Curve
 
 
+@with_scoring
 def insertion(
     forward_func: Forward,
     inputs: Tensor | Tensors,
@@ -53,10 +55,7 @@ def insertion(
     *,
     baselines: Baselines = "blur",
     step: float = STEP,
-    score: Score = "softmax",
-    generator: Generator | None = None,
-    internal_batch_size: int | None = None,
-    show_progress: bool = False,
+    **scoring: Unpack[Scoring],
 ) -> Curve:
     r"""How soon the score comes up when an image's pixels come back, the most relevant first.
 
@@ -75,7 +74,7 @@ def insertion(
     Args:
         forward_func: the model; it gives logits, classes in dimension 1.
         inputs: images (B, C, H, W), or a tuple of one such tensor.
-        attributions: (B, C, H, W) or (B, H, W); see `captum_ext.metrics.faithfulness`.
+        attributions: (B, C, H, W) or (B, H, W); see `captum_ext.metrics`.
         target: as in Captum; one for each image. The literature takes the model's first answer.
         additional_forward_args: as in Captum. Tensors with an entry for each image follow it, all
             else is handed on as it is.
@@ -84,12 +83,12 @@ def insertion(
             `captum_ext.infill.Infill`.
         step: pixels at a time: an int is a number of pixels, a float a share of the image's. 1/28
             (RISE, SESS: 1792 of 50176).
-        score: "softmax" (RISE), "sigmoid", "logit" (the output as it is) or a callable of it.
-        generator: of the order of equal pixels, and of "noise"; on the images' device. None is a
-            fixed order, and touches no global random state.
-        internal_batch_size: pictures in one pass of the model. None is 16 on a CPU and 64
-            elsewhere. Memory does not grow with the number of steps.
-        show_progress: whether to draw a progress bar.
+        **scoring: `score`: "softmax" (default; RISE), "sigmoid", "logit" (the output as it is) or a
+            callable of it. `generator`: of the order of equal pixels, and of "noise"; on the
+            images' device; None is a fixed order, and touches no global random state.
+            `internal_batch_size`: images in one pass of the model; None is 16 on a CPU and 64
+            elsewhere; memory does not grow with the number of steps. `show_progress`: whether to
+            draw a progress bar.
 
     Raises:
         ValueError: images, attributions, an infill or an option that do not fit or are not finite;
@@ -107,13 +106,11 @@ def insertion(
         >>> found.scores, found.auc  # the most relevant pixels first
         (tensor([[ 0.,  4.,  7.,  9., 10.]]), tensor([6.2500]))
     """
-    trial = Trial(forward_func, inputs, target, additional_forward_args, score, internal_batch_size)
-    ranks, infill = trial.ranks(attributions, generator), trial.infill(baselines, generator)
-    counts = _counts(step, ranks[0].numel())
-    with torch.no_grad(), preserve_state(forward_func):
-        return _inserted(trial, ranks, infill, counts, show_progress)
+    scorer = Faithfulness(forward_func, inputs, target, additional_forward_args, **scoring)
+    return _curves(scorer, attributions, step, insertion=baselines)[0]
 
 
+@with_scoring
 def deletion(
     forward_func: Forward,
     inputs: Tensor | Tensors,
@@ -123,10 +120,7 @@ def deletion(
     *,
     baselines: Baselines = "zeros",
     step: float = STEP,
-    score: Score = "softmax",
-    generator: Generator | None = None,
-    internal_batch_size: int | None = None,
-    show_progress: bool = False,
+    **scoring: Unpack[Scoring],
 ) -> Curve:
     r"""How soon the score goes down when an image's pixels go, the most relevant first.
 
@@ -143,10 +137,7 @@ def deletion(
         baselines: what is left where a pixel went. "zeros" (RISE), the mean colour of normalised
             images.
         step: pixels at a time, or a share of them. 1/28.
-        score: "softmax", "sigmoid", "logit" or a callable of the output.
-        generator: of the order of equal pixels, and of "noise".
-        internal_batch_size: pictures in one pass of the model.
-        show_progress: whether to draw a progress bar.
+        **scoring: `score` and other keywords of `insertion`.
 
     Example:
         >>> image, weights = torch.ones(1, 1, 2, 2), torch.tensor([[4.0, 3.0], [2.0, 1.0]])
@@ -155,13 +146,11 @@ def deletion(
         >>> found.scores, found.shares, found.auc
         (tensor([[10.,  3.,  0.]]), tensor([0.0000, 0.5000, 1.0000]), tensor([4.]))
     """
-    trial = Trial(forward_func, inputs, target, additional_forward_args, score, internal_batch_size)
-    ranks, infill = trial.ranks(attributions, generator), trial.infill(baselines, generator)
-    counts = _counts(step, ranks[0].numel())
-    with torch.no_grad(), preserve_state(forward_func):
-        return _deleted(trial, ranks, infill, counts, show_progress)
+    scorer = Faithfulness(forward_func, inputs, target, additional_forward_args, **scoring)
+    return _curves(scorer, attributions, step, deletion=baselines)[0]
 
 
+@with_scoring
 def overall_score(
     forward_func: Forward,
     inputs: Tensor | Tensors,
@@ -172,10 +161,7 @@ def overall_score(
     insertion_baselines: Baselines = "blur",
     deletion_baselines: Baselines = "zeros",
     step: float = STEP,
-    score: Score = "softmax",
-    generator: Generator | None = None,
-    internal_batch_size: int | None = None,
-    show_progress: bool = False,
+    **scoring: Unpack[Scoring],
 ) -> OverallScore:
     """The AUC of insertion less that of deletion (Zhang et al., "Group-CAM", 2021), and both.
 
@@ -190,10 +176,7 @@ def overall_score(
         insertion_baselines: "blur".
         deletion_baselines: "zeros".
         step: pixels at a time, or a share of them. 1/28.
-        score: "softmax", "sigmoid", "logit" or a callable of the output.
-        generator: of the order of equal pixels, and of "noise".
-        internal_batch_size: pictures in one pass of the model.
-        show_progress: whether to draw a progress bar.
+        **scoring: `score` and other keywords of `insertion`.
 
     Reference:
         Zhang et al., https://arxiv.org/abs/2103.13859
@@ -207,27 +190,27 @@ def overall_score(
         >>> found.score, found.insertion.auc, found.deletion.auc
         (tensor([2.5000]), tensor([6.2500]), tensor([3.7500]))
     """
-    trial = Trial(forward_func, inputs, target, additional_forward_args, score, internal_batch_size)
-    ranks = trial.ranks(attributions, generator)
-    coming, left = (trial.infill(b, generator) for b in (insertion_baselines, deletion_baselines))
-    counts = _counts(step, ranks[0].numel())
-    with torch.no_grad(), preserve_state(forward_func):
-        first = _inserted(trial, ranks, coming, counts, show_progress)
-        second = _deleted(trial, ranks, left, counts, show_progress)
+    scorer = Faithfulness(forward_func, inputs, target, additional_forward_args, **scoring)
+    first, second = _curves(
+        scorer, attributions, step, insertion=insertion_baselines, deletion=deletion_baselines
+    )
     return OverallScore(first.auc - second.auc, first, second)
 
 
-def _inserted(
-    trial: Trial, ranks: Tensor, infill: Infill, counts: list[int], show_progress: bool
-) -> Curve:
-    return _curve(trial.shown(ranks, infill, counts, show_progress), counts)
-
-
-def _deleted(
-    trial: Trial, ranks: Tensor, infill: Infill, counts: list[int], show_progress: bool
-) -> Curve:
+def _curves(
+    scorer: Faithfulness, attributions: Any, step: float, **baselines: Baselines
+) -> list[Curve]:
+    """Of "insertion" and "deletion", those of which there are baselines, in their order."""
+    ranks = scorer.ranks(attributions)
+    infills = {name: scorer.infill(value) for name, value in baselines.items()}
+    counts = _counts(step, ranks[0].numel())
     left = [counts[-1] - count for count in counts]
-    return _curve(trial.shown(counts[-1] - 1 - ranks, infill, left, show_progress), counts)
+    shown = {"insertion": (ranks, counts), "deletion": (counts[-1] - 1 - ranks, left)}
+    with scorer.running():
+        return [
+            _curve(scorer.shown(shown[name][0], infill, shown[name][1]), counts)
+            for name, infill in infills.items()
+        ]
 
 
 def _curve(scores: Tensor, counts: list[int]) -> Curve:
@@ -250,75 +233,18 @@ def _counts(step: Any, pixels: int) -> list[int]:
     return sorted({round(min(i * share, 1) * pixels) for i in range(steps)} | {pixels})
 
 
-# --- torchmetrics --------------------------------------------------------------------------------
+def _auc(found: Any) -> Tensor:
+    if not isinstance(found, Curve):
+        raise TypeError(f"`found` must be a Curve, got {type(found)}.")
+    return found.auc[:, None]
 
 
-class Insertion(Means):
-    """The mean AUC of `insertion`.
-
-    Args:
-        **kwargs: see `torchmetrics.Metric`.
-
-    Raises:
-        TypeError: from `update`, for anything but what the function returns.
-        ValueError: from `update`, for values that are not finite.
-
-    Example:
-        >>> metric = Insertion()
-        >>> shares = torch.tensor([0.0, 1.0])
-        >>> metric.update(Curve(torch.tensor([0.5, 0.75]), torch.zeros(2, 2), shares))
-        >>> metric.compute()
-        tensor(0.6250)
-    """
-
-    higher_is_better = True
-
-    def _values(self, found: Any) -> Tensor:
-        if not isinstance(found, Curve):
-            raise TypeError(f"`found` must be a Curve, got {type(found)}.")
-        return found.auc[:, None]
+def _scores(found: Any) -> Tensor:
+    if not isinstance(found, OverallScore):
+        raise TypeError(f"`found` must be an OverallScore, got {type(found)}.")
+    return torch.stack((found.score, found.insertion.auc, found.deletion.auc), 1)
 
 
-class Deletion(Insertion):
-    """The mean AUC of `deletion`; see `Insertion`.
-
-    Args:
-        **kwargs: see `torchmetrics.Metric`.
-
-    Example:
-        >>> metric = Deletion()
-        >>> shares = torch.tensor([0.0, 1.0])
-        >>> metric.update(Curve(torch.tensor([0.25, 0.5]), torch.zeros(2, 2), shares))
-        >>> metric.compute()
-        tensor(0.3750)
-    """
-
-    higher_is_better = False
-
-
-class Overall(Means):
-    """The mean of `overall_score` and of its two AUCs: "score", "insertion" and "deletion".
-
-    Args:
-        **kwargs: see `torchmetrics.Metric`.
-
-    Raises:
-        TypeError: from `update`, for anything but what the function returns.
-        ValueError: from `update`, for values that are not finite.
-
-    Example:
-        >>> shares = torch.tensor([0.0, 1.0])
-        >>> up, down = (Curve(torch.tensor([a]), torch.zeros(1, 2), shares) for a in (0.75, 0.25))
-        >>> metric = Overall()
-        >>> metric.update(OverallScore(up.auc - down.auc, up, down))
-        >>> metric.compute()
-        {'score': tensor(0.5000), 'insertion': tensor(0.7500), 'deletion': tensor(0.2500)}
-    """
-
-    higher_is_better = True
-    names = ("score", "insertion", "deletion")
-
-    def _values(self, found: Any) -> Tensor:
-        if not isinstance(found, OverallScore):
-            raise TypeError(f"`found` must be an OverallScore, got {type(found)}.")
-        return torch.stack((found.score, found.insertion.auc, found.deletion.auc), 1)
+INSERTION = define("insertion", insertion, "model", "Insertion", values=_auc)
+DELETION = define("deletion", deletion, "model", "Deletion", higher_is_better=False, values=_auc)
+OVERALL = define("overall_score", overall_score, "model", "Overall", values=_scores)

@@ -4,19 +4,21 @@ Attributions are (B, C, H, W) or (B, H, W). Channels that are all equal count as
 summed. Regions are masks, (B, H, W) or (B, 1, H, W), bool; `boxes_to_masks` makes them from boxes.
 """
 
-from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from captum_ext.metrics._definition import define
 from captum_ext.metrics._inputs import checked_maps, checked_masks
+
+__all__ = ["energy_pointing_game", "pointing_game"]
 
 AVERAGES = ("micro", "macro", "none")
 
 
-# --- functions -----------------------------------------------------------------------------------
+# --- of each example -----------------------------------------------------------------------------
 
 
 def pointing_game(attributions: Tensor, masks: Tensor, tolerance: float = 15) -> Tensor:
@@ -108,175 +110,104 @@ def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
 
 
 def _check_tolerance(tolerance: float) -> None:
-    if not 0 <= tolerance < float("inf"):
-        raise ValueError(f"`tolerance` must be a number of pixels, 0 or more, got {tolerance}.")
+    try:
+        allowed = 0 <= tolerance < float("inf")
+    except TypeError:
+        allowed = False
+    if not allowed:
+        raise ValueError(f"`tolerance` must be a number of pixels, 0 or more, got {tolerance!r}.")
 
 
-# --- torchmetrics --------------------------------------------------------------------------------
+POINTING_GAME = define(
+    "pointing_game", pointing_game, "region", "PointingGame", check=_check_tolerance
+)
+ENERGY = define("energy", energy_pointing_game, "region", "EnergyPointingGame")
 
 
-class _RegionScore(Metric):
-    """The mean of a score of map and region, over all examples and over the difficult ones."""
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(
-        self,
-        num_classes: int | None = None,
-        average: str = "micro",
-        ignore_empty: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        if average not in AVERAGES:
-            raise ValueError(f"`average` must be one of {AVERAGES}, got {average!r}.")
-        if num_classes is None and average != "micro":
-            raise ValueError(f'`num_classes` must be given with average="{average}".')
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"`num_classes` must be positive, got {num_classes}.")
-        self.num_classes, self.average, self.ignore_empty = num_classes, average, ignore_empty
-        cells = (2, num_classes or 1)  # all and difficult, by class
-        # A float32 that counts hits stays at 2**24, and one that sums shares is off before.
-        self.add_state("total", torch.zeros(cells, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(cells, dtype=torch.int64), dist_reduce_fx="sum")
-
-    @abstractmethod
-    def _score(self, attributions: Tensor, masks: Tensor) -> Tensor:
-        """Of each example, (B,)."""
-
-    def update(
-        self,
-        attributions: Tensor,
-        masks: Tensor,
-        target: Tensor | None = None,
-        difficult: Tensor | None = None,
-    ) -> None:
-        """Add a batch.
-
-        Args:
-            attributions: (B, C, H, W) or (B, H, W).
-            masks: (B, H, W) or (B, 1, H, W), bool. An image with objects of several classes is as
-                many examples.
-            target: (B,), integers: the class of each; needed if `num_classes` is given.
-            difficult: (B,), bool: which examples the second figure is about; None is none. In the
-                pointing game of the literature, those where the boxes of the class cover less than
-                a quarter of the image and another class is there too.
-        """
-        n = len(attributions)
-        target, difficult = self._labels(n, target, difficult, attributions.device)
-        if self.ignore_empty:
-            kept = checked_masks(masks).flatten(1).any(1)
-            if len(kept) != n:
-                raise ValueError(f"`masks` must be {n}, one for each example, got {len(kept)}.")
-            attributions, masks = attributions[kept], masks[kept]
-            target, difficult = target[kept], difficult[kept]
-        scores = self._score(attributions, masks).to(self.total)
-        chosen = torch.stack((torch.ones_like(difficult), difficult)).to(scores.device)
-        target = target.to(scores.device)
-        self.total = self.total.index_add(1, target, scores * chosen)
-        self.count = self.count.index_add(1, target, chosen.long())
-
-    def compute(self) -> dict[str, Tensor]:
-        """{"all": ..., "difficult": ...}; NaN where there was no example."""
-        total, count = self.total, self.count
-        if self.average == "micro":
-            total, count = total.sum(1), count.sum(1)
-        shares = torch.where(count > 0, total / count, torch.nan).float()
-        if self.average == "macro":
-            shares = shares.nanmean(1)
-        return {"all": shares[0], "difficult": shares[1]}
-
-    def _labels(
-        self, n: int, target: Tensor | None, difficult: Tensor | None, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        if difficult is None:
-            difficult = torch.zeros(n, dtype=torch.bool, device=device)
-        if difficult.dtype != torch.bool or difficult.shape != (n,):
-            raise ValueError(
-                f"`difficult` must be bool, ({n},), got {difficult.dtype}, "
-                f"{tuple(difficult.shape)}."
-            )
-        difficult = difficult.to(device)
-        if self.num_classes is None:
-            return torch.zeros(n, dtype=torch.int64, device=device), difficult
-        if target is None or target.shape != (n,) or target.is_floating_point():
-            got = None if target is None else (target.dtype, tuple(target.shape))
-            raise ValueError(f"`target` must be integers, ({n},), got {got}.")
-        if bool(((target < 0) | (target >= self.num_classes)).any()):
-            raise ValueError(f"`target` must be in [0, {self.num_classes}), the `num_classes`.")
-        return target.long().to(device), difficult
+# --- of all examples -----------------------------------------------------------------------------
 
 
-class PointingGame(_RegionScore):
-    """The accuracy of `pointing_game`: hits / (hits + misses).
+@dataclass(frozen=True)
+class RegionOptions:
+    """How the scores of examples are averaged; see `PointingGame`."""
 
-    `compute` gives it over all examples and over those marked as difficult, by the names "all" and
-    "difficult".
+    num_classes: int | None = None
+    average: str = "micro"
+    ignore_empty: bool = False
 
-    Args:
-        tolerance: see `pointing_game`.
-        num_classes: how many classes `target` has; needed by "macro" and "none".
-        average: "micro", over the examples; "macro", over the classes that occur, each with the
-            mean of its examples, as the figures for VOC and COCO are in the literature; "none", of
-            each class.
-        ignore_empty: whether examples with an empty mask are left out; else they raise.
-        **kwargs: see `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: an argument out of range; see `pointing_game` for those of `update`.
-
-    Example:
-        >>> game = PointingGame(tolerance=0)
-        >>> attributions = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[1.0, 0.0]]])
-        >>> masks = torch.tensor([[[True, False]], [[True, True]], [[False, True]]])
-        >>> game(attributions, masks, difficult=torch.tensor([False, True, True]))
-        {'all': tensor(0.6667), 'difficult': tensor(0.5000)}
-    """
-
-    def __init__(
-        self,
-        tolerance: float = 15,
-        num_classes: int | None = None,
-        average: str = "micro",
-        ignore_empty: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(num_classes, average, ignore_empty, **kwargs)
-        _check_tolerance(tolerance)
-        self.tolerance = tolerance
-
-    def _score(self, attributions: Tensor, masks: Tensor) -> Tensor:
-        return pointing_game(attributions, masks, self.tolerance)
+    def __post_init__(self) -> None:
+        if self.average not in AVERAGES:
+            raise ValueError(f"`average` must be one of {AVERAGES}, got {self.average!r}.")
+        if self.num_classes is None and self.average != "micro":
+            raise ValueError(f'`num_classes` must be given with average="{self.average}".')
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(f"`num_classes` must be positive, got {self.num_classes}.")
 
 
-class EnergyPointingGame(_RegionScore):
-    """The mean of `energy_pointing_game`: the share of positive mass in the region.
+def zeros(options: RegionOptions) -> tuple[Tensor, Tensor]:
+    """Sums and numbers of scores, of all and of difficult examples, by class: (2, classes)."""
+    cells = (2, options.num_classes or 1)
+    # A float32 that counts hits stays at 2**24, and one that sums shares is off before.
+    return torch.zeros(cells, dtype=torch.float64), torch.zeros(cells, dtype=torch.int64)
 
-    `compute` gives it over all examples and over those marked as difficult, by the names "all" and
-    "difficult".
 
-    Args:
-        num_classes: see `PointingGame`, as for the rest.
-        average: "micro", "macro" or "none".
-        ignore_empty: whether examples with an empty mask are left out; else they raise.
-        **kwargs: see `torchmetrics.Metric`.
+def update(
+    state: tuple[Tensor, Tensor],
+    score: Callable[[Tensor, Tensor], Tensor],
+    attributions: Tensor,
+    masks: Tensor,
+    target: Tensor | None,
+    difficult: Tensor | None,
+    options: RegionOptions,
+) -> tuple[Tensor, Tensor]:
+    """Sums and numbers of scores, with those of a batch."""
+    total, count = state
+    n = len(attributions)
+    target, difficult = _labels(n, target, difficult, attributions.device, options.num_classes)
+    if options.ignore_empty:
+        kept = checked_masks(masks).flatten(1).any(1)
+        if len(kept) != n:
+            raise ValueError(f"`masks` must be {n}, one for each example, got {len(kept)}.")
+        attributions, masks = attributions[kept], masks[kept]
+        target, difficult = target[kept], difficult[kept]
+    scores = score(attributions, masks).to(total)
+    chosen = torch.stack((torch.ones_like(difficult), difficult)).to(scores.device)
+    target = target.to(scores.device)
+    return (
+        total.index_add(1, target, scores * chosen),
+        count.index_add(1, target, chosen.long()),
+    )
 
-    Raises:
-        ValueError: an argument out of range; see `energy_pointing_game` for those of `update`.
 
-    Example:
-        >>> game = EnergyPointingGame()
-        >>> _ = game(torch.tensor([[[3.0, 1.0]]]), torch.tensor([[[True, False]]]))
-        >>> game.compute()["all"]
-        tensor(0.7500)
-    """
+def compute(total: Tensor, count: Tensor, options: RegionOptions) -> dict[str, Tensor]:
+    """The means, of all and of difficult examples; NaN where there was none."""
+    if options.average == "micro":
+        total, count = total.sum(1), count.sum(1)
+    shares = torch.where(count > 0, total / count, torch.nan).float()
+    if options.average == "macro":
+        shares = shares.nanmean(1)
+    return {"all": shares[0], "difficult": shares[1]}
 
-    def _score(self, attributions: Tensor, masks: Tensor) -> Tensor:
-        return energy_pointing_game(attributions, masks)
+
+def _labels(
+    n: int,
+    target: Tensor | None,
+    difficult: Tensor | None,
+    device: torch.device,
+    num_classes: int | None,
+) -> tuple[Tensor, Tensor]:
+    if difficult is None:
+        difficult = torch.zeros(n, dtype=torch.bool, device=device)
+    if difficult.dtype != torch.bool or difficult.shape != (n,):
+        raise ValueError(
+            f"`difficult` must be bool, ({n},), got {difficult.dtype}, {tuple(difficult.shape)}."
+        )
+    difficult = difficult.to(device)
+    if num_classes is None:
+        return torch.zeros(n, dtype=torch.int64, device=device), difficult
+    if target is None or target.shape != (n,) or target.is_floating_point():
+        got = None if target is None else (target.dtype, tuple(target.shape))
+        raise ValueError(f"`target` must be integers, ({n},), got {got}.")
+    if bool(((target < 0) | (target >= num_classes)).any()):
+        raise ValueError(f"`target` must be in [0, {num_classes}), the `num_classes`.")
+    return target.long().to(device), difficult

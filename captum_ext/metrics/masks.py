@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import check_choice
+from captum_ext.metrics._definition import define
 from captum_ext.metrics._inputs import checked_maps, checked_masks
+
+__all__ = ["mask_iou", "total_variation"]
 
 NORMS = ("squared", "absolute")
 
@@ -64,7 +67,16 @@ def total_variation(maps: Tensor, norm: str = "squared") -> Tensor:
         >>> total_variation(maps), total_variation(maps, "absolute")
         (tensor([14.]), tensor([6.]))
     """
-    check_choice("norm", norm, NORMS)
+    _check_norm(norm)
     values = checked_maps(maps, "maps")
     steps = torch.cat((values.diff(dim=1).flatten(1), values.diff(dim=2).flatten(1)), 1)
     return (steps.square() if norm == "squared" else steps.abs()).sum(1)
+
+
+def _check_norm(norm: str) -> None:
+    check_choice("norm", norm, NORMS)
+
+
+TOTAL_VARIATION = define(
+    "total_variation", total_variation, "map", higher_is_better=False, check=_check_norm
+)

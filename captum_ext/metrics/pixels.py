@@ -1,12 +1,11 @@
 """Pixels of maps against pixels of masks, at all thresholds at once."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from captum_ext.metrics._inputs import checked_masks, checked_unit_maps
+
+__all__ = ["pixel_counts", "pixel_iou"]
 
 N_STEPS = 1000
 
@@ -71,119 +70,41 @@ def pixel_iou(maps: Tensor, masks: Tensor, ignored: Tensor | None = None) -> Ten
     return _ious(*pixel_counts(maps, masks, ignored)).float()
 
 
+# --- of counts, pooled or of one image: two (..., 1001) -------------------------------------------
+
+
 def _ious(inside: Tensor, outside: Tensor) -> Tensor:
-    """At each threshold, of counts (..., 1001)."""
+    """The IoU at each threshold, (..., 1001), float64."""
     tp, fp = (counts.flip(-1).cumsum(-1).flip(-1) for counts in (inside, outside))
     union = inside.sum(-1, keepdim=True) + fp  # what is found or missed, and what is found wrongly
     return tp.double() / union.clamp(min=1)
 
 
-class PixelCounts(Metric):
-    """The `pixel_counts` of all images together, of which `PxAP` and `PxIoU` are functions."""
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    inside: Tensor
-    outside: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("inside", "outside"):
-            zeros = torch.zeros(N_STEPS + 1, dtype=torch.int64)
-            self.add_state(name, zeros, dist_reduce_fx="sum")
-
-    def update(self, maps: Tensor, masks: Tensor, ignored: Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            maps: (B, H, W) or (B, C, H, W), in [0, 1].
-            masks: (B, H, W) or (B, 1, H, W), bool: the object's pixels; some may be empty.
-            ignored: of the same shape, bool: pixels that do not count. None ignores none.
-
-        Raises:
-            ValueError: shapes that do not fit, maps that are not finite or not in [0, 1].
-            TypeError: masks that are not bool.
-        """
-        inside, outside = pixel_counts(maps, masks, ignored)
-        self.inside = self.inside + inside.sum(0).to(self.inside.device)
-        self.outside = self.outside + outside.sum(0).to(self.outside.device)
+def px_iou_curve(inside: Tensor, outside: Tensor) -> Tensor:
+    """The IoU at each threshold, (..., 1001), float64; NaN where no pixel was in a mask."""
+    some = inside.sum(-1, keepdim=True) > 0
+    return torch.where(some, _ious(inside, outside), torch.nan)
 
 
-class PxAP(PixelCounts):
-    r"""The average precision of the pixels of all images together.
+def px_ap(inside: Tensor, outside: Tensor) -> Tensor:
+    """PxAP, (...), float64; NaN where no pixel was in a mask."""
+    precision, recall = _precision_and_recall(inside, outside)
+    gained = torch.diff(recall, prepend=torch.zeros_like(recall[..., :1]))
+    return (precision * gained).sum(-1)
 
-    Of thresholds 0, 0.001, ..., 0.999, 1 (not relative to a map's maximum),
 
-    .. math:: \operatorname{PxAP} = \sum_l \operatorname{Prec}(\tau_l)
-        (\operatorname{Rec}(\tau_l) - \operatorname{Rec}(\tau_{l+1}))
+def precision_at(inside: Tensor, outside: Tensor, recalls: Tensor) -> Tensor:
+    """Precision at the highest threshold that has each recall, (..., len(recalls)), float64.
 
-    with the precision and recall of all pixels at or above a threshold. A map that is constant has
-    the share of the object's pixels.
-
-    Args:
-        **kwargs: see `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: see `update`.
-
-    Reference:
-        Choe et al., https://arxiv.org/abs/2001.07437
-
-    Example:
-        >>> metric = PxAP()
-        >>> maps = torch.tensor([[[0.9, 0.4], [0.4, 0.1]]])
-        >>> metric(maps, torch.tensor([[[True, True], [False, False]]]))
-        tensor(0.8333)
+    At a recall of 0 it is that of the highest threshold with any recall.
     """
-
-    def compute(self) -> Tensor:
-        """In [0, 1]; NaN where no pixel was in a mask."""
-        tp, fp = (counts.flip(0).cumsum(0).double() for counts in (self.inside, self.outside))
-        precision = tp / (tp + fp).clamp(min=1)
-        recall = tp / tp[-1]
-        return (precision * torch.diff(recall, prepend=recall.new_zeros(1))).sum().float()
+    precision, recall = _precision_and_recall(inside, outside)
+    least = recalls.to(recall).clamp(min=1e-9).expand(*recall.shape[:-1], -1).contiguous()
+    first = torch.searchsorted(recall.contiguous(), least).clamp(max=recall.shape[-1] - 1)
+    return precision.gather(-1, first)
 
 
-class PxIoU(PixelCounts):
-    r"""The IoU of the pixels of all images together, at the threshold that is best for all of them.
-
-    .. math:: \operatorname{PxIoU} = \max_\tau \frac{\mathrm{TP}(\tau)}
-        {\mathrm{TP}(\tau) + \mathrm{FP}(\tau) + \mathrm{FN}(\tau)}
-
-    with the pixels at or above a threshold of 0, 0.001, ..., 1, pooled as by `PxAP`: a large object
-    counts for more than a small one. One threshold serves all images and is chosen with the masks
-    in hand, so that this is an upper bound. A map that is constant has the share of the object's
-    pixels. The mean over images is that of `pixel_iou`.
-
-    Args:
-        **kwargs: see `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: see `pixel_counts` for those of `update`.
-
-    Example:
-        >>> metric = PxIoU()
-        >>> maps = torch.tensor([[[0.9, 0.4], [0.4, 0.1]]])
-        >>> metric(maps, torch.tensor([[[True, True], [False, False]]]))
-        tensor(0.6667)
-        >>> metric.threshold()
-        tensor(0.1010)
-    """
-
-    def compute(self) -> Tensor:
-        """In [0, 1]; NaN where no pixel was in a mask."""
-        return self.curve().amax()
-
-    def curve(self) -> Tensor:
-        """The IoU at each threshold, (1001,); NaN where no pixel was in a mask."""
-        found = _ious(self.inside, self.outside).float()
-        return torch.where(self.inside.sum() > 0, found, torch.nan)
-
-    def threshold(self) -> Tensor:
-        """The best threshold, the smallest of them; NaN where no pixel was in a mask."""
-        curve = self.curve()
-        return torch.where(curve[0].isnan(), torch.nan, curve.argmax() / N_STEPS)
+def _precision_and_recall(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+    """At each threshold, from the highest to the lowest."""
+    tp, fp = (counts.flip(-1).cumsum(-1).double() for counts in (inside, outside))
+    return tp / (tp + fp).clamp(min=1), tp / tp[..., -1:]

@@ -3,22 +3,21 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
-from scipy import sparse
-from scipy.sparse.linalg import splu
 from torch import Generator, Tensor
 
 from captum_ext._checks import check_size, is_finite
 from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward, Tensors
-from captum_ext._engine.outputs import Score
 from captum_ext._engine.precision import full_precision
-from captum_ext._engine.state import preserve_state
 from captum_ext.infill import Infill
-from captum_ext.metrics.faithfulness import SEED, Means, Trial
+from captum_ext.metrics._definition import define
+from captum_ext.metrics._scorer import SEED, Faithfulness, Scoring, with_scoring
+
+__all__ = ["RoadScores", "linear_imputation", "road"]
 
 PERCENTILES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 
@@ -41,6 +40,7 @@ class RoadScores(NamedTuple):
     percentiles: Tensor
 
 
+@with_scoring
 def road(
     forward_func: Forward,
     inputs: Tensor | Tensors,
@@ -50,10 +50,7 @@ def road(
     *,
     percentiles: Sequence[float] = PERCENTILES,
     noise: float = 0.01,
-    score: Score = "softmax",
-    generator: Generator | None = None,
-    internal_batch_size: int | None = None,
-    show_progress: bool = False,
+    **scoring: Unpack[Scoring],
 ) -> RoadScores:
     """Remove and debias: the score when pixels are removed and their place is interpolated.
 
@@ -76,11 +73,7 @@ def road(
             pixel is always left.
         noise: its standard deviation, in units of the images. 0.01 (authors). It is the same for
             all images and percentiles.
-        score: "softmax", "sigmoid", "logit" or a callable of the output.
-        generator: of the order of equal pixels and of the noise; on the images' device. None is a
-            fixed order and fixed noise.
-        internal_batch_size: pictures in one pass of the model, and in memory.
-        show_progress: whether to draw a progress bar.
+        **scoring: `score` and other keywords of `insertion`. The `generator` draws the noise, too.
 
     Reference:
         Rong et al., "A Consistent and Efficient Evaluation Strategy for Attribution Methods",
@@ -98,51 +91,32 @@ def road(
         raise ValueError(
             f"`percentiles` must be numbers above 0 and below 100, got {tuple(percentiles)}."
         )
-    trial = Trial(forward_func, inputs, target, additional_forward_args, score, internal_batch_size)
-    ranks = trial.ranks(attributions, generator)
-    draws = generator or Generator().manual_seed(SEED)
-    shape, kind = trial.images.shape[1:], full_precision(trial.images).dtype
-    grain = torch.randn(shape, generator=draws, device=draws.device, dtype=kind) * noise
-    grain = grain.to(trial.images.device)
+    scorer = Faithfulness(forward_func, inputs, target, additional_forward_args, **scoring)
+    ranks, images = scorer.ranks(attributions), scorer.images
+    draws = scorer.generator or Generator().manual_seed(SEED)
+    shape, dtype = images.shape[1:], full_precision(images).dtype
+    grain = torch.randn(shape, generator=draws, device=draws.device, dtype=dtype) * noise
+    grain = grain.to(images.device)
 
     def imputed(images: Tensor, keep: Tensor) -> Tensor:
         return (linear_imputation(full_precision(images), keep) + grain).to(images)
 
-    infill = Infill(trial.images, imputed)
+    infill = Infill(images, imputed)
     pixels = ranks[0].numel()
     left = [max(pixels - round(p / 100 * pixels), 1) for p in percentiles]
-    with torch.no_grad(), preserve_state(forward_func):
-        lerf = trial.shown(ranks, infill, left, show_progress)
-        morf = trial.shown(pixels - 1 - ranks, infill, left, show_progress)
+    with scorer.running():
+        lerf = scorer.shown(ranks, infill, left)
+        morf = scorer.shown(pixels - 1 - ranks, infill, left)
     return RoadScores((lerf - morf).mean(1) / 2, morf, lerf, lerf.new_tensor(percentiles))
 
 
-class Road(Means):
-    """The mean scores of `road`, over images and percentiles: "combined", "morf" and "lerf".
+def _values(found: Any) -> Tensor:
+    if not isinstance(found, RoadScores):
+        raise TypeError(f"`found` must be RoadScores, got {type(found)}.")
+    return torch.stack((found.score, found.morf.mean(1), found.lerf.mean(1)), 1)
 
-    Args:
-        **kwargs: see `torchmetrics.Metric`.
 
-    Raises:
-        TypeError: from `update`, for anything but what the function returns.
-        ValueError: from `update`, for values that are not finite.
-
-    Example:
-        >>> metric = Road()
-        >>> morf, lerf = torch.tensor([[0.25, 0.5]]), torch.tensor([[0.75, 0.5]])
-        >>> score = (lerf - morf).mean(1) / 2
-        >>> metric.update(RoadScores(score, morf, lerf, torch.tensor([10.0, 90.0])))
-        >>> metric.compute()
-        {'combined': tensor(0.1250), 'morf': tensor(0.3750), 'lerf': tensor(0.6250)}
-    """
-
-    higher_is_better = True
-    names = ("combined", "morf", "lerf")
-
-    def _values(self, found: Any) -> Tensor:
-        if not isinstance(found, RoadScores):
-            raise TypeError(f"`found` must be RoadScores, got {type(found)}.")
-        return torch.stack((found.score, found.morf.mean(1), found.lerf.mean(1)), 1)
+ROAD = define("road", road, "model", "Road", values=_values)
 
 
 # --- imputation ----------------------------------------------------------------------------------
@@ -191,6 +165,8 @@ def linear_imputation(images: Tensor, keep: Tensor) -> Tensor:
 
 def _imputed(laplacian: Any, values: _Array, kept: _Array) -> _Array:
     """One image, (C, H W)."""
+    from scipy.sparse.linalg import splu
+
     if kept.all() or not kept.any():
         return values * kept
     rows = laplacian[~kept]
@@ -210,6 +186,8 @@ def _imputed(laplacian: Any, values: _Array, kept: _Array) -> _Array:
 @lru_cache(maxsize=8)
 def _laplacian(height: int, width: int) -> Any:
     """Of each pixel, sum_q w_pq (x_p - x_q): a sparse matrix (H W, H W)."""
+    from scipy import sparse
+
     down, right = (
         sparse.diags([np.ones(n - 1)] * 2, [-1, 1], shape=(n, n)) for n in (height, width)
     )

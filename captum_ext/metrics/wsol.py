@@ -6,13 +6,11 @@ beside published ones. Maps are in [0, 1]; `captum_ext.imaging.min_max` brings t
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
-import higra as hg
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from captum_ext._checks import check_choice, check_range
 from captum_ext.metrics._inputs import check_boxes, check_corners, checked_unit_maps
@@ -24,6 +22,8 @@ from captum_ext.metrics._regions import (
     outlined_areas,
     regions_of,
 )
+
+__all__ = ["box_ious"]
 
 CONTOURS = ("largest", "all")
 CONVENTIONS = ("components", "wsolevaluation")
@@ -95,7 +95,7 @@ def box_ious(
 def _ious(image: Array, true: Array, every: bool) -> Array:
     """Of one map (H, W), at each threshold."""
     levels = np.searchsorted(np.arange(N_THRESHOLDS) / N_THRESHOLDS * image.max(), image)
-    regions = regions_of(levels, hg.get_8_adjacency_implicit_graph)
+    regions = regions_of(levels, neighbours=8)
     ious = _best_ious(regions.boxes, true, inclusive=False)
     keys = (ious,) if every else (ious, regions.sums(np.ones(image.size)))
     return np.append(ious, 0)[leaders(regions.start, regions.stop, *keys)]
@@ -106,7 +106,7 @@ def _published_ious(image: Array, true: Array, every: bool) -> Array:
     values = (255 * image).astype(np.uint8)
     thresholds = (np.arange(N_THRESHOLDS) * 0.001 * values.max()).astype(int)
     levels = np.searchsorted(thresholds, np.arange(256))[values]
-    regions = regions_of(levels, hg.get_8_adjacency_implicit_graph)
+    regions = regions_of(levels, neighbours=8)
     start, stop, boxes = spans = regions.start, regions.stop, regions.boxes
     if every:
         both = zip(spans, holes_of(levels), strict=True)
@@ -129,90 +129,53 @@ def _best_ious(boxes: Array, true: Array, inclusive: bool) -> Array:
     return ious
 
 
-class MaxBoxAcc(Metric):
-    r"""The share of images whose object is boxed, at the threshold that is best for all of them.
+# --- of all images -------------------------------------------------------------------------------
 
-    .. math:: \operatorname{MaxBoxAcc}(\delta)
-        = \max_\tau \frac1N \sum_n [\operatorname{IoU}_n(\tau) \ge \delta]
 
-    One threshold serves all images, so it is chosen with the boxes in hand: an upper bound, by
-    design. `MaxBoxAcc()` is the metric of that name; with ``iou_thresholds=(0.3, 0.5, 0.7),
-    contours="all"``, each IoU with a threshold of its own and then averaged, it is MaxBoxAccV2.
-    Published figures are of ``convention="wsolevaluation"``. V2 does not punish false regions
-    elsewhere in the picture: show `PxAP` beside it.
+@dataclass(frozen=True)
+class BoxOptions:
+    """What counts as a hit; see `MaxBoxAcc`."""
 
-    Args:
-        iou_thresholds: delta.
-        contours: "largest" or "all"; see `box_ious`.
-        convention: "components" or "wsolevaluation"; see `box_ious`.
-        **kwargs: see `torchmetrics.Metric`.
+    iou_thresholds: tuple[float, ...] = (0.5,)
+    contours: str = "largest"
+    convention: str = "components"
 
-    Raises:
-        ValueError: an argument out of range; see `box_ious` for those of `update`.
-
-    Example:
-        >>> metric = MaxBoxAcc(iou_thresholds=(0.3, 0.5, 0.7), contours="all")
-        >>> maps = torch.zeros(1, 8, 8)
-        >>> maps[0, 2:5, 2:6] = 1
-        >>> metric(maps, [torch.tensor([[2, 2, 6, 4]])])
-        tensor(0.6667)
-    """
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    hits: Tensor
-    count: Tensor
-
-    def __init__(
-        self,
-        iou_thresholds: Sequence[float] = (0.5,),
-        contours: str = "largest",
-        convention: str = "components",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        check_choice("contours", contours, CONTOURS)
-        check_choice("convention", convention, CONVENTIONS)
-        if not len(iou_thresholds):
+    def __post_init__(self) -> None:
+        check_choice("contours", self.contours, CONTOURS)
+        check_choice("convention", self.convention, CONVENTIONS)
+        if not len(self.iou_thresholds):
             raise ValueError("`iou_thresholds` must be at least one number.")
-        for threshold in iou_thresholds:
+        for threshold in self.iou_thresholds:
             check_range("iou_thresholds", threshold, 0, 1)
-        self.iou_thresholds = tuple(iou_thresholds)
-        self.contours, self.convention = contours, convention
-        cells = (len(self.iou_thresholds), N_THRESHOLDS)
-        self.add_state("hits", torch.zeros(cells, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, maps: Tensor, boxes: Sequence[Tensor], counted: Tensor | None = None) -> None:
-        """Add a batch.
 
-        Args:
-            maps: (B, H, W) or (B, C, H, W), in [0, 1]; see `box_ious`.
-            boxes: for each image (n, 4).
-            counted: (B,), bool: images that are not can be no hit. With the images whose label is
-                the classifier's first answer, or among its first five, this is top-1 or top-5
-                localisation. None counts all.
-        """
-        ious = box_ious(maps, boxes, self.contours, self.convention)
-        if counted is not None:
-            if counted.dtype != torch.bool or counted.shape != (len(ious),):
-                raise ValueError(
-                    f"`counted` must be bool, ({len(ious)},), got {counted.dtype}, "
-                    f"{tuple(counted.shape)}."
-                )
-            ious = torch.where(counted[:, None], ious, -1)
-        hits = torch.stack([(ious >= delta).sum(0) for delta in self.iou_thresholds])
-        self.hits = self.hits + hits.to(self.hits.device)
-        self.count = self.count + len(ious)
+def zeros(options: BoxOptions) -> tuple[Tensor, Tensor]:
+    """Numbers of hits, (IoUs, 1000), and of images."""
+    hits = torch.zeros(len(options.iou_thresholds), N_THRESHOLDS, dtype=torch.int64)
+    return hits, torch.zeros((), dtype=torch.int64)
 
-    def compute(self) -> Tensor:
-        """In [0, 1]; NaN without an image."""
-        return self.curves().amax(1).mean()
 
-    def curves(self) -> Tensor:
-        """BoxAcc at each IoU and threshold: (len(iou_thresholds), 1000)."""
-        return self.hits / self.count
+def box_hits(ious: Tensor, options: BoxOptions, counted: Tensor | None = None) -> Tensor:
+    """Which boxes are hits, of `box_ious` (B, 1000): (B, IoUs, 1000), bool.
+
+    Images that are not `counted` (B,), bool, have none.
+    """
+    hits = torch.stack([ious >= delta for delta in options.iou_thresholds], 1)
+    if counted is None:
+        return hits
+    if counted.dtype != torch.bool or counted.shape != (len(ious),):
+        raise ValueError(
+            f"`counted` must be bool, ({len(ious)},), got {counted.dtype}, {tuple(counted.shape)}."
+        )
+    return hits & counted[:, None, None]
+
+
+def box_acc(hits: Tensor, count: Tensor) -> Tensor:
+    """BoxAcc at each IoU and threshold, of numbers of hits (..., IoUs, 1000) and images (...)."""
+    return hits / count[..., None, None]
+
+
+def max_box_acc(hits: Tensor, count: Tensor) -> Tensor:
+    """MaxBoxAcc (...), of the same; NaN without an image."""
+    best: Tensor = hits.amax(-1) / count[..., None]
+    return best.mean(-1)

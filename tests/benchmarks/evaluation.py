@@ -47,7 +47,6 @@ IMAGENET_SIZE, WORKERS = 1_280_000, (1, 8, 64)
 ASSUMED = 2_000  # images that a GPU takes in a second: an assumption, for the example
 SIDE, BATCH, FEW = 224, 16, 4
 LONG = 20  # seconds for the rounds of one call
-LOCAL = [kind.name for kind in LOCALIZATION]
 PASSES = ("insertion", "deletion", "average_drop", "increase_in_confidence", "road")
 
 # --- is it flat? ---------------------------------------------------------------------------------
@@ -280,7 +279,7 @@ def metric_costs(
 ) -> dict[str, dict[str, float]]:
     """Seconds, pictures through the model and bytes in a row, for one map, by what is written."""
     costs = {}
-    known = make_measures([*LOCAL, *PASSES], found.examples)
+    known = make_measures([*LOCALIZATION, *PASSES], found.examples)
     for record in {r.columns: r for measure in known for r in measure.records}.values():
         name = record.columns[0]
         many = device.type == "cuda" or name not in PASSES

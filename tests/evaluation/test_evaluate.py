@@ -204,6 +204,14 @@ def test_infidelity_and_sensitivity_are_captums(tmp_path):
     assert hidden.figures["twice"]["infidelity"].value == pytest.approx(wanted, rel=1e-4)
     with pytest.raises(ValueError, match="metrics: infidelity"):
         evaluate(methods, Boxes(), {"infidelity": {"nose": 1}}, output=tmp_path / "b", **QUIET)
+    for metrics, named in (
+        ({"insertion": {"stepp": 1}}, "metrics: insertion` must be one of .*'step'.*got 'stepp'"),
+        ({"energy": {"tolerance": 1}}, r"metrics: energy` must be one of \[\], got 'tolerance'"),
+        ({"pointing_game": {"tolerance": "far"}}, "`tolerance` must be .*'far'"),
+        ({"total_variation": {"norm": "cubed"}}, "`norm` must be one of"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            evaluate(methods, Boxes(), metrics, output=tmp_path / "b", **QUIET)
 
 
 def test_maps_without_a_channel_are_those_of_one(tmp_path):

@@ -688,7 +688,7 @@ def test_wrong_options(name: str, options: Any, named: str) -> None:
 def test_outputs_that_are_no_scores(name: str) -> None:
     x = pictures()
     run = partial(FUNCTIONS[name], inputs=x, attributions=maps(x))
-    with pytest.raises(ValueError, match="one number for each image"):
+    with pytest.raises(ValueError, match="needs two classes or more"):
         run(lambda x: x.sum((1, 2, 3)))
     with pytest.raises(ValueError, match="each of"):
         run(lambda x: x.sum(), score="logit")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from captum_ext.metrics import PxAP, PxIoU, mask_iou, pixel_counts, pixel_iou
+from captum_ext.metrics.pixels import precision_at, px_ap, px_iou_curve
 from tests.metrics.by_thresholds import hard_maps
 
 
@@ -246,3 +247,35 @@ def test_bad_input(metric):
         metric(maps, masks.float())
     with pytest.raises(TypeError, match=r"ignored.*bool"):
         metric(maps, masks, masks.float())
+
+
+def test_figures_of_resamples_are_those_of_their_sums():
+    """One definition for the class and for `evaluate`: with leading dimensions, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(5, 6, 7, generator=generator)
+    masks = torch.rand(5, 6, 7, generator=generator) < 0.3
+    masks[4] = False
+    counts = [t.double() for t in pixel_counts(maps, masks)]
+    weights = torch.randint(0, 3, (8, 5), generator=generator).double()
+    weights[0], weights[1] = 1, torch.tensor([0, 0, 0, 0, 2])  # all once; one without an object
+    inside, outside = (weights @ t for t in counts)
+    for i, row in enumerate(weights.long()):
+        ap, iou = PxAP(), PxIoU()
+        for image in range(5):
+            for _ in range(row[image]):
+                ap.update(maps[image : image + 1], masks[image : image + 1])
+                iou.update(maps[image : image + 1], masks[image : image + 1])
+        for found, metric in (
+            (px_ap(inside, outside)[i], ap),
+            (px_iou_curve(inside, outside)[i].amax(), iou),
+        ):
+            assert torch.equal(found.float().isnan(), metric.compute().isnan())
+            assert found.isnan() == (i == 1)
+            assert found.isnan() or found.float() == metric.compute()
+    # At a recall that a threshold has, precision is that of the highest threshold which has it.
+    tp, fp = (t.flip(-1).cumsum(-1)[0] for t in (inside, outside))
+    recalls = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    found = precision_at(inside, outside, recalls)[0]
+    for value, recall in zip(found.tolist(), recalls.tolist(), strict=True):
+        first = next(j for j in range(1001) if tp[j] > 0 and tp[j] / tp[-1] >= recall)
+        assert value == (tp[first] / (tp[first] + fp[first])).item()

@@ -1,0 +1,287 @@
+"""In a `MetricCollection`, each metric gives its own figure; what importing metrics costs."""
+
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+import captum_ext.metrics
+from captum_ext.metrics import (
+    AverageDrop,
+    Curve,
+    Deletion,
+    EnergyPointingGame,
+    IncreaseInConfidence,
+    Insertion,
+    MaxBoxAcc,
+    Overall,
+    OverallScore,
+    PointingGame,
+    PxAP,
+    PxIoU,
+    Road,
+    RoadScores,
+)
+
+# All agree on the first batch, where the map is the object, and all differ on the second.
+MAPS = [torch.tensor([[[1.0, 0.0, 0.0]]]), torch.tensor([[[0.3, 1.0, 0.5]]])]
+MASKS = torch.tensor([[[True, False, False]]])
+BOXES = [torch.tensor([[0, 0, 1, 1]])]
+VALUES = [torch.tensor([1.0]), torch.tensor([0.25])]
+
+
+def curve(value: Tensor) -> Curve:
+    return Curve(value, torch.zeros(1, 2), torch.tensor([0.0, 1.0]))
+
+
+def of_regions(maps: Tensor, value: Tensor) -> dict[str, Any]:
+    return {"attributions": maps, "maps": maps, "masks": MASKS, "boxes": BOXES}
+
+
+FOUND: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
+    "region": of_regions,
+    "curve": lambda maps, v: {"found": curve(v)},
+    "numbers": lambda maps, v: {"found": v},
+    "bools": lambda maps, v: {"found": v > 0.5},
+    "overall": lambda maps, v: {"found": OverallScore(v, curve(v), curve(v))},
+    "road": lambda maps, v: {"found": RoadScores(v, v[None], v[None], v)},
+}
+METRICS: dict[str, tuple[str, Callable[[], Metric]]] = {
+    "near": ("region", lambda: PointingGame(2)),
+    "in": ("region", lambda: PointingGame(0)),
+    "in, again": ("region", lambda: PointingGame(0)),
+    "in, macro": ("region", lambda: PointingGame(0, 1, "macro")),
+    "in, not empty": ("region", lambda: PointingGame(0, ignore_empty=True)),
+    "energy": ("region", EnergyPointingGame),
+    "energy, none": ("region", lambda: EnergyPointingGame(1, "none")),
+    "largest": ("region", MaxBoxAcc),
+    "all": ("region", lambda: MaxBoxAcc(contours="all")),
+    "0.3": ("region", lambda: MaxBoxAcc((0.3,))),
+    "published": ("region", lambda: MaxBoxAcc(convention="wsolevaluation")),
+    "V2": ("region", lambda: MaxBoxAcc((0.3, 0.5, 0.7), "all")),
+    "V2, largest": ("region", lambda: MaxBoxAcc((0.3, 0.5, 0.7))),
+    "pxap": ("region", PxAP),
+    "px_iou": ("region", PxIoU),
+    "insertion": ("curve", Insertion),
+    "deletion": ("curve", Deletion),
+    "overall": ("overall", Overall),
+    "drop": ("numbers", AverageDrop),
+    "increase": ("bools", IncreaseInConfidence),
+    "road": ("road", Road),
+}
+BATCHES = {
+    kind: [make(*both) for both in zip(MAPS, VALUES, strict=True)] for kind, make in FOUND.items()
+}
+
+
+def arguments(metric: Metric, kind: str, step: int) -> dict[str, Any]:
+    target = {"target": torch.tensor([0])} if getattr(metric, "options", None) else {}
+    given = BATCHES[kind][step] | target
+    filtered: dict[str, Any] = metric._filter_kwargs(**given)
+    return filtered
+
+
+@cache
+def alone(name: str) -> Any:
+    kind, make = METRICS[name]
+    metric = make()
+    for step in range(2):
+        metric.update(**arguments(metric, kind, step))
+    return metric.compute()
+
+
+def same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_all_classes_are_here() -> None:
+    made = {type(make()).__name__ for _, make in METRICS.values()}
+    classes = {n for n in captum_ext.metrics.__all__ if issubclass_of_metric(n)}
+    assert made == classes
+
+
+def issubclass_of_metric(name: str) -> bool:
+    value = getattr(captum_ext.metrics, name)
+    return isinstance(value, type) and issubclass(value, Metric)
+
+
+@pytest.mark.parametrize("compute_groups", [True, False])
+@pytest.mark.parametrize("first", METRICS)
+def test_pairs_in_a_collection_give_what_each_gives_alone(first: str, compute_groups: bool) -> None:
+    others = list(METRICS)[list(METRICS).index(first) + 1 :]
+    for second in others:
+        (kind, make), (other_kind, make_other) = METRICS[first], METRICS[second]
+        if kind != other_kind and "found" in BATCHES[kind][0] and "found" in BATCHES[other_kind][0]:
+            # No batch serves both: what is compared are the states.
+            metrics = make(), make_other()
+            for metric, of in zip(metrics, (kind, other_kind), strict=True):
+                metric.update(**arguments(metric, of, 0))
+            assert not MetricCollection._equal_metric_states(*metrics)
+            continue
+        both = MetricCollection({"a": make(), "b": make_other()}, compute_groups=compute_groups)
+        for step in range(2):
+            given = BATCHES[kind][step] | BATCHES[other_kind][step] | {"target": torch.tensor([0])}
+            both.update(**given)
+        found = both.compute()
+        for key, name in (("a", first), ("b", second)):
+            expected = alone(name)
+            if isinstance(expected, dict):
+                for part, value in expected.items():
+                    same(found[f"{key}_{part}" if f"{key}_{part}" in found else part], value)
+            else:
+                same(found[key], expected)
+
+
+def test_the_pointing_games_of_two_tolerances() -> None:
+    games = MetricCollection({"near": PointingGame(2), "in": PointingGame(0)})
+    for peak in range(2):
+        attributions = torch.zeros(1, 1, 3)
+        attributions[0, 0, peak] = 1
+        games.update(attributions, MASKS)
+    found = games.compute()
+    assert (found["near_all"].item(), found["in_all"].item()) == (1.0, 0.5)
+
+
+def test_equal_metrics_and_functions_of_the_same_counts_are_updated_as_one() -> None:
+    games = MetricCollection({"a": PointingGame(2), "b": PointingGame(2), "c": PointingGame(3)})
+    pixels = MetricCollection({"ap": PxAP(), "iou": PxIoU()})
+    for collection in (games, pixels):
+        collection.update(MAPS[0], MASKS)
+    assert sorted(map(sorted, games.compute_groups.values())) == [["a", "b"], ["c"]]
+    assert [sorted(group) for group in pixels.compute_groups.values()] == [["ap", "iou"]]
+
+
+class Halved(PxAP):
+    """The same states of other sums."""
+
+    def update(self, maps: Tensor, masks: Tensor, ignored: Tensor | None = None) -> None:
+        super().update(maps.round() if bool((maps > 0.4).sum() > 1) else maps, masks, ignored)
+
+
+def test_a_subclass_with_an_update_of_its_own_is_not_merged() -> None:
+    both = MetricCollection({"own": Halved(), "px": PxAP()})
+    lone = PxAP()
+    for maps in MAPS:
+        both.update(maps, MASKS)
+        lone.update(maps, MASKS)
+    assert len(both.compute_groups) == 2
+    same(both.compute()["px"], lone.compute())
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_states_survive_what_is_done_to_metrics(name: str) -> None:
+    """Copies, pickles, devices, halves, resets, merges and the steps of a loop."""
+    kind, make = METRICS[name]
+    expected = alone(name)
+    metric = make()
+    names = set(metric._defaults)
+    metric.update(**arguments(metric, kind, 0))
+    for changed in (
+        copy.deepcopy(metric),
+        pickle.loads(pickle.dumps(metric)),
+        copy.deepcopy(metric).half().float().to("cpu"),
+        metric.clone(),
+    ):
+        assert isinstance(changed, type(make()))
+        assert MetricCollection._equal_metric_states(changed, metric)
+        changed.update(**arguments(changed, kind, 1))
+        same(changed.compute(), expected)
+        changed.reset()
+        assert set(changed._defaults) == names
+        for step in range(2):
+            changed(**arguments(changed, kind, step))  # `forward` adds the states of each batch
+        same(changed.compute(), expected)
+    other = make()
+    other.update(**arguments(other, kind, 1))
+    metric.merge_state(other)
+    same(metric.compute(), expected)
+    assert MetricCollection._equal_metric_states(make(), make())
+    metric.set_dtype(torch.half)
+    assert set(metric._defaults) == names
+
+
+def test_a_stored_state_is_not_taken_for_another() -> None:
+    one, two = PointingGame(2), PointingGame(0)
+    for metric in (one, two):
+        metric.persistent(True)
+    one.update(MAPS[1], MASKS)
+    again = PointingGame(2)
+    again.persistent(True)
+    again.load_state_dict(one.state_dict())
+    again._update_count = 1
+    same(again.compute(), one.compute())
+    with pytest.raises(RuntimeError, match="tolerance"):
+        two.load_state_dict(one.state_dict())
+
+
+# --- imports -------------------------------------------------------------------------------------
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_importing_metrics_and_methods_stays_light() -> None:
+    heavy = ("torchvision", "torchmetrics", "lightning", "scipy", "higra")
+    code = (
+        "import sys, torch, captum.attr; before = set(sys.modules);"
+        "import captum_ext.metrics, captum_ext.attr;"
+        f"print([m for m in {heavy} if m in sys.modules and m not in before])"
+    )
+    assert run(code) == "[]"
+
+
+def test_classes_are_imported_when_one_is_asked_for() -> None:
+    code = (
+        "import sys, captum_ext.metrics as m; print(hasattr(m, 'Nothing'),"
+        " 'PointingGame' in m.__all__, 'torchmetrics' in sys.modules,"
+        " m.PointingGame.__name__, 'torchmetrics' in sys.modules);"
+        "from captum_ext.metrics import *; print(PxAP.__name__, road.__name__, Curve.__name__)"
+    )
+    assert run(code) == "False True False PointingGame True\nPxAP road Curve"
+
+
+def test_public_names_are_those_of_the_files() -> None:
+    for name in captum_ext.metrics.__all__:
+        assert getattr(captum_ext.metrics, name).__doc__
+    assert not [name for name in captum_ext.metrics.__all__ if name.startswith("_")]
+
+
+SIGNATURE = ["forward_func", "inputs", "attributions", "target", "additional_forward_args"]
+SCORING = ["score", "generator", "internal_batch_size", "show_progress"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("insertion", {"baselines": "blur", "step": 1 / 28}),
+        ("deletion", {"baselines": "zeros", "step": 1 / 28}),
+        (
+            "overall_score",
+            {"insertion_baselines": "blur", "deletion_baselines": "zeros", "step": 1 / 28},
+        ),
+        ("average_drop", {"baselines": "zeros"}),
+        ("increase_in_confidence", {"baselines": "zeros"}),
+        ("road", {"percentiles": tuple(range(10, 100, 10)), "noise": 0.01}),
+    ],
+)
+def test_signatures_name_all_arguments(name: str, own: dict[str, Any]) -> None:
+    function = getattr(captum_ext.metrics, name)
+    parameters = inspect.signature(function).parameters
+    assert list(parameters) == [*SIGNATURE, *own, *SCORING]
+    by_position = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert by_position == SIGNATURE
+    defaults = own | dict(zip(SCORING, ("softmax", None, None, False), strict=True))
+    assert {key: parameters[key].default for key in defaults} == defaults
+    with pytest.raises(TypeError, match="stepp"):
+        function(torch.sum, torch.ones(1, 1, 2, 2), torch.ones(1, 2, 2), stepp=3)
