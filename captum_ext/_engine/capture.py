@@ -172,8 +172,8 @@ class LayerCapture:
         """As `run`, with a look at where the channels of the layers' tensors are."""
         if not self.traces_channels:
             return self.run(edit, inputs, target, additional_forward_args)
-        parallel = root_module(self.forward_func) if self.is_parallel else None
-        tracer = LayerTracer(self.layers, self.at_input, parallel)
+        root = root_module(self.forward_func)
+        tracer = LayerTracer(self.layers, self.at_input, root, self.is_parallel)
         self.channel_dims = tracer.dims
 
         def see_and_edit(index: int, tensors: Tensors) -> Tensors:

@@ -25,8 +25,8 @@ from captum_ext._engine.modules import Tensors
 Dims = frozenset[int]  # several where the channels are split, as those of attention heads
 
 _FIRST = ("conv", "batch_norm", "instance_norm", "group_norm", "pixel_shuffle", "local_response")
-_LAST = ("embedding", "multi_head_attention_forward", "_native_multi_head_attention",
-         "_transformer_encoder_layer_fwd")  # fmt: skip
+_LAST = ("embedding", "multi_head_attention_forward", "native_multi_head_attention",
+         "transformer_encoder_layer_fwd")  # fmt: skip
 _REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "min", "prod", "logsumexp", "norm")
 # No linear layer is among them: it may mix positions, which only its input tells.
 _SOURCES = (
@@ -248,16 +248,19 @@ class LayerTracer:
     Args:
         layers: the layers.
         at_input: whether their inputs are meant.
-        parallel: the module that DataParallel copies into threads of its own, or None.
+        root: the model, if it is known.
+        is_parallel: whether it runs in threads of its own, as DataParallel's replicas do.
     """
 
-    def __init__(self, layers: Sequence[Module], at_input: bool, parallel: Module | None) -> None:
+    def __init__(
+        self, layers: Sequence[Module], at_input: bool, root: Module | None, is_parallel: bool
+    ) -> None:
         starts = [None if at_input else trace_start(layer) for layer in layers]
         self.is_whole = None in starts
         self.starts = [start for start in starts if start is not None]
         if self.is_whole:
-            self.starts = [] if parallel is None else [parallel]
-        self.layers, self.is_parallel = layers, parallel is not None
+            self.starts = [root] if is_parallel and root is not None else []
+        self.is_parallel = is_parallel
         self.dims: list[list[Dims | None]] = [[] for _ in layers]
         self.local = threading.local()
 

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from captum_ext._compat import _run_forward
+from captum_ext._engine.channels import function_name, given, permutation
 from captum_ext._engine.hooks import hooked
 from captum_ext._engine.modules import Forward, module_name
 from captum_ext._engine.state import preserve_state
@@ -172,9 +173,7 @@ class _Tracer(TorchFunctionMode):
         shapes = [spot.tensor.shape for spot in spots]
         output = func(*args, **kwargs)
         if spots or strays:
-            is_operator = isinstance(func, torch._ops.OpOverload)
-            path = func.overloadpacket.__name__ if is_operator else resolve_name(func) or ""
-            name = path.rpartition(".")[2].strip("_")
+            name = function_name(func)
             if _is_number(name, output):
                 self.was_read = self.was_read or (strays or [name])[0]
             if name == "setitem":
@@ -229,14 +228,9 @@ def _after(
             for axis, dim in zip(field, dims, strict=True)
         )
         return Field(*moved), dims
-    if name == "permute":
-        order = args[1:] if len(args) > 2 else (args[1] if len(args) > 1 else kwargs["dims"])
-        order = [i % len(shape) for i in order]
+    order = permutation(name, args, kwargs, len(shape))
+    if order is not None:
         return field, (order.index(dims[0]), order.index(dims[1]))
-    if name in ("transpose", "swapaxes", "swapdims") and len(args) > 2:
-        first, second = (i % len(shape) for i in args[1:3])
-        swapped = {first: second, second: first}
-        return field, (swapped.get(dims[0], dims[0]), swapped.get(dims[1], dims[1]))
     if name in ("view", "reshape") and len(shape) > 3:
         # Where height and width are last and stay so, only what is in front is counted anew.
         n = len(shapes[0])
@@ -276,21 +270,18 @@ def _is_local(
     """Whether what `_after` says of a function is known to be all that a unit depends on."""
     dims, n = spots[0].dims, len(shapes[0])
 
-    def given(place: int, key: str, default: Any) -> Any:
-        return args[place] if len(args) > place else kwargs.get(key, default)
-
     if name in _ARGUMENTS or name in _REARRANGING:
         return len(spots) == 1
     if name == "pad":  # others repeat pixels from further away
-        return bool(given(2, "mode", "constant") == "constant")
+        return bool(given(args, kwargs, 2, "mode", "constant") == "constant")
     if name == "batch_norm":
-        return not given(5, "training", False)
+        return not given(args, kwargs, 5, "training", False)
     if name == "layer_norm":
-        return max(dims) < n - len(given(1, "normalized_shape", ()))
+        return max(dims) < n - len(given(args, kwargs, 1, "normalized_shape", ()))
     if name == "linear":
         return len(spots) == 1 and max(dims) < n - 1
     if name in ("softmax", "log_softmax"):
-        dim = given(1, "dim", None)
+        dim = given(args, kwargs, 1, "dim", None)
         return dim is not None and dim % n not in dims
     if name == "getitem":
         # A slice that keeps its length keeps everything where it is.
@@ -302,7 +293,8 @@ def _is_local(
     return len(_kept(spots, shapes, shape)) == len(spots)
 
 
-_REARRANGING = {"permute", "transpose", "swapaxes", "swapdims", "view", "reshape"}
+_REARRANGING = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "mT", "view",
+                "reshape"}  # fmt: skip
 # With a reduction height and width stay only where it is over the channels.
 _UNIT_BY_UNIT = {
     "abs", "adaptive_avg_pool2d", "adaptive_max_pool2d", "add", "alpha_dropout", "amax", "amin",
@@ -319,7 +311,6 @@ _READING = {"allclose", "bool", "equal", "index", "int", "is_nonzero", "item", "
 _MOVING = {
     "reshape",
     "view",
-    "transpose",
     "matmul",
     "bmm",
     "einsum",

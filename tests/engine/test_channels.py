@@ -1,6 +1,7 @@
 """Where the channels are follows from the operations, and not from widths."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.channels import ChannelTracer
-from captum_ext.attr import LayerAblationCam, LayerHiResCam
+from captum_ext.attr import LayerAblationCam, LayerEigenCam, LayerHiResCam
 from tests.methods import EVERY, SmallNet, small_net
 
 
@@ -199,3 +200,16 @@ def test_dimensions_of_signals_and_volumes() -> None:
         net, x = SmallNet(dims).eval(), torch.rand(1, 3, *[6] * dims)
         for layer in (net.conv2, net.relu2):
             assert LayerHiResCam(net, layer).attribute(x, target=1).shape == (1, 1, *[6] * dims)
+
+
+def test_layers_that_run_in_threads_of_their_own() -> None:
+    """As DataParallel's replicas do; `device_ids` says so."""
+    net, x = small_net(), torch.rand(2, 3, 8, 8)
+
+    def in_another_thread(x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool, torch.no_grad():
+            return pool.submit(net, x).result()
+
+    expected = LayerEigenCam(net, net.conv2).attribute(x, target=1)
+    method = LayerEigenCam(in_another_thread, net.conv2, device_ids=[0])
+    assert torch.equal(method.attribute(x, target=1), expected)
