@@ -132,8 +132,8 @@ def evaluate(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("Gradients are not to be had inside torch.inference_mode().")
     every = checked_methods(methods)
-    for argument, count in (("batch_size", batch_size), ("num_nodes", num_nodes)):
-        check_count(argument, count)
+    check_count("batch_size", batch_size)
+    check_count("num_nodes", num_nodes)
     if not callable(target) and target is not None:
         check_choice("target", target, TARGETS)
     check_seed(seed)
@@ -141,13 +141,11 @@ def evaluate(
     if Path(output).exists() and not Path(output).is_dir():
         raise ValueError(f"`output` must be a folder, and {str(output)!r} is a file.")
     blocks = Blocks(data, batch_size, sides, normalize)
-    first = (blocks.example(index) for index in range(min(_FIRST, len(data))))
-    known = itertools.islice((e for e in first if isinstance(e, Prepared)), 8)
-    some = list(known)
+    first = map(blocks.example, range(min(_FIRST, len(data))))
+    some = list(itertools.islice((e for e in first if isinstance(e, Prepared)), 8))
     measures = make_measures(metrics, some)
     if blind := [m.name for m in measures if some and not any(m.serves(e) for e in some)]:
         warn(f"`metrics` {blind}: the first examples of `data` lack the boxes or masks for these.")
-    exact = None if normalize is None else mean_and_std(normalize, torch.float64)
     digest_of = functools.cache(model_digest)  # several methods explain one model
     settings = {
         "format": FORMAT,
@@ -155,7 +153,7 @@ def evaluate(
         "batch_size": batch_size,
         "data": blocks.about(),
         "size": sides,
-        "normalize": exact and [values.tolist() for values in exact],
+        "normalize": None if normalize is None else _exact(normalize),
         "target": function_name("`target`", target) if callable(target) else str(target),
         "seed": seed,
         "methods": {method.name: about(method, digest_of) for method in every},
@@ -174,6 +172,10 @@ def evaluate(
         found = _summary(output)
     _check_came_to_something(found, output)
     return found
+
+
+def _exact(normalize: Any) -> list[list[float]]:
+    return [values.tolist() for values in mean_and_std(normalize, torch.float64)]
 
 
 def _records(measures: Sequence[Measure]) -> list[Record]:
