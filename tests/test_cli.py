@@ -337,7 +337,7 @@ def test_find_layer_follows_the_channels(function, transform):
     x = torch.zeros(1, 3, 8, 8)
     assert demo.find_layer(loaded, x) == ("conv", None)
     if transform == "not known":
-        with pytest.raises(demo.InputError, match="Which dimension of `layer` Layer .* not known"):
+        with pytest.raises(demo.InputError, match=r"`layer` Layer, .* not known"):
             demo.find_layer(loaded, x, "layer")
     else:
         assert demo.find_layer(loaded, x, "layer") == ("layer", transform)
