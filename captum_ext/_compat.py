@@ -3,6 +3,9 @@
 Captum's helpers move between releases, so the supported range is pinned in pyproject.toml.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 from captum._utils.common import (
     ExpansionTypes,
     _expand_additional_forward_args,
@@ -22,12 +25,14 @@ from captum._utils.common import (
 from captum._utils.progress import progress
 from captum._utils.typing import BaselineType, TargetType
 from captum.attr._utils.common import _format_callable_baseline
-from captum.log import log_usage
+from captum.log import log_usage as _log_usage
+from torch import Tensor
 
 __all__ = [
     "BaselineType",
     "ExpansionTypes",
     "TargetType",
+    "TensorOrTupleOfTensors",
     "_expand_additional_forward_args",
     "_expand_target",
     "_format_additional_forward_args",
@@ -45,3 +50,14 @@ __all__ = [
     "log_usage",
     "progress",
 ]
+
+TensorOrTupleOfTensors = TypeVar("TensorOrTupleOfTensors", Tensor, tuple[Tensor, ...])
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def log_usage() -> Callable[[_Method], _Method]:
+    """Captum's decorator of every `attribute`, which keeps the type of what it decorates.
+
+    What it gives has a `__wrapped__`, which NoiseTunnel calls.
+    """
+    return cast(Callable[[_Method], _Method], _log_usage())

@@ -58,11 +58,12 @@ __all__ = [
     "tokens_to_grid",
 ]
 
+if not TYPE_CHECKING:  # for a type checker, unknown names stay errors
 
-def __getattr__(name: str) -> Any:
-    """FCAM stands beside its decoder, which is made of what is here."""
-    if name != "FCAM":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from captum_ext.fcam.attribution import FCAM
+    def __getattr__(name: str) -> Any:
+        """FCAM stands beside its decoder, which is made of what is here."""
+        if name != "FCAM":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from captum_ext.fcam.attribution import FCAM
 
-    return FCAM
+        return FCAM

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from captum.attr import PerturbationAttribution
@@ -17,7 +17,13 @@ from captum_ext._checks import (
     check_size,
     one_batch_of_images,
 )
-from captum_ext._compat import TargetType, log_usage, progress
+from captum_ext._compat import (
+    TargetType,
+    TensorOrTupleOfTensors,
+    _format_output,
+    log_usage,
+    progress,
+)
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import default_batch_size
@@ -53,6 +59,27 @@ class FIDOMasks:
     joint: Tensor | None
     logits: Tensor
     losses: Tensor
+
+
+class FIDOOptions(TypedDict, total=False):
+    """The options of `FIDO.attribute`, for a type checker; `return_masks` decides what it gives."""
+
+    objective: str
+    n_steps: int
+    n_masks: int
+    dropout: str
+    temperature: float
+    l1: float
+    tv: float
+    tv_norm: str
+    lr: float
+    eps: float
+    warmup: int
+    mask_size: int | tuple[int, int] | None
+    generator: Generator | None
+    internal_batch_size: int | None
+    show_progress: bool
+    callback: Callable[[int, FIDOMasks], Any] | None
 
 
 class FIDO(Named, PerturbationAttribution):
@@ -125,7 +152,7 @@ class FIDO(Named, PerturbationAttribution):
         (torch.Size([2, 3, 8, 8]), torch.Size([2, 1, 8, 8]), torch.Size([2, 2]))
     """
 
-    RELEASED = MappingProxyType(
+    RELEASED: MappingProxyType[str, Any] = MappingProxyType(
         {
             "baselines": partial(gaussian, sigma=0.15 * 75 + 0.35, kernel_size=75),
             "n_steps": 100,
@@ -140,7 +167,7 @@ class FIDO(Named, PerturbationAttribution):
             "warmup": 5,
         }
     )
-    PAPER = MappingProxyType(
+    PAPER: MappingProxyType[str, Any] = MappingProxyType(
         {
             "n_steps": 100,
             "n_masks": 8,
@@ -164,6 +191,28 @@ class FIDO(Named, PerturbationAttribution):
     def multiplies_by_inputs(self) -> bool:
         return False
 
+    @overload
+    def attribute(
+        self,
+        inputs: TensorOrTupleOfTensors,
+        baselines: Baselines = ...,
+        target: TargetType = ...,
+        additional_forward_args: Any = ...,
+        *,
+        return_masks: Literal[False] = ...,
+        **options: Unpack[FIDOOptions],
+    ) -> TensorOrTupleOfTensors: ...
+    @overload
+    def attribute(
+        self,
+        inputs: TensorOrTupleOfTensors,
+        baselines: Baselines = ...,
+        target: TargetType = ...,
+        additional_forward_args: Any = ...,
+        *,
+        return_masks: Literal[True],
+        **options: Unpack[FIDOOptions],
+    ) -> tuple[TensorOrTupleOfTensors, FIDOMasks]: ...
     @log_usage()
     def attribute(
         self,
@@ -294,7 +343,7 @@ class FIDO(Named, PerturbationAttribution):
         found = {"joint": masks.joint, "ssr": masks.ssr, "sdr": masks.sdr}[objective]
         assert found is not None
         whole = found.to(images.dtype).repeat(1, images.shape[1], 1, 1)
-        attributions = (whole,) if isinstance(inputs, tuple) else whole
+        attributions = _format_output(isinstance(inputs, tuple), (whole,))
         return (attributions, masks) if return_masks else attributions
 
 

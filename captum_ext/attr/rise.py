@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from captum_ext._checks import check_choice, check_count, check_generator, check_size
 from captum_ext._compat import (
     TargetType,
+    TensorOrTupleOfTensors,
     _format_baseline,
     _format_output,
     _format_tensor_into_tuples,
@@ -113,7 +114,7 @@ class RISE(Named, PerturbationAttribution):
     @log_usage()
     def attribute(
         self,
-        inputs: Tensor | Tensors,
+        inputs: TensorOrTupleOfTensors,
         baselines: Any = None,
         target: TargetType = None,
         additional_forward_args: Any = None,
@@ -126,7 +127,7 @@ class RISE(Named, PerturbationAttribution):
         generator: Generator | None = None,
         perturbations_per_eval: int = 16,
         show_progress: bool = False,
-    ) -> Any:
+    ) -> TensorOrTupleOfTensors:
         r"""The map of each example: one forward pass for each mask, and nothing backwards.
 
         Args:
@@ -172,7 +173,8 @@ class RISE(Named, PerturbationAttribution):
             found.to(x.dtype).expand(x.shape).contiguous() if is_masked else torch.zeros_like(x)
             for x, is_masked in zip(examples, masked, strict=True)
         )
-        return _format_output(_is_tuple(inputs), whole)
+        formatted: TensorOrTupleOfTensors = _format_output(_is_tuple(inputs), whole)
+        return formatted
 
     def estimate(
         self,

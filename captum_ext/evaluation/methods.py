@@ -1,6 +1,6 @@
 """The attributions of an evaluation: what they are known by, and what they are called with."""
 
-import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from captum_ext._engine.modules import Forward, parameter_dtype, root_module
 from captum_ext._identity import function_name, plain
 from captum_ext.attr import UpsampleWrapper
-from captum_ext.fcam.guides import wrapped
+from captum_ext.attr._chain import chain, innermost, keywords_of
 from captum_ext.fcam.stored import described
 
 
@@ -40,7 +40,7 @@ class Method(NamedTuple):
             root = next(
                 (
                     m
-                    for m in tree_leaves(vars(_innermost(self.attribution)).get("layer"))
+                    for m in tree_leaves(vars(innermost(self.attribution)).get("layer"))
                     if isinstance(m, Module)
                 ),
                 None,
@@ -80,31 +80,18 @@ def _method(name: str, value: Any) -> Method:
         raise ValueError(f"`methods`: {name}: {sorted(taken)} cannot be given.")
     if isinstance(attribution, LayerAttribution):
         attribution = UpsampleWrapper(attribution)
-    known = _arguments(attribution)
+    known = keywords_of(attribution)
     if known is not None and (unknown := sorted(kwargs.keys() - known)):
         raise ValueError(f"`methods`: {name} has no arguments {unknown}, but {sorted(known)}.")
     return Method(name, attribution, kwargs)
-
-
-def _arguments(attribution: Attribution) -> set[str] | None:
-    """What `attribute` takes by name, a wrapper's with those of what it wraps; None: anything."""
-    parameters = inspect.signature(attribution.attribute).parameters.values()
-    own = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    if all(p.kind != p.VAR_KEYWORD for p in parameters):
-        return own
-    inner = wrapped(attribution)
-    others = None if inner is None else _arguments(inner)
-    return None if others is None else own | others
 
 
 @contextmanager
 def seeded(method: Method, seed: int) -> Iterator[None]:
     """A method's own generators, and those among its arguments, from a seed; then as before."""
     found: list[Generator] = []
-    inner: Attribution | None = method.attribution
-    while inner is not None:
+    for inner in chain(method.attribution):
         found += [value for value in vars(inner).values() if isinstance(value, Generator)]
-        inner = wrapped(inner)
     found += [value for value in method.kwargs.values() if isinstance(value, Generator)]
     states = [generator.get_state() for generator in found]
     for generator in found:
@@ -121,12 +108,10 @@ def on_device(device: torch.device, method: Method) -> Method:
     root = root_module(method.forward_func)
     if root is not None:
         root.to(device)
-    inner: Attribution | None = method.attribution
-    while inner is not None:
+    for inner in chain(method.attribution):
         for name, value in vars(inner).items():
             if isinstance(value, Module | Tensor | Generator):
                 setattr(inner, name, _there(device, value))
-        inner = wrapped(inner)
     return method._replace(kwargs=tree_map(partial(_there, device), dict(method.kwargs)))
 
 
@@ -136,11 +121,6 @@ def _there(device: torch.device, value: Any) -> Any:
         other = value.device.type == device.type and value.device != device
         return Generator(device) if other else value
     return value.to(device) if isinstance(value, Module | Tensor) else value
-
-
-def _innermost(attribution: Attribution) -> Attribution:
-    inner = wrapped(attribution)
-    return attribution if inner is None else _innermost(inner)
 
 
 # --- in words ------------------------------------------------------------------------------------
@@ -158,17 +138,19 @@ def about(method: Method, digest_of: Callable[[Module], str]) -> str:
         mode = " in train mode" if any(part.training for part in module.modules()) else ""
         return f"{type(module).__name__} {digest_of(module)}{mode}"
 
-    def held(attribution: Attribution) -> list[str]:
+    def held() -> list[str]:
         """Its tensors, and modules that are no part of the model, such as a decoder."""
         found = []
-        for name, value in sorted(vars(attribution).items()):
+        attributes = (
+            item for one in chain(method.attribution) for item in sorted(vars(one).items())
+        )
+        for name, value in attributes:
             for leaf in tree_leaves(value):
                 if isinstance(leaf, Tensor):
                     found.append(f"{name}={plain(where, leaf)}")
                 elif isinstance(leaf, Module) and leaf not in own:
                     found.append(f"{name}={in_digits(leaf)}")
-        inner = wrapped(attribution)
-        return found if inner is None else found + held(inner)
+        return found
 
     where = f"`methods`: {method.name}"
     root = root_module(method.forward_func)
@@ -177,7 +159,7 @@ def about(method: Method, digest_of: Callable[[Module], str]) -> str:
         model = function_name(f"{where}: the model", method.forward_func)
     else:
         model = in_digits(root)
-    made = ", ".join([described(method.attribution, root or Module()), *held(method.attribution)])
+    made = ", ".join([described(method.attribution, root or Module()), *held()])
     arguments = [
         f"{key}={plain(f'{where}: {key}', value)!r}" for key, value in sorted(method.kwargs.items())
     ]

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from captum_ext._checks import one_batch_of_images
-from captum_ext._compat import TargetType, log_usage
+from captum_ext._compat import TargetType, TensorOrTupleOfTensors, _format_output, log_usage
 from captum_ext._engine.capture import layer_activations
-from captum_ext._engine.modules import Forward, Tensors, find_module
+from captum_ext._engine.modules import Forward, find_module
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext._identity import SavedDecoder, known_root
@@ -82,10 +82,10 @@ class FCAM(Named, Attribution):
     @log_usage()
     def attribute(
         self,
-        inputs: Tensor | Tensors,
+        inputs: TensorOrTupleOfTensors,
         target: TargetType = None,
         additional_forward_args: Any = None,
-    ) -> Any:
+    ) -> TensorOrTupleOfTensors:
         """The probability of the foreground, equal in all channels.
 
         Args:
@@ -104,7 +104,8 @@ class FCAM(Named, Attribution):
         images = one_batch_of_images(inputs)
         maps = self.foreground(images, target, additional_forward_args).to(images.dtype)
         whole = maps.repeat(1, images.shape[1], 1, 1)
-        return (whole,) if isinstance(inputs, tuple) else whole
+        formatted: TensorOrTupleOfTensors = _format_output(isinstance(inputs, tuple), (whole,))
+        return formatted
 
     def foreground(
         self, images: Tensor, target: TargetType = None, additional_forward_args: Any = None

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from captum_ext._engine.modules import Forward, root_module
+from captum_ext.attr._chain import wrapped
 from captum_ext.imaging import min_max, one_channel, resize
 
 
@@ -87,9 +88,3 @@ def check_guide(guide: Any, classifier: Forward) -> None:
                 f"`guide` {guide.get_name()} is at a layer ({type(layer).__name__}) that is not in "
                 f"the `classifier`: take the layer of this one."
             )
-
-
-def wrapped(guide: Attribution) -> Attribution | None:
-    """The attribution that a wrapper, such as Captum's NoiseTunnel or ours, is made with."""
-    inner = getattr(guide, "attribution_method", None)
-    return inner if isinstance(inner, Attribution) else None

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from captum_ext._data.pictures import Pictures
 from captum_ext._identity import check_same_run, model_digest, plain, whole_file
-from captum_ext.fcam.guides import guidance, wrapped
+from captum_ext.attr._chain import wrapped
+from captum_ext.fcam.guides import guidance
 
 if TYPE_CHECKING:
     from captum_ext.fcam.training import FCAMModule

@@ -20,17 +20,11 @@ from captum_ext._engine.outputs import Score, scored
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.replay import LayerReplay
 from captum_ext._engine.state import preserve_state
-from captum_ext.attr.layer.template import (
-    Layer,
-    LayerMap,
-    Maps,
-    ReshapeTransform,
-    divide,
-    weighted_sum,
-)
+from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
+from captum_ext.attr.layer.template import LayerMap, ReshapeTransform, divide, weighted_sum
 
 
-class LayerAblationCam(LayerMap, PerturbationAttribution):
+class LayerAblationCam(LayerMap[LayerOrList], PerturbationAttribution):
     r"""Ablation-CAM: each channel weighted by the share of the score that is lost without it.
 
     With S_k the score when channel k is set to 0 (eq. 2):
@@ -70,7 +64,7 @@ class LayerAblationCam(LayerMap, PerturbationAttribution):
     def __init__(
         self,
         forward_func: Forward,
-        layer: Layer | list[Layer],
+        layer: LayerOrList,
         device_ids: list[int] | None = None,
         *,
         reshape_transform: ReshapeTransform | None = None,
@@ -81,6 +75,7 @@ class LayerAblationCam(LayerMap, PerturbationAttribution):
         super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
         self.score, self.divide_by_score = score, divide_by_score
 
+    @maps_by_layer
     @log_usage()
     def attribute(
         self,
@@ -92,7 +87,7 @@ class LayerAblationCam(LayerMap, PerturbationAttribution):
         relu_attributions: bool = False,
         perturbations_per_eval: int = 16,
         show_progress: bool = False,
-    ) -> Maps:
+    ) -> Maps[LayerOrList]:
         """The map of each example: one forward pass, and one of the part behind for each channel.
 
         Args:

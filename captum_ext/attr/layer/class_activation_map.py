@@ -16,19 +16,13 @@ from captum_ext._compat import (
 from captum_ext._engine.modules import Forward, Tensors, find_module, module_name, root_module
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
-from captum_ext.attr.layer.template import (
-    Layer,
-    LayerMap,
-    Maps,
-    ReshapeTransform,
-    spatial_mean,
-    weighted_sum,
-)
+from captum_ext.attr.layer._typing import Layer, LayerOrList, Maps, maps_by_layer
+from captum_ext.attr.layer.template import LayerMap, ReshapeTransform, spatial_mean, weighted_sum
 
 _CONVS = (Conv1d, Conv2d, Conv3d)
 
 
-class LayerClassActivationMap(LayerMap):
+class LayerClassActivationMap(LayerMap[LayerOrList]):
     r"""CAM: the activations, weighted by the class's row of the final linear layer (eq. 2).
 
     .. math:: L_c(x) = \sum_k W_{ck} A_k(x)
@@ -66,7 +60,7 @@ class LayerClassActivationMap(LayerMap):
     def __init__(
         self,
         forward_func: Forward,
-        layer: Layer | list[Layer],
+        layer: LayerOrList,
         device_ids: list[int] | None = None,
         *,
         reshape_transform: ReshapeTransform | None = None,
@@ -80,6 +74,7 @@ class LayerClassActivationMap(LayerMap):
         self.head_name = module_name(forward_func, self.head)
         _rows(self.head, self.head_name)
 
+    @maps_by_layer
     @log_usage()
     def attribute(
         self,
@@ -89,7 +84,7 @@ class LayerClassActivationMap(LayerMap):
         attribute_to_layer_input: bool = False,
         relu_attributions: bool = False,
         attr_dim_summation: bool = True,
-    ) -> Maps:
+    ) -> Maps[LayerOrList]:
         """The map of each example, raw and signed. Arguments as in `GradientCam.attribute`."""
         examples: Tensors = _format_tensor_into_tuples(inputs)
         additional_forward_args = _format_additional_forward_args(additional_forward_args)

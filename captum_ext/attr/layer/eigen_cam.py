@@ -15,10 +15,11 @@ from captum_ext._compat import (
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
-from captum_ext.attr.layer.template import Layer, LayerMap, Maps, ReshapeTransform
+from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
+from captum_ext.attr.layer.template import LayerMap, ReshapeTransform
 
 
-class LayerEigenCam(LayerMap):
+class LayerEigenCam(LayerMap[LayerOrList]):
     r"""Eigen-CAM: the activations' projection on their first principal direction.
 
     With A the matrix of cells x channels and :math:`A = U \Sigma V^T` (eqs. 2 and 3):
@@ -55,7 +56,7 @@ class LayerEigenCam(LayerMap):
     def __init__(
         self,
         forward_func: Forward,
-        layer: Layer | list[Layer],
+        layer: LayerOrList,
         device_ids: list[int] | None = None,
         *,
         reshape_transform: ReshapeTransform | None = None,
@@ -64,6 +65,7 @@ class LayerEigenCam(LayerMap):
         super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
         self.center = center
 
+    @maps_by_layer
     @log_usage()
     def attribute(
         self,
@@ -72,7 +74,7 @@ class LayerEigenCam(LayerMap):
         additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False,
         relu_attributions: bool = False,
-    ) -> Maps:
+    ) -> Maps[LayerOrList]:
         """The map of each example. Arguments as in `GradientCam.attribute`.
 
         Raises:

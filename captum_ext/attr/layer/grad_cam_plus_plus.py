@@ -3,10 +3,11 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_ext.attr.layer._typing import LayerOrList
 from captum_ext.attr.layer.template import GradientCam, divide, spatial_sum
 
 
-class LayerGradCamPlusPlus(GradientCam):
+class LayerGradCamPlusPlus(GradientCam[LayerOrList]):
     r"""Grad-CAM++: positive gradients, weighted so that each appearance of the object counts.
 
     With g the gradient of the score S at the layer, and the sums over all cells (eqs. 5, 7, 19):

@@ -19,12 +19,13 @@ from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import Score, scored
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
 from captum_ext.attr.layer.masking import MaskingCam, check_baselines, check_perturbable, is_flat
-from captum_ext.attr.layer.template import Layer, Maps, ReshapeTransform, spatial_mean
+from captum_ext.attr.layer.template import ReshapeTransform, spatial_mean
 from captum_ext.imaging import blur
 
 
-class LayerGroupCam(MaskingCam):
+class LayerGroupCam(MaskingCam[LayerOrList]):
     r"""Group-CAM: groups of channels, weighted by how far each brings back a blurred image.
 
     With g the gradient at the layer, G_l the l-th group of channels, S the softmax score and b the
@@ -68,7 +69,7 @@ class LayerGroupCam(MaskingCam):
     def __init__(
         self,
         forward_func: Forward,
-        layer: Layer | list[Layer],
+        layer: LayerOrList,
         device_ids: list[int] | None = None,
         *,
         reshape_transform: ReshapeTransform | None = None,
@@ -86,6 +87,7 @@ class LayerGroupCam(MaskingCam):
         super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
         self.groups, self.score = groups, score
 
+    @maps_by_layer
     @log_usage()
     def attribute(
         self,
@@ -96,7 +98,7 @@ class LayerGroupCam(MaskingCam):
         attribute_to_layer_input: bool = False,
         perturbations_per_eval: int = 16,
         show_progress: bool = False,
-    ) -> Maps:
+    ) -> Maps[LayerOrList]:
         """The map of each example: a forward and backward pass, and groups + 1 masked passes.
 
         Args:

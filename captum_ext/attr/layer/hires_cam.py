@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
+from captum_ext.attr.layer._typing import LayerOrList
 from captum_ext.attr.layer.template import GradientCam
 
 
-class LayerHiResCam(GradientCam):
+class LayerHiResCam(GradientCam[LayerOrList]):
     r"""HiResCAM: gradient x activation, summed over the channels.
 
     .. math:: L(x) = \sum_k g_k(x) A_k(x)

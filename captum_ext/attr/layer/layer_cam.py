@@ -3,10 +3,11 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_ext.attr.layer._typing import LayerOrList
 from captum_ext.attr.layer.template import GradientCam
 
 
-class LayerCam(GradientCam):
+class LayerCam(GradientCam[LayerOrList]):
     r"""LayerCAM: each activation weighted by its own positive gradient (eqs. 5 and 6).
 
     .. math:: L(x) = \sum_k [g_k(x)]_+ A_k(x)

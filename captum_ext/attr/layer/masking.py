@@ -17,11 +17,12 @@ from captum_ext._compat import (
 from captum_ext._engine.modules import Tensors
 from captum_ext._engine.outputs import Score, Scorer
 from captum_ext._engine.precision import full_precision
+from captum_ext.attr.layer._typing import LayerOrList
 from captum_ext.attr.layer.template import LayerMap
 from captum_ext.imaging import min_max, resize
 
 
-class MaskingCam(LayerMap, PerturbationAttribution):
+class MaskingCam(LayerMap[LayerOrList], PerturbationAttribution):
     """Base of the CAMs that weigh activations by what the model says of masked inputs."""
 
     score: Score

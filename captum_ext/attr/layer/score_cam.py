@@ -19,13 +19,14 @@ from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import Score, scored
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
 from captum_ext.attr.layer.masking import MaskingCam, check_baselines, check_perturbable, is_flat
-from captum_ext.attr.layer.template import Layer, Maps, ReshapeTransform, weighted_sum
+from captum_ext.attr.layer.template import ReshapeTransform, weighted_sum
 
 _WEIGHTINGS = ("softmax", "increase", "score")
 
 
-class LayerScoreCam(MaskingCam):
+class LayerScoreCam(MaskingCam[LayerOrList]):
     r"""Score-CAM: each channel weighted by what the model says of the input that it lets through.
 
     With m_k the channel A_k, upsampled to the input and scaled to [0, 1], S the score and b the
@@ -68,7 +69,7 @@ class LayerScoreCam(MaskingCam):
     def __init__(
         self,
         forward_func: Forward,
-        layer: Layer | list[Layer],
+        layer: LayerOrList,
         device_ids: list[int] | None = None,
         *,
         reshape_transform: ReshapeTransform | None = None,
@@ -81,6 +82,7 @@ class LayerScoreCam(MaskingCam):
         super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
         self.score, self.weighting = score, weighting
 
+    @maps_by_layer
     @log_usage()
     def attribute(
         self,
@@ -92,7 +94,7 @@ class LayerScoreCam(MaskingCam):
         relu_attributions: bool = False,
         perturbations_per_eval: int = 16,
         show_progress: bool = False,
-    ) -> Maps:
+    ) -> Maps[LayerOrList]:
         """The map of each example: one forward pass, and one for each channel that is not flat.
 
         Args:

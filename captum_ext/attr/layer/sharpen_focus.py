@@ -3,10 +3,11 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_ext.attr.layer._typing import LayerOrList
 from captum_ext.attr.layer.template import GradientCam, spatial_mean
 
 
-class LayerSharpenFocus(GradientCam):
+class LayerSharpenFocus(GradientCam[LayerOrList]):
     r"""Sharpen Focus: Grad-CAM with the mean of the positive gradients only.
 
     .. math:: w_k = \frac{1}{N} \sum_x [g_k(x)]_+

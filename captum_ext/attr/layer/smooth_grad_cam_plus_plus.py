@@ -10,16 +10,11 @@ from captum_ext._checks import check_count
 from captum_ext._compat import TargetType, _expand_additional_forward_args, _expand_target
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
-from captum_ext.attr.layer.template import (
-    GradientCam,
-    Layer,
-    ReshapeTransform,
-    divide,
-    spatial_sum,
-)
+from captum_ext.attr.layer._typing import LayerOrList
+from captum_ext.attr.layer.template import GradientCam, ReshapeTransform, divide, spatial_sum
 
 
-class LayerSmoothGradCamPlusPlus(GradientCam):
+class LayerSmoothGradCamPlusPlus(GradientCam[LayerOrList]):
     r"""Smooth Grad-CAM++: Grad-CAM++ with the powers of the gradient averaged over noisy inputs.
 
     With D1, D2, D3 the means of g, g^2, g^3 over `n_samples` noisy copies of the input, and A the
@@ -65,7 +60,7 @@ class LayerSmoothGradCamPlusPlus(GradientCam):
     def __init__(
         self,
         forward_func: Forward,
-        layer: Layer | list[Layer],
+        layer: LayerOrList,
         device_ids: list[int] | None = None,
         *,
         reshape_transform: ReshapeTransform | None = None,

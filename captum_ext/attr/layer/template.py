@@ -5,17 +5,18 @@ A new gradient CAM is a subclass of `GradientCam` with one method:
     class LayerMyCam(GradientCam):
         def weights(self, activations, gradients):
             return spatial_mean(gradients.abs())
+
+For a type checker, `GradientCam[LayerOrList]` gives a tensor for one layer and a list for a list.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor
-from torch.nn import Module
 from torch.nn import functional as F
 
 from captum_ext._compat import (
@@ -30,9 +31,8 @@ from captum_ext._engine.modules import Forward, Tensors, find_module
 from captum_ext._engine.outputs import check_one_score_each
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
 
-Layer = Module | str
-Maps = Tensor | Tensors | list[Tensor | Tensors]
 ReshapeTransform = Callable[[Tensor], Tensor]
 
 
@@ -62,8 +62,11 @@ def weighted_sum(
     return (F.relu(cam) if relu else cam).to(activations.dtype)
 
 
-class LayerMap(LayerAttribution):
+class LayerMap(LayerAttribution, Generic[LayerOrList]):
     """Base of all layer CAMs.
+
+    For a type checker one layer gives a tensor and a list of layers a list of tensors; that a layer
+    with several tensors gives a tuple in place of a tensor shows only when the model runs.
 
     Args:
         forward_func: the model, or a function of the inputs that runs it.
@@ -79,7 +82,7 @@ class LayerMap(LayerAttribution):
     def __init__(
         self,
         forward_func: Forward,
-        layer: Layer | list[Layer],
+        layer: LayerOrList,
         device_ids: list[int] | None = None,
         *,
         reshape_transform: ReshapeTransform | None = None,
@@ -132,13 +135,13 @@ class LayerMap(LayerAttribution):
             return per_layer
         return [tuple(self.reshape_transform(t) for t in tensors) for tensors in per_layer]
 
-    def _format(self, maps: list[Tensors]) -> Maps:
+    def _format(self, maps: list[Tensors]) -> Maps[LayerOrList]:
         """A list where a list of layers came in; a tuple where a layer has several tensors."""
-        formatted: Maps = _format_outputs(isinstance(self.layer, list), maps)
+        formatted: Maps[LayerOrList] = _format_outputs(isinstance(self.layer, list), maps)
         return formatted
 
 
-class GradientCam(LayerMap, GradientAttribution, ABC):
+class GradientCam(LayerMap[LayerOrList], GradientAttribution, ABC):
     r"""Template of the gradient CAMs: a sum of activations, weighted by a rule of their gradients.
 
     .. math:: L(x) = \sum_k w_k(x) A_k(x)
@@ -158,6 +161,7 @@ class GradientCam(LayerMap, GradientAttribution, ABC):
             A tensor that broadcasts with the activations: (B, C, 1, ...) or one weight a cell.
         """
 
+    @maps_by_layer
     @log_usage()
     def attribute(
         self,
@@ -168,7 +172,7 @@ class GradientCam(LayerMap, GradientAttribution, ABC):
         relu_attributions: bool = False,
         attr_dim_summation: bool = True,
         grad_kwargs: dict[str, Any] | None = None,
-    ) -> Maps:
+    ) -> Maps[LayerOrList]:
         """The map of each example, raw and signed.
 
         Args:

@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
+from captum_ext.attr.layer._typing import LayerOrList
 from captum_ext.attr.layer.template import GradientCam, spatial_mean
 
 
-class LayerTokenGradCam(GradientCam):
+class LayerTokenGradCam(GradientCam[LayerOrList]):
     r"""Grad-CAM with a `reshape_transform`, for transformers (eqs. 1 and 2).
 
     .. math:: w_k = \frac{1}{N} \sum_x g_k(x)

@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
+from captum_ext.attr.layer._typing import LayerOrList
 from captum_ext.attr.layer.template import GradientCam, divide, spatial_sum
 
 
-class LayerXGradCam(GradientCam):
+class LayerXGradCam(GradientCam[LayerOrList]):
     r"""XGrad-CAM: gradients averaged with the activations as weights (eq. 8).
 
     .. math:: w_k = \frac{\sum_x g_k(x) A_k(x)}{\sum_x A_k(x)}

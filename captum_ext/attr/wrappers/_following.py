@@ -1,6 +1,6 @@
 """Lets every argument of a wrapped method follow its image into windows and moved copies."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from captum.attr import (
 from torch import Tensor
 
 from captum_ext._compat import _format_callable_baseline
+from captum_ext.attr._chain import chain
 
 Place = TypeVar("Place")
 Arguments = dict[str, Any]
@@ -144,13 +145,6 @@ class Following(Generic[Place]):
                 f"of one of them, got {tuple(value.shape)}."
             )
         return value.detach()
-
-
-def chain(method: Any) -> Iterator[Attribution]:
-    """A method, and what it wraps, and what that wraps."""
-    while isinstance(method, Attribution):
-        yield method
-        method = getattr(method, "attribution_method", None)
 
 
 def is_image_like(value: Tensor, images: Tensor) -> bool:

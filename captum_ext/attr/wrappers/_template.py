@@ -31,8 +31,9 @@ from captum_ext._compat import progress
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.receptive_field import receptive_field, unit_offset
+from captum_ext.attr._chain import chain, check_keywords, innermost, wrapped
 from captum_ext.attr._named import Named
-from captum_ext.attr.wrappers._following import Arguments, Place, chain
+from captum_ext.attr.wrappers._following import Arguments, Place
 from captum_ext.attr.wrappers.upsample import UpsampleWrapper
 
 Offset = tuple[float, float]
@@ -116,6 +117,9 @@ class ImageWrapper(Named, Attribution):
         ):
             if arguments.get(flag):
                 raise ValueError(f"`{flag}`: {self.get_name()} has none to return.")
+        # A target is left out in `_completed` where the wrapped method takes none.
+        names = [name for name in arguments if name != "target"]
+        check_keywords(self.attribution_method, names)
         if torch.is_inference_mode_enabled() and self._needs_gradients:
             raise RuntimeError(
                 "Gradients do not exist inside torch.inference_mode(): use torch.no_grad() around "
@@ -165,8 +169,7 @@ class ImageWrapper(Named, Attribution):
 
     def _completed(self, arguments: Arguments, size: int) -> Arguments:
         """The arguments for the wrapped method: without a target, if it takes none; in batches."""
-        method = list(chain(self._base))[-1]
-        known = inspect.signature(type(method).attribute).parameters
+        known = inspect.signature(type(innermost(self._base)).attribute).parameters
         inner = any(isinstance(m, ImageWrapper) for m in chain(self._base))
         if inner or any(p.kind is p.VAR_KEYWORD for p in known.values()):
             return arguments
@@ -308,7 +311,7 @@ def with_forward(method: Attribution, forward_func: Forward) -> Attribution:
         )
     copied = copy.copy(method)
     copied.forward_func = forward_func
-    inner = getattr(method, "attribution_method", None)
-    if isinstance(inner, Attribution):
+    inner = wrapped(method)
+    if inner is not None:
         copied.attribution_method = with_forward(inner, forward_func)
     return copied

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from captum.attr import Attribution
@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from captum_ext._checks import check_choice, check_count, is_finite, warn
-from captum_ext._compat import _format_output, log_usage
+from captum_ext._compat import TargetType, TensorOrTupleOfTensors, _format_output, log_usage
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import without_autocast
 from captum_ext._engine.state import preserve_state
+from captum_ext.attr._chain import NOT_PASSED, passed
 from captum_ext.attr.wrappers._copies import Average, Fill, Mover, Solved
 from captum_ext.attr.wrappers._following import Arguments, Following
 from captum_ext.attr.wrappers._template import (
@@ -243,14 +244,42 @@ class AugmentedSR(ImageWrapper):
             cells = height_width("downsample", self.downsample)
             self.downsample = self.downsample if isinstance(self.downsample, int) else cells
 
+    @overload
+    def attribute(
+        self,
+        inputs: TensorOrTupleOfTensors,
+        *,
+        target: TargetType = ...,
+        additional_forward_args: Any = ...,
+        return_history: Literal[False] = ...,
+        **kwargs: Any,
+    ) -> TensorOrTupleOfTensors: ...
+    @overload
+    def attribute(
+        self,
+        inputs: TensorOrTupleOfTensors,
+        *,
+        target: TargetType = ...,
+        additional_forward_args: Any = ...,
+        return_history: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[TensorOrTupleOfTensors, Tensor | None]: ...
     @log_usage()
     def attribute(
-        self, inputs: Tensor | Tensors, *, return_history: bool = False, **kwargs: Any
+        self,
+        inputs: Tensor | Tensors,
+        *,
+        target: TargetType = NOT_PASSED,
+        additional_forward_args: Any = NOT_PASSED,
+        return_history: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """The map of each image, repeated over its channels; in mode "tta", its attributions.
 
         Args:
             inputs: images (B, C, H, W) of any size, normalised as the model wants them.
+            target: as in Captum, of the wrapped method where it takes one.
+            additional_forward_args: as in Captum, of the wrapped method.
             return_history: whether to return, too, the solver's objective for each image: (B, n),
                 before and after every iteration; None where "auto" came to be "mean".
             **kwargs: everything else, for the wrapped method.
@@ -263,17 +292,19 @@ class AugmentedSR(ImageWrapper):
             AssertionError: a target that does not fit, or none where one is needed (as in Captum).
             ValueError: inputs that are not images; attributions that are not finite, or cannot be
                 laid over an image; arguments that are not shaped as the images are.
+            TypeError: an argument that the wrapped method does not have.
         """
         if return_history and self.mode not in ("sr", "auto"):
             raise ValueError(f"`return_history`: mode {self.mode!r} has no objective.")
-        images = self._check(inputs, kwargs)
+        arguments = passed(target=target, additional_forward_args=additional_forward_args, **kwargs)
+        images = self._check(inputs, arguments)
         mover = Mover(self._steps(images), self._filling(images), images.shape[1])
         history = None
         with preserve_state(self.forward_func):
             if self.mode == "tta":
-                result = self._of_the_mean(images, mover, kwargs)
+                result = self._of_the_mean(images, mover, arguments)
             else:
-                result, history = self._explain(images, mover, kwargs)
+                result, history = self._explain(images, mover, arguments)
         empty = int((result == 0).flatten(1).all(1).sum())
         if empty:
             sign = "" if self.mode == "tta" else f" of the sign {self.sign!r}"

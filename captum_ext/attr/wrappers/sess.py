@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from captum.attr import Attribution
@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from captum_ext._checks import check_choice, check_count, check_range, is_finite, warn
-from captum_ext._compat import _format_output, _run_forward, log_usage
+from captum_ext._compat import (
+    TargetType,
+    TensorOrTupleOfTensors,
+    _format_output,
+    _run_forward,
+    log_usage,
+)
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.hooks import hooked
 from captum_ext._engine.modules import Tensors
@@ -23,6 +29,7 @@ from captum_ext._engine.outputs import (
 )
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext.attr._chain import NOT_PASSED, passed
 from captum_ext.attr.wrappers._following import Following
 from captum_ext.attr.wrappers._fusion import Fusion, canvas_of
 from captum_ext.attr.wrappers._template import (
@@ -201,17 +208,44 @@ class SESSWrapper(ImageWrapper):
         self.internal_batch_size = internal_batch_size
         self.show_progress = show_progress
 
+    @overload
+    def attribute(
+        self,
+        inputs: TensorOrTupleOfTensors,
+        *,
+        target: TargetType = ...,
+        additional_forward_args: Any = ...,
+        return_coverage: Literal[False] = ...,
+        **kwargs: Any,
+    ) -> TensorOrTupleOfTensors: ...
+    @overload
+    def attribute(
+        self,
+        inputs: TensorOrTupleOfTensors,
+        *,
+        target: TargetType = ...,
+        additional_forward_args: Any = ...,
+        return_coverage: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[TensorOrTupleOfTensors, Tensor]: ...
     @log_usage()
     def attribute(
-        self, inputs: Tensor | Tensors, *, return_coverage: bool = False, **kwargs: Any
+        self,
+        inputs: Tensor | Tensors,
+        *,
+        target: TargetType = NOT_PASSED,
+        additional_forward_args: Any = NOT_PASSED,
+        return_coverage: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """The fused map of each image, repeated over its channels.
 
         Args:
             inputs: images (B, C, H, W) of any size, normalised as the model wants them.
+            target: as in Captum: of the scores, and of the wrapped method where it takes one.
+            additional_forward_args: as in Captum: of the scores, and of the wrapped method.
             return_coverage: whether to return, too, how many explained windows saw each pixel.
-            **kwargs: everything else, for the wrapped method. `target` and
-                `additional_forward_args` are those of the scores, too.
+            **kwargs: everything else, for the wrapped method.
 
         Returns:
             A tensor of the input's shape (a tuple of one for a tuple of one), 0 where no explained
@@ -222,12 +256,14 @@ class SESSWrapper(ImageWrapper):
             ValueError: inputs that are not images; more than `max_patches` windows; scores or
                 attributions that are not finite; attributions that cannot be laid over an image;
                 arguments that are not shaped as the images are.
+            TypeError: an argument that the wrapped method does not have.
         """
-        images = self._check(inputs, kwargs)
+        arguments = passed(target=target, additional_forward_args=additional_forward_args, **kwargs)
+        images = self._check(inputs, arguments)
         sizes = self._sizes(images)
         windows = self._windows(sizes)
         cutter = Cutter(sizes, self.window, self.antialias)
-        following = Following(self._base, images, kwargs, cutter)
+        following = Following(self._base, images, arguments, cutter)
         with preserve_state(self.forward_func):
             fused, coverage = self._fuse(images, windows, sizes, following, return_coverage)
         if self.smooth:

@@ -1,14 +1,22 @@
 """Layer maps at the size of the input."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from captum.attr import Attribution, LayerAttribution
 from torch import Tensor
 
-from captum_ext._compat import _format_output, _format_tensor_into_tuples, _is_tuple, log_usage
+from captum_ext._compat import (
+    TargetType,
+    TensorOrTupleOfTensors,
+    _format_output,
+    _format_tensor_into_tuples,
+    _is_tuple,
+    log_usage,
+)
 from captum_ext._engine.modules import Tensors
+from captum_ext.attr._chain import NOT_PASSED, check_keywords, passed
 from captum_ext.imaging import min_max, resize
 
 _FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -97,20 +105,54 @@ class UpsampleWrapper(Attribution):
         plain = (self.mode, self.align_corners, self.normalize) == ("bilinear", False, "none")
         return plain and self.reshape_transform is None
 
+    @overload
+    def attribute(
+        self,
+        inputs: TensorOrTupleOfTensors,
+        *,
+        target: TargetType = ...,
+        additional_forward_args: Any = ...,
+        return_convergence_delta: Literal[False] = ...,
+        **kwargs: Any,
+    ) -> TensorOrTupleOfTensors: ...
+    @overload
+    def attribute(
+        self,
+        inputs: TensorOrTupleOfTensors,
+        *,
+        target: TargetType = ...,
+        additional_forward_args: Any = ...,
+        return_convergence_delta: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[TensorOrTupleOfTensors, Tensor]: ...
     @log_usage()
-    def attribute(self, inputs: Tensor | Tensors, **kwargs: Any) -> Any:
+    def attribute(
+        self,
+        inputs: Tensor | Tensors,
+        *,
+        target: TargetType = NOT_PASSED,
+        additional_forward_args: Any = NOT_PASSED,
+        **kwargs: Any,
+    ) -> Any:
         """Attributions of exactly the input's shape.
 
         Args:
             inputs: a tensor or tuple of tensors, examples in dimension 0.
+            target: as in Captum; handed on to the wrapped method where it is passed.
+            additional_forward_args: as in Captum; handed on where they are passed.
             **kwargs: everything else, for the wrapped method.
 
         Returns:
             A tensor for a tensor, a tuple for a tuple; with `return_convergence_delta=True`, these
             and the wrapped method's delta.
+
+        Raises:
+            TypeError: an argument that the wrapped method does not have.
         """
         is_tuple = _is_tuple(inputs)
-        result = self.attribution_method.attribute(inputs, **kwargs)
+        arguments = passed(target=target, additional_forward_args=additional_forward_args, **kwargs)
+        check_keywords(self.attribution_method, arguments)
+        result = self.attribution_method.attribute(inputs, **arguments)
         delta = None
         if kwargs.get("return_convergence_delta"):
             result, delta = result
