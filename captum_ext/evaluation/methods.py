@@ -1,6 +1,5 @@
 """The attributions of an evaluation: what they are known by, and what they are called with."""
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
