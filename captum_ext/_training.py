@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from captum_ext._checks import check_count, check_seed
 from captum_ext._data.pictures import Pictures
-from captum_ext._engine.state import preserve_state, seeded_random
+from captum_ext._engine.state import eval_mode, preserve_state, seeded_random
 from captum_ext._identity import check_same_run, hash_of
 
 
@@ -119,7 +119,7 @@ class Fit:
         """Modes, gradients and random numbers of a training, on this device; then as before."""
         device = next(classifier.parameters(), torch.empty(0)).device
         with ExitStack() as kept:
-            kept.enter_context(evaluated(classifier))
+            kept.enter_context(eval_mode(classifier))
             kept.enter_context(preserve_state(classifier))
             kept.enter_context(torch.enable_grad())  # Lightning switches them on, and leaves that
             kept.enter_context(seeded_random(device, hash_of(self.seed)))
@@ -177,19 +177,6 @@ class Fit:
         settings["callbacks"] = [*(given if isinstance(given, list) else [given]), saver]
         file = Path(self.checkpoints) / "last.ckpt"
         return Trainer(**settings), file if file.is_file() else None
-
-
-@contextmanager
-def evaluated(module: Module) -> Iterator[None]:
-    """The module in eval mode, and then each part as it was."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 @contextmanager

@@ -432,7 +432,10 @@ def find_layer(
             f"the layer {name!r} gives the shape {tuple(activation.shape)}, which is no map: name "
             f"one in front of it, such as {loaded.layer}"
         )
-    if activation.dim() == 3:
-        return name, tokens_to_grid
-    is_last = capture.channel_dims[0][0] == frozenset({3})
-    return name, channels_last_to_first if is_last else None
+    if capture.channel_dims[0][0] == frozenset({activation.dim() - 1}):
+        return name, tokens_to_grid if activation.dim() == 3 else channels_last_to_first
+    try:
+        capture.check_channels()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return name, None

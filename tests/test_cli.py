@@ -311,18 +311,23 @@ def test_smooth_grad_cam_is_repeatable():
 
 
 @pytest.mark.parametrize(
-    ("shape", "transform"),
-    [((8, 4, 4), None), ((4, 4, 8), channels_last_to_first), ((16, 8), tokens_to_grid)],
+    ("function", "transform"),
+    [
+        (lambda x: x, None),
+        (lambda x: x.permute(0, 2, 3, 1), channels_last_to_first),
+        (lambda x: x.flatten(2).transpose(1, 2), tokens_to_grid),
+        (lambda x: torch.ones(len(x), 8, 4, 4), "not known"),
+    ],
 )
-def test_find_layer_reads_the_shape(shape, transform):
-    class Layer(nn.LayerNorm if transform else nn.Identity):
+def test_find_layer_follows_the_channels(function, transform):
+    class Layer(nn.Module):
         def forward(self, x):
-            return torch.ones(len(x), *shape)
+            return function(x)
 
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.layer = nn.Conv2d(3, 8, 3), Layer(8)
+            self.conv, self.layer = nn.Conv2d(3, 8, 5), Layer()
             self.head = nn.Linear(8 * 16, 10)
 
         def forward(self, x):
@@ -331,7 +336,11 @@ def test_find_layer_reads_the_shape(shape, transform):
     loaded = explainable(Net())
     x = torch.zeros(1, 3, 8, 8)
     assert demo.find_layer(loaded, x) == ("conv", None)
-    assert demo.find_layer(loaded, x, "layer") == ("layer", transform)
+    if transform == "not known":
+        with pytest.raises(demo.InputError, match=r"`layer` Layer, .* not known"):
+            demo.find_layer(loaded, x, "layer")
+    else:
+        assert demo.find_layer(loaded, x, "layer") == ("layer", transform)
     with pytest.raises(demo.InputError, match="no map"):
         demo.find_layer(loaded, x, "head")
     with pytest.raises(demo.InputError, match=r"Closest: layer, "):

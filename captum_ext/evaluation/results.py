@@ -215,19 +215,7 @@ def summary(
     measures = [measure_of(name, given) for name, given in store.settings["metrics"].items()]
 
     n = store.settings["examples"]
-    images, failures = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-    reasons: dict[str, tuple[int, str]] = {}
-    has = {(name, m.name): np.zeros(n, dtype=bool) for name in names for m in measures}
-    for row in store.rows():
-        name, place = row["method"], int(row["index"])
-        if row["failure"]:
-            failures[name] += 1
-            reasons[name] = min(reasons.get(name, (n, "")), (place, row["failure"]))
-            continue
-        images[name] += 1
-        for m in measures:
-            has[name, m.name][place] = all(row[column] for column in m.columns())
-
+    images, failures, reasons, has = _counts(store.rows(), names, measures, n)
     weights = _weights(n, resamples, seed)
     sums: dict[tuple[str, str, str], _Sums] = {}
 
@@ -267,7 +255,7 @@ def summary(
         against,
         images,
         failures,
-        {name: why for name, (_, why) in reasons.items()},
+        reasons,
         timings(output),
         {m.name: m.higher_is_better for m in measures},
         {
@@ -279,6 +267,25 @@ def summary(
             for name in names
         },
     )
+
+
+def _counts(
+    rows: Iterable[Row], names: list[str], measures: list[Measure], n: int
+) -> tuple[dict[str, int], dict[str, int], dict[str, str], dict[tuple[str, str], Array]]:
+    """Images and failures of each method, why its first failed, and which images have a metric."""
+    images, failures = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    reasons: dict[str, tuple[int, str]] = {}
+    has = {(name, m.name): np.zeros(n, dtype=bool) for name in names for m in measures}
+    for row in rows:
+        name, place = row["method"], int(row["index"])
+        if row["failure"]:
+            failures[name] += 1
+            reasons[name] = min(reasons.get(name, (n, "")), (place, row["failure"]))
+            continue
+        images[name] += 1
+        for m in measures:
+            has[name, m.name][place] = all(row[column] for column in m.columns())
+    return images, failures, {name: why for name, (_, why) in reasons.items()}, has
 
 
 class _Sums:

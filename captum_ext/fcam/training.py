@@ -13,9 +13,9 @@ from captum_ext._checks import check_size
 from captum_ext._data.pixels import IMAGENET, Normalize
 from captum_ext._engine.capture import layer_activations
 from captum_ext._engine.modules import find_module, parameter_dtype
-from captum_ext._engine.state import seeded_random
+from captum_ext._engine.state import eval_mode, seeded_random
 from captum_ext._identity import hash_of
-from captum_ext._training import DecoderModule, evaluated
+from captum_ext._training import DecoderModule
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide, guidance
 from captum_ext.fcam.losses import SizeLoss, partial_cross_entropy
@@ -129,7 +129,7 @@ class FCAMModule(DecoderModule):
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of `Item`."""
         seed = hash_of(self.seed, self.current_epoch, self.global_rank, batch_idx)
-        with seeded_random(self.device, seed), evaluated(self.classifier):
+        with seeded_random(self.device, seed), eval_mode(self.classifier):
             return self._loss(batch, batch_idx, Generator(self.device).manual_seed(seed))
 
     def _loss(self, batch: Sequence[Tensor], batch_idx: int, generator: Generator) -> Tensor:
@@ -204,7 +204,7 @@ class FCAMModule(DecoderModule):
         pixels, boxes = batch
         read = [i for i, found in enumerate(boxes) if len(found)]
         if read:
-            with evaluated(self.classifier):
+            with eval_mode(self.classifier):
                 maps = self(self.images(pixels[read])).softmax(1)[:, 1]
             self.localisation.update(maps, [boxes[i] for i in read])
 

@@ -219,12 +219,9 @@ class ActivationMaximization:
             FloatingPointError: images or scores that are no longer finite, with the step and `lr`.
             AssertionError: a target that does not select one score for each image, as in Captum.
         """
-        for name, count in (("jitter", jitter), ("blur_every", blur_every)):
-            if count != 0 or isinstance(count, bool):
-                check_count(name, count)
-        check_count("n_steps", n_steps)
-        check_size("lr", lr, positive=True)
-        check_size("blur_sigma", blur_sigma, positive=True)
+        _check_counts(n_steps=n_steps, jitter=jitter, blur_every=blur_every)
+        for name, value in (("lr", lr), ("blur_sigma", blur_sigma)):
+            check_size(name, value, positive=True)
         for name, value in (("l2", l2), ("tv", tv), ("noise", noise)):
             check_size(name, value)
         check_choice("parametrization", parametrization, PARAMETRIZATIONS)
@@ -232,8 +229,6 @@ class ActivationMaximization:
             check_choice("optimizer", optimizer, OPTIMIZERS)
         if transform is not None and not callable(transform):
             raise TypeError(f"`transform` must be callable or None, got {type(transform)}.")
-        from kornia.losses import total_variation
-
         start, kind = checked_start(start, target, root_module(self.forward_func) or self.layer)
         if tv and start.dim() != 4:
             raise ValueError(f"`tv` is for images (B, C, H, W), got {tuple(start.shape)}.")
@@ -244,10 +239,7 @@ class ActivationMaximization:
         def limited(x: Tensor) -> Tensor:
             return x.clamp(-mean / std, (1 - mean) / std) if is_limited else x
 
-        def penalties(x: Tensor) -> Tensor:
-            of_size = l2 * x.square().flatten(1).sum(1)
-            return of_size + tv * total_variation(x).sum(1) if tv else of_size
-
+        penalties = partial(_penalties, l2=l2, tv=tv)
         steps: Any = range(n_steps)
         if show_progress:
             steps = progress(steps, desc="Activation maximization")
@@ -270,14 +262,7 @@ class ActivationMaximization:
             objectives_before = before - penalties(images)
             space = Fourier(images) if parametrization == "fourier" else Pixels()
             parameters = space.encode(images)
-            if callable(optimizer):
-                ascent = optimizer([parameters])
-                if not isinstance(ascent, torch.optim.Optimizer):
-                    raise TypeError(
-                        f"`optimizer` must make a torch.optim.Optimizer, got {type(ascent)}."
-                    )
-            else:
-                ascent = OPTIMIZERS[optimizer]([parameters], lr=lr)
+            ascent = _made(optimizer, parameters, lr)
             history = before.new_zeros(2, n_steps, len(images))
             for step in steps:
                 shift = None if shifts is None else shifts[step]
@@ -301,16 +286,43 @@ class ActivationMaximization:
             objectives = after - penalties(images)
             shown = pictures(images, self.normalize)
         _check_finite(after, history, lr)
-        worse = (objectives <= objectives_before).nonzero().flatten().tolist()
-        if worse:
-            warn(
-                f"The objective of {len(worse)} of {len(images)} images did not increase (the "
-                f"first is {worse[0]}). A smaller `lr`, `l2` or `tv` or more `n_steps` may help, "
-                f"and `noise` where the start itself has no gradient, as zeros in a network "
-                f"without biases."
-            )
+        _warn_of_descents(objectives <= objectives_before)
         return PreferredInputs(
             images, shown, before, after, objectives_before, objectives, *history.unbind()
+        )
+
+
+def _check_counts(n_steps: int, **or_none: int) -> None:
+    check_count("n_steps", n_steps)
+    for name, count in or_none.items():
+        if count != 0 or isinstance(count, bool):
+            check_count(name, count)
+
+
+def _made(optimizer: Any, parameters: Tensor, lr: float) -> torch.optim.Optimizer:
+    if not callable(optimizer):
+        return OPTIMIZERS[optimizer]([parameters], lr=lr)
+    made = optimizer([parameters])
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"`optimizer` must make a torch.optim.Optimizer, got {type(made)}.")
+    return made
+
+
+def _penalties(images: Tensor, l2: float, tv: float) -> Tensor:
+    """The terms lambda ||I||^2 + lambda_TV TV(I) of each image."""
+    from kornia.losses import total_variation
+
+    of_size = l2 * images.square().flatten(1).sum(1)
+    return of_size + tv * total_variation(images).sum(1) if tv else of_size
+
+
+def _warn_of_descents(is_worse: Tensor) -> None:
+    worse = is_worse.nonzero().flatten().tolist()
+    if worse:
+        warn(
+            f"The objective of {len(worse)} of {len(is_worse)} images did not increase (the first "
+            f"is {worse[0]}). A smaller `lr`, `l2` or `tv` or more `n_steps` may help, and `noise` "
+            f"where the start itself has no gradient, as zeros in a network without biases."
         )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
 from captum_ext._checks import check_choice, check_count, check_range
@@ -12,7 +13,7 @@ from captum_ext._data.pictures import Pictures
 from captum_ext._data.pixels import IMAGENET
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward
-from captum_ext._engine.receptive_field import trace_field
+from captum_ext._engine.receptive_field import Field, trace_field
 from captum_ext._engine.state import preserve_state
 from captum_ext._identity import model_digest
 from captum_ext.features._activating_patches import ActivatingPatches
@@ -122,12 +123,8 @@ def maximally_activating_patches(
         >>> len(found.crops(data, unit=7))
         3
     """
-    for argument, count in (
-        ("n", n),
-        ("per_image", per_image),
-        ("batch_size", batch_size),
-        ("checkpoint_every", checkpoint_every),
-    ):
+    counts = {"n": n, "per_image": per_image, "batch_size": batch_size}
+    for argument, count in (counts | {"checkpoint_every": checkpoint_every}).items():
         check_count(argument, count)
     check_choice("receptive_field", receptive_field, RECEPTIVE_FIELDS)
     check_range("energy", energy, 0, 1)
@@ -143,46 +140,27 @@ def maximally_activating_patches(
     store = None
     if checkpoint is not None:
         run = {
-            "model": model_digest(forward_func),
-            **maps.about(),
-            "data": pictures.about(),
-            "n": n,
-            "per_image": per_image,
-            "units": None if chosen is None else list(chosen),
-            "size": list(pictures.size),
-            "shard": list(shard),
-        }
+            "model": model_digest(forward_func), **maps.about(), "data": pictures.about(),
+            "n": n, "per_image": per_image, "units": None if chosen is None else list(chosen),
+            "size": list(pictures.size), "shard": list(shard),
+        }  # fmt: skip
         store = Store(Path(checkpoint), run, checkpoint_every)
     with preserve_state(forward_func):
         blank = maps.images(torch.zeros(1, 3, *pictures.size, dtype=torch.uint8))
-        n_channels = maps(blank).shape[1]
-        rows = tuple(range(n_channels)) if chosen is None else chosen
-        if max(rows) >= n_channels:
-            raise ValueError(
-                f"`units` must be below {n_channels}, the channels of `layer` `{maps.name}`, got "
-                f"{max(rows)}."
-            )
-        field = reason = None
-        if receptive_field != "image":
-            try:
-                field = trace_field(
-                    forward_func, maps.layer, blank, exact=True, reshape_transform=reshape_transform
-                )
-            except ValueError as error:
-                reason = str(error)
+        rows = _rows(chosen, maps(blank).shape[1], maps.name)
+        field, reason = (None, None) if receptive_field == "image" else _field(maps, blank)
+        reading = (batch_size, num_workers, show_progress)
         top, unread = streamed(
-            maps, pictures, places, chosen, TopActivations(n, per_image), store,
-            batch_size, num_workers, show_progress,
-        )  # fmt: skip
-        height, width = pictures.size
+            maps, pictures, places, chosen, TopActivations(n, per_image), store, *reading
+        )
         found, positions = top.places.cpu(), top.positions.cpu()
-        whole = torch.tensor([0, 0, width, height]).expand(*found.shape, 4).clone()
-        boxes = whole if field is None else clipped(field_boxes(field, positions), pictures.size)
+        if field is None:
+            height, width = pictures.size
+            boxes = torch.tensor([0, 0, width, height]).expand(*found.shape, 4).clone()
+        else:
+            boxes = clipped(field_boxes(field, positions), pictures.size)
         if receptive_field == "effective":
-            inner = effective_boxes(
-                maps, pictures, rows, found, positions, energy,
-                batch_size, num_workers, show_progress,
-            ).cpu()  # fmt: skip
+            inner = effective_boxes(maps, pictures, rows, found, positions, energy, *reading).cpu()
             # No gradient at all says nothing: its box is the whole image.
             low, high = boxes[..., :2], boxes[..., 2:]
             boxes = torch.cat([inner[..., :2].maximum(low), inner[..., 2:].minimum(high)], -1)
@@ -192,6 +170,29 @@ def maximally_activating_patches(
         maps.name, rows, top.values.cpu(), found, positions, boxes,
         pictures.size, n, field, reason, names,
     )  # fmt: skip
+
+
+def _field(maps: LayerMaps, image: Tensor) -> tuple[Field | None, str | None]:
+    """The layer's receptive field; or None, and the reason for it."""
+    transform = maps.reshape_transform
+    try:
+        field = trace_field(
+            maps.forward_func, maps.layer, image, exact=True, reshape_transform=transform
+        )
+    except ValueError as error:
+        return None, str(error)
+    return field, None
+
+
+def _rows(units: tuple[int, ...] | None, n_channels: int, layer: str) -> tuple[int, ...]:
+    """The channels that are looked at."""
+    rows = tuple(range(n_channels)) if units is None else units
+    if max(rows) >= n_channels:
+        raise ValueError(
+            f"`units` must be below {n_channels}, the channels of `layer` `{layer}`, got "
+            f"{max(rows)}."
+        )
+    return rows
 
 
 def _checked_units(units: Any) -> tuple[int, ...]:

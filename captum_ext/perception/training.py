@@ -11,8 +11,9 @@ from captum_ext._checks import check_size
 from captum_ext._data.pictures import Pictures
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import parameter_dtype
+from captum_ext._engine.state import eval_mode
 from captum_ext._identity import model_digest
-from captum_ext._training import DecoderModule, Fit, evaluated
+from captum_ext._training import DecoderModule, Fit
 from captum_ext.perception.decoder import PerceptionDecoder
 from captum_ext.perception.encoder import LayerEncoder
 from captum_ext.perception.losses import perception_loss
@@ -68,7 +69,7 @@ class PerceptionModule(DecoderModule):
         if not bool(read.any()):  # other processes wait for a gradient
             return 0 * torch.stack([weight.sum() for weight in self.decoder.parameters()]).sum()
         pictures = self.pictures(pixels[read] / 255)
-        with evaluated(self.encoder.root):
+        with eval_mode(self.encoder.root):
             images = self.encoder.images(pictures)
             with torch.no_grad():
                 latents = self.encoder(images)

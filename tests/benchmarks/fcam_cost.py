@@ -41,8 +41,8 @@ from torch.nn import functional as F
 from torchvision import models
 
 from captum_ext._engine.capture import layer_activations
+from captum_ext._engine.state import eval_mode
 from captum_ext._identity import hash_of
-from captum_ext._training import evaluated
 from captum_ext.attr import FCAM
 from captum_ext.fcam import DenseCRFLoss, FCAMDecoder, FCAMModule, dense_crf_loss, local_crf_loss
 from captum_ext.fcam.crf import CHUNK, CPU_CHUNK, _features, _products
@@ -339,7 +339,7 @@ class Parts:
 
     def guide(self) -> Tensor:
         _, labels, places, _ = self.batch
-        with evaluated(self.module.classifier):
+        with eval_mode(self.module.classifier):
             maps: Tensor = self.module.guidance(self.images, labels, places, self.view, self.whole)
         return maps
 

@@ -66,7 +66,7 @@ from tqdm import tqdm
 from captum_ext._engine.receptive_field import receptive_field, unit_offset
 from captum_ext.attr import FIDO, FIDOMasks
 from captum_ext.attr._concrete_dropout import DROPOUTS
-from captum_ext.attr._masked_scores import SDR, SSR, MaskedScores, Score
+from captum_ext.attr._masked_scores import SDR, SSR, LogOddsScorer, MaskedScores
 from captum_ext.datasets import PATTERNS, FineGrainedParts, SmallCNN, train_classifier
 from captum_ext.datasets.fine_grained import Batch, normalized, stacked
 from captum_ext.imaging import lay_over, min_max
@@ -310,7 +310,7 @@ def gradients(
 ) -> MaskedScores:
     """What gives the gradient of the scores by the logits, as `FIDO` uses it."""
     return MaskedScores(
-        Score(network, "logits", batch.targets, None, batch.images),
+        LogOddsScorer(network, "logits", batch.targets, None, batch.images),
         batch.images,
         Infill(batch.images),
         sample,

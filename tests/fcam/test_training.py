@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from captum_ext._data.pictures import Pictures
 from captum_ext._data.pixels import IMAGENET
-from captum_ext._training import Shuffled, evaluated
+from captum_ext._engine.state import eval_mode
+from captum_ext._training import Shuffled
 from captum_ext.attr import FCAM, LayerClassActivationMap, SESSWrapper
 from captum_ext.datasets import TexturedEllipses
 from captum_ext.fcam import DenseCRFLoss, FCAMDecoder, SeedSampler
@@ -104,7 +105,7 @@ def test_the_classifier_does_not_move_by_a_bit():
     before, flags = state(model), [m.training for m in model.modules()]
     grads = [p.requires_grad for p in model.parameters()]
     x = torch.rand(2, 3, 32, 32)
-    with torch.no_grad(), evaluated(model):
+    with torch.no_grad(), eval_mode(model):
         logits = model(x)
     random = torch.get_rng_state()
     fit_fcam(model, Scenes(), LayerGradCam(model, model[2]), **SMALL)
@@ -115,7 +116,7 @@ def test_the_classifier_does_not_move_by_a_bit():
     assert (model[5].weight.grad == 1).all()
     assert all(p.grad is None for p in model.parameters() if p is not model[5].weight)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    with torch.no_grad(), evaluated(model):
+    with torch.no_grad(), eval_mode(model):
         assert torch.equal(model(x), logits)
 
 
