@@ -33,6 +33,7 @@ __all__ = [
     "structural_similarity",
 ]
 
+if not TYPE_CHECKING:  # for a type checker, unknown names stay errors
 
-def __getattr__(name: str) -> Any:
-    return from_training(__name__, _LAZY, name)
+    def __getattr__(name: str) -> Any:
+        return from_training(__name__, _LAZY, name)
