@@ -220,33 +220,6 @@ class LayerCapture:
         return [_reduce_list([held[device] for device in devices]) for held, devices in pairs]
 
 
-def layer_activations(
-    forward_func: Forward,
-    layers: Sequence[Module],
-    inputs: Tensors,
-    target: TargetType = None,
-    additional_forward_args: Any = None,
-    **options: Any,
-) -> tuple[list[Tensors], Tensor]:
-    """`LayerCapture(forward_func, layers, **options).activations(...)`."""
-    capture = LayerCapture(forward_func, layers, **options)
-    return capture.activations(inputs, target, additional_forward_args)
-
-
-def layer_gradients(
-    forward_func: Forward,
-    layers: Sequence[Module],
-    inputs: Tensors,
-    target: TargetType = None,
-    additional_forward_args: Any = None,
-    grad_kwargs: dict[str, Any] | None = None,
-    **options: Any,
-) -> tuple[list[Tensors], list[Tensors]]:
-    """`LayerCapture(forward_func, layers, **options).gradients(...)`."""
-    capture = LayerCapture(forward_func, layers, **options)
-    return capture.gradients(inputs, target, additional_forward_args, grad_kwargs)
-
-
 def copies(inputs: Tensor | Tensors) -> Tensors:
     """Copies of `inputs`: a model whose first step works in place must not reach the caller's."""
     return tuple(tensor.clone() for tensor in _format_tensor_into_tuples(inputs))

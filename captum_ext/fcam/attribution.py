@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from captum_ext._checks import one_batch_of_images
 from captum_ext._compat import TargetType, TensorOrTupleOfTensors, _format_output, log_usage
-from captum_ext._engine.capture import layer_activations
+from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import Forward, find_module
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
@@ -112,9 +112,8 @@ class FCAM(Named, Attribution):
     ) -> Tensor:
         """The map in one channel: (N, 1, H, W), in float32 or better."""
         with torch.no_grad(), preserve_state(self.forward_func), preserve_state(self.decoder):
-            found, _ = layer_activations(
-                self.forward_func, self.layers, (images,), target, additional_forward_args
-            )
+            capture = LayerCapture(self.forward_func, self.layers)
+            found, _ = capture.activations(images, target, additional_forward_args)
             kind = next(self.decoder.parameters()).dtype
             features = [tensors[0].to(kind) for tensors in found]
             logits = self.decoder(features, (images.shape[2], images.shape[3]))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from captum_ext._checks import check_count
 from captum_ext._compat import _run_forward
-from captum_ext._engine.capture import copies, layer_activations
+from captum_ext._engine.capture import LayerCapture, copies
 from captum_ext._engine.hooks import hooked
 from captum_ext._engine.modules import Forward, find_module, root_module
 from captum_ext._engine.state import preserve_state
@@ -111,7 +111,8 @@ class FCAMDecoder(nn.Module):
         named = find_taps(classifier, images) if layers is None else list(layers)
         modules = [find_module(classifier, name, "layers") for name in named]
         with preserve_state(classifier):
-            found = [tensors[0] for tensors in layer_activations(classifier, modules, (images,))[0]]
+            per_layer, _ = LayerCapture(classifier, modules).activations(images)
+            found = [tensors[0] for tensors in per_layer]
         for name, features in zip(named, found, strict=True):
             if features.dim() != 4:
                 raise ValueError(

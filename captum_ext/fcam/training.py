@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from captum_ext._checks import check_size
 from captum_ext._data.pixels import IMAGENET, Normalize
-from captum_ext._engine.capture import layer_activations
+from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module, parameter_dtype
 from captum_ext._engine.state import eval_mode, seeded_random
 from captum_ext._identity import hash_of
@@ -116,7 +116,7 @@ class FCAMModule(DecoderModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, 2, H, W) of images as the classifier takes them."""
-        found, _ = layer_activations(self.classifier, self._layers[0], (images,))
+        found, _ = LayerCapture(self.classifier, self._layers[0]).activations(images)
         kind = next(self.decoder.parameters()).dtype
         features = [tensors[0].to(kind) for tensors in found]
         logits: Tensor = self.decoder(features, (images.shape[2], images.shape[3]))

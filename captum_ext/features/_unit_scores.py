@@ -12,7 +12,7 @@ from captum_ext._compat import (
     _run_forward,
     _select_targets,
 )
-from captum_ext._engine.capture import layer_activations
+from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import (
     check_one_score_each,
@@ -68,7 +68,8 @@ class UnitScores:
             if self.layer is None:
                 return self(images)
             inputs = (images.to(self.kind),)
-            found, _ = layer_activations(self.forward_func, [self.layer], inputs, None, self.extra)
+            capture = LayerCapture(self.forward_func, [self.layer])
+            found, _ = capture.activations(inputs, None, self.extra)
             return self._of_layer(found[0], len(images))
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from captum.testing.attr.helpers import test_config
 from captum.testing.helpers.basic_models import BasicModel_ConvNet
 from torch import Tensor, nn
 
-from captum_ext._engine.capture import layer_activations
 from captum_ext.attr import FCAM, SESSWrapper, UpsampleWrapper
 from captum_ext.fcam import FCAMDecoder
+from tests.captures import layer_activations
 
 
 def network(seed=0):

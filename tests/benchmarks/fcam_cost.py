@@ -40,7 +40,6 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
-from captum_ext._engine.capture import layer_activations
 from captum_ext._engine.state import eval_mode
 from captum_ext._identity import hash_of
 from captum_ext.attr import FCAM
@@ -60,6 +59,7 @@ from tests.benchmarks.measuring import (
     peaks,
     seconds_of,
 )
+from tests.captures import layer_activations
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
 BATCH = 8

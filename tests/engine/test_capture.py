@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torchvision.models import densenet121, resnet18
 
 from captum_ext._checks import warn
-from captum_ext._engine.capture import layer_activations, layer_gradients
 from captum_ext._engine.hooks import intercepted
 from captum_ext._engine.modules import find_module, root_module
 from captum_ext._engine.outputs import scored
 from captum_ext._engine.state import _kept, preserve_state
+from tests.captures import layer_activations, layer_gradients
 from tests.methods import small_net
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_ext._engine.capture import layer_activations, layer_gradients
 from captum_ext._engine.hooks import hooked, hooked_everywhere
 from captum_ext._engine.replay import run_to_layer
+from tests.captures import layer_activations, layer_gradients
 from tests.methods import small_net
 
 

@@ -7,9 +7,9 @@ import torch
 import torchvision
 from torch import nn
 
-from captum_ext._engine.capture import layer_activations
 from captum_ext._engine.modules import find_module
 from captum_ext.fcam import FCAMDecoder, find_taps
+from tests.captures import layer_activations
 
 # Architecture, sizes of images, and what the decoder reads.
 CLASSIFIERS = {

@@ -16,13 +16,13 @@ import torchvision.models as zoo
 from PIL import Image
 from torch import Tensor, nn
 
-from captum_ext._engine.capture import layer_activations
 from captum_ext.attr import channels_last_to_first, tokens_to_grid
 from captum_ext.datasets import Example
 from captum_ext.features import ActivatingPatches, TopActivations
 from captum_ext.features import maximally_activating_patches as top_patches
 from captum_ext.features._streaming import Store
 from tests.attr.layer.test_reshape_and_suggest import small_swin, small_vit
+from tests.captures import layer_activations
 from tests.features.test_patches_top import everything_sorted
 from tests.methods import small_net
 

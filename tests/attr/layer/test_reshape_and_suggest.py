@@ -11,7 +11,6 @@ from torchvision import models
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
-from captum_ext._engine.capture import layer_activations
 from captum_ext.attr import (
     LayerAblationCam,
     LayerClassActivationMap,
@@ -23,6 +22,7 @@ from captum_ext.attr import (
     suggest_reshape_transform,
     tokens_to_grid,
 )
+from tests.captures import layer_activations
 from tests.methods import EVERY, small_net
 
 VIT_LAYER = "encoder.layers.encoder_layer_1.ln_1"
