@@ -3,13 +3,10 @@
 Captum's helpers move between releases, so the supported range is pinned in pyproject.toml.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 from captum._utils.common import (
-    ExpansionTypes,
-    _expand_additional_forward_args,
-    _expand_target,
     _format_additional_forward_args,
     _format_baseline,
     _format_output,
@@ -30,11 +27,8 @@ from torch import Tensor
 
 __all__ = [
     "BaselineType",
-    "ExpansionTypes",
     "TargetType",
     "TensorOrTupleOfTensors",
-    "_expand_additional_forward_args",
-    "_expand_target",
     "_format_additional_forward_args",
     "_format_baseline",
     "_format_callable_baseline",
@@ -48,11 +42,20 @@ __all__ = [
     "_sort_key_list",
     "_validate_input",
     "log_usage",
-    "progress",
+    "with_progress",
 ]
 
 TensorOrTupleOfTensors = TypeVar("TensorOrTupleOfTensors", Tensor, tuple[Tensor, ...])
+_Item = TypeVar("_Item")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def with_progress(chunks: Sequence[_Item], show_progress: bool, desc: str) -> Iterable[_Item]:
+    """The chunks, with Captum's progress bar on request."""
+    if not show_progress:
+        return chunks
+    shown: Iterable[_Item] = progress(chunks, desc=desc, total=len(chunks))
+    return shown
 
 
 def log_usage() -> Callable[[_Method], _Method]:

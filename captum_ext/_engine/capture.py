@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import DataParallel, Module
 
-from captum_ext._compat import TargetType, _reduce_list, _run_forward, _sort_key_list
+from captum_ext._compat import (
+    TargetType,
+    _format_tensor_into_tuples,
+    _reduce_list,
+    _run_forward,
+    _sort_key_list,
+)
 from captum_ext._engine.channels import Dims, LayerTracer, check_channels_first
 from captum_ext._engine.hooks import intercepted
 from captum_ext._engine.modules import Forward, Tensors, module_name, owner_module, root_module
@@ -54,7 +60,10 @@ class LayerCapture:
         self.channel_dims: list[list[Dims | None]] = [[] for _ in layers]
 
     def activations(
-        self, inputs: Tensors, target: TargetType = None, additional_forward_args: Any = None
+        self,
+        inputs: Tensor | Tensors,
+        target: TargetType = None,
+        additional_forward_args: Any = None,
     ) -> tuple[list[Tensors], Tensor]:
         """Activations and the scores of the target, in one pass without a graph.
 
@@ -74,7 +83,7 @@ class LayerCapture:
 
     def gradients(
         self,
-        inputs: Tensors,
+        inputs: Tensor | Tensors,
         target: TargetType = None,
         additional_forward_args: Any = None,
         grad_kwargs: dict[str, Any] | None = None,
@@ -238,9 +247,9 @@ def layer_gradients(
     return capture.gradients(inputs, target, additional_forward_args, grad_kwargs)
 
 
-def copies(inputs: Tensors) -> Tensors:
+def copies(inputs: Tensor | Tensors) -> Tensors:
     """Copies of `inputs`: a model whose first step works in place must not reach the caller's."""
-    return tuple(tensor.clone() for tensor in inputs)
+    return tuple(tensor.clone() for tensor in _format_tensor_into_tuples(inputs))
 
 
 def check_gradients_exist() -> None:

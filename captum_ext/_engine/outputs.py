@@ -98,15 +98,58 @@ def log_scores(output: Tensor, score: Score) -> Tensor:
 # --- arguments that follow their examples --------------------------------------------------------
 
 
-class Scorer:
-    """The scores of inputs that are made of a batch's examples: masked, cropped or noisy.
+class ExampleArguments:
+    """Target and additional arguments of the model, which follow their examples.
 
-    Target and additional arguments follow their examples: a tensor or list with one entry for each
-    example is picked by example; anything else is handed on as it is.
+    A tensor or list with one entry for each example is picked by example; anything else is handed
+    on as it is.
+
+    Args:
+        n_examples: B.
+        target: in any of Captum's forms.
+        additional_forward_args: as in Captum.
+        device: of the inputs.
+
+    Raises:
+        AssertionError: a target that is not one for each example.
+    """
+
+    def __init__(
+        self,
+        n_examples: int,
+        target: TargetType = None,
+        additional_forward_args: Any = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.n_examples = n_examples
+        self.target = one_target_each(target, n_examples, device)
+        extra = _format_additional_forward_args(additional_forward_args) or ()
+        self.extra = tuple(outside_inference_mode(value) for value in extra)
+
+    def target_of(self, examples: Tensor) -> TargetType:
+        """The target of each of m entries, which are made of `examples` (m,)."""
+        target: Any = self.target
+        if isinstance(target, Tensor):
+            return target[examples.to(target.device)]
+        return [target[i] for i in examples.tolist()] if isinstance(target, list) else target
+
+    def extra_of(self, examples: Tensor) -> tuple[Any, ...]:
+        """The additional arguments, likewise."""
+
+        def entries(value: Any) -> Any:
+            is_tensor = isinstance(value, Tensor) and value.dim() > 0
+            is_each = is_tensor and len(value) == self.n_examples
+            return value[examples.to(value.device)] if is_each else value
+
+        return tuple(entries(value) for value in self.extra)
+
+
+class Scorer(ExampleArguments):
+    """The scores of inputs that are made of a batch's examples: masked, cropped or noisy.
 
     Args:
         forward_func: the model.
-        n_examples: B.
+        n_examples: see `ExampleArguments`, as for the next two.
         target: in any of Captum's forms.
         additional_forward_args: as in Captum.
         score: see `scored`.
@@ -129,11 +172,8 @@ class Scorer:
         argument: str = "forward_func",
     ) -> None:
         check_score(score)
-        self.argument = argument
-        self.forward_func, self.score, self.n_examples = forward_func, score, n_examples
-        self.target = one_target_each(target, n_examples, device)
-        extra = _format_additional_forward_args(additional_forward_args) or ()
-        self.extra = tuple(outside_inference_mode(value) for value in extra)
+        super().__init__(n_examples, target, additional_forward_args, device)
+        self.forward_func, self.score, self.argument = forward_func, score, argument
 
     def outputs(self, inputs: Tensors, examples: Tensor) -> Tensor:
         """What the model returns for inputs made of these examples, checked.
@@ -142,26 +182,15 @@ class Scorer:
             inputs: the model's inputs, m entries each.
             examples: (m,), int64: the example of each entry.
         """
-        output = self.forward_func(*inputs, *(self._of(examples, value) for value in self.extra))
+        output = self.forward_func(*inputs, *self.extra_of(examples))
         check_output(output, len(examples), self.argument)
         checked: Tensor = output
         return checked
-
-    def target_of(self, examples: Tensor) -> TargetType:
-        """The target of each entry."""
-        target: Any = self.target
-        if isinstance(target, Tensor):
-            return target[examples.to(target.device)]
-        return [target[i] for i in examples.tolist()] if isinstance(target, list) else target
 
     def __call__(self, inputs: Tensors, examples: Tensor) -> Tensor:
         """The scores (m,), in float32 or better; see `outputs`."""
         output = self.outputs(inputs, examples)
         return select_scores(score_of(output, self.score), self.target_of(examples))
-
-    def _of(self, examples: Tensor, value: Any) -> Any:
-        is_each = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.n_examples
-        return value[examples.to(value.device)] if is_each else value
 
 
 def select_scores(scores: Tensor, target: TargetType) -> Tensor:

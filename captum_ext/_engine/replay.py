@@ -192,7 +192,7 @@ class LayerReplay:
         self,
         forward_func: Forward,
         layer: Module,
-        inputs: Tensors,
+        inputs: Tensor | Tensors,
         target: TargetType = None,
         additional_forward_args: Any = None,
         **options: Any,

@@ -22,7 +22,7 @@ from captum_ext._compat import (
     TensorOrTupleOfTensors,
     _format_output,
     log_usage,
-    progress,
+    with_progress,
 )
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward, Tensors
@@ -323,9 +323,7 @@ class FIDO(Named, PerturbationAttribution):
             logits = torch.zeros(len(images), len(rows), *size, dtype=kind, device=images.device)
             optimiser = torch.optim.AdamW([logits], lr=lr, eps=eps, weight_decay=0.0)
             losses = logits.new_zeros(n_steps, len(images))
-            steps: Any = range(n_steps)
-            if show_progress:
-                steps = progress(steps, desc=f"{self.get_name()} attribution")
+            steps = with_progress(range(n_steps), show_progress, f"{self.get_name()} attribution")
             for step in steps:
                 weight = min(1.0, step / warmup) if warmup else 1.0
                 values, gradient = scores(logits, generator)

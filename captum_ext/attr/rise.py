@@ -18,7 +18,7 @@ from captum_ext._compat import (
     _is_tuple,
     _validate_input,
     log_usage,
-    progress,
+    with_progress,
 )
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import Score, Scorer, check_score, score_of, select_scores
@@ -278,14 +278,12 @@ class RISE(Named, PerturbationAttribution):
             chosen = [select_scores(scores, scorer.target_of(rows)) for scorer in scorers]
             return torch.stack([score.reshape(n, n_examples) for score in chosen], 1).flatten(1)
 
-        chunks: Any = chunks_of(n_masks, perturbations_per_eval)
-        if show_progress:
-            chunks = progress(chunks, desc=f"{self.get_name()} attribution")
-        sums = MaskedMeans(with_errors)
-        maps = errors = used = None
-        is_done = torch.zeros(len(targets) * n_examples, dtype=torch.bool, device=first.device)
+        chunks = chunks_of(n_masks, perturbations_per_eval)
+        sums, found = MaskedMeans(with_errors), _Estimates(tolerance)
         with preserve_state(self.forward_func):
-            for start, stop in chunks:
+            for start, stop in with_progress(
+                chunks, show_progress, f"{self.get_name()} attribution"
+            ):
                 m = masks(start, stop)
                 sums.add(scores_under(m), m.flatten(1))
                 if stop % BLOCK and stop < n_masks:
@@ -293,25 +291,39 @@ class RISE(Named, PerturbationAttribution):
                 sums.check()
                 if tolerance is None and stop < n_masks:
                     continue
-                now, error = sums.estimates(p, estimator)
-                count = torch.full_like(is_done, stop, dtype=torch.int64)
-                if maps is None or errors is None or used is None:
-                    maps, errors, used = now, error, count
-                else:  # what is done stays as it was: a batch equals its examples one by one
-                    maps = torch.where(is_done[:, None], maps, now)
-                    errors = torch.where(is_done[:, None], errors, error)
-                    used = torch.where(is_done, used, count)
-                if tolerance is not None:
-                    low, high = torch.aminmax(now, dim=1)
-                    is_done |= error.amax(1) <= tolerance * (high - low)
-                    if bool(is_done.all()):
-                        break
-        assert maps is not None
-        assert errors is not None
-        assert used is not None
+                found.update(*sums.estimates(p, estimator), stop)
+                if found.are_done:
+                    break
         shape = (len(targets), n_examples)
         whole = (*shape, 1, *first.shape[2:])
-        return RISEMaps(maps.reshape(whole), errors.reshape(whole), used.reshape(shape))
+        return RISEMaps(
+            found.maps.reshape(whole), found.errors.reshape(whole), found.n_masks.reshape(shape)
+        )
+
+
+class _Estimates:
+    """Maps (R, P), their standard errors, and the number of their masks (R,).
+
+    What is within the tolerance stays as it was: a batch equals its examples one by one.
+    """
+
+    def __init__(self, tolerance: float | None) -> None:
+        self.tolerance, self.are_done = tolerance, False
+        self.is_done: Tensor | None = None
+
+    def update(self, maps: Tensor, errors: Tensor, n: int) -> None:
+        n_masks = torch.full((len(maps),), n, device=maps.device)
+        if self.is_done is None:
+            self.maps, self.errors, self.n_masks = maps, errors, n_masks
+            self.is_done = torch.zeros_like(n_masks, dtype=torch.bool)
+        else:
+            self.maps = torch.where(self.is_done[:, None], self.maps, maps)
+            self.errors = torch.where(self.is_done[:, None], self.errors, errors)
+            self.n_masks = torch.where(self.is_done, self.n_masks, n_masks)
+        if self.tolerance is not None:
+            low, high = torch.aminmax(maps, dim=1)
+            self.is_done |= errors.amax(1) <= self.tolerance * (high - low)
+            self.are_done = bool(self.is_done.all())
 
 
 def _masked_inputs(inputs: Tensors) -> list[bool]:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from captum_ext._checks import check_choice, check_count, check_generator, check_size, warn
-from captum_ext._compat import TargetType, progress
+from captum_ext._compat import TargetType, with_progress
 from captum_ext._data.pixels import mean_and_std
 from captum_ext._engine.modules import Forward, find_module, root_module
 from captum_ext._engine.state import preserve_state, seeded_random
@@ -240,9 +240,7 @@ class ActivationMaximization:
             return x.clamp(-mean / std, (1 - mean) / std) if is_limited else x
 
         penalties = partial(_penalties, l2=l2, tv=tv)
-        steps: Any = range(n_steps)
-        if show_progress:
-            steps = progress(steps, desc="Activation maximization")
+        steps = with_progress(range(n_steps), show_progress, "Activation maximization")
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(preserve_state(self.forward_func))

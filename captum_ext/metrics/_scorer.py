@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from captum_ext._checks import check_count, check_generator, one_batch_of_images
 from captum_ext._compat import (
     TargetType,
-    progress,
+    with_progress,
 )
 from captum_ext._engine.modules import Forward
 from captum_ext._engine.outputs import (
@@ -129,10 +129,8 @@ class Faithfulness:
     def scores(self, perturb: Perturb, n: int) -> Tensor:
         """The scores (B, n) of `perturb(examples, which of the n)`, indices in two tensors."""
         total, chunks = len(self.images) * n, []
-        starts: Any = range(0, total, self.internal_batch_size)
-        if self.show_progress:
-            starts = progress(starts, desc="Faithfulness")
-        for start in starts:
+        starts = range(0, total, self.internal_batch_size)
+        for start in with_progress(starts, self.show_progress, "Faithfulness"):
             stop = min(start + self.internal_batch_size, total)
             numbers = torch.arange(start, stop, device=self.images.device)
             examples = numbers // n

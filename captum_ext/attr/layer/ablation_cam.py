@@ -10,10 +10,8 @@ from torch import Tensor
 from captum_ext._checks import check_count
 from captum_ext._compat import (
     TargetType,
-    _format_additional_forward_args,
-    _format_tensor_into_tuples,
     log_usage,
-    progress,
+    with_progress,
 )
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import Score, scored
@@ -106,8 +104,6 @@ class LayerAblationCam(LayerMap[LayerOrList], PerturbationAttribution):
             (B, 1, *spatial) of the layer; a tuple for a layer with several tensors; a list for a
             list of layers.
         """
-        examples: Tensors = _format_tensor_into_tuples(inputs)
-        additional_forward_args = _format_additional_forward_args(additional_forward_args)
         check_count("perturbations_per_eval", perturbations_per_eval)
         is_number = isinstance(layer_baselines, int | float | Tensor)
         if not is_number and layer_baselines not in (None, "min"):
@@ -121,7 +117,7 @@ class LayerAblationCam(LayerMap[LayerOrList], PerturbationAttribution):
                 behind = LayerReplay(
                     scored(self.forward_func, self.score),
                     layer,
-                    examples,
+                    inputs,
                     target,
                     additional_forward_args,
                     **self._capture_options(attribute_to_layer_input),
@@ -173,9 +169,9 @@ class LayerAblationCam(LayerMap[LayerOrList], PerturbationAttribution):
             return torch.where(channel_of == channel, fill, a)
 
         channels = torch.arange(n_channels, device=activation.device)
-        chunks: Any = channels.split(perturbations_per_eval)
-        if show_progress:
-            chunks = progress(chunks, desc=f"{self.get_name()} attribution", total=len(chunks))
+        chunks = with_progress(
+            channels.split(perturbations_per_eval), show_progress, f"{self.get_name()} attribution"
+        )
         scores = torch.cat([behind(ablate, chunk, which) for chunk in chunks])
         if not bool(torch.isfinite(scores).all()):
             raise ValueError("The scores of the ablated activations are not finite.")

@@ -8,8 +8,6 @@ from torch.nn import Conv1d, Conv2d, Conv3d, Linear, Module
 
 from captum_ext._compat import (
     TargetType,
-    _format_additional_forward_args,
-    _format_tensor_into_tuples,
     _select_targets,
     log_usage,
 )
@@ -86,11 +84,9 @@ class LayerClassActivationMap(LayerMap[LayerOrList]):
         attr_dim_summation: bool = True,
     ) -> Maps[LayerOrList]:
         """The map of each example, raw and signed. Arguments as in `GradientCam.attribute`."""
-        examples: Tensors = _format_tensor_into_tuples(inputs)
-        additional_forward_args = _format_additional_forward_args(additional_forward_args)
         with preserve_state(self.forward_func), torch.no_grad():
             per_layer, score = self._activations(
-                examples, target, additional_forward_args, attribute_to_layer_input
+                inputs, target, additional_forward_args, attribute_to_layer_input
             )
             rows = _rows(self.head, self.head_name)
             classes = _classes(len(rows), target, score)

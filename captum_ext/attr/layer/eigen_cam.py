@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 from captum_ext._compat import (
     TargetType,
-    _format_additional_forward_args,
-    _format_tensor_into_tuples,
     log_usage,
 )
 from captum_ext._engine.modules import Forward, Tensors
@@ -80,11 +78,9 @@ class LayerEigenCam(LayerMap[LayerOrList]):
         Raises:
             ValueError: activations that are not finite, which have no singular vectors.
         """
-        examples: Tensors = _format_tensor_into_tuples(inputs)
-        additional_forward_args = _format_additional_forward_args(additional_forward_args)
         with preserve_state(self.forward_func), torch.no_grad():
             per_layer, _ = self._activations(
-                examples, target, additional_forward_args, attribute_to_layer_input
+                inputs, target, additional_forward_args, attribute_to_layer_input
             )
             maps = [tuple(self._project(a) for a in tensors) for tensors in per_layer]
         if relu_attributions:

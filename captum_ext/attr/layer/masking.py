@@ -12,7 +12,7 @@ from captum_ext._compat import (
     TargetType,
     _format_baseline,
     _validate_input,
-    progress,
+    with_progress,
 )
 from captum_ext._engine.modules import Tensors
 from captum_ext._engine.outputs import Score, Scorer
@@ -60,11 +60,9 @@ class MaskingCam(LayerMap[LayerOrList], PerturbationAttribution):
         )
         every = torch.arange(n_examples, device=device)
         values = _format_baseline(baselines, inputs)
-        starts: Any = range(0, n_masks, perturbations_per_eval)
-        if show_progress:
-            starts = progress(starts, desc=f"{self.get_name()} attribution")
+        starts = range(0, n_masks, perturbations_per_eval)
         scores = []
-        for start in starts:
+        for start in with_progress(starts, show_progress, f"{self.get_name()} attribution"):
             chunk = masks(start, min(start + perturbations_per_eval, n_masks))
             n = chunk.shape[1]
             masked = tuple(

@@ -11,7 +11,6 @@ from captum_ext._checks import check_count
 from captum_ext._compat import (
     BaselineType,
     TargetType,
-    _format_additional_forward_args,
     _format_tensor_into_tuples,
     log_usage,
 )
@@ -113,7 +112,6 @@ class LayerScoreCam(MaskingCam[LayerOrList]):
             list of layers.
         """
         examples: Tensors = _format_tensor_into_tuples(inputs)
-        additional_forward_args = _format_additional_forward_args(additional_forward_args)
         check_count("perturbations_per_eval", perturbations_per_eval)
         check_baselines(baselines, examples)
         with preserve_state(self.forward_func), torch.no_grad():

@@ -7,8 +7,9 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from captum_ext._checks import check_count
-from captum_ext._compat import TargetType, _expand_additional_forward_args, _expand_target
+from captum_ext._compat import TargetType, _format_tensor_into_tuples
 from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.outputs import ExampleArguments
 from captum_ext._engine.precision import full_precision
 from captum_ext.attr.layer._typing import LayerOrList
 from captum_ext.attr.layer.template import GradientCam, ReshapeTransform, divide, spatial_sum
@@ -85,7 +86,7 @@ class LayerSmoothGradCamPlusPlus(GradientCam[LayerOrList]):
 
     def _gradients(
         self,
-        inputs: Tensors,
+        inputs: Tensor | Tensors,
         target: TargetType,
         additional_forward_args: Any,
         at_input: bool,
@@ -102,12 +103,16 @@ class LayerSmoothGradCamPlusPlus(GradientCam[LayerOrList]):
             tuple(full_precision(t).new_zeros(3, *t.shape) for t in tensors)
             for tensors in activations
         ]
+        examples: Tensors = _format_tensor_into_tuples(inputs)
+        every = torch.arange(len(examples[0]), device=examples[0].device)
+        arguments = ExampleArguments(len(every), target, additional_forward_args, every.device)
         for start in range(0, self.n_samples, self.samples_per_eval):
             n = min(self.samples_per_eval, self.n_samples - start)
+            rows = every.repeat(n)
             _, gradients = super()._gradients(
-                tuple(self._noisy(x, n) for x in inputs),
-                _expand_target(target, n),
-                _expand_additional_forward_args(additional_forward_args, n),
+                tuple(self._noisy(x, n) for x in examples),
+                arguments.target_of(rows),
+                arguments.extra_of(rows),
                 at_input,
                 grad_kwargs,
             )

@@ -21,9 +21,7 @@ from torch.nn import functional as F
 
 from captum_ext._compat import (
     TargetType,
-    _format_additional_forward_args,
     _format_outputs,
-    _format_tensor_into_tuples,
     log_usage,
 )
 from captum_ext._engine.capture import LayerCapture
@@ -98,7 +96,11 @@ class LayerMap(LayerAttribution, Generic[LayerOrList]):
         self.reshape_transform = reshape_transform
 
     def _activations(
-        self, inputs: Tensors, target: TargetType, additional_forward_args: Any, at_input: bool
+        self,
+        inputs: Tensor | Tensors,
+        target: TargetType,
+        additional_forward_args: Any,
+        at_input: bool,
     ) -> tuple[list[Tensors], Tensor]:
         """The layers' activations as maps, and the target's scores (so every target is checked)."""
         capture = LayerCapture(self.forward_func, self.layers, **self._capture_options(at_input))
@@ -109,7 +111,7 @@ class LayerMap(LayerAttribution, Generic[LayerOrList]):
 
     def _gradients(
         self,
-        inputs: Tensors,
+        inputs: Tensor | Tensors,
         target: TargetType,
         additional_forward_args: Any,
         at_input: bool,
@@ -196,11 +198,9 @@ class GradientCam(LayerMap[LayerOrList], GradientAttribution, ABC):
                 the target does not depend on.
             RuntimeError: inside `torch.inference_mode`.
         """
-        examples: Tensors = _format_tensor_into_tuples(inputs)
-        additional_forward_args = _format_additional_forward_args(additional_forward_args)
         with preserve_state(self.forward_func):
             activations, gradients = self._gradients(
-                examples, target, additional_forward_args, attribute_to_layer_input, grad_kwargs
+                inputs, target, additional_forward_args, attribute_to_layer_input, grad_kwargs
             )
         maps = [
             tuple(

@@ -27,7 +27,7 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from captum_ext._checks import check_choice, is_finite, one_batch_of_images
-from captum_ext._compat import progress
+from captum_ext._compat import with_progress
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.receptive_field import receptive_field, unit_offset
@@ -161,10 +161,7 @@ class ImageWrapper(Named, Attribution):
             for run in [list(group)]
             for start in range(0, len(run), size)
         ]
-        shown: Any = chunks
-        if self.show_progress:
-            shown = progress(chunks, desc=f"{self.get_name()} {what}")
-        for chunk in shown:
+        for chunk in with_progress(chunks, self.show_progress, f"{self.get_name()} {what}"):
             yield [example for example, _ in chunk], [place for _, place in chunk]
 
     def _completed(self, arguments: Arguments, size: int) -> Arguments:
