@@ -288,13 +288,8 @@ class FIDO(Named, PerturbationAttribution):
             AssertionError: a target that does not select one class for each image, as in Captum.
         """
         images = one_batch_of_images(inputs)
-        check_choice("objective", objective, OBJECTIVES)
-        check_choice("dropout", dropout, DROPOUTS)
-        check_choice("tv_norm", tv_norm, TV_NORMS)
-        for name, count in (("n_steps", n_steps), ("n_masks", n_masks)):
-            check_count(name, count)
-        for name, value in (("temperature", temperature), ("lr", lr), ("eps", eps)):
-            check_size(name, value, positive=True)
+        _check_choices(objective=objective, dropout=dropout, tv_norm=tv_norm)
+        _check_numbers(n_steps, n_masks, temperature=temperature, lr=lr, eps=eps)
         for name, value in (("l1", l1), ("tv", tv), ("warmup", warmup)):
             check_size(name, value)
         if internal_batch_size is None:
@@ -327,10 +322,9 @@ class FIDO(Named, PerturbationAttribution):
             for step in steps:
                 weight = min(1.0, step / warmup) if warmup else 1.0
                 values, gradient = scores(logits, generator)
-                leaf = logits.clone().requires_grad_()
-                penalties = weight * penalty(torch.sigmoid(leaf))
-                logits.grad = gradient + torch.autograd.grad(penalties.sum(), leaf)[0]
-                losses[step] = values + penalties.detach()
+                penalties, shrinking = _with_gradient(penalty, logits, weight)
+                logits.grad = gradient + shrinking
+                losses[step] = values + penalties
                 optimiser.step()
                 if callback is not None:
                     done = step + 1
@@ -343,6 +337,29 @@ class FIDO(Named, PerturbationAttribution):
         whole = found.to(images.dtype).repeat(1, images.shape[1], 1, 1)
         attributions = _format_output(isinstance(inputs, tuple), (whole,))
         return (attributions, masks) if return_masks else attributions
+
+
+def _check_choices(**options: str) -> None:
+    choices: dict[str, Any] = {"objective": OBJECTIVES, "dropout": DROPOUTS, "tv_norm": TV_NORMS}
+    for name, value in options.items():
+        check_choice(name, value, choices[name])
+
+
+def _check_numbers(n_steps: int, n_masks: int, **positive: float) -> None:
+    check_count("n_steps", n_steps)
+    check_count("n_masks", n_masks)
+    for name, value in positive.items():
+        check_size(name, value, positive=True)
+
+
+def _with_gradient(
+    penalty: Callable[[Tensor], Tensor], logits: Tensor, weight: float
+) -> tuple[Tensor, Tensor]:
+    """The weighted penalties of the probabilities (N,), and their gradient by the logits."""
+    leaf = logits.clone().requires_grad_()
+    penalties = weight * penalty(torch.sigmoid(leaf))
+    (gradient,) = torch.autograd.grad(penalties.sum(), leaf)
+    return penalties.detach(), gradient
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from captum_ext._checks import check_choice, is_finite, one_batch_of_images
 from captum_ext._compat import with_progress
+from captum_ext._engine.capture import check_gradients_exist
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.receptive_field import receptive_field, unit_offset
@@ -120,11 +121,8 @@ class ImageWrapper(Named, Attribution):
         # A target is left out in `_completed` where the wrapped method takes none.
         names = [name for name in arguments if name != "target"]
         check_keywords(self.attribution_method, names)
-        if torch.is_inference_mode_enabled() and self._needs_gradients:
-            raise RuntimeError(
-                "Gradients do not exist inside torch.inference_mode(): use torch.no_grad() around "
-                "a gradient-based attribution, or none."
-            )
+        if self._needs_gradients:
+            check_gradients_exist()
         return x
 
     @property

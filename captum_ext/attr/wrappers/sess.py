@@ -9,7 +9,7 @@ from captum.attr import Attribution
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._checks import check_choice, check_count, check_range, is_finite, warn
+from captum_ext._checks import check_choice, check_count, check_range, check_size, warn
 from captum_ext._compat import (
     TargetType,
     TensorOrTupleOfTensors,
@@ -164,49 +164,46 @@ class SESSWrapper(ImageWrapper):
         show_progress: bool = False,
     ) -> None:
         super().__init__(attribution_method, channel_reduction)
-        check_choice("sign", sign, SIGNS)
-        check_choice("pool", pool, _POOLS)
         if fusion is None:
             fusion = "coverage" if sign == "signed" else "soft"
-        check_choice("fusion", fusion, _FUSIONS)
-        if sign == "signed" and (pool == "max" or fusion in ("soft", "reference")):
-            raise ValueError(
-                f"`sign`='signed' goes with `fusion`='coverage' or 'weighted' and `pool`='mean', "
-                f"got {fusion!r} and {pool!r}."
-            )
-        check_score(score)
-        for name, count in (
-            ("n_scales", n_scales),
-            ("max_patches", max_patches),
-            ("internal_batch_size", internal_batch_size),
-        ):
-            check_count(name, count)
-        check_range("pre_filter_ratio", pre_filter_ratio, 0, 1, below=True)
-        check_range("theta", theta, 0, 1, below=True)
-        check_range("percentile", percentile, 0, 100)
-        if theta and pool == "mean" and fusion not in ("soft", "reference"):
-            raise ValueError(f"`theta` has no meaning in `fusion`={fusion!r}: leave it at 0.")
         self.window = height_width("window", window)
         self.step = self.window if step is None else height_width("step", step)
-        if self.step[0] > self.window[0] or self.step[1] > self.window[1]:
-            raise ValueError(
-                f"`step` {self.step} is larger than the `window` {self.window}: what lies between "
-                f"two windows would never be seen."
-            )
-        self._check_align(align)
-        check_count("smooth_kernel", smooth_kernel)
-        if smooth_kernel % 2 == 0:
-            raise ValueError(f"`smooth_kernel` must be odd, got {smooth_kernel}.")
-        if not is_finite(smooth_sigma) or smooth_sigma <= 0:
-            raise ValueError(f"`smooth_sigma` must be a positive number, got {smooth_sigma!r}.")
         self.n_scales, self.scales = n_scales, _check_scales(scales, self.window)
         self.pre_filter_ratio, self.theta = pre_filter_ratio, theta
         self.pool, self.fusion, self.score, self.sign = pool, fusion, score, sign
         self.percentile, self.antialias, self.final_norm = percentile, antialias, final_norm
         self.smooth, self.smooth_kernel, self.smooth_sigma = smooth, smooth_kernel, smooth_sigma
         self.align, self.max_patches = align, max_patches
-        self.internal_batch_size = internal_batch_size
-        self.show_progress = show_progress
+        self.internal_batch_size, self.show_progress = internal_batch_size, show_progress
+        self._check_options()
+
+    def _check_options(self) -> None:
+        check_choice("sign", self.sign, SIGNS)
+        check_choice("pool", self.pool, _POOLS)
+        check_choice("fusion", self.fusion, _FUSIONS)
+        check_score(self.score)
+        self._check_align(self.align)
+        for name in ("n_scales", "max_patches", "internal_batch_size", "smooth_kernel"):
+            check_count(name, getattr(self, name))
+        check_range("pre_filter_ratio", self.pre_filter_ratio, 0, 1, below=True)
+        check_range("theta", self.theta, 0, 1, below=True)
+        check_range("percentile", self.percentile, 0, 100)
+        check_size("smooth_sigma", self.smooth_sigma, positive=True)
+        if self.smooth_kernel % 2 == 0:
+            raise ValueError(f"`smooth_kernel` must be odd, got {self.smooth_kernel}.")
+        has_votes = self.fusion in ("soft", "reference")
+        if self.sign == "signed" and (self.pool == "max" or has_votes):
+            raise ValueError(
+                f"`sign`='signed' goes with `fusion`='coverage' or 'weighted' and `pool`='mean', "
+                f"got {self.fusion!r} and {self.pool!r}."
+            )
+        if self.theta and self.pool == "mean" and not has_votes:
+            raise ValueError(f"`theta` has no meaning in `fusion`={self.fusion!r}: leave it at 0.")
+        if self.step[0] > self.window[0] or self.step[1] > self.window[1]:
+            raise ValueError(
+                f"`step` {self.step} is larger than the `window` {self.window}: what lies between "
+                f"two windows would never be seen."
+            )
 
     @overload
     def attribute(

@@ -815,7 +815,7 @@ def test_elongated_images_are_told_of_before_the_model_runs() -> None:
         ({"channel_reduction": "mean"}, "`channel_reduction` must be one of"),
         ({"smooth_kernel": 10}, "`smooth_kernel` must be odd"),
         ({"smooth_kernel": 3.0}, "`smooth_kernel` must be an integer"),
-        ({"smooth_sigma": math.nan}, "`smooth_sigma` must be a positive number"),
+        ({"smooth_sigma": math.nan}, "`smooth_sigma` must be a number, greater than 0"),
         ({"align": (math.nan, 1.0)}, "`align` must be"),
         ({"align": ("a", 1)}, "`align` must be"),
         ({"scales": 24}, "`scales` must be integers"),
