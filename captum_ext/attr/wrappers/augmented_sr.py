@@ -256,13 +256,7 @@ class AugmentedSR(ImageWrapper):
     ) -> TensorOrTupleOfTensors: ...
     @overload
     def attribute(
-        self,
-        inputs: TensorOrTupleOfTensors,
-        *,
-        target: TargetType = ...,
-        additional_forward_args: Any = ...,
-        return_history: Literal[True],
-        **kwargs: Any,
+        self, inputs: TensorOrTupleOfTensors, *, return_history: Literal[True], **kwargs: Any
     ) -> tuple[TensorOrTupleOfTensors, Tensor | None]: ...
     @log_usage()
     def attribute(

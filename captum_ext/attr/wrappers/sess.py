@@ -217,13 +217,7 @@ class SESSWrapper(ImageWrapper):
     ) -> TensorOrTupleOfTensors: ...
     @overload
     def attribute(
-        self,
-        inputs: TensorOrTupleOfTensors,
-        *,
-        target: TargetType = ...,
-        additional_forward_args: Any = ...,
-        return_coverage: Literal[True],
-        **kwargs: Any,
+        self, inputs: TensorOrTupleOfTensors, *, return_coverage: Literal[True], **kwargs: Any
     ) -> tuple[TensorOrTupleOfTensors, Tensor]: ...
     @log_usage()
     def attribute(

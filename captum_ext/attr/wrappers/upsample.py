@@ -120,8 +120,6 @@ class UpsampleWrapper(Attribution):
         self,
         inputs: TensorOrTupleOfTensors,
         *,
-        target: TargetType = ...,
-        additional_forward_args: Any = ...,
         return_convergence_delta: Literal[True],
         **kwargs: Any,
     ) -> tuple[TensorOrTupleOfTensors, Tensor]: ...
