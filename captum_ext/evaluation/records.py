@@ -13,7 +13,7 @@ from captum.metrics import infidelity, sensitivity_max
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from captum_ext._compat import _format_additional_forward_args
+from captum_ext._compat import _run_forward
 from captum_ext._engine.modules import Forward
 from captum_ext.evaluation.examples import Prepared
 from captum_ext.imaging import min_max
@@ -192,9 +192,8 @@ def of_model(function: Callable[..., Any], options: Options, found: Explained) -
 
 def label_in_top(k: int, found: Explained) -> Tensor:
     """Whether the label is among the model's first k answers, as 0 or 1."""
-    extra = _format_additional_forward_args(found.additional_forward_args) or ()
     with torch.no_grad():
-        logits = found.forward_func(found.images, *extra)
+        logits = _run_forward(found.forward_func, found.images, None, found.additional_forward_args)
     labels = torch.tensor([example.label for example in found.examples], device=logits.device)
     return in_top_k(logits, labels, k).float()
 

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from captum_ext._compat import _format_additional_forward_args
+from captum_ext._compat import _run_forward
 from captum_ext._data.files import is_the_machines
 from captum_ext._engine.state import preserve_state, seeded_random
 from captum_ext._identity import digest, hash_of
@@ -188,9 +188,9 @@ def _target(
     if target is None:
         return None
     if target == "predicted":
-        extra = _format_additional_forward_args(method.kwargs.get("additional_forward_args")) or ()
+        extra = method.kwargs.get("additional_forward_args")
         with torch.no_grad():
-            scores = method.forward_func(images, *extra)
+            scores = _run_forward(method.forward_func, images, None, extra)
         if scores.dim() != 2:
             raise ValueError(
                 f"`target` 'predicted' needs a model with scores (B, K), got "
