@@ -190,7 +190,7 @@ class LayerCapture:
             edited: Tensors = edit(index, tensors)
             return edited
 
-        with tracer.tracing(inputs):
+        with tracer.tracing(inputs) as acting, acting:
             return self.run(see_and_edit, inputs, target, additional_forward_args)
 
     def check_channels(self) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Module
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves
 
-from captum_ext._engine.hooks import hooked
+from captum_ext._engine.hooks import Mode, hooked, modes_restored
 from captum_ext._engine.modules import Tensors
 
 Dims = frozenset[int]  # several where the channels are split, as those of attention heads
@@ -27,20 +27,22 @@ Dims = frozenset[int]  # several where the channels are split, as those of atten
 _FIRST = ("conv", "batch_norm", "instance_norm", "group_norm", "pixel_shuffle", "local_response")
 _LAST = ("embedding", "multi_head_attention_forward", "native_multi_head_attention",
          "transformer_encoder_layer_fwd")  # fmt: skip
+_UNKNOWN = ("einsum", "tensordot", "T", "H", "t", "as_strided", "cdist", "fold")
 _REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "min", "prod", "logsumexp", "norm")
-# No linear layer is among them: it may mix positions, which only its input tells.
-_SOURCES = (
-    nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm,
+_FIRST_MODULES = (
+    nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm,
     nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
 )  # fmt: skip
+# No linear layer is among them: it may mix positions, which only its input tells.
+_SOURCES = (*_FIRST_MODULES, nn.LayerNorm)
 
 
-class ChannelTracer(TorchFunctionMode):
+class ChannelTracer(Mode):
     """Follows the dimensions of the channels through the functions of one thread."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, acting: "threading.Lock | None" = None) -> None:
+        super().__init__(acting)
         self._dims: dict[int, tuple[weakref.ref[Tensor], Dims]] = {}
 
     def begin_at(self, inputs: Tensors) -> None:
@@ -55,8 +57,8 @@ class ChannelTracer(TorchFunctionMode):
         reference, dims = self._dims.get(id(tensor), (None, None))
         return dims if reference is not None and reference() is tensor else None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run a function, and follow the channels of its results."""
         name = function_name(func)
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         with torch._C.DisableTorchFunction():
@@ -65,7 +67,10 @@ class ChannelTracer(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             for x in tree_leaves(result):
                 if isinstance(x, Tensor):
-                    dims = _dims_after(name, args, kwargs, known, x.shape)
+                    try:
+                        dims = _dims_after(name, args, kwargs, known, x.shape)
+                    except (TypeError, ValueError, IndexError, RuntimeError):
+                        dims = None  # a call of another form than is known here
                     if dims is None:
                         self._dims.pop(id(x), None)
                     else:
@@ -160,7 +165,7 @@ def _dims_after(
     if kept is not None:
         found = {new for new, dim in enumerate(kept) if dim in (before or ())}
         return frozenset(found) or None
-    if name in ("einsum", "tensordot"):
+    if name in _UNKNOWN:
         return None
     # What else keeps the number of dimensions is taken to keep their meaning.
     agreed = {dims for dims, size in known if dims is not None and len(size) == n}
@@ -176,7 +181,7 @@ def permutation(name: str, args: Any, kwargs: dict[str, Any], n: int) -> list[in
     """For each new dimension its old one, if a function reorders `n` dimensions; else None."""
     if name == "permute":
         order = args[1:] if len(args) > 2 else given(args, kwargs, 1, "dims", ())
-        return [dim % n for dim in order]
+        return [dim % n for dim in ((order,) if isinstance(order, int) else order)]
     if name in ("transpose", "swapaxes", "swapdims"):
         keys = ("dim0", "dim1") if name == "transpose" else ("axis0", "axis1")
         pair = [given(args, kwargs, i + 1, key, 0) % n for i, key in enumerate(keys)]
@@ -220,9 +225,12 @@ def _reshaped(dims: Dims, old: torch.Size, new: torch.Size) -> Dims | None:
 def _kept_by_index(index: Any, n: int) -> list[int | None] | None:
     """For each dimension of `x[index]` its dimension in `x`, None for a new one.
 
-    Known of slices and whole numbers alone.
+    Known of slices and whole numbers, and of one list or tensor (m,) among them.
     """
     index = index if isinstance(index, tuple) else (index,)
+    lists = [i for i, k in enumerate(index) if isinstance(k, list | Tensor)]
+    if len(lists) == 1 and getattr(index[lists[0]], "ndim", 1) == 1:
+        index = (*index[: lists[0]], slice(None), *index[lists[0] + 1 :])
     if not all(isinstance(k, int | slice) or k is None or k is Ellipsis for k in index):
         return None
     if Ellipsis not in index:
@@ -255,26 +263,30 @@ class LayerTracer:
     def __init__(
         self, layers: Sequence[Module], at_input: bool, root: Module | None, is_parallel: bool
     ) -> None:
-        starts = [None if at_input else trace_start(layer) for layer in layers]
+        # Where the channels of such layers' inputs are needs no trace.
+        self.given = {i for i, x in enumerate(layers) if at_input and isinstance(x, _FIRST_MODULES)}
+        traced = [layer for i, layer in enumerate(layers) if i not in self.given]
+        starts = [None if at_input else trace_start(layer) for layer in traced]
         self.is_whole = None in starts
         self.starts = [start for start in starts if start is not None]
         if self.is_whole:
             self.starts = [root] if is_parallel and root is not None else []
         self.is_parallel = is_parallel
         self.dims: list[list[Dims | None]] = [[] for _ in layers]
-        self.local = threading.local()
+        self.local, self.acting = threading.local(), threading.Lock()
 
     def begin(self, *_: Any) -> None:
         """Trace what runs in this thread, until as many ends have come."""
-        depth = getattr(self.local, "depth", 0)
-        if not depth:
-            self.local.tracer = ChannelTracer()
+        self.local.depth = getattr(self.local, "depth", 0) + 1
+        if self.local.depth == 1:
+            self.local.tracer = ChannelTracer(self.acting)
             self.local.tracer.__enter__()
-        self.local.depth = depth + 1
 
     def see(self, index: int, tensors: Tensors) -> None:
         """Note where the channels of a layer's tensors are."""
-        if getattr(self.local, "depth", 0):
+        if index in self.given:
+            self.dims[index] = [frozenset({1}) for _ in tensors]
+        elif getattr(self.local, "depth", 0):
             self.dims[index] = [self.local.tracer.dims_of(x) for x in tensors]
             if not self.is_whole:
                 self._end()
@@ -282,18 +294,14 @@ class LayerTracer:
     def _end(self) -> None:
         self.local.depth -= 1
         if not self.local.depth:
-            self.local.tracer.__exit__(None, None, None)
+            self.local.tracer.leave()
 
     @contextmanager
-    def tracing(self, inputs: Tensors) -> Iterator[None]:
-        """Trace during a pass of the model."""
-        if self.is_whole and not self.is_parallel:
-            self.begin()
-            self.local.tracer.begin_at(inputs)
-        try:
-            hooks = hooked(self.starts, before=self.begin, every_thread=self.is_parallel)
-            with hooks as acting, acting:
-                yield
-        finally:
-            while getattr(self.local, "depth", 0):  # also where the pass has failed
-                self._end()
+    def tracing(self, inputs: Tensors) -> Iterator[threading.Lock]:
+        """Trace during a pass of the model, while the lock that this gives is held."""
+        hooks = hooked(self.starts, before=self.begin, every_thread=self.is_parallel)
+        with modes_restored(), hooks as self.acting:
+            if self.is_whole and not self.starts:
+                self.begin()
+                self.local.tracer.begin_at(inputs)
+            yield self.acting

@@ -5,8 +5,8 @@
 
 An interrupt (Ctrl-C) may come between any two steps of Python: after a hook is registered and
 before its handle is noted, say. Such a hook stays behind, and must not act. So hooks look at a lock
-first. `acting` is that lock: `with acting` takes it once all hooks stand, and gives it back in C,
-hence at once, when the block is left in whatever way.
+first. `acting` is that lock. `with acting` takes it once all hooks stand. It is given back in C,
+hence at once, however the block is left. Torch function modes of ours do the same.
 """
 
 import threading
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_ext._engine.modules import Tensors
@@ -32,6 +33,46 @@ class _Block:
 
     def __bool__(self) -> bool:
         return self.acting.locked() and self.thread in (None, threading.get_ident())
+
+
+class Mode(TorchFunctionMode):
+    """A torch function mode that acts while a lock is held; else functions run as they are."""
+
+    def __init__(self, acting: "threading.Lock | None" = None) -> None:
+        super().__init__()
+        self.acting = threading.Lock() if acting is None else acting
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return self.call(func, args, kwargs) if self.acting.locked() else func(*args, **kwargs)
+
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run a function of torch."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """Take the mode off the stack, if it is on top."""
+        if _get_current_function_mode() is self:
+            self.__exit__(None, None, None)
+
+
+@contextmanager
+def modes_restored() -> Iterator[None]:
+    """Take off the stack, at the end, the modes that were put on it and not taken off."""
+    depth = torch._C._len_torch_function_stack()
+    try:
+        yield
+    finally:
+        while torch._C._len_torch_function_stack() > depth:
+            torch._C._pop_torch_function_stack()
+
+
+@contextmanager
+def entered(mode: Mode) -> Iterator[threading.Lock]:
+    """Enter a mode, which acts while the lock that this gives is held."""
+    with modes_restored():
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        yield mode.acting
 
 
 @contextmanager

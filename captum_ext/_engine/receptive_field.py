@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from captum_ext._compat import _run_forward
 from captum_ext._engine.channels import function_name, given, permutation
-from captum_ext._engine.hooks import hooked
+from captum_ext._engine.hooks import Mode, entered, hooked
 from captum_ext._engine.modules import Forward, module_name
 from captum_ext._engine.state import preserve_state
 
@@ -112,12 +111,12 @@ def trace_field(
     with ExitStack() as stack:
         acting = stack.enter_context(hooked([layer], after=keep))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(tracer)
+        follows = stack.enter_context(entered(tracer))
         if exact:
             unfused = torch.jit.optimized_execution  # type: ignore[attr-defined]
             stack.enter_context(unfused(False))  # what is fused is not seen
             stack.enter_context(_FromPython())  # type: ignore[no-untyped-call]
-        with acting:
+        with acting, follows:
             _run_forward(forward_func, tracer.image, None, additional_forward_args)
     spot, stray = found[0] if found else (None, None)
     if spot is None:
@@ -147,7 +146,7 @@ def unit_offset(field: Field, size: tuple[int, int], cells: tuple[int, int]) -> 
     return y, x
 
 
-class _Tracer(TorchFunctionMode):
+class _Tracer(Mode):
     """Follows what becomes of the image's pixels.
 
     Attributes:
@@ -158,6 +157,7 @@ class _Tracer(TorchFunctionMode):
     """
 
     def __init__(self, image: Tensor) -> None:
+        super().__init__()
         self.image = image.clone()
         first = Field(Axis(1, 1, 0), Axis(1, 1, 0))
         # The tensors are kept, so that no other gets the identity of one that is gone.
@@ -165,8 +165,8 @@ class _Tracer(TorchFunctionMode):
         self.strays: dict[int, tuple[Any, str]] = {}
         self.was_read: str | None = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run a function, and follow its results."""
         leaves = tree_leaves((args, kwargs))
         spots = [self.spots[id(x)] for x in leaves if id(x) in self.spots]
         strays = [self.strays[id(x)][1] for x in leaves if id(x) in self.strays]

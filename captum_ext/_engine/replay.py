@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from captum_ext._checks import warn
 from captum_ext._compat import TargetType
 from captum_ext._engine.capture import LayerCapture, ReachedError, copies
+from captum_ext._engine.hooks import Mode, entered
 from captum_ext._engine.modules import Forward, Tensors, module_name, root_module
 from captum_ext._engine.outputs import check_one_score_each
 
@@ -56,7 +56,7 @@ class TapeError(Exception):
     """A pass cannot be answered from the tape."""
 
 
-class Tape(TorchFunctionMode):
+class Tape(Mode):
     """Record what every torch function in front of a layer gives, and answer from it later.
 
     Torch functions of one thread pass through here one by one. Up to the layer, the first pass
@@ -76,10 +76,8 @@ class Tape(TorchFunctionMode):
         self.versions: list[tuple[Tensor, int]] = []
         self.watch: Dependents | None = None
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run a function, or answer from the tape."""
         if self.is_behind:
             result = func(*args, **kwargs)
             if self.watch is not None:
@@ -312,7 +310,7 @@ class LayerReplay:
     def _run(self, run: Callable[..., Tensor], edit: Callable[[int, Tensors], Tensors]) -> Tensor:
         if self.tape is None:
             return run(edit, copies(self.inputs), self.target, self.additional_forward_args)
-        with self.tape:
+        with entered(self.tape) as acting, acting:
             return run(edit, self.taped_inputs, self.target, self.additional_forward_args)
 
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -45,8 +46,9 @@ class _Call:
 
 
 _keeping = threading.Lock()
-# By module: its buffers before any call that is under way, and these calls.
-_kept: dict[int, tuple[_Buffers, list[_Call]]] = {}
+# By module: its buffers before any call that is under way, and these calls, as long as they live:
+# an interrupt may keep one from letting go.
+_kept: dict[int, tuple[_Buffers, WeakSet[_Call]]] = {}
 
 
 @contextmanager
@@ -74,11 +76,16 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
             )
         if module.training or not type(module).__module__.startswith("torch.nn."):
             with _keeping:
-                first, calls = _kept.get(id(module)) or (_Buffers(module), [])
-                alone = all(other.thread == call.thread for other in calls)
+                first, calls = _kept.get(id(module), (None, WeakSet()))
+                now = None
+                if all(other.thread == call.thread for other in calls):
+                    now = _Buffers(module)
                 # First what lets go of it, for an interrupt may come in between.
-                mine[id(module)] = (_Buffers(module) if calls else first) if alone else None
-                _kept[id(module)] = (first, [*calls, call])
+                mine[id(module)] = now
+                if first is None or not calls:
+                    first = now or _Buffers(module)
+                _kept[id(module)] = (first, calls)
+                calls.add(call)
 
     root = root_module(forward_func)
     try:
@@ -100,10 +107,9 @@ def _let_go(key: int, call: _Call, own: _Buffers | None) -> None:
         if key not in _kept:
             return
         first, calls = _kept[key]
-        left = [other for other in calls if other is not call]
-        if left:
-            _kept[key] = (first, left)
-            if own is not None and all(other.thread == call.thread for other in left):
+        calls.discard(call)
+        if calls:
+            if own is not None and all(other.thread == call.thread for other in calls):
                 own.put_back()
         else:
             del _kept[key]

@@ -18,6 +18,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.channels import ChannelTracer
+from captum_ext._engine.hooks import entered
 from captum_ext.attr import LayerAblationCam, LayerEigenCam, LayerHiResCam
 from tests.methods import EVERY, SmallNet, small_net
 
@@ -26,7 +27,7 @@ def traced(function: Any, x: Tensor) -> set[int] | None:
     """Where the channels are after `function`, of x (B, C, H, W)."""
     tracer = ChannelTracer()
     tracer.begin_at((x,))
-    with torch.no_grad(), tracer:
+    with torch.no_grad(), entered(tracer) as acting, acting:
         result = function(x)
     dims = tracer.dims_of(result)
     return None if dims is None else set(dims)
@@ -43,6 +44,8 @@ OPERATIONS: dict[str, tuple[Any, set[int] | None]] = {
     "transpose": (lambda x: x.transpose(1, 3), {3}),
     "movedim": (lambda x: x.movedim(1, -1), {3}),
     "mT": (lambda x: x.transpose(1, 3).mT, {2}),
+    "permute, of one dimension": (lambda x: x + x.mean().reshape(1).permute(0), {1}),
+    "T": (lambda x: x.T, None),
     "flatten": (lambda x: x.flatten(2), {1}),
     "flatten with the channels": (lambda x: x.flatten(1), None),
     "tokens": (lambda x: x.flatten(2).transpose(1, 2), {2}),
@@ -52,7 +55,9 @@ OPERATIONS: dict[str, tuple[Any, set[int] | None]] = {
     "index": (lambda x: x[:, None, ..., 0], {2}),
     "unbind": (lambda x: x.reshape(2, 3, 2, 4, 4).unbind(1)[0], {1}),
     "a sum over one part": (lambda x: x.reshape(2, 3, 2, 4, 4).sum(dim=1), {1}),
-    "an index of another kind": (lambda x: x[torch.tensor([0, 1])], None),
+    "an index by a list": (lambda x: x[:, [0, 1]], {1}),
+    "an index by a tensor": (lambda x: x[torch.tensor([0, 1]), ..., None], {1}),
+    "an index by two": (lambda x: x[torch.tensor([0, 1]), [0, 1]], None),
     "linear over the channels": (lambda x: linear(x.permute(0, 2, 3, 1)), {3}),
     "linear over positions": (lambda x: over_rows(x), {1}),
     "layer normalisation": (lambda x: nn.functional.layer_norm(x.movedim(1, 3), (6,)), {3}),
@@ -200,6 +205,9 @@ def test_dimensions_of_signals_and_volumes() -> None:
         net, x = SmallNet(dims).eval(), torch.rand(1, 3, *[6] * dims)
         for layer in (net.conv2, net.relu2):
             assert LayerHiResCam(net, layer).attribute(x, target=1).shape == (1, 1, *[6] * dims)
+        method = LayerHiResCam(net, net.conv1)
+        found = method.attribute(x, target=1, attribute_to_layer_input=True)
+        assert found.shape == (1, 1, *[6] * dims)
 
 
 def test_layers_that_run_in_threads_of_their_own() -> None:
@@ -210,6 +218,7 @@ def test_layers_that_run_in_threads_of_their_own() -> None:
         with ThreadPoolExecutor(1) as pool, torch.no_grad():
             return pool.submit(net, x).result()
 
-    expected = LayerEigenCam(net, net.conv2).attribute(x, target=1)
-    method = LayerEigenCam(in_another_thread, net.conv2, device_ids=[0])
-    assert torch.equal(method.attribute(x, target=1), expected)
+    for layer, forward in ((net.conv2, in_another_thread), (net.relu2, lambda x: net(x))):
+        expected = LayerEigenCam(net, layer).attribute(x, target=1)
+        method = LayerEigenCam(forward, layer, device_ids=[0])
+        assert torch.equal(method.attribute(x, target=1), expected)
