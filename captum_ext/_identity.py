@@ -81,10 +81,11 @@ def function_name(where: str, function: Any) -> str:
 
     A user's function has an attribute `version`, a text or an integer: the line
     ``sharpness.version = "1"`` below its definition, or an attribute of a callable object or its
-    class. It changes when what the function does changes: the code itself is not looked at.
-    Functions of the libraries that this package stands on need none, and have their name alone. A
-    `functools.partial` has the name and version of its function, and what it fixes. A module, and a
-    method of one, has its weights.
+    class. It changes when what the function does changes: the code itself is not looked at. The
+    name is that in its module, after the module's. Functions of the libraries that this package
+    stands on need none, and have their name alone; those made by a library's function have the
+    values that are in them, too. A `functools.partial` has the name and version of its function,
+    and what it fixes. A module, and a method of one, has its weights.
 
     Args:
         where: the argument, as errors name it.
@@ -110,6 +111,10 @@ def function_name(where: str, function: Any) -> str:
     owner = function if isinstance(function, Module) else getattr(function, "__self__", None)
     if isinstance(owner, Module):
         return f"{name} {model_digest(owner)}"
+    library = _library(named) in LIBRARIES
+    if "<" in name and library and named is function:
+        cells = getattr(function, "__closure__", None) or ()
+        return f"{name}, {plain(where, [cell.cell_contents for cell in cells])}"
     if "<" in name:  # a lambda, or inside another function
         last = name.rpartition(".")[2]
         own = "function" if "<" in last else last
@@ -119,8 +124,8 @@ def function_name(where: str, function: Any) -> str:
             f"functools.partial fixes arguments, and a torch.nn.Module is known by its weights."
         )
     if isinstance(version, str | int):
-        return f"{name} version {version}"
-    if _library(named) in LIBRARIES and (named is function or " at 0x" not in repr(function)):
+        return f"{name if library else f'{named.__module__}.{name}'} version {version}"
+    if library and (named is function or " at 0x" not in repr(function)):
         return name if named is function else repr(function)
     raise ValueError(
         f"{where} is {name}, without a version by which stored work could know it again: add the "
@@ -145,11 +150,28 @@ def plain(where: str, value: Any) -> Any:
 
 
 def _plain_leaf(where: str, value: Any) -> Any:
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and not value.dim()):
+        value = value.item()
     if isinstance(value, int | float | str | None):
         return value
     if isinstance(value, Tensor):
         return f"tensor {digest((tuple(value.shape), value.flatten().tolist()))}"
-    return function_name(where, value) if callable(value) else f"a {type(value).__name__}"
+    if isinstance(value, np.ndarray):
+        return f"array {digest((value.shape, plain(where, value.flatten().tolist())))}"
+    if isinstance(value, set | frozenset):
+        return f"set {sorted(repr(plain(where, each)) for each in value)}"
+    if isinstance(value, torch.Generator):
+        return "a Generator"  # what it has drawn so far is no setting
+    if isinstance(value, Mapping):
+        return plain(where, value)
+    if callable(value):
+        return function_name(where, value)
+    if " at 0x" in repr(value):
+        raise ValueError(
+            f"{where} is a {type(value).__name__}, which stored work cannot know again: give the "
+            f"class a `__repr__` that shows its values."
+        )
+    return repr(value)
 
 
 # --- runs ----------------------------------------------------------------------------------------

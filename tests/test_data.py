@@ -11,8 +11,10 @@ from captum_ext._data.pictures import scaled_boxes
 from captum_ext._data.pixels import Normalize
 from captum_ext._data.sizes import height_width
 
+OTHERS = [np.array([7, 7]), torch.tensor([7, 7]), torch.tensor(7), [torch.tensor(7), 7]]
 
-@pytest.mark.parametrize("value", [7, np.int64(7), (7, 7), [7, 7], (np.int32(7), 7)])
+
+@pytest.mark.parametrize("value", [7, np.int64(7), (7, 7), [7, 7], (np.int32(7), 7), *OTHERS])
 def test_sizes(value):
     sides = height_width("size", value)
     assert sides == (7, 7)
@@ -30,6 +32,12 @@ def test_sizes(value):
         (None, "an integer of at least 1, got None"),
         ((7,), r"one or two numbers of pixels, \(height, width\), got \(7,\)"),
         ([1, 2, 3], "one or two numbers"),
+        (np.array([1, 2, 3]), "one or two numbers"),
+        (torch.ones(2, 2), "one or two numbers"),
+        (np.array([7.0, 7.0]), "an integer of at least 1, got 7.0"),
+        (torch.tensor([7.5, 7]), "an integer of at least 1, got 7.5"),
+        ([torch.tensor([7, 7]), 7], "one or two numbers"),
+        (b"ab", "an integer of at least 1, got b'ab'"),
     ],
 )
 def test_wrong_sizes(value, said):

@@ -5,16 +5,36 @@ import math
 import operator
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from captum.attr import IntegratedGradients, LayerGradCam, NoiseTunnel, Saliency
+from captum.attr import (
+    FeaturePermutation,
+    IntegratedGradients,
+    KernelShap,
+    LayerGradCam,
+    Lime,
+    NeuronGradient,
+    NoiseTunnel,
+    Saliency,
+    ShapleyValueSampling,
+)
+from captum.attr._core.lime import get_exp_kernel_similarity_function
 from torch import nn
 
 from captum_ext import _identity
-from captum_ext._identity import function_name, plain, whole_file
-from captum_ext.attr import LayerCam, SESSWrapper, tokens_to_grid
+from captum_ext._identity import function_name, model_digest, plain, whole_file
+from captum_ext.attr import (
+    RISE,
+    AugmentedSR,
+    LayerCam,
+    SESSWrapper,
+    UpsampleWrapper,
+    tokens_to_grid,
+)
 from captum_ext.evaluation import evaluate
+from captum_ext.evaluation.methods import Method, about
 from captum_ext.infill import gaussian
 from tests.evaluation.subjects import Boxes, Of, network
 
@@ -38,16 +58,23 @@ class Sharpness:
 
 
 sharpness.version = "1"
+SHARPNESS = f"{__name__}.sharpness version 1"
 
 
 @pytest.mark.parametrize(
     ("function", "known"),
     [
-        (sharpness, "sharpness version 1"),
-        (partial(sharpness, gain=2), "sharpness version 1, (), [('gain', 2)]"),
-        (partial(partial(sharpness, gain=2), 3), "sharpness version 1, (3,), [('gain', 2)]"),
-        (partial(sharpness, gain=(1, len)), "sharpness version 1, (), [('gain', (1, 'len'))]"),
-        (Sharpness(), "Sharpness version 3"),
+        (sharpness, SHARPNESS),
+        (partial(sharpness, gain=2), f"{SHARPNESS}, (), [('gain', 2)]"),
+        (
+            partial(partial(sharpness, gain=2), 3),
+            f"{SHARPNESS}, (3,), [('gain', 2)]",
+        ),
+        (
+            partial(sharpness, gain=(1, len)),
+            f"{SHARPNESS}, (), [('gain', (1, 'len'))]",
+        ),
+        (Sharpness(), f"{__name__}.Sharpness version 3"),
         (math.sqrt, "sqrt"),
         (torch.sigmoid, "_VariableFunctionsClass.sigmoid"),
         (torch.Tensor.sum, "TensorBase.sum"),
@@ -60,6 +87,43 @@ sharpness.version = "1"
 def test_functions_are_known_by_name_and_version(function, known):
     assert function_name("`f`", function) == known
     assert json.loads(json.dumps(plain("`f`", {"f": [function]}))) == {"f": [known]}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (np.float32(1), np.float32(2), 1.0),
+        (torch.tensor(1), torch.tensor(2), 1),
+        (np.arange(3000), np.arange(3000)[::-1], np.arange(3000)),
+        (torch.float32, torch.float16, torch.float32),
+        ({"a", "b", "c"}, {"a", "b", "d"}, {"c", "b", "a"}),
+        (slice(1), slice(2), slice(1)),
+        ({"deep": [np.float32(1)]}, {"deep": [np.float32(2)]}, {"deep": [1.0]}),
+        (get_exp_kernel_similarity_function(kernel_width=1.0),
+         get_exp_kernel_similarity_function(kernel_width=2.0),
+         get_exp_kernel_similarity_function(kernel_width=1.0)),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_values_that_a_partial_fixes_are_told_apart(one, other, same):
+    first, second, third = (
+        function_name("`f`", partial(sharpness, gain=value)) for value in (one, other, same)
+    )
+    assert first == third != second
+    assert plain("`f`", one) == plain("`f`", same) != plain("`f`", other)
+    assert " at 0x" not in first
+
+
+def test_a_value_without_a_text_is_refused():
+    for value in (object(), {object()}, np.array([object()])):
+        with pytest.raises(ValueError, match=r"^`f` is a object, which stored work cannot know"):
+            function_name("`f`", partial(sharpness, gain=value))
+
+
+def test_functions_of_one_name_in_two_modules_are_two(monkeypatch):
+    before = function_name("`f`", sharpness)
+    monkeypatch.setattr(sharpness, "__module__", "elsewhere")
+    assert function_name("`f`", sharpness) == "elsewhere.sharpness version 1" != before
 
 
 def test_tensors_that_a_partial_fixes_count():
@@ -116,6 +180,127 @@ def test_what_cannot_be_known_again_is_refused_with_the_line_to_write(function, 
             evaluate(**given, output=tmp_path, show_progress=False)
         assert line in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def as_it_is(x, gain=1):
+    return gain * x
+
+
+def sums(scores):
+    return scores.sum(1)
+
+
+as_it_is.version = sums.version = "1"
+
+
+def same(x):
+    return x
+
+
+HOLDERS = {
+    "score": lambda model, f: RISE(model, score=f),
+    "function": lambda model, f: Of(model, f),
+    "channel_reduction": lambda model, f: SESSWrapper(
+        LayerGradCam(model, model[0]), channel_reduction=f, n_scales=2, window=4
+    ),
+    "downsample": lambda model, f: AugmentedSR(
+        LayerGradCam(model, model[0]), n_augmentations=1, downsample=f
+    ),
+    "reshape_transform": lambda model, f: UpsampleWrapper(
+        LayerGradCam(model, model[0]), reshape_transform=f
+    ),
+    "of a layer": lambda model, f: LayerCam(model, model[0], reshape_transform=f),
+    "within": lambda model, f: NoiseTunnel(Of(model, f)),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_what_a_method_was_made_with_is_known(name, monkeypatch):
+    model, where = network(), "`methods`: a: " + name.replace("of a layer", "reshape_transform")
+
+    def known(f):
+        return about(Method("a", HOLDERS[name](model, f), {}), model_digest)
+
+    monkeypatch.setattr("tests.evaluation.subjects.Known", lambda f: f)
+    where = where.replace("within", "function")
+    for f, line in (
+        (lambda x: x, 'def function(...)`, with the line `function.version = "1"`'),
+        (same, 'add the line `same.version = "1"`'),
+    ):
+        with pytest.raises(ValueError, match=f"^{where} is ") as caught:
+            known(f)
+        assert line in str(caught.value)
+    texts = [known(f) for f in (as_it_is, partial(as_it_is, gain=2), sums, torch.relu)]
+    assert len(set(texts)) == 4
+    assert known(as_it_is) == texts[0]
+    monkeypatch.setattr(as_it_is, "version", "2")
+    assert known(as_it_is) != texts[0]
+
+
+def test_methods_of_captum_are_known_without_a_version_and_without_addresses():
+    model = network()
+    for method in (
+        KernelShap(model), Lime(model), FeaturePermutation(model), ShapleyValueSampling(model),
+        NeuronGradient(model, model[0]), IntegratedGradients(model), LayerGradCam(model, model[0]),
+    ):  # fmt: skip
+        assert " at 0x" not in about(Method("a", method, {}), model_digest)
+    one, other = (
+        about(Method("a", Lime(model, similarity_func=f), {}), model_digest)
+        for f in (get_exp_kernel_similarity_function("cosine", w) for w in (1.0, 2.0))
+    )
+    assert one != other
+
+
+def test_rows_and_maps_of_another_function_are_refused(tmp_path):
+    pytest.importorskip("lightning")
+    from captum_ext.fcam import fit_fcam
+
+    model = network()
+    rows = {"output": tmp_path / "rows", "show_progress": False, "batch_size": 3}
+    maps = {"cache": tmp_path / "maps", "size": 8, "n_epochs": 1, "layers": ["1"], "widths": (4,)}
+    data = [(Boxes()[i].image, i % 3) for i in range(4)]
+
+    def guide(f):
+        return SESSWrapper(LayerGradCam(model, model[0]), channel_reduction=f, n_scales=2, window=4)
+
+    def both(f):
+        evaluate({"a": guide(f)}, Boxes(), "energy", **rows)
+
+    def fit(f, crf=None, **changed):
+        fit_fcam(model, data, guide(f), crf=crf, show_progress=False, **maps | changed)
+
+    both(mean)
+    fit(mean)
+    for run in (both, fit):
+        run(mean)
+        with pytest.raises(ValueError, match=r"mean version 1.*\('gain', 2\)"):
+            run(partial(mean, gain=2))
+        with pytest.raises(ValueError, match=r"channel_reduction is .*<lambda>"):
+            run(lambda x: x.mean(1, keepdim=True))
+    states = {"cache": None, "checkpoints": tmp_path / "run"}
+    with pytest.raises(ValueError, match=r"^`crf` is .*no_colour, without a version"):
+        fit(mean, no_colour, **states)
+    fit(mean, colour, **states)
+    fit(mean, colour, **states)
+    with pytest.raises(ValueError, match=r"crf was .*colour version 1.*gain"):
+        fit(mean, partial(colour, gain=2), **states)
+    fit_fcam(model, data, guide(lambda x: x.mean(1, keepdim=True)), show_progress=False,
+             **maps | {"cache": None})  # fmt: skip
+
+
+def mean(x, gain=1):
+    return gain * x.mean(1, keepdim=True)
+
+
+def no_colour(foreground, pixels):
+    return foreground.mean() * 0
+
+
+def colour(foreground, pixels, gain=1):
+    return foreground.mean() * 0
+
+
+mean.version = colour.version = "1"
 
 
 def test_another_version_is_another_run_and_a_docstring_is_not(tmp_path, monkeypatch):

@@ -8,18 +8,20 @@ from captum_ext._checks import check_count
 
 
 def height_width(name: str, value: Any) -> tuple[int, int]:
-    """(H, W) from one number of pixels or two.
+    """(H, W) from one number of pixels or two, also in an array or a tensor.
 
     Raises:
-        ValueError: neither, or a number below 1.
+        ValueError: neither, or no whole number of at least 1.
 
     Example:
         >>> height_width("size", 224), height_width("size", [4, 6])
         ((224, 224), (4, 6))
     """
-    given = value if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
+    given = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        given = (given, given)
     sides = [_as_int(side) for side in given]
-    if len(sides) != 2:
+    if len(sides) != 2 or any(isinstance(side, list | tuple) for side in sides):
         raise ValueError(
             f"`{name}` must be one or two numbers of pixels, (height, width), got {value!r}."
         )
@@ -29,5 +31,6 @@ def height_width(name: str, value: Any) -> tuple[int, int]:
 
 
 def _as_int(side: Any) -> Any:
-    """NumPy's integers as Python's; anything else stays, for `check_count` to refuse."""
+    """NumPy's and torch's integers as Python's; else as it is, for `check_count` to refuse."""
+    side = side.tolist() if hasattr(side, "tolist") else side
     return index(side) if hasattr(side, "__index__") and not isinstance(side, bool) else side

@@ -1,7 +1,6 @@
 """COCO, as it is unpacked, or any other set with its `instances_*.json`."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_ext._checks import is_finite
 from captum_ext.datasets._files import (
     AnyPath,
     Box,
@@ -17,6 +17,7 @@ from captum_ext.datasets._files import (
     check_unique,
     cut_off,
     outwards,
+    some_of,
 )
 from captum_ext.datasets.examples import Example
 
@@ -54,7 +55,8 @@ class Coco(LayoutFiles):
 
     Raises:
         FileNotFoundError: a file of the layout is missing.
-        ValueError: a file that cannot be understood, a class that is not in `classes`, no object.
+        ValueError: a file that cannot be understood, a class that is not in `classes`, no object;
+            `classes` that are no distinct names.
 
     Reference:
         Lin et al., "Microsoft COCO: Common Objects in Context", 2014.
@@ -68,6 +70,8 @@ class Coco(LayoutFiles):
     def __init__(
         self, root: AnyPath, split: str = "val2017", *, classes: Sequence[str] | None = None
     ) -> None:
+        if classes is not None:
+            _check_classes(classes)
         path = Path(root) / "annotations" / f"instances_{split}.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing.")
@@ -75,15 +79,23 @@ class Coco(LayoutFiles):
         folder = folder if folder.is_dir() else Path(root) / "images"
         try:
             content = json.loads(path.read_bytes())
-            categories = {c["id"]: str(c["name"]) for c in content["categories"]}
-            images = {i["id"]: i for i in content["images"]}
+            if not isinstance(content, Mapping):
+                raise ValueError(f"expected an object, got {_shown(content)}")
+            categories = {c["id"]: str(c["name"]) for c in _entries(content, "categories", "id")}
+            check_unique(path, categories.values())
+            images = {i["id"]: i for i in _entries(content, "images", "id")}
             names = [categories[key] for key in sorted(categories)] if classes is None else classes
-            found = _objects(content["annotations"], images, categories, names)
+            found = _objects(
+                _entries(content, "annotations", "category_id", "image_id"),
+                images,
+                categories,
+                names,
+            )
             files = {key: str(image["file_name"]) for key, image in images.items()}
         except KeyError as error:
             raise ValueError(f"{path}: there is no {error}.") from error
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}.") from error
+            raise ValueError(f"{path}: {str(error).rstrip('.')}.") from error
         kept = [
             (image, target, objects)
             for (image, target), objects in sorted(found.items())
@@ -95,6 +107,7 @@ class Coco(LayoutFiles):
         check_unique(path, keys)
         super().__init__([(folder / files[image], t) for image, t, _ in kept], keys, names)
         self._objects = [objects for _, _, objects in kept]
+        self._path = path
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
@@ -104,11 +117,40 @@ class Coco(LayoutFiles):
         objects = [one for one in self._objects[place] if not one.is_crowd]
         crowds = [one for one in self._objects[place] if one.is_crowd]
         boxes = cut_off([one.box for one in objects], image.size, name)
-        mask = _union(objects, image.size, name)
-        ignored = _union(crowds, image.size, name)
+        where = f"{self._path}: the segmentation of {name}"
+        mask = _union(objects, image.size, where)
+        ignored = _union(crowds, image.size, where)
         if mask is not None and ignored is not None:
             ignored = ignored & ~mask
         return Example(image, target, name, boxes, mask, ignored)
+
+
+def _check_classes(classes: Any) -> None:
+    names = list(classes) if isinstance(classes, Sequence) else []
+    if isinstance(classes, str) or not all(isinstance(name, str) for name in names) or not names:
+        raise ValueError(f"`classes` must be a list of names, got {_shown(classes)}.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"`classes` must be distinct names, got {some_of(twice)} more than once.")
+
+
+def _entries(content: Mapping[str, Any], key: str, *ids: str) -> list[Mapping[str, Any]]:
+    """A list of the file, each entry an object with numbers (or texts) that identify it."""
+    entries = content[key]
+    if not isinstance(entries, list):
+        raise ValueError(f"{key!r} must be a list of objects, got {_shown(entries)}")
+    for entry in entries:
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{key!r} must be a list of objects, got the entry {_shown(entry)}")
+        for name in ids:
+            if not isinstance(entry[name], int | float | str):
+                raise ValueError(f"{name!r} in {key!r} must be a number, got {_shown(entry[name])}")
+    return entries
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _objects(
@@ -117,14 +159,12 @@ def _objects(
     """Those with a box of some area, by picture and class."""
     found: dict[tuple[int, int], list[_Object]] = {}
     for one in annotations:
-        x, y, width, height = (float(value) for value in one["bbox"])
+        x, y, width, height = _numbers_of(one["bbox"])
         name, image = categories.get(one["category_id"]), one["image_id"]
         if name is None or image not in images:
             raise ValueError(f"an object is of picture {image}, category {one['category_id']}")
         if name not in names:
             raise ValueError(f"the class {name!r} is not in `classes`")
-        if not all(math.isfinite(value) for value in (x, y, width, height)):
-            raise ValueError(f"expected numbers, got the box {one['bbox']}")
         if width > 0 and height > 0:
             box, crowd = outwards(x, y, x + width, y + height), bool(one.get("iscrowd"))
             known = _Object(box, one.get("segmentation") or None, crowd)
@@ -132,17 +172,26 @@ def _objects(
     return found
 
 
+def _numbers_of(box: Any) -> list[float]:
+    """The x, y, width and height of a box."""
+    if not isinstance(box, list) or len(box) != 4 or not all(is_finite(value) for value in box):
+        raise ValueError(
+            f"a box must be four finite numbers, [x, y, width, height], got {_shown(box)}"
+        )
+    return [float(value) for value in box]
+
+
 # --- masks ---------------------------------------------------------------------------------------
 
 
-def _union(objects: Sequence[_Object], size: tuple[int, int], name: str) -> Tensor | None:
+def _union(objects: Sequence[_Object], size: tuple[int, int], where: str) -> Tensor | None:
     """The pixels of objects in a picture of (width, height); None where one is not known."""
     if not objects or any(one.segmentation is None for one in objects):
         return None
     try:
         masks = [_mask(one.segmentation, size[1], size[0]) for one in objects]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the segmentation of {name} cannot be understood: {error}.") from error
+        raise ValueError(f"{where} cannot be understood: {error}.") from error
     return torch.from_numpy(np.logical_or.reduce(masks))
 
 
@@ -150,6 +199,19 @@ def _mask(segmentation: Any, height: int, width: int) -> Array:
     """(height, width), bool, of polygons or run lengths."""
     if isinstance(segmentation, Mapping):
         return _of_runs(segmentation["counts"], segmentation["size"], height, width)
+    if not isinstance(segmentation, list):
+        raise ValueError(f"expected polygons or run lengths, got {_shown(segmentation)}")
+    for each in segmentation:
+        if (
+            not isinstance(each, list)
+            or len(each) < 6
+            or len(each) % 2
+            or not all(is_finite(value) for value in each)
+        ):
+            raise ValueError(
+                f"a polygon must be finite numbers, [x1, y1, x2, y2, ...], of at least three "
+                f"corners, got {_shown(each)}"
+            )
     polygons = [_of_polygon(each, height, width) for each in segmentation]
     united: Array = np.logical_or.reduce(polygons)
     return united

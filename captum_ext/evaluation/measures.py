@@ -165,9 +165,10 @@ class _MaxBoxAcc(Measure):
     def __init__(
         self, iou_thresholds: Sequence[float] | None = None, convention: str = "components"
     ) -> None:
-        thresholds = self.default if iou_thresholds is None else tuple(iou_thresholds)
+        thresholds = self.default if iou_thresholds is None else iou_thresholds
         self.box_options = wsol.BoxOptions(thresholds, self.contours, convention)
-        self.options = {"iou_thresholds": list(thresholds), "convention": convention}
+        known = list(self.box_options.iou_thresholds)
+        self.options = {"iou_thresholds": known, "convention": convention}
         self.ious = Ious(self.contours, convention)
         self.records = [self.ious]
 

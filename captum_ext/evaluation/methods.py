@@ -158,7 +158,7 @@ def about(method: Method, digest_of: Callable[[Module], str]) -> str:
         model = function_name(f"{where}: the model", method.forward_func)
     else:
         model = in_digits(root)
-    made = ", ".join([described(method.attribution, root or Module()), *held()])
+    made = ", ".join([described(where, method.attribution, root or Module()), *held()])
     arguments = [
         f"{key}={plain(f'{where}: {key}', value)!r}" for key, value in sorted(method.kwargs.items())
     ]

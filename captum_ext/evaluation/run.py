@@ -61,11 +61,11 @@ def evaluate(
     devices, or with another number of threads, models differ in the last bits.) Rows of another run
     are an error. `summary` reads them again, at any time.
 
-    A run knows functions of yours (metrics, their options, `target`, a model that is a plain
-    function) by their names and an attribute `version`: ``sharpness.version = "1"`` below a
-    function at the top of a module, changed when what it does changes. Lambdas, functions inside
-    others and callables without a version are refused; `functools.partial` fixes arguments.
-    Functions of torch and other libraries need no version.
+    A run knows functions of yours (metrics, their options, `target`, what methods were made with, a
+    model that is a plain function) by their modules, names and an attribute `version`:
+    ``sharpness.version = "1"`` below a function at the top of a module, changed when what it does
+    changes. Lambdas, functions inside others and callables without a version are refused;
+    `functools.partial` fixes arguments. Functions of torch and other libraries need no version.
 
     A picture that cannot be read, ground truth that cannot be right, a method that raises and a map
     that is not finite or of another size than the image become rows with the reason, and the rest

@@ -110,7 +110,8 @@ def fit_fcam(
     Raises:
         TypeError, ValueError: an argument of another kind or out of range; a guide of another
             model, or one that gives no seeds; a label that is no class; stored maps or a checkpoint
-            of another run.
+            of another run; with `cache` or `checkpoints`, a function (of the guide, its arguments,
+            or `crf`) without a `version`, see `evaluate`.
         RuntimeError: inside `torch.inference_mode`.
         FloatingPointError: a loss that is not finite, with its epoch and batch. What was stored
             stays.

@@ -7,11 +7,12 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from captum_ext._data.pictures import Pictures
-from captum_ext._identity import check_same_run, model_digest, plain, whole_file
+from captum_ext._identity import check_same_run, function_name, model_digest, plain, whole_file
 from captum_ext.attr._chain import wrapped
 from captum_ext.fcam.guides import guidance
 
@@ -71,7 +72,7 @@ def about_maps(module: "FCAMModule", pictures: Pictures) -> dict[str, Any]:
     """What the guide's maps depend on, as far as it can be known."""
     return {
         "classifier": model_digest(module.classifier),
-        "guide": described(module.guide, module.classifier),
+        "guide": described("`guide`", module.guide, module.classifier),
         "rectify": module.rectify,
         "normalize": module.normalize.about(),
         "guide_kwargs": repr(
@@ -84,7 +85,7 @@ def about_maps(module: "FCAMModule", pictures: Pictures) -> dict[str, Any]:
 
 def about_run(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
     """What a run that goes on must have in common with the one that was killed, but for maps."""
-    decoder = module.decoder
+    decoder, crf = module.decoder, module.crf
     return {
         "view": list(module.size),
         "channels": decoder.channels,
@@ -93,7 +94,7 @@ def about_run(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
         "layers": decoder.layers,
         "flip": module.flip,
         "seeds": repr(sorted(vars(module.seeds).items())),
-        "crf": repr(module.crf),
+        "crf": repr(crf) if isinstance(crf, Module | None) else function_name("`crf`", crf),
         "weights": [module.crf_weight, module.size_weight],
         "warmup": module.warmup,
         "lr": module.lr,
@@ -103,8 +104,17 @@ def about_run(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
     }
 
 
-def described(guide: Attribution, classifier: Module) -> str:
-    """A guide with its layers and plain options, and those of the method that it wraps."""
+def described(where: str, guide: Attribution, classifier: Module) -> str:
+    """A guide with its layers, plain options and functions, and those of the method that it wraps.
+
+    Args:
+        where: the argument, as errors name it.
+        guide: any attribution.
+        classifier: that it explains.
+
+    Raises:
+        ValueError: a function that stored work cannot know again.
+    """
     names = {module: name for name, module in classifier.named_modules()}
     options = []
     captums = type(guide).__module__.partition(".")[0] == "captum"
@@ -116,6 +126,21 @@ def described(guide: Attribution, classifier: Module) -> str:
             options.append(f"{name}={value!r}")
         elif name == "layer":
             options.append(f"layer={', '.join(names.get(one, '?') for one in values)}")
+        for leaf in tree_leaves(value):
+            if _is_option(name, leaf, guide):
+                options.append(f"{name}={function_name(f'{where}: {name}', leaf)}")
     inner = wrapped(guide)
-    within = [] if inner is None else [described(inner, classifier)]
+    within = [] if inner is None else [described(where, inner, classifier)]
     return f"{guide.get_name()}({', '.join(within + options)})"
+
+
+def _is_option(name: str, leaf: Any, guide: Attribution) -> bool:
+    """Whether it is a function that a guide was made with; not its model, nor its own methods.
+
+    Captum's `gradient_func` is none: neurons' methods put another one there as they are called.
+    """
+    if not callable(leaf) or isinstance(leaf, Module) or name == "forward_func":
+        return False
+    if name == "gradient_func" and str(leaf.__module__).partition(".")[0] == "captum":
+        return False
+    return getattr(leaf, "__self__", None) is not guide

@@ -52,7 +52,8 @@ class FCAMModule(DecoderModule):
         flip: whether views are mirrored every other time.
         seeds: how seeds are drawn.
         crf: a loss of the foreground (N, 1, H, W) and the pictures in 0 to 255; None is none. One
-            of your own needs an `extra_repr`, by which a run that goes on knows its settings.
+            of your own needs an `extra_repr`, by which a run that goes on knows its settings, or,
+            if it is no module, a `version`.
         crf_weight: its weight.
         size_weight: the weight of the size loss. 0 is none.
         warmup: epochs without `crf`, in which it may win before the seeds are learned.

@@ -50,3 +50,6 @@ if not TYPE_CHECKING:  # for a type checker, unknown names stay errors
         from captum_ext.metrics import classes
 
         return getattr(classes, name)
+
+    def __dir__() -> list[str]:
+        return sorted(globals().keys() | _CLASSES)

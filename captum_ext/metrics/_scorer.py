@@ -6,12 +6,13 @@ Only `Faithfulness.scores` runs a model.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypedDict, TypeVar
+from functools import wraps
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 from torch import Generator, Tensor
 
-from captum_ext._checks import check_count, check_generator, one_batch_of_images
+from captum_ext._checks import check_count, check_generator, closest, one_batch_of_images
 from captum_ext._compat import (
     TargetType,
     with_progress,
@@ -53,13 +54,28 @@ class Scoring(TypedDict, total=False):
 
 
 def with_scoring(function: Function) -> Function:
-    """`function`, with a signature that names the keywords in its `**scoring`."""
+    """`function`, with a signature that names the keywords in its `**scoring`, and no other.
+
+    Calls with another one raise a TypeError that names the function and the closest keywords.
+    """
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     keywords = inspect.signature(Faithfulness).parameters
     shared = [keywords[name] for name in Scoring.__annotations__]
-    vars(function)["__signature__"] = signature.replace(parameters=own + shared)
-    return function
+    full = signature.replace(parameters=own + shared)
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name not in full.parameters:
+                raise TypeError(
+                    f"{function.__name__}() got an unexpected keyword argument {name!r}. Closest: "
+                    f"{closest(name, list(full.parameters))}."
+                )
+        return function(*args, **kwargs)
+
+    vars(checked)["__signature__"] = full
+    return cast(Function, checked)
 
 
 class Faithfulness:

@@ -366,7 +366,7 @@ class MaxBoxAcc(SummedMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.options = wsol.BoxOptions(tuple(iou_thresholds), contours, convention)
+        self.options = wsol.BoxOptions(iou_thresholds, contours, convention)
         hits, count = wsol.zeros(self.options)
         self._add_sums(self.options, hits=hits, count=count)
 

@@ -140,8 +140,9 @@ class RegionOptions:
             raise ValueError(f"`average` must be one of {AVERAGES}, got {self.average!r}.")
         if self.num_classes is None and self.average != "micro":
             raise ValueError(f'`num_classes` must be given with average="{self.average}".')
-        if self.num_classes is not None and self.num_classes < 1:
-            raise ValueError(f"`num_classes` must be positive, got {self.num_classes}.")
+        n = self.num_classes
+        if n is not None and (isinstance(n, bool) or not hasattr(n, "__index__") or n < 1):
+            raise ValueError(f"`num_classes` must be positive, a whole number, got {n!r}.")
 
 
 def zeros(options: RegionOptions) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ Right", CVPR 2020). Boxes are compared in plain pixels, or as the authors' code 
 beside published ones. Maps are in [0, 1]; `captum_ext.imaging.min_max` brings them there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,15 +136,19 @@ def _best_ious(boxes: Array, true: Array, inclusive: bool) -> Array:
 class BoxOptions:
     """What counts as a hit; see `MaxBoxAcc`."""
 
-    iou_thresholds: tuple[float, ...] = (0.5,)
+    iou_thresholds: Sequence[float] = (0.5,)
     contours: str = "largest"
     convention: str = "components"
 
     def __post_init__(self) -> None:
         check_choice("contours", self.contours, CONTOURS)
         check_choice("convention", self.convention, CONVENTIONS)
-        if not len(self.iou_thresholds):
-            raise ValueError("`iou_thresholds` must be at least one number.")
+        given = self.iou_thresholds
+        if not isinstance(given, Iterable) or isinstance(given, str) or not (found := tuple(given)):
+            raise ValueError(
+                f"`iou_thresholds` must be at least one number in a tuple, got {given!r}."
+            )
+        object.__setattr__(self, "iou_thresholds", found)  # hashable, as a frozen class has them
         for threshold in self.iou_thresholds:
             check_range("iou_thresholds", threshold, 0, 1)
 

@@ -151,16 +151,58 @@ def test_pictures_may_be_in_a_folder_of_their_own_and_classes_in_another_order(c
         ({"annotations": []}, "no object"),
         ({"annotations": [annotation(7, 2, [0, 0, 1, 1])]}, "picture 7, category 2"),
         ({"annotations": [annotation(9, 1, [0, 0, 1, 1])]}, "picture 9, category 1"),
-        ({"annotations": [annotation(7, 1, [0, 0, 1])]}, "not enough values"),
-        ({"annotations": [annotation(7, 1, [0, 0, "a", 1])]}, "could not convert"),
-        ({"annotations": [annotation(7, 1, [0, float("nan"), 1, 1])]}, "expected numbers"),
+        (
+            {"annotations": [annotation(7, 1, [0, 0, 1])]},
+            "a box must be four finite numbers, .x, y, width, height., got .0, 0, 1.",
+        ),
+        (
+            {"annotations": [annotation(7, 1, [0, 0, "a", 1])]},
+            r"four finite numbers.*got .0, 0, 'a', 1.",
+        ),
+        (
+            {"annotations": [annotation(7, 1, [0, float("nan"), 1, 1])]},
+            r"four finite numbers.*got .0, nan, 1, 1.",
+        ),
         ({"annotations": [{"bbox": [0, 0, 1, 1]}]}, "there is no 'category_id'"),
-        ({"images": 3}, "not iterable"),
+        ({"annotations": [annotation(7, 1, 5)]}, "four finite numbers.*got 5"),
+        ({"images": 3}, "'images' must be a list of objects, got 3"),
+        (
+            {"images": [[1, "a.jpg"]]},
+            "'images' must be a list of objects, got the entry .1, 'a.jpg'.",
+        ),
+        ({"annotations": ["dog"]}, "'annotations' must be a list of objects, got the entry 'dog'"),
+        ({"annotations": {"a": 1}}, "'annotations' must be a list of objects"),
+        ({"categories": [{"id": [1], "name": "dog"}]}, "'id' in 'categories' must be a number"),
+        (
+            {"categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "dog"}]},
+            "has 'dog' more than once",
+        ),
     ],
 )
 def test_files_that_cannot_be_understood(change, said, coco):
     write(coco, content() | change)
     with pytest.raises(ValueError, match=rf"instances_val2017\.json: .*{said}"):
+        Coco(coco)
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        ("cat", "`classes` must be a list of names, got 'cat'"),
+        ([], "`classes` must be a list of names"),
+        (3, "`classes` must be a list of names, got 3"),
+        (["dog", 3], "`classes` must be a list of names, got"),
+        (["dog", "person", "dog"], "`classes` must be distinct names, got 'dog' more than once"),
+    ],
+)
+def test_classes_are_distinct_names(classes, said, coco):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        Coco(coco, classes=classes)
+
+
+def test_what_is_no_object(coco):
+    (coco / "annotations" / "instances_val2017.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"instances_val2017\.json: expected an object, got"):
         Coco(coco)
 
 
@@ -181,11 +223,18 @@ def test_what_coco_lacks(coco):
         ({"size": [6, 5], "counts": [30]}, "size .6, 5. are not of a picture of .5, 6."),
         ({"size": [5, 6]}, "'counts'"),
         ([[1, 2, 3]], "cannot be understood"),
+        ([SQUARE, []], r"a polygon must be .* at least three corners, got \[\]"),
+        ([[1, 1, 3, 3]], r"at least three corners, got \[1, 1, 3, 3\]"),
+        ([[1, 1, 3, 3, 1, float("inf")]], "finite numbers.*inf"),
+        ([[1, 1, 3, 3, 1, "2"]], "finite numbers"),
+        ([[1, 1, 3, 3, 1, 2, 3]], "a polygon must be"),
+        (["dog"], "a polygon must be .* got 'dog'"),
+        ("dog", "expected polygons or run lengths, got 'dog'"),
     ],
 )
 def test_segmentations_that_cannot_be_understood(segmentation, said, coco):
     write(coco, content() | {"annotations": [annotation(7, 1, [0, 0, 6, 5], segmentation)]})
-    with pytest.raises(ValueError, match=f"segmentation of a-person.*{said}"):
+    with pytest.raises(ValueError, match=rf"val2017\.json: the segmentation of a-person.*{said}"):
         Coco(coco)[0]
 
 

@@ -1125,7 +1125,7 @@ def test_metrics_of_the_callers_own(tmp_path):
     assert found.figures["a"]["tenth"].value == pytest.approx(np.mean([0.2, 0.1, 0] * 2 + [0.2]))
     assert summary(tmp_path).figures == found.figures
     settings = json.loads((tmp_path / "settings.json").read_text())
-    assert settings["target"] == "reversed_label version 1"
+    assert settings["target"] == f"{__name__}.reversed_label version 1"
 
 
 def test_workers_and_the_progress_bar_change_nothing(tmp_path, capsys):

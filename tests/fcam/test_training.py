@@ -25,6 +25,7 @@ from captum_ext.fcam.guides import guidance
 from captum_ext.fcam.training import FCAMModule
 from captum_ext.fcam.views import Boxed, random_view
 from captum_ext.metrics import MaxBoxAcc
+from tests.evaluation.subjects import Known
 
 SMALL = {
     "size": 32,
@@ -83,7 +84,7 @@ class Told(Attribution):
 
     def __init__(self, forward_func, maps):
         super().__init__(forward_func)
-        self.maps, self.asked = maps, []
+        self.maps, self.asked = Known(maps), []
 
     def attribute(self, inputs, target=None):
         self.asked.append((inputs.clone(), target.clone(), self.forward_func.training))

@@ -244,11 +244,12 @@ def test_importing_metrics_and_methods_stays_light() -> None:
 def test_classes_are_imported_when_one_is_asked_for() -> None:
     code = (
         "import sys, captum_ext.metrics as m; print(hasattr(m, 'Nothing'),"
+        " {*m.__all__} <= {*dir(m)},"
         " 'PointingGame' in m.__all__, 'torchmetrics' in sys.modules,"
         " m.PointingGame.__name__, 'torchmetrics' in sys.modules);"
         "from captum_ext.metrics import *; print(PxAP.__name__, road.__name__, Curve.__name__)"
     )
-    assert run(code) == "False True False PointingGame True\nPxAP road Curve"
+    assert run(code) == "False True True False PointingGame True\nPxAP road Curve"
 
 
 def test_public_names_are_those_of_the_files() -> None:
@@ -283,5 +284,6 @@ def test_signatures_name_all_arguments(name: str, own: dict[str, Any]) -> None:
     assert by_position == SIGNATURE
     defaults = own | dict(zip(SCORING, ("softmax", None, None, False), strict=True))
     assert {key: parameters[key].default for key in defaults} == defaults
-    with pytest.raises(TypeError, match="stepp"):
+    said = rf"^{name}\(\) got an unexpected keyword argument 'stepp'\. Closest: "
+    with pytest.raises(TypeError, match=said):
         function(torch.sum, torch.ones(1, 1, 2, 2), torch.ones(1, 2, 2), stepp=3)

@@ -318,6 +318,8 @@ def test_wrong_arguments_of_the_metric_are_named() -> None:
         EnergyPointingGame(average="macro")
     with pytest.raises(ValueError, match="`num_classes` must be positive"):
         EnergyPointingGame(num_classes=0)
+    with pytest.raises(ValueError, match=r"`num_classes` must be positive, a whole .*got 2\.5"):
+        PointingGame(num_classes=2.5, average="macro")  # type: ignore[arg-type]
     attributions, masks, target, difficult = examples()
     metric = PointingGame(num_classes=3)
     for wrong in (None, target[:2], target.float(), target + 1, target - 1):

@@ -242,6 +242,8 @@ def test_maps_out_of_range(value):
         (lambda: box_ious(block(), boxes(0, 0, 1, 1), "all", "x"), "convention"),
         (lambda: MaxBoxAcc((1.5,)), "iou_thresholds"),
         (lambda: MaxBoxAcc(()), "iou_thresholds"),
+        (lambda: MaxBoxAcc(iou_thresholds=0.5), "iou_thresholds.*got 0.5"),  # type: ignore[arg-type]
+        (lambda: MaxBoxAcc("0.5"), "iou_thresholds.*got '0.5'"),  # type: ignore[arg-type]
         (lambda: MaxBoxAcc(contours="x"), "contours"),
         (lambda: MaxBoxAcc(convention="x"), "convention"),
         (
