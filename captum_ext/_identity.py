@@ -1,4 +1,4 @@
-"""Fingerprints of models, functions and runs, to recognise stored work; files whole or absent."""
+"""Fingerprints of models, functions and runs, to recognise stored work; atomic writes of files."""
 
 import hashlib
 import io
@@ -27,7 +27,7 @@ _Decoder = TypeVar("_Decoder", bound=Module)
 
 
 def digest(values: Any) -> str:
-    """Some letters that tell values apart."""
+    """A short digest of values."""
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 

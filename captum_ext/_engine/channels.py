@@ -59,7 +59,7 @@ class ChannelTracer(Mode):
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run a function, and follow the channels of its results."""
-        name = function_name(func)
+        name = torch_function_name(func)
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         with torch._C.DisableTorchFunction():
             known = [(self.dims_of(x), x.shape) for x in leaves]
@@ -79,7 +79,7 @@ class ChannelTracer(Mode):
 
 
 @lru_cache(maxsize=4096)
-def function_name(func: Any) -> str:
+def torch_function_name(func: Any) -> str:
     """The plain name of a torch function: "add" for `torch.add`, `Tensor.__iadd__`, `add_`."""
     if isinstance(func, torch._ops.OpOverload):
         name = func.overloadpacket.__name__
@@ -172,9 +172,9 @@ def _dims_after(
     return agreed.pop() if len(agreed) == 1 else None
 
 
-def given(args: Any, kwargs: dict[str, Any], place: int, key: str, default: Any) -> Any:
+def given(args: Any, kwargs: dict[str, Any], position: int, key: str, default: Any) -> Any:
     """An argument of a call, by its position or its name."""
-    return args[place] if len(args) > place else kwargs.get(key, default)
+    return args[position] if len(args) > position else kwargs.get(key, default)
 
 
 def permutation(name: str, args: Any, kwargs: dict[str, Any], n: int) -> list[int] | None:
@@ -271,7 +271,7 @@ class LayerTracer:
         self.starts = [start for start in starts if start is not None]
         if self.is_whole:
             self.starts = [root] if is_parallel and root is not None else []
-        self.is_parallel = is_parallel
+        self.layers, self.is_parallel = layers, is_parallel
         self.dims: list[list[Dims | None]] = [[] for _ in layers]
         self.local, self.acting = threading.local(), threading.Lock()
 
@@ -279,6 +279,7 @@ class LayerTracer:
         """Trace what runs in this thread, until as many ends have come."""
         self.local.depth = getattr(self.local, "depth", 0) + 1
         if self.local.depth == 1:
+            self.local.left = len(self.layers) - len(self.given)
             self.local.tracer = ChannelTracer(self.acting)
             self.local.tracer.__enter__()
 
@@ -288,7 +289,8 @@ class LayerTracer:
             self.dims[index] = [frozenset({1}) for _ in tensors]
         elif getattr(self.local, "depth", 0):
             self.dims[index] = [self.local.tracer.dims_of(x) for x in tensors]
-            if not self.is_whole:
+            self.local.left -= 1
+            if not self.is_whole or not self.local.left:  # what lies behind runs without the mode
                 self._end()
 
     def _end(self) -> None:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from captum_ext._compat import _run_forward
-from captum_ext._engine.channels import function_name, given, permutation
+from captum_ext._engine.channels import given, permutation, torch_function_name
 from captum_ext._engine.hooks import Mode, entered, hooked
 from captum_ext._engine.modules import Forward, module_name
 from captum_ext._engine.state import preserve_state
@@ -173,7 +173,7 @@ class _Tracer(Mode):
         shapes = [spot.tensor.shape for spot in spots]
         output = func(*args, **kwargs)
         if spots or strays:
-            name = function_name(func)
+            name = torch_function_name(func)
             if _is_number(name, output):
                 self.was_read = self.was_read or (strays or [name])[0]
             if name == "setitem":
