@@ -432,10 +432,10 @@ def find_layer(
             f"the layer {name!r} gives the shape {tuple(activation.shape)}, which is no map: name "
             f"one in front of it, such as {loaded.layer}"
         )
-    if capture.channel_dims[0][0] == frozenset({activation.dim() - 1}):
-        return name, tokens_to_grid if activation.dim() == 3 else channels_last_to_first
     try:
-        capture.check_channels()
+        capture.check_channels(x)
     except ValueError as error:
-        raise InputError(str(error)) from error
+        if capture.channel_dims[0][0] != frozenset({activation.dim() - 1}):
+            raise InputError(str(error)) from error
+        return name, tokens_to_grid if activation.dim() == 3 else channels_last_to_first
     return name, None

@@ -193,8 +193,23 @@ class LayerCapture:
         with tracer.tracing(inputs) as acting, acting:
             return self.run(see_and_edit, inputs, target, additional_forward_args)
 
-    def check_channels(self) -> None:
-        """Raise a ValueError where channels are traced and not known to be in dimension 1."""
+    def check_channels(self, inputs: Tensor | Tensors, additional_forward_args: Any = None) -> None:
+        """Raise a ValueError where channels are traced and not known to be in dimension 1.
+
+        Where a trace of the layers alone has lost them, another pass traces the whole way.
+        """
+        if self.traces_channels and any(None in dims or not dims for dims in self.channel_dims):
+            root = root_module(self.forward_func)
+            tracer = LayerTracer(self.layers, self.at_input, root, self.is_parallel, is_whole=True)
+
+            def see(index: int, tensors: Tensors) -> Tensors:
+                tracer.see(index, tensors)
+                return copies(tensors)
+
+            images = copies(inputs)
+            with torch.no_grad(), tracer.tracing(images) as acting, acting:
+                self.run(see, images, None, additional_forward_args)
+            self.channel_dims = tracer.dims
         for layer, held, dims in zip(self.layers, self.by_device, self.channel_dims, strict=True):
             for i, tensor in enumerate(next(iter(held.values()), ())):
                 if self.traces_channels:

@@ -24,11 +24,31 @@ from captum_ext._engine.modules import Tensors
 
 Dims = frozenset[int]  # several where the channels are split, as those of attention heads
 
-_FIRST = ("conv", "batch_norm", "instance_norm", "group_norm", "pixel_shuffle", "local_response")
+_FIRST = (
+    "conv",
+    "grid_sample",
+    "batch_norm",
+    "instance_norm",
+    "group_norm",
+    "pixel_shuffle",
+    "local_response",
+)
 _LAST = ("embedding", "multi_head_attention_forward", "native_multi_head_attention",
          "transformer_encoder_layer_fwd")  # fmt: skip
 _UNKNOWN = ("einsum", "tensordot", "T", "H", "t", "as_strided", "cdist", "fold")
-_REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "min", "prod", "logsumexp", "norm")
+_REDUCTIONS = (
+    "sum",
+    "mean",
+    "std",
+    "var",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "prod",
+    "logsumexp",
+    "norm",
+)
 _FIRST_MODULES = (
     nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm,
     nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
@@ -92,7 +112,7 @@ def torch_function_name(func: Any) -> str:
 def trace_start(layer: Module) -> Module | None:
     """The part of a layer at which it is enough to begin; None where that lies in front of it."""
     while True:
-        is_chain = type(layer).forward is nn.Sequential.forward
+        is_chain = getattr(type(layer), "forward", None) is nn.Sequential.forward
         children = list(layer.children()) if is_chain else []
         sources = [child for child in children if _has_source(child)]
         if not sources:
@@ -146,7 +166,7 @@ def _dims_after(
     if name == "linear":  # over another dimension than the channels', it mixes positions
         return frozenset({n - 1}) if before is None or n - 1 in before else before
     if name == "layer_norm" and len(given(args, kwargs, 1, "normalized_shape", ())) == 1:
-        return frozenset({n - 1})
+        return frozenset({n - 1}) if before is None or n - 1 in before else before
     if name in ("matmul", "bmm", "scaled_dot_product_attention"):
         values = known[2 if name.startswith("scaled") else 1][0] if len(known) > 1 else None
         return values if values is not None and n - 1 in values else None
@@ -159,13 +179,13 @@ def _dims_after(
     if name == "getitem":
         kept = _kept_by_index(args[1], len(old)) or ()
     elif name in ("select", "unbind", *_REDUCTIONS) and n < len(old):
-        gone = given(args, kwargs, 1, "dim", 0)
+        gone = given(args, kwargs, 1, "dim", kwargs.get("axis", 0))
         gone = {dim % len(old) for dim in (gone if isinstance(gone, tuple | list) else (gone,))}
         kept = [dim for dim in range(len(old)) if dim not in gone]
     if kept is not None:
         found = {new for new, dim in enumerate(kept) if dim in (before or ())}
         return frozenset(found) or None
-    if name in _UNKNOWN:
+    if name in _UNKNOWN or name.startswith("new_"):
         return None
     # What else keeps the number of dimensions is taken to keep their meaning.
     agreed = {dims for dims, size in known if dims is not None and len(size) == n}
@@ -258,16 +278,22 @@ class LayerTracer:
         at_input: whether their inputs are meant.
         root: the model, if it is known.
         is_parallel: whether it runs in threads of its own, as DataParallel's replicas do.
+        is_whole: whether to begin with the model in any case.
     """
 
     def __init__(
-        self, layers: Sequence[Module], at_input: bool, root: Module | None, is_parallel: bool
+        self,
+        layers: Sequence[Module],
+        at_input: bool,
+        root: Module | None,
+        is_parallel: bool,
+        is_whole: bool = False,
     ) -> None:
         # Where the channels of such layers' inputs are needs no trace.
         self.given = {i for i, x in enumerate(layers) if at_input and isinstance(x, _FIRST_MODULES)}
         traced = [layer for i, layer in enumerate(layers) if i not in self.given]
         starts = [None if at_input else trace_start(layer) for layer in traced]
-        self.is_whole = None in starts
+        self.is_whole = is_whole or None in starts
         self.starts = [start for start in starts if start is not None]
         if self.is_whole:
             self.starts = [root] if is_parallel and root is not None else []

@@ -14,7 +14,7 @@ from captum_ext._checks import warn
 from captum_ext._compat import TargetType
 from captum_ext._engine.capture import LayerCapture, ReachedError, copies
 from captum_ext._engine.hooks import Mode, entered
-from captum_ext._engine.modules import Forward, Tensors, module_name, root_module
+from captum_ext._engine.modules import Forward, Tensors, module_name
 from captum_ext._engine.outputs import check_one_score_each
 
 # --- up to a layer -------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def run_to_layer(
         return copies(tensors)  # the model may go on in place
 
     capture.first_run(keep, copies(inputs), None, additional_forward_args)
-    capture.check_channels()
+    capture.check_channels(inputs, additional_forward_args)
     return capture.gathered()[0]
 
 
@@ -74,15 +74,24 @@ class Tape(Mode):
         self.position = 0
         self.is_recorded = self.is_behind = False
         self.versions: list[tuple[Tensor, int]] = []
+        # The tensors that functions behind the layer were called with in the first pass.
+        self.arguments: dict[int, weakref.ref[Tensor]] = {}
         self.watch: Dependents | None = None
+        self.has_failed = False
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run a function, or answer from the tape."""
         if self.is_behind:
-            result = func(*args, **kwargs)
-            if self.watch is not None:
-                self.watch.see((args, kwargs), result)
-            return result
+            if not self.is_recorded:
+                given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+                self.arguments |= {id(x): weakref.ref(x) for x in given}
+            try:
+                if self.watch is not None:
+                    return self.watch.call(func, args, kwargs)
+                return func(*args, **kwargs)
+            except Exception:
+                self.has_failed = True
+                raise
         if not self.is_recorded:
             result = func(*args, **kwargs)
             on_tensors = any(isinstance(x, Tensor) for x in tree_leaves((args, kwargs, result)))
@@ -122,24 +131,36 @@ class Dependents:
     """The tensors that a pass makes of a layer's activations: does one of them outlive the pass?
 
     Args:
+        activations: these, which are held anyway.
         constants: tensors that do not depend on them. (Parameters never do.)
     """
 
-    def __init__(self, constants: list[Tensor]) -> None:
-        self.constants = {id(tensor): weakref.ref(tensor) for tensor in constants}
+    def __init__(self, activations: Tensors, constants: dict[int, weakref.ref[Tensor]]) -> None:
+        self.activations, self.constants = {id(x) for x in activations}, constants
         self.dependents: list[weakref.ref[Tensor]] = []
 
-    def see(self, arguments: Any, result: Any) -> None:
-        """Note a function's results. Of unknown arguments, and of none, they may depend."""
-        given = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
-        is_constant = bool(given) and all(map(self._is_constant, given))
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run a function, and note what may depend on the activations.
+
+        That is its results, unless all of its arguments are constants, and arguments that are
+        unknown: what a script gives is not seen before.
+        """
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        constants = {id(x): x._version for x in given if self._is_constant(x)}
+        unknown = [x for x in given if id(x) not in self.activations | constants.keys()]
+        self.dependents += map(weakref.ref, unknown)
+        del unknown
+        result = func(*args, **kwargs)
+        is_constant = bool(given) and len(constants) == len({id(x) for x in given})
         for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                if is_constant:
-                    self.constants[id(x)] = weakref.ref(x)
-                else:
-                    self.constants.pop(id(x), None)
-                    self.dependents.append(weakref.ref(x))
+            if not isinstance(x, Tensor) or constants.get(id(x)) == x._version:
+                continue  # as it was, `weight.to(x)` say
+            if is_constant:
+                self.constants[id(x)] = weakref.ref(x)
+            else:
+                self.constants.pop(id(x), None)
+                self.dependents.append(weakref.ref(x))
+        return result
 
     def _is_constant(self, tensor: Tensor) -> bool:
         known = self.constants.get(id(tensor))
@@ -223,9 +244,9 @@ class LayerReplay:
 
     def _rehearse(self, tape: Tape) -> None:
         """Run once more without an edit: does it give the same, and keep nothing?"""
-        root = root_module(self.forward_func)
-        buffers = [] if root is None else list(root.buffers())
-        tape.watch = watch = Dependents([*tape.tensors(), *buffers])
+        # What functions were called with before, and again, nobody has made in between.
+        constants = {id(x): weakref.ref(x) for x in tape.tensors()}
+        tape.watch = watch = Dependents(self.activations, tape.arguments | constants)
         reason = ""
         try:
             again = self._replay(self.activations)
@@ -270,7 +291,9 @@ class LayerReplay:
             if self.at_once:
                 try:
                     scores: Tensor = torch.vmap(score_after, randomness="different")(chunk)
-                    return scores
+                    if self.tape is None or not self.tape.has_failed:
+                        return scores
+                    self._leave_the_fast_way("the model catches an error, perhaps of vmap")
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:  # what is truly wrong is raised again below

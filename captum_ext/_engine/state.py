@@ -59,7 +59,7 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
     plain function, whose modules are not known, they are found while they run. Where several
     threads explain one model, the last that goes puts back what the first found.
     """
-    call = _Call()
+    call, had_gradients = _Call(), torch.is_grad_enabled()
     mine: dict[int, _Buffers | None] = {}  # None: another thread was here before
     warned = False
 
@@ -98,6 +98,7 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
             yield
     finally:
         with ExitStack() as each:  # also where one of them raises
+            each.callback(torch._C._set_grad_enabled, had_gradients)  # an interrupt may lose it
             for key, own in mine.items():
                 each.callback(_let_go, key, call, own)
 

@@ -58,7 +58,7 @@ class LayerMaps:
         """The maps, without a graph."""
         capture = LayerCapture(self.forward_func, [self.layer], **self._options)
         (tensors,), _ = capture.activations((images,))
-        capture.check_channels()
+        capture.check_channels(images)
         return self._on_grid(tensors, images)
 
     def with_graph(self, images: Tensor) -> Tensor:

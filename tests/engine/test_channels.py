@@ -54,6 +54,10 @@ OPERATIONS: dict[str, tuple[Any, set[int] | None]] = {
     "windows": (lambda x: x.permute(0, 2, 3, 1).reshape(2, 2, 2, 2, 2, 6), {5}),
     "index": (lambda x: x[:, None, ..., 0], {2}),
     "unbind": (lambda x: x.reshape(2, 3, 2, 4, 4).unbind(1)[0], {1}),
+    "a mean, by axis": (lambda x: x.permute(0, 2, 1, 3).mean(axis=3), {2}),
+    "a new tensor": (lambda x: x.new_zeros(2, 4, 4, 6), None),
+    "sampling": (lambda x: nn.functional.grid_sample(x, x[:, :2].permute(0, 2, 3, 1)), {1}),
+    "normalisation of rows": (lambda x: nn.functional.layer_norm(x, (4,)), {1}),
     "a sum over one part": (lambda x: x.reshape(2, 3, 2, 4, 4).sum(dim=1), {1}),
     "an index by a list": (lambda x: x[:, [0, 1]], {1}),
     "an index by a tensor": (lambda x: x[torch.tensor([0, 1]), ..., None], {1}),
@@ -222,3 +226,27 @@ def test_layers_that_run_in_threads_of_their_own() -> None:
         expected = LayerEigenCam(net, layer).attribute(x, target=1)
         method = LayerEigenCam(forward, layer, device_ids=[0])
         assert torch.equal(method.attribute(x, target=1), expected)
+
+
+def test_what_passes_through_a_layer_is_traced_from_the_image() -> None:
+    class Down(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = nn.MaxPool2d(2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.pool(x), x
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.down, self.fc = nn.Conv2d(3, 4, 3), Down(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            small, large = self.down(self.conv(x))
+            return self.fc(small.mean((2, 3)) + large.square().mean((2, 3)))
+
+    net, x = Net().eval(), torch.rand(2, 3, 6, 6)
+    for name in ("HiResCAM", "Ablation-CAM", "Eigen-CAM"):
+        small, large = EVERY[name](net, "down").attribute(x, target=[0, 1])
+        assert (small.shape, large.shape) == ((2, 1, 2, 2), (2, 1, 4, 4))

@@ -241,6 +241,36 @@ def keep_in_an_attribute(model: Any, x: Tensor) -> Tensor:
     return model.fc(model.last.mean((2, 3)))
 
 
+class Scripted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() * 2
+
+
+script = torch.jit.script(Scripted())
+
+
+def keep_what_a_script_gave(model: Any, x: Tensor) -> Tensor:
+    model.last = script(model.conv2(model.conv1(x)))
+    return model.fc(model.last.mean((2, 3)))
+
+
+def catch_the_error_of_vmap(model: Any, x: Tensor) -> Tensor:
+    y = model.conv2(model.conv1(x))
+    try:
+        scale = y.abs().max().item()
+    except RuntimeError:
+        scale = 1.0
+    return model.fc(y.mean((2, 3))) * scale
+
+
+def cast_constants(model: Any, x: Tensor) -> Tensor:
+    z = model.conv1(x)
+    y = model.conv2(z)
+    return model.fc(
+        y.mean((2, 3)) * model.fc.weight[0].to(y) + z.to(y).mean((2, 3)) + y.new_ones(1)
+    )
+
+
 def keep_in_a_list(model: Any, x: Tensor) -> Tensor:
     y = model.conv2(model.conv1(x))
     model.__dict__.setdefault("seen", []).append(y)
@@ -248,9 +278,10 @@ def keep_in_a_list(model: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("root", ["module", "function"])
-@pytest.mark.parametrize("where", ["attribute", "list", "hook"])
+@pytest.mark.parametrize("where", ["attribute", "list", "hook", "script"])
 def test_tensors_of_vmap_get_to_nobody(where: str, root: str) -> None:
     bodies = {"attribute": keep_in_an_attribute, "list": keep_in_a_list}
+    bodies["script"] = keep_what_a_script_gave
     plain = lambda m, x: m.fc(m.conv2(m.conv1(x)).mean((2, 3)))  # noqa: E731
     model, x = Toy(bodies.get(where, plain)).eval(), torch.randn(1, 3, 8, 8)
     model.scale = torch.tensor(1.0)  # a tensor without a length
@@ -264,10 +295,25 @@ def test_tensors_of_vmap_get_to_nobody(where: str, root: str) -> None:
         found = behind(drop_channel, torch.arange(4))
     expected = torch.stack([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
     torch.testing.assert_close(found, expected)
-    kept += [model.last] if where == "attribute" else []
+    kept += [model.last] if where in ("attribute", "script") else []
     kept += model.seen if where == "list" else []
     assert all(torch.isfinite(t.sum()) for t in kept)
     assert len(messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "n_messages"), [(catch_the_error_of_vmap, 1), (cast_constants, 0)]
+)
+def test_errors_that_a_model_catches_and_constants_that_it_casts(
+    body: Any, n_messages: int
+) -> None:
+    torch.manual_seed(0)
+    model, x = Toy(body).eval().double(), torch.randn(1, 3, 8, 8).double()
+    with leaving_the_fast_way() as messages:
+        found = LayerReplay(model, model.conv2, (x,), 1)(drop_channel, torch.arange(4))
+    expected = torch.stack([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert len(messages) == n_messages
 
 
 def test_what_nobody_keeps_does_not_matter() -> None:

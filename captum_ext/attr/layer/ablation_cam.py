@@ -122,7 +122,7 @@ class LayerAblationCam(LayerMap[LayerOrList], PerturbationAttribution):
                     additional_forward_args,
                     **self._capture_options(attribute_to_layer_input),
                 )
-                behind.capture.check_channels()
+                behind.capture.check_channels(inputs, additional_forward_args)
                 cams = []
                 grids = self._on_grid([behind.activations])[0]
                 for which, a in enumerate(grids):

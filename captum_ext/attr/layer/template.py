@@ -105,7 +105,7 @@ class LayerMap(LayerAttribution, Generic[LayerOrList]):
         """The layers' activations as maps, and the target's scores (so every target is checked)."""
         capture = LayerCapture(self.forward_func, self.layers, **self._capture_options(at_input))
         activations, score = capture.activations(inputs, target, additional_forward_args)
-        capture.check_channels()
+        capture.check_channels(inputs, additional_forward_args)
         check_one_score_each(score)
         return self._on_grid(activations), score
 
@@ -122,7 +122,7 @@ class LayerMap(LayerAttribution, Generic[LayerOrList]):
         activations, gradients = capture.gradients(
             inputs, target, additional_forward_args, grad_kwargs
         )
-        capture.check_channels()
+        capture.check_channels(inputs, additional_forward_args)
         return self._on_grid(activations), self._on_grid(gradients)
 
     def _capture_options(self, at_input: bool) -> dict[str, Any]:
