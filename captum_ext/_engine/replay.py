@@ -287,6 +287,7 @@ class LayerReplay:
             edited[which] = edit(edited[which], step)
             return self._replay(tuple(edited))
 
+        depth = torch._C._functorch.get_dynamic_layer_stack_depth()
         with torch.inference_mode(False), torch.no_grad():
             if self.at_once:
                 try:
@@ -296,8 +297,10 @@ class LayerReplay:
                     self._leave_the_fast_way("the model catches an error, perhaps of vmap")
                 except torch.OutOfMemoryError:
                     raise
-                except Exception as error:  # what is truly wrong is raised again below
+                except Exception as error:  # a real error is raised again below
                     self._leave_the_fast_way(_first_sentence(error))
+                finally:  # an interrupt may keep vmap from ending
+                    torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
             return torch.stack([score_after(step) for step in chunk])
 
     def _replay(self, edited: Tensors) -> Tensor:

@@ -423,3 +423,19 @@ def test_layer_inputs_and_inference_mode() -> None:
         behind = LayerReplay(net, net.conv2, (x,), 1, at_input=True)
         found = behind(drop_channel, torch.arange(6))
     torch.testing.assert_close(found, expected)
+
+
+def test_an_interrupt_at_the_end_of_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = small_net(), torch.randn(1, 3, 8, 8)
+    behind = LayerReplay(net, net.conv2, (x,), 1)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch._functorch.vmap._vmap_decrement_nesting", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            behind(drop_channel, torch.arange(6))
+    torch.ones(1).requires_grad_()  # an error inside of vmap
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+    assert behind(drop_channel, torch.arange(6)).shape == (6, 1)
