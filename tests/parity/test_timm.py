@@ -23,3 +23,21 @@ def test_suggested_layers_of_timm_models_have_a_map() -> None:
         method = LayerHiResCam(model, layer, reshape_transform=suggest_reshape_transform(model))
         found = method.attribute(torch.randn(1, 3, 224, 224), target=3)
         assert found.shape[1:] in {(1, 7, 7), (1, 14, 14)}, name
+
+
+def test_channels_as_many_as_rows_and_columns() -> None:
+    """MobileViT's second stage at 256 pixels gives (B, 64, 64, 64): no width tells the channels."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = timm.create_model("mobilevit_xxs", pretrained=False, num_classes=5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    model, x = Wrapped().eval(), torch.randn(1, 3, 256, 256)
+    assert LayerHiResCam(model, "net.stages.1").attribute(x, target=3).shape == (1, 1, 64, 64)
+    tokens = "net.stages.2.1.transformer.0"
+    with pytest.raises(ValueError, match="tokens or channels last"):
+        LayerHiResCam(model, tokens).attribute(x, target=3)
