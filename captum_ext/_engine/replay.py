@@ -114,8 +114,7 @@ class Tape(Mode):
         if self.is_recorded:
             self._check_versions()
         else:
-            recorded = [tensor for tensor in self.tensors() if not tensor.is_inference()]
-            self.versions = [(tensor, tensor._version) for tensor in recorded]
+            self.versions = [(tensor, _version(tensor)) for tensor in self.tensors()]
 
     def rewind(self) -> None:
         """Begin another pass."""
@@ -123,7 +122,7 @@ class Tape(Mode):
         self.is_recorded, self.is_behind, self.position = True, False, 0
 
     def _check_versions(self) -> None:
-        if any(tensor._version != version for tensor, version in self.versions):
+        if any(_version(tensor) != version for tensor, version in self.versions):
             raise TapeError("it writes in place into what comes from in front of the layer")
 
 
@@ -146,14 +145,14 @@ class Dependents:
         unknown: what a script gives is not seen before.
         """
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        constants = {id(x): x._version for x in given if self._is_constant(x)}
+        constants = {id(x): _version(x) for x in given if self._is_constant(x)}
         unknown = [x for x in given if id(x) not in self.activations | constants.keys()]
         self.dependents += map(weakref.ref, unknown)
         del unknown
         result = func(*args, **kwargs)
         is_constant = bool(given) and len(constants) == len({id(x) for x in given})
         for x in tree_leaves(result):
-            if not isinstance(x, Tensor) or constants.get(id(x)) == x._version:
+            if not isinstance(x, Tensor) or constants.get(id(x)) == _version(x):
                 continue  # as it was, `weight.to(x)` say
             if is_constant:
                 self.constants[id(x)] = weakref.ref(x)
@@ -338,6 +337,11 @@ class LayerReplay:
             return run(edit, copies(self.inputs), self.target, self.additional_forward_args)
         with entered(self.tape) as acting, acting:
             return run(edit, self.taped_inputs, self.target, self.additional_forward_args)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 for those of inference mode, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _first_sentence(error: Exception) -> str:

@@ -439,3 +439,15 @@ def test_an_interrupt_at_the_end_of_vmap(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.ones(1).requires_grad_()  # an error inside of vmap
     assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
     assert behind(drop_channel, torch.arange(6)).shape == (6, 1)
+
+
+def test_a_model_that_was_made_in_inference_mode() -> None:
+    """Its tensors do not count how often they are written to."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        model, x = Toy(cast_constants).eval(), torch.randn(1, 3, 8, 8)
+    with leaving_the_fast_way() as messages:
+        found = LayerReplay(model, model.conv2, (x,), 1)(drop_channel, torch.arange(4))
+    expected = [full_forward(model, model.conv2, x, [1], k) for k in range(4)]
+    torch.testing.assert_close(found, torch.stack(expected))
+    assert messages == []
