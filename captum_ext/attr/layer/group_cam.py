@@ -129,15 +129,10 @@ class LayerGroupCam(MaskingCam[LayerOrList]):
                 baselines = tuple(
                     blur(x) if x.is_floating_point() and x.dim() in dims else 0 for x in examples
                 )
-            scores_under = partial(
-                self._masked_scores,
-                inputs=examples,
-                baselines=baselines,
-                target=target,
-                additional_forward_args=additional_forward_args,
-                perturbations_per_eval=perturbations_per_eval,
-                show_progress=show_progress,
-            )
+            scores_under = self._scores_under_masks(
+                examples, baselines, target, additional_forward_args, perturbations_per_eval,
+                show_progress,
+            )  # fmt: skip
             maps = []
             for pair in zip(activations, gradients, strict=True):
                 cams = []

@@ -21,31 +21,29 @@ from captum_ext.attr.layer._typing import LayerOrList
 from captum_ext.attr.layer.template import LayerMap
 from captum_ext.imaging import min_max, resize
 
+ScoresUnder = Callable[[Callable[[int, int], Tensor], int], Tensor]
+
 
 class MaskingCam(LayerMap[LayerOrList], PerturbationAttribution):
     """Base of the CAMs that weigh activations by what the model says of masked inputs."""
 
     score: Score
 
-    def _masked_scores(
+    def _scores_under_masks(
         self,
-        masks: Callable[[int, int], Tensor],
-        n_masks: int,
         inputs: Tensors,
         baselines: BaselineType,
         target: TargetType,
         additional_forward_args: Any,
         perturbations_per_eval: int,
         show_progress: bool,
-    ) -> Tensor:
-        r"""Scores of the inputs under each mask, (B, n_masks) in float32 or better.
+    ) -> ScoresUnder:
+        r"""A function that gives the scores of the inputs under masks.
 
         The masked input is :math:`x \odot m + b \odot (1 - m)`, with m the mask resized to the
         input and scaled to [0, 1].
 
         Args:
-            masks: gives the masks from one index up to another, (B, n, *spatial of the layer).
-            n_masks: how many there are.
             inputs: all those of floats with as many spatial dimensions as the masks are masked,
                 the others are passed on as they are.
             baselines: numbers or tensors, b.
@@ -53,6 +51,10 @@ class MaskingCam(LayerMap[LayerOrList], PerturbationAttribution):
             additional_forward_args: as in Captum.
             perturbations_per_eval: masks in one forward pass, for each example.
             show_progress: whether to draw a bar.
+
+        Returns:
+            Of masks, which a function gives from one index up to another, (B, n, *spatial of the
+            layer), and of their number N, the scores (B, N) in float32 or better.
         """
         n_examples, device = len(inputs[0]), inputs[0].device
         scorer = Scorer(
@@ -60,20 +62,24 @@ class MaskingCam(LayerMap[LayerOrList], PerturbationAttribution):
         )
         every = torch.arange(n_examples, device=device)
         values = _format_baseline(baselines, inputs)
-        starts = range(0, n_masks, perturbations_per_eval)
-        scores = []
-        for start in with_progress(starts, show_progress, f"{self.get_name()} attribution"):
-            chunk = masks(start, min(start + perturbations_per_eval, n_masks))
-            n = chunk.shape[1]
-            masked = tuple(
-                _blend(x, b, chunk) if _is_maskable(x, chunk) else torch.cat([x] * n)
-                for x, b in zip(inputs, values, strict=True)
-            )
-            scores.append(scorer(masked, every.repeat(n)).reshape(n, -1))
-        found = torch.cat(scores).T
-        if not bool(torch.isfinite(found).all()):
-            raise ValueError("The scores of the masked inputs are not finite.")
-        return found
+
+        def scores_under(masks: Callable[[int, int], Tensor], n_masks: int) -> Tensor:
+            starts = range(0, n_masks, perturbations_per_eval)
+            chunks = []
+            for start in with_progress(starts, show_progress, f"{self.get_name()} attribution"):
+                chunk = masks(start, min(start + perturbations_per_eval, n_masks))
+                n = chunk.shape[1]
+                masked = tuple(
+                    _blend(x, b, chunk) if _is_maskable(x, chunk) else torch.cat([x] * n)
+                    for x, b in zip(inputs, values, strict=True)
+                )
+                chunks.append(scorer(masked, every.repeat(n)).reshape(n, -1))
+            scores = torch.cat(chunks).T
+            if not bool(torch.isfinite(scores).all()):
+                raise ValueError("The scores of the masked inputs are not finite.")
+            return scores
+
+        return scores_under
 
 
 def _blend(x: Tensor, baseline: Tensor | float, masks: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Score-CAM (Wang et al., CVPR Workshops 2020)."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +17,13 @@ from captum_ext._engine.outputs import Score, scored
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
-from captum_ext.attr.layer.masking import MaskingCam, check_baselines, check_perturbable, is_flat
+from captum_ext.attr.layer.masking import (
+    MaskingCam,
+    ScoresUnder,
+    check_baselines,
+    check_perturbable,
+    is_flat,
+)
 from captum_ext.attr.layer.template import ReshapeTransform, weighted_sum
 
 _WEIGHTINGS = ("softmax", "increase", "score")
@@ -120,15 +124,10 @@ class LayerScoreCam(MaskingCam[LayerOrList]):
             )
             for a in (a for tensors in per_layer for a in tensors):
                 check_perturbable(examples, a)
-            scores_under = partial(
-                self._masked_scores,
-                inputs=examples,
-                baselines=baselines,
-                target=target,
-                additional_forward_args=additional_forward_args,
-                perturbations_per_eval=perturbations_per_eval,
-                show_progress=show_progress,
-            )
+            scores_under = self._scores_under_masks(
+                examples, baselines, target, additional_forward_args, perturbations_per_eval,
+                show_progress,
+            )  # fmt: skip
             maps = [
                 tuple(
                     weighted_sum(self._weights(a, scores_under), a, relu_attributions)
@@ -138,7 +137,7 @@ class LayerScoreCam(MaskingCam[LayerOrList]):
             ]
         return self._format(maps)
 
-    def _weights(self, a: Tensor, scores_under: Callable[..., Tensor]) -> Tensor:
+    def _weights(self, a: Tensor, scores_under: ScoresUnder) -> Tensor:
         """w_k for the channels of `a`, (B, K, 1, ...)."""
         flat = is_flat(a)
         runs = (~flat).any(0).nonzero().flatten()
