@@ -24,7 +24,6 @@ from captum_ext._compat import _run_forward
 from captum_ext._engine.channels import given, permutation, torch_function_name
 from captum_ext._engine.hooks import Mode, entered, hooked
 from captum_ext._engine.modules import Forward, module_name
-from captum_ext._engine.state import preserve_state
 
 
 class Axis(NamedTuple):
@@ -64,6 +63,8 @@ def receptive_field(
     Where branches meet it is the union of theirs. What a branch gets by global pooling (squeeze and
     excitation) or by functions that move values (attention) is left aside, unless it is `exact`.
 
+    The model runs as it stands: `preserve_state` is the caller's.
+
     Args:
         forward_func: the model.
         layer: a module that puts out (B, C, h, w) or (B, h, w, C).
@@ -77,27 +78,6 @@ def receptive_field(
     Raises:
         ValueError: the layer's output cannot be followed back to the image.
     """
-    with preserve_state(forward_func):
-        return trace_field(
-            forward_func,
-            layer,
-            image,
-            additional_forward_args,
-            exact=exact,
-            reshape_transform=reshape_transform,
-        )
-
-
-def trace_field(
-    forward_func: Forward,
-    layer: Module,
-    image: Tensor,
-    additional_forward_args: Any = None,
-    *,
-    exact: bool = False,
-    reshape_transform: Callable[[Tensor], Tensor] | None = None,
-) -> Field:
-    """`receptive_field` for callers that are inside `preserve_state`."""
     tracer = _Tracer(image)
     found: list[tuple[_Spot | None, str | None]] = []
 

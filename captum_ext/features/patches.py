@@ -13,7 +13,7 @@ from captum_ext._data.pictures import Pictures
 from captum_ext._data.pixels import IMAGENET
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward
-from captum_ext._engine.receptive_field import Field, trace_field
+from captum_ext._engine.receptive_field import Field, receptive_field
 from captum_ext._engine.state import preserve_state
 from captum_ext._identity import model_digest
 from captum_ext.features._activating_patches import ActivatingPatches
@@ -176,7 +176,7 @@ def _field(maps: LayerMaps, image: Tensor) -> tuple[Field | None, str | None]:
     """The layer's receptive field; or None, and the reason for it."""
     transform = maps.reshape_transform
     try:
-        field = trace_field(
+        field = receptive_field(
             maps.forward_func, maps.layer, image, exact=True, reshape_transform=transform
         )
     except ValueError as error:

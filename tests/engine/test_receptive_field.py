@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_ext._engine.receptive_field import Field, receptive_field, unit_offset
+from captum_ext._engine.state import preserve_state
 from captum_ext.attr import channels_last_to_first
 from tests.attr.layer.test_reshape_and_suggest import VIT_LAYER, small_vit
 from tests.methods import small_net
@@ -330,6 +331,6 @@ def test_what_cannot_be_followed() -> None:
 
 def test_it_leaves_no_trace(trace_free) -> None:
     net, x = small_net(), torch.rand(1, 3, 9, 9)
-    with trace_free(net, x):
+    with trace_free(net, x), preserve_state(net):
         field = receptive_field(net, net.relu2, x)
     assert field.rows == (5, 1, 0)
