@@ -37,12 +37,12 @@ class Pictures(Dataset[Item]):
     """Labelled pictures of any size as bytes of one size.
 
     Args:
-        data: what it has at i is (picture, label, ...), or has attributes `image` and `target`.
+        data: its entry i is (picture, label, ...), or has attributes `image` and `target`.
             Pictures are PIL images, or tensors (3, H, W) or (1, H, W) of bytes or of floats in
             [0, 1].
         size: (H, W).
         n_classes: labels must be below it.
-        argument: what errors call `data`.
+        argument: the name of `data` in errors.
         has_labels: whether labels are read. Entries may be pictures alone where they are not.
     """
 
@@ -162,7 +162,7 @@ def part_of(entry: Any, *names: str, place: int | None = None) -> Any:
 
 
 def probes(n: int, count: int) -> range:
-    """About so many of n places, evenly."""
+    """About that many of n indices, evenly spaced."""
     return range(0, n, max(n // count, 1))
 
 

@@ -33,7 +33,7 @@ class LayerCapture:
 
     Args:
         forward_func: the model.
-        layers: the modules, each of which must run once.
+        layers: the modules. Each must run once.
         at_input: the layers' inputs instead of their outputs.
         device_ids: DataParallel's devices, where `forward_func` is a function around it.
         traces_channels: whether to look where the channels are, for `check_channels`.

@@ -154,7 +154,7 @@ class Scorer(ExampleArguments):
         additional_forward_args: as in Captum.
         score: see `scored`.
         device: of the inputs.
-        argument: what errors call `forward_func`.
+        argument: the name of `forward_func` in errors.
 
     Raises:
         AssertionError: a target that is not one for each example.
