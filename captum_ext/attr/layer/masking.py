@@ -1,33 +1,38 @@
-"""What the masking CAMs share: scores of masked inputs, in chunks."""
+"""Base of the masking CAMs: scores of masked inputs, in chunks."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from captum.attr import PerturbationAttribution
 from torch import Tensor
 
 from captum_ext._compat import (
     BaselineType,
+    PerturbationAttribution,
     TargetType,
     _format_baseline,
     _validate_input,
     with_progress,
 )
 from captum_ext._engine.modules import Tensors
-from captum_ext._engine.outputs import Score, Scorer
+from captum_ext._engine.outputs import Score, Scorer, check_score
 from captum_ext._engine.precision import full_precision
 from captum_ext.attr.layer._typing import LayerOrList
-from captum_ext.attr.layer.template import LayerMap
+from captum_ext.attr.layer.base import BaseLayerCam
 from captum_ext.imaging import min_max, resize
 
 ScoresUnder = Callable[[Callable[[int, int], Tensor], int], Tensor]
 
 
-class MaskingCam(LayerMap[LayerOrList], PerturbationAttribution):
-    """Base of the CAMs that weigh activations by what the model says of masked inputs."""
+class BaseMaskingCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
+    """Base of the CAMs that weigh activations by the scores of masked inputs."""
 
+    family = "masking"
     score: Score
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_score(self.score)
 
     def _scores_under_masks(
         self,
@@ -60,7 +65,7 @@ class MaskingCam(LayerMap[LayerOrList], PerturbationAttribution):
         scorer = Scorer(
             self.forward_func, n_examples, target, additional_forward_args, self.score, device
         )
-        every = torch.arange(n_examples, device=device)
+        rows = torch.arange(n_examples, device=device)
         values = _format_baseline(baselines, inputs)
 
         def scores_under(masks: Callable[[int, int], Tensor], n_masks: int) -> Tensor:
@@ -73,7 +78,7 @@ class MaskingCam(LayerMap[LayerOrList], PerturbationAttribution):
                     _blend(x, b, chunk) if _is_maskable(x, chunk) else torch.cat([x] * n)
                     for x, b in zip(inputs, values, strict=True)
                 )
-                chunks.append(scorer(masked, every.repeat(n)).reshape(n, -1))
+                chunks.append(scorer(masked, rows.repeat(n)).reshape(n, -1))
             scores = torch.cat(chunks).T
             if not bool(torch.isfinite(scores).all()):
                 raise ValueError("The scores of the masked inputs are not finite.")
