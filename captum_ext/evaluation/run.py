@@ -16,7 +16,7 @@ from captum_ext._checks import check_choice, check_count, check_seed, warn
 from captum_ext._data.pixels import IMAGENET, mean_and_std
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.state import preserve_state
-from captum_ext._identity import function_name, model_digest, plain
+from captum_ext._identity import json_value, model_digest, versioned_name
 from captum_ext.evaluation.examples import Blocks, Prepared
 from captum_ext.evaluation.measures import Measure, make_measures
 from captum_ext.evaluation.methods import (
@@ -154,10 +154,10 @@ def evaluate(
         "data": blocks.about(),
         "size": sides,
         "normalize": None if normalize is None else _exact(normalize),
-        "target": function_name("`target`", target) if callable(target) else str(target),
+        "target": versioned_name("`target`", target) if callable(target) else str(target),
         "seed": seed,
         "methods": {method.name: about(method, digest_of) for method in every},
-        "metrics": {m.name: plain(f"`metrics`: {m.name}", m.options) for m in measures},
+        "metrics": {m.name: json_value(f"`metrics`: {m.name}", m.options) for m in measures},
         "columns": {m.name: m.columns() for m in measures},
     }
     if target == "label" and some:

@@ -125,7 +125,7 @@ class FCAM(Named, Attribution):
         The folder is made where there is none.
 
         Raises:
-            ValueError: the classifier is a plain function, see `fingerprint`.
+            ValueError: the classifier is a plain function, see `tensor_digests`.
         """
         decoder, root = self.decoder, known_root(self.forward_func)
         names = {module: name for name, module in root.named_modules()}

@@ -12,7 +12,13 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from captum_ext._data.pictures import Pictures
-from captum_ext._identity import check_same_run, function_name, model_digest, plain, whole_file
+from captum_ext._identity import (
+    atomic_write,
+    check_same_run,
+    json_value,
+    model_digest,
+    versioned_name,
+)
 from captum_ext.attr._chain import wrapped
 from captum_ext.fcam.guides import guidance
 
@@ -62,7 +68,7 @@ def cached_maps(
                 )
                 found.append(torch.where(read[:, None, None, None], maps.cpu(), 0).half())
             saved = {"about": about, "maps": torch.cat(found)}
-            with whole_file(file) as unfinished:
+            with atomic_write(file) as unfinished:
                 torch.save(saved, unfinished)
         shards.append(saved["maps"])
     return torch.cat(shards)
@@ -76,7 +82,10 @@ def about_maps(module: "FCAMModule", pictures: Pictures) -> dict[str, Any]:
         "rectify": module.rectify,
         "normalize": module.normalize.about(),
         "guide_kwargs": repr(
-            [(k, plain(f"`guide_kwargs`: {k}", v)) for k, v in sorted(module.guide_kwargs.items())]
+            [
+                (k, json_value(f"`guide_kwargs`: {k}", v))
+                for k, v in sorted(module.guide_kwargs.items())
+            ]
         ),
         "pictures": pictures.about(),
         "size": list(pictures.size),
@@ -94,7 +103,7 @@ def about_run(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
         "layers": decoder.layers,
         "flip": module.flip,
         "seeds": repr(sorted(vars(module.seeds).items())),
-        "crf": repr(crf) if isinstance(crf, Module | None) else function_name("`crf`", crf),
+        "crf": repr(crf) if isinstance(crf, Module | None) else versioned_name("`crf`", crf),
         "weights": [module.crf_weight, module.size_weight],
         "warmup": module.warmup,
         "lr": module.lr,
@@ -128,7 +137,7 @@ def described(where: str, guide: Attribution, classifier: Module) -> str:
             options.append(f"layer={', '.join(names.get(one, '?') for one in values)}")
         for leaf in tree_leaves(value):
             if _is_option(name, leaf, guide):
-                options.append(f"{name}={function_name(f'{where}: {name}', leaf)}")
+                options.append(f"{name}={versioned_name(f'{where}: {name}', leaf)}")
     inner = wrapped(guide)
     within = [] if inner is None else [described(where, inner, classifier)]
     return f"{guide.get_name()}({', '.join(within + options)})"

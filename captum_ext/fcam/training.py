@@ -14,7 +14,7 @@ from captum_ext._data.pixels import IMAGENET, Normalize
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module, parameter_dtype
 from captum_ext._engine.state import eval_mode, seeded_random
-from captum_ext._identity import hash_of
+from captum_ext._identity import derive_seed
 from captum_ext._training import DecoderModule
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide, guidance
@@ -129,7 +129,7 @@ class FCAMModule(DecoderModule):
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of `Item`."""
-        seed = hash_of(self.seed, self.current_epoch, self.global_rank, batch_idx)
+        seed = derive_seed(self.seed, self.current_epoch, self.global_rank, batch_idx)
         with seeded_random(self.device, seed), eval_mode(self.classifier):
             return self._loss(batch, batch_idx, Generator(self.device).manual_seed(seed))
 

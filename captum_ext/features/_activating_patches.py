@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_ext._data.pictures import Pictures
 from captum_ext._engine.receptive_field import Field
-from captum_ext._identity import changes
+from captum_ext._identity import describe_changes
 from captum_ext.features._fields import field_boxes
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class ActivatingPatches:
         """
         parts = (self, *others)
         for other in others:
-            changed = changes(self._about(), other._about())
+            changed = describe_changes(self._about(), other._about())
             if changed:
                 raise ValueError(f"`others` are of another run: {changed}.")
         places = [set(part.places.flatten().tolist()) for part in parts]

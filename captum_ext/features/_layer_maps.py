@@ -18,7 +18,7 @@ from captum_ext._engine.modules import (
     root_module,
 )
 from captum_ext._engine.replay import run_to_layer
-from captum_ext._identity import function_name
+from captum_ext._identity import versioned_name
 
 ReshapeTransform = Callable[[Tensor], Tensor]
 
@@ -90,5 +90,5 @@ class LayerMaps:
         return {
             "layer": self.name,
             "normalize": self.normalize.about(),
-            "reshape_transform": function_name("`reshape_transform`", self.reshape_transform),
+            "reshape_transform": versioned_name("`reshape_transform`", self.reshape_transform),
         }

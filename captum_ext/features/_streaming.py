@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from captum_ext._data.pictures import Pictures
-from captum_ext._identity import check_same_run, whole_file
+from captum_ext._identity import atomic_write, check_same_run
 from captum_ext.features._layer_maps import LayerMaps
 from captum_ext.features._top_activations import TopActivations
 
@@ -31,7 +31,7 @@ class Store:
 
     def write(self, top: TopActivations, done: int, unread: list[int]) -> None:
         content = {"about": self.about, "top": top.state_dict(), "done": done, "unread": unread}
-        with whole_file(self.path) as unfinished:
+        with atomic_write(self.path) as unfinished:
             torch.save(content, unfinished)
 
 

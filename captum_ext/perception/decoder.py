@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from captum_ext._checks import check_count
 from captum_ext._engine.state import preserve_state
-from captum_ext._identity import SavedDecoder, changes
+from captum_ext._identity import SavedDecoder, describe_changes
 from captum_ext.imaging import resize
 from captum_ext.perception.encoder import LayerEncoder, fits, stride_of
 
@@ -118,7 +118,8 @@ class PerceptionDecoder(nn.Module):
         if not isinstance(encoder, LayerEncoder):
             raise TypeError(f"`encoder` must be a LayerEncoder, got {type(encoder)}.")
         found = encoder.about()
-        changed = changes(self.made_for, {k: v for k, v in found.items() if k in self.made_for})
+        shared = {k: v for k, v in found.items() if k in self.made_for}
+        changed = describe_changes(self.made_for, shared)
         if changed:
             raise ValueError(f"`encoder` is not the one that the decoder was made for: {changed}.")
 

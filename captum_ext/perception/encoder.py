@@ -17,7 +17,7 @@ from captum_ext._engine.modules import (
 )
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.replay import run_to_layer
-from captum_ext._identity import digest, function_name
+from captum_ext._identity import digest, versioned_name
 
 
 class LayerEncoder:
@@ -88,7 +88,7 @@ class LayerEncoder:
             "architecture": digest(shapes),
             "layer": self.name,
             "normalize": self.normalize.about(),
-            "reshape_transform": function_name("`reshape_transform`", self.reshape_transform),
+            "reshape_transform": versioned_name("`reshape_transform`", self.reshape_transform),
         }
 
     def images(self, pictures: Tensor) -> Tensor:
