@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
-from captum_ext._engine.modules import Forward, root_module
+from captum_ext._engine.modules import Forward, require_module
 
 # Functions of these need no version: they do not change under a user's hands.
 LIBRARIES = sys.stdlib_module_names | {
@@ -48,7 +48,7 @@ def tensor_digests(forward_func: Forward) -> dict[str, str]:
         ValueError: a plain function, whose parameters are not known.
     """
     digests = {}
-    for name, value in known_root(forward_func).state_dict().items():
+    for name, value in require_module(forward_func).state_dict().items():
         if isinstance(value, Tensor):
             flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
             head = f"{value.dtype}{tuple(value.shape)}".encode()
@@ -59,18 +59,6 @@ def tensor_digests(forward_func: Forward) -> dict[str, str]:
 def model_digest(forward_func: Forward) -> str:
     """One digest of all of the model's parameters and buffers."""
     return digest(sorted(tensor_digests(forward_func).items()))
-
-
-def known_root(forward_func: Forward) -> Module:
-    """The module behind `forward_func`.
-
-    Raises:
-        ValueError: a plain function.
-    """
-    root = root_module(forward_func)
-    if root is None:
-        raise ValueError(f"`forward_func` must be a torch.nn.Module, got {forward_func!r}.")
-    return root
 
 
 # --- functions and other options -----------------------------------------------------------------
@@ -232,7 +220,7 @@ class SavedDecoder:
         Raises:
             ValueError: the classifier is a plain function.
         """
-        root = known_root(classifier)
+        root = require_module(classifier)
         content = {"decoder": decoder.state_dict(), **options}
         content |= {"classifier": tensor_digests(root), "dtypes": _dtypes(root)}
         with atomic_write(path) as unfinished:
@@ -266,7 +254,7 @@ class SavedDecoder:
         needed = {"decoder", "classifier", *self.options}
         if not isinstance(saved, dict) or not needed <= saved.keys():
             raise ValueError(f"`path` {path} has no decoder of {self.name} in it.")
-        root = known_root(classifier)
+        root = require_module(classifier)
         _check_classifier(saved, root, path)
         decoder = make(saved)
         try:

@@ -34,6 +34,18 @@ def root_module(forward_func: Forward) -> Module | None:
     return owner
 
 
+def require_module(forward_func: Forward, argument: str = "forward_func") -> Module:
+    """The module behind `forward_func`, without DataParallel.
+
+    Raises:
+        ValueError: `forward_func` is a plain function; `argument` names it.
+    """
+    root = root_module(forward_func)
+    if root is None:
+        raise ValueError(f"`{argument}` must be a torch.nn.Module, got {forward_func!r}.")
+    return root
+
+
 def find_module(forward_func: Forward, module: Module | str, argument: str = "layer") -> Module:
     """The module called `module`, or `module` itself.
 

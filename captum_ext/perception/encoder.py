@@ -13,7 +13,7 @@ from captum_ext._engine.modules import (
     find_module,
     module_name,
     parameter_dtype,
-    root_module,
+    require_module,
 )
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.replay import run_to_layer
@@ -63,10 +63,7 @@ class LayerEncoder:
         normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET,
         reshape_transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        root = root_module(forward_func)
-        if root is None:
-            raise ValueError(f"`forward_func` must be a torch.nn.Module, got {forward_func!r}.")
-        self.forward_func, self.root = forward_func, root
+        self.forward_func, self.root = forward_func, require_module(forward_func)
         self.layer = find_module(forward_func, layer)
         self.normalize = Normalize(normalize)
         self.reshape_transform = reshape_transform
