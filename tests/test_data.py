@@ -55,10 +55,10 @@ def test_normalisation_and_its_inverse(channels):
     else:
         assert found.flatten().tolist() == [0.0, 0.0, 0.125]
         assert torch.equal(Normalize((mean, std)).inverse(found), pictures)
-    assert Normalize((np.array(mean), torch.tensor(std))).about() == [mean, std]
+    assert Normalize((np.array(mean), torch.tensor(std))).to_lists() == [mean, std]
     kept = type("Preprocess", (), {"mean": mean, "std": std})()
-    assert Normalize(kept).about() == [mean, std]
-    assert Normalize(torch.tensor([mean, std])).about() == [mean, std]
+    assert Normalize(kept).to_lists() == [mean, std]
+    assert Normalize(torch.tensor([mean, std])).to_lists() == [mean, std]
 
 
 def test_boxes_follow_pictures():

@@ -118,10 +118,10 @@ class Pictures(Dataset[Item]):
                 f"{some}{', ...' if len(unread) > 3 else ''}"
             )
 
-    def about(self) -> str:
+    def fingerprint(self) -> str:
         """By what the set is known again: names and labels of files, or some labels or pictures."""
         if not self.has_labels:
-            return self.about_pixels()
+            return self.pixel_fingerprint()
         samples = getattr(self.data, "samples", None)
         if samples:
             known = [(Path(name).parts[-2:], int(label)) for name, label in samples]
@@ -129,8 +129,8 @@ class Pictures(Dataset[Item]):
             known = [((str(place),), self[place].label) for place in probes(len(self), N_PROBES)]
         return f"{len(self)}, {digest(known)}"
 
-    def about_pixels(self) -> str:
-        """As `about`, by the names of files and the pixels of some, at their own size."""
+    def pixel_fingerprint(self) -> str:
+        """As `fingerprint`, by the names of files and the pixels of some, at their own size."""
         samples = getattr(self.data, "samples", None) or ()
         names = [Path(sample[0]).parts[-2:] for sample in samples]
         found = [self.read(place) for place in probes(len(self), N_PROBES)]

@@ -93,7 +93,7 @@ class Normalize:
         """Those of the model's images, 3 or 1."""
         return len(self.mean)
 
-    def about(self) -> list[list[float]]:
+    def to_lists(self) -> list[list[float]]:
         """[mean, std], for files."""
         return [self.mean.flatten().tolist(), self.std.flatten().tolist()]
 

@@ -157,7 +157,7 @@ class Blocks(Dataset[list[Prepared | Failure]]):
             )
         return self.normalize.grey(pixels)
 
-    def about(self) -> str:
+    def fingerprint(self) -> str:
         """By what the data set is known again: its length, its names, and some of its entries."""
         samples = getattr(self.data, "samples", None)
         known: list[Any] = [("/".join(Path(n).parts[-2:]), int(y)) for n, y in samples or ()]

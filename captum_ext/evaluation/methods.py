@@ -125,7 +125,7 @@ def _there(device: torch.device, value: Any) -> Any:
 # --- in words ------------------------------------------------------------------------------------
 
 
-def about(method: Method, digest_of: Callable[[Module], str]) -> str:
+def method_fingerprint(method: Method, digest_of: Callable[[Module], str]) -> str:
     """A method, its options, its arguments and its model, as far as they can be known.
 
     Args:

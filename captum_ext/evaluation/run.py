@@ -21,8 +21,8 @@ from captum_ext.evaluation.examples import Blocks, Prepared
 from captum_ext.evaluation.measures import Measure, make_measures
 from captum_ext.evaluation.methods import (
     Method,
-    about,
     checked_methods,
+    method_fingerprint,
     on_device,
 )
 from captum_ext.evaluation.records import Record
@@ -151,12 +151,12 @@ def evaluate(
         "format": FORMAT,
         "examples": len(data),
         "batch_size": batch_size,
-        "data": blocks.about(),
+        "data": blocks.fingerprint(),
         "size": sides,
         "normalize": None if normalize is None else _exact(normalize),
         "target": versioned_name("`target`", target) if callable(target) else str(target),
         "seed": seed,
-        "methods": {method.name: about(method, digest_of) for method in every},
+        "methods": {method.name: method_fingerprint(method, digest_of) for method in every},
         "metrics": {m.name: json_value(f"`metrics`: {m.name}", m.options) for m in measures},
         "columns": {m.name: m.columns() for m in measures},
     }

@@ -21,7 +21,7 @@ from captum_ext.fcam.crf import DenseCRFLoss
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide
 from captum_ext.fcam.seeding import SeedSampler
-from captum_ext.fcam.stored import about_maps, about_run, cached_maps
+from captum_ext.fcam.stored import cached_maps, maps_fingerprint, run_fingerprint
 from captum_ext.fcam.training import FCAMModule
 from captum_ext.fcam.views import Boxed, as_batch
 
@@ -143,13 +143,13 @@ def fit_fcam(
         pictures = Pictures(data, whole, n_classes)
         module = FCAMModule(root, decoder, guide, view, seed=seed, **options).to(device)
         stores = cache is not None or checkpoints is not None
-        about = about_maps(module, pictures) if stores else {}
+        fingerprint = maps_fingerprint(module, pictures) if stores else {}
         if cache is not None:
             module.maps = cached_maps(
-                module, pictures, about, Path(cache), batch_size, num_workers, show_progress
+                module, pictures, fingerprint, Path(cache), batch_size, num_workers, show_progress
             )
         if checkpoints is not None:
-            module.settings = about | about_run(module, batch_size)
+            module.settings = fingerprint | run_fingerprint(module, batch_size)
             module.settings["validation"] = 0 if boxed is None else len(boxed)
         judged = boxed and DataLoader(
             boxed, batch_size, collate_fn=as_batch, num_workers=num_workers

@@ -31,7 +31,7 @@ SHARD = 512  # stored maps in a file
 def cached_maps(
     module: "FCAMModule",
     pictures: Pictures,
-    about: dict[str, Any],
+    fingerprint: dict[str, Any],
     folder: Path,
     batch_size: int,
     num_workers: int = 0,
@@ -46,14 +46,17 @@ def cached_maps(
         ValueError: the folder has maps of another run.
     """
     # Maps belong to these pixels, and not to names and labels alone.
-    about = about | {"pictures": f"{pictures.about()}, {pictures.about_pixels()}"}
+    of_pictures = f"{pictures.fingerprint()}, {pictures.pixel_fingerprint()}"
+    fingerprint = fingerprint | {"pictures": of_pictures}
     shards = []
     starts = range(0, len(pictures), SHARD)
     for start in tqdm(starts, desc="maps", disable=not show_progress):
         file = folder / f"maps-{start:08d}.pt"
         if file.is_file():
             saved = torch.load(file, weights_only=True)
-            check_same_run(f"`cache` {folder} has the maps of another run", saved["about"], about)
+            check_same_run(
+                f"`cache` {folder} has the maps of another run", saved["fingerprint"], fingerprint
+            )
         else:
             part = Subset(pictures, range(start, min(start + SHARD, len(pictures))))
             found = []
@@ -67,32 +70,32 @@ def cached_maps(
                     **module.guide_kwargs,
                 )
                 found.append(torch.where(read[:, None, None, None], maps.cpu(), 0).half())
-            saved = {"about": about, "maps": torch.cat(found)}
+            saved = {"fingerprint": fingerprint, "maps": torch.cat(found)}
             with atomic_write(file) as unfinished:
                 torch.save(saved, unfinished)
         shards.append(saved["maps"])
     return torch.cat(shards)
 
 
-def about_maps(module: "FCAMModule", pictures: Pictures) -> dict[str, Any]:
+def maps_fingerprint(module: "FCAMModule", pictures: Pictures) -> dict[str, Any]:
     """What the guide's maps depend on, as far as it can be known."""
     return {
         "classifier": model_digest(module.classifier),
         "guide": described("`guide`", module.guide, module.classifier),
         "rectify": module.rectify,
-        "normalize": module.normalize.about(),
+        "normalize": module.normalize.to_lists(),
         "guide_kwargs": repr(
             [
                 (k, json_value(f"`guide_kwargs`: {k}", v))
                 for k, v in sorted(module.guide_kwargs.items())
             ]
         ),
-        "pictures": pictures.about(),
+        "pictures": pictures.fingerprint(),
         "size": list(pictures.size),
     }
 
 
-def about_run(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
+def run_fingerprint(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
     """What a run that goes on must have in common with the one that was killed, but for maps."""
     decoder, crf = module.decoder, module.crf
     return {

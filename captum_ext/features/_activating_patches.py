@@ -73,7 +73,7 @@ class ActivatingPatches:
         """
         parts = (self, *others)
         for other in others:
-            changed = describe_changes(self._about(), other._about())
+            changed = describe_changes(self._fingerprint(), other._fingerprint())
             if changed:
                 raise ValueError(f"`others` are of another run: {changed}.")
         places = [set(part.places.flatten().tolist()) for part in parts]
@@ -97,7 +97,7 @@ class ActivatingPatches:
             unread=sum((part.unread for part in parts), ()),
         )
 
-    def _about(self) -> dict[str, Any]:
+    def _fingerprint(self) -> dict[str, Any]:
         names = ("layer", "units", "size", "n", "field", "reason")
         return {name: getattr(self, name) for name in names}
 

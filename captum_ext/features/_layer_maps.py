@@ -85,10 +85,10 @@ class LayerMaps:
             )
         return maps
 
-    def about(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """How a run that goes on knows that it is the same; not the model's weights."""
         return {
             "layer": self.name,
-            "normalize": self.normalize.about(),
+            "normalize": self.normalize.to_lists(),
             "reshape_transform": versioned_name("`reshape_transform`", self.reshape_transform),
         }

@@ -16,21 +16,26 @@ from captum_ext.features._top_activations import TopActivations
 class Store:
     """The file of a run, and what it must be the same in."""
 
-    def __init__(self, path: Path, about: dict[str, Any], every: int) -> None:
-        self.path, self.about, self.every = path, about, every
+    def __init__(self, path: Path, fingerprint: dict[str, Any], every: int) -> None:
+        self.path, self.fingerprint, self.every = path, fingerprint, every
         self.saved: dict[str, Any] | None = None
         if not path.exists():
             return
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            found = saved["about"]
+            found = saved["fingerprint"]
         except Exception as error:  # torch has many kinds of them for what it did not write
             raise ValueError(f"`checkpoint` {path} is no checkpoint of patches.") from error
-        check_same_run(f"`checkpoint` {path} is of another run", found, about, "file")
+        check_same_run(f"`checkpoint` {path} is of another run", found, fingerprint, "file")
         self.saved = saved
 
     def write(self, top: TopActivations, done: int, unread: list[int]) -> None:
-        content = {"about": self.about, "top": top.state_dict(), "done": done, "unread": unread}
+        content = {
+            "fingerprint": self.fingerprint,
+            "top": top.state_dict(),
+            "done": done,
+            "unread": unread,
+        }
         with atomic_write(self.path) as unfinished:
             torch.save(content, unfinished)
 

@@ -140,7 +140,8 @@ def maximally_activating_patches(
     store = None
     if checkpoint is not None:
         run = {
-            "model": model_digest(forward_func), **maps.about(), "data": pictures.about(),
+            "model": model_digest(forward_func), **maps.fingerprint(),
+            "data": pictures.fingerprint(),
             "n": n, "per_image": per_image, "units": None if chosen is None else list(chosen),
             "size": list(pictures.size), "shard": list(shard),
         }  # fmt: skip

@@ -105,7 +105,7 @@ class PerceptionDecoder(nn.Module):
         with preserve_state(encoder.forward_func):
             channels, stride = stride_of(encoder, images)
         decoder = cls(channels, stride, widths, convolutions, colors=encoder.channels)
-        decoder.made_for = encoder.about()
+        decoder.made_for = encoder.fingerprint()
         return decoder
 
     def check_encoder(self, encoder: LayerEncoder) -> None:
@@ -117,7 +117,7 @@ class PerceptionDecoder(nn.Module):
         """
         if not isinstance(encoder, LayerEncoder):
             raise TypeError(f"`encoder` must be a LayerEncoder, got {type(encoder)}.")
-        found = encoder.about()
+        found = encoder.fingerprint()
         shared = {k: v for k, v in found.items() if k in self.made_for}
         changed = describe_changes(self.made_for, shared)
         if changed:
@@ -166,7 +166,7 @@ class PerceptionDecoder(nn.Module):
             widths=self.widths,
             convolutions=self.convolutions,
             colors=self.colors,
-            encoder=encoder.about(),
+            encoder=encoder.fingerprint(),
         )
 
     @classmethod

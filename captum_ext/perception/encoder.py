@@ -78,13 +78,13 @@ class LayerEncoder:
         """Of the layer."""
         return module_name(self.forward_func, self.layer).strip("`")
 
-    def about(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """By what a decoder knows the encoder that it was made for, without the weights' values."""
         shapes = [(k, tuple(v.shape)) for k, v in self.root.state_dict().items() if is_tensor(v)]
         return {
             "architecture": digest(shapes),
             "layer": self.name,
-            "normalize": self.normalize.about(),
+            "normalize": self.normalize.to_lists(),
             "reshape_transform": versioned_name("`reshape_transform`", self.reshape_transform),
         }
 

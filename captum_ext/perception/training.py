@@ -162,20 +162,20 @@ def fit_perception(
         decoder = PerceptionDecoder.reading(encoder, blank, widths, convolutions).to(device)
         module = PerceptionModule(encoder, decoder, **options)
         if checkpoints is not None:
-            module.settings = _about(module, pictures, batch_size, seed)
+            module.settings = _fingerprint(module, pictures, batch_size, seed)
         run.fit(module, pictures)
     return decoder.to(device).eval()
 
 
-def _about(
+def _fingerprint(
     module: PerceptionModule, pictures: Pictures, batch_size: int, seed: int
 ) -> dict[str, Any]:
     """What a run that goes on must have in common with the one that was killed."""
     encoder, decoder = module.encoder, module.decoder
     return {
         "classifier": model_digest(encoder.root),
-        **encoder.about(),
-        "pictures": pictures.about(),
+        **encoder.fingerprint(),
+        "pictures": pictures.fingerprint(),
         "size": list(pictures.size),
         "channels": decoder.channels,
         "stride": decoder.stride,

@@ -456,7 +456,7 @@ def test_training_takes_folders(cub, wsol, voc):
         pictures = Pictures(data, (30, 40))
         assert pictures[1].label == data.target(1)
         assert pictures.name(1) == data.samples[1][0]
-        assert pictures.about() == Pictures(data, (30, 40)).about()
+        assert pictures.fingerprint() == Pictures(data, (30, 40)).fingerprint()
 
 
 def test_pictures_of_layouts_that_do_not_decode_are_named(cub, monkeypatch):
