@@ -17,7 +17,7 @@ from torch.nn import Module
 from torch.utils.data import DataLoader, Sampler
 
 from captum_ext._checks import check_count, check_seed
-from captum_ext._data.pictures import Pictures
+from captum_ext._data.pictures import PictureDataset
 from captum_ext._engine.state import eval_mode, preserve_state, seeded_random
 from captum_ext._identity import check_same_run, derive_seed
 
@@ -126,7 +126,7 @@ class Fit:
             kept.callback(classifier.to, device)
             yield device
 
-    def fit(self, module: DecoderModule, pictures: Pictures, validation: Any = None) -> None:
+    def fit(self, module: DecoderModule, pictures: PictureDataset, validation: Any = None) -> None:
         """Train the decoder, from the last checkpoint on if there is one.
 
         Args:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from captum.attr import Attribution
 
 from captum_ext._checks import check_choice, check_count, check_seed, warn
-from captum_ext._data.pixels import IMAGENET, mean_and_std
+from captum_ext._data.pixels import IMAGENET_MEAN_STD, mean_and_std
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.state import preserve_state
 from captum_ext._identity import json_value, model_digest, versioned_name
@@ -42,7 +42,7 @@ def evaluate(
     *,
     output: str | Path,
     size: int | tuple[int, int] | None = None,
-    normalize: Any = IMAGENET,
+    normalize: Any = IMAGENET_MEAN_STD,
     target: Target = "label",
     batch_size: int = 16,
     seed: int = 0,

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captum_ext._compat import _run_forward
-from captum_ext._data.files import is_the_machines
+from captum_ext._data.files import is_resource_error
 from captum_ext._engine.state import preserve_state, seeded_random
 from captum_ext._identity import derive_seed, digest
 from captum_ext.evaluation.examples import Blocks, Failure, Prepared, reason
@@ -94,14 +94,14 @@ def _unit(
         try:
             found = _explained(work, method, group, seconds)
         except Exception as error:
-            if is_the_machines(error):
+            if is_resource_error(error):
                 raise
             found = []
             for example in group:
                 try:
                     found += _explained(work, method, [example], seconds)
                 except Exception as own:
-                    if is_the_machines(own):
+                    if is_resource_error(own):
                         raise
                     found.append(_row(method, example) | {"failure": reason(own)})
         rows |= {row["index"]: row for row in found}

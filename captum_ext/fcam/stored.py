@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from captum_ext._data.pictures import Pictures
+from captum_ext._data.pictures import PictureDataset
 from captum_ext._identity import (
     atomic_write,
     check_same_run,
@@ -30,7 +30,7 @@ SHARD = 512  # stored maps in a file
 
 def cached_maps(
     module: "FCAMModule",
-    pictures: Pictures,
+    pictures: PictureDataset,
     fingerprint: dict[str, Any],
     folder: Path,
     batch_size: int,
@@ -77,7 +77,7 @@ def cached_maps(
     return torch.cat(shards)
 
 
-def maps_fingerprint(module: "FCAMModule", pictures: Pictures) -> dict[str, Any]:
+def maps_fingerprint(module: "FCAMModule", pictures: PictureDataset) -> dict[str, Any]:
     """What the guide's maps depend on, as far as it can be known."""
     return {
         "classifier": model_digest(module.classifier),

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from captum_ext._checks import check_size
-from captum_ext._data.pixels import IMAGENET, Normalize
+from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module, parameter_dtype
 from captum_ext._engine.state import eval_mode, seeded_random
@@ -76,7 +76,7 @@ class FCAMModule(DecoderModule):
         guide: Attribution,
         size: tuple[int, int],
         *,
-        normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET,
+        normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET_MEAN_STD,
         flip: bool = True,
         seeds: SeedSampler | None = None,
         crf: Module | None = None,
@@ -128,7 +128,7 @@ class FCAMModule(DecoderModule):
         return self.normalize(pixels / 255).to(parameter_dtype(self.classifier))
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch of `Item`."""
+        """The loss of a batch of `PictureItem`."""
         seed = derive_seed(self.seed, self.current_epoch, self.global_rank, batch_idx)
         with seeded_random(self.device, seed), eval_mode(self.classifier):
             return self._loss(batch, batch_idx, Generator(self.device).manual_seed(seed))

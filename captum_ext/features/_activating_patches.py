@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from captum_ext._data.pictures import Pictures
+from captum_ext._data.pictures import PictureDataset
 from captum_ext._engine.receptive_field import Field
 from captum_ext._identity import describe_changes
 from captum_ext.features._fields import field_boxes
@@ -174,7 +174,7 @@ class ActivatingPatches:
     def _pictures(self, data: Any, unit: int) -> Iterator[tuple[Tensor, Tensor]]:
         """A unit's pictures at their own size, (3, h, w), and its box in each."""
         row = self.row(unit)
-        pictures, (height, width) = Pictures(data, self.size), self.size
+        pictures, (height, width) = PictureDataset(data, self.size), self.size
         for place, box in zip(self.places[row].tolist(), self.boxes[row], strict=True):
             found = pictures.read(place) if place < len(pictures) else None
             if found is None:

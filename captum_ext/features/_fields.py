@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from captum_ext._data.pictures import Pictures
+from captum_ext._data.pictures import PictureDataset
 from captum_ext._engine.receptive_field import Field
 from captum_ext.features._layer_maps import LayerMaps
 
@@ -79,7 +79,7 @@ def energy_boxes(energy: Tensor, share: float) -> Tensor:
 
 def effective_boxes(
     maps: LayerMaps,
-    pictures: Pictures,
+    pictures: PictureDataset,
     channels: Sequence[int],
     places: Tensor,
     positions: Tensor,

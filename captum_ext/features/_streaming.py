@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from captum_ext._data.pictures import Pictures
+from captum_ext._data.pictures import PictureDataset
 from captum_ext._identity import atomic_write, check_same_run
 from captum_ext.features._layer_maps import LayerMaps
 from captum_ext.features._top_activations import TopActivations
@@ -42,7 +42,7 @@ class Store:
 
 def streamed(
     maps: LayerMaps,
-    pictures: Pictures,
+    pictures: PictureDataset,
     shard: range,
     units: tuple[int, ...] | None,
     top: TopActivations,

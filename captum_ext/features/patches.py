@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from captum_ext._checks import check_choice, check_count, check_range
-from captum_ext._data.pictures import Pictures
-from captum_ext._data.pixels import IMAGENET
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward
 from captum_ext._engine.receptive_field import Field, receptive_field
@@ -34,7 +34,7 @@ def maximally_activating_patches(
     units: Sequence[int] | None = None,
     per_image: int = 1,
     size: int | tuple[int, int] = 224,
-    normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET,
+    normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET_MEAN_STD,
     receptive_field: str = "analytic",
     energy: float = 0.95,
     reshape_transform: ReshapeTransform | None = None,
@@ -129,7 +129,7 @@ def maximally_activating_patches(
     check_choice("receptive_field", receptive_field, RECEPTIVE_FIELDS)
     check_range("energy", energy, 0, 1)
     chosen = None if units is None else _checked_units(units)
-    pictures = Pictures(data, height_width("size", size), has_labels=False)
+    pictures = PictureDataset(data, height_width("size", size), has_labels=False)
     places = _checked_shard(shard, len(pictures))
     maps = LayerMaps(forward_func, layer, normalize, reshape_transform)
     if receptive_field == "effective" and torch.is_inference_mode_enabled():

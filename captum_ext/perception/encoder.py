@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, is_tensor
 from torch.nn import Module
 
-from captum_ext._data.pixels import IMAGENET, Normalize
+from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._engine.modules import (
     Forward,
     find_module,
@@ -60,7 +60,7 @@ class LayerEncoder:
         forward_func: Forward,
         layer: Module | str,
         *,
-        normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET,
+        normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET_MEAN_STD,
         reshape_transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.forward_func, self.root = forward_func, require_module(forward_func)
