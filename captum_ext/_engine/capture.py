@@ -21,7 +21,7 @@ from captum_ext._compat import (
 from captum_ext._engine.channels import Dims, LayerTracer, check_channels_first
 from captum_ext._engine.hooks import intercepted
 from captum_ext._engine.modules import Forward, Tensors, module_name, owner_module, root_module
-from captum_ext._engine.outputs import check_one_score_each
+from captum_ext._engine.outputs import check_one_score_per_example
 
 
 class ReachedError(BaseException):
@@ -121,7 +121,7 @@ class LayerCapture:
                 score = self.first_run(start_graph, copies(inputs), target, additional_forward_args)
             if score.requires_grad:
                 break
-        check_one_score_each(score)
+        check_one_score_per_example(score)
         devices = self.devices()
         if keeps_graph and all(len(on) == 1 for on in devices):
             # The leaves themselves: a copy would not lie on the gradients' way.

@@ -25,7 +25,7 @@ def check_score(score: Score) -> None:
         raise ValueError(f"`score` must be one of {SCORES} or a callable, got {score!r}.")
 
 
-def score_of(output: Tensor, score: Score) -> Tensor:
+def compute_scores(output: Tensor, score: Score) -> Tensor:
     """The scores of a model's output, in float32 or better.
 
     Args:
@@ -48,12 +48,12 @@ def score_of(output: Tensor, score: Score) -> Tensor:
     return output.sigmoid() if score == "sigmoid" else output
 
 
-def scored(forward_func: Forward, score: Score) -> Forward:
-    """`forward_func` with its output turned into scores; see `score_of`."""
+def scoring_forward(forward_func: Forward, score: Score) -> Forward:
+    """`forward_func` with its output turned into scores; see `compute_scores`."""
     check_score(score)
 
     def forward(*args: Any) -> Tensor:
-        return score_of(forward_func(*args), score)
+        return compute_scores(forward_func(*args), score)
 
     forward.__wrapped__ = forward_func  # type: ignore[attr-defined]
     return forward
@@ -67,14 +67,14 @@ def _check_several_classes(output: Tensor) -> None:
         )
 
 
-def check_one_score_each(score: Tensor) -> None:
+def check_one_score_per_example(score: Tensor) -> None:
     """Raise the error that Captum raises where `target` leaves several numbers for one example."""
     assert score.dim() == 0 or score[0].numel() == 1, (
         "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
     )
 
 
-def check_output(output: Any, n: int, argument: str = "forward_func") -> None:
+def check_model_output(output: Any, n: int, argument: str = "forward_func") -> None:
     """Raise an error unless the output of `argument` holds floats for each of `n` examples."""
     if not isinstance(output, Tensor) or not output.is_floating_point():
         shown = output.dtype if isinstance(output, Tensor) else type(output)
@@ -85,14 +85,14 @@ def check_output(output: Any, n: int, argument: str = "forward_func") -> None:
         )
 
 
-def log_scores(output: Tensor, score: Score) -> Tensor:
+def compute_log_scores(output: Tensor, score: Score) -> Tensor:
     """The logarithms of the scores of an output, in float32 or better; -inf for what is below 0."""
     if score == "sigmoid":
         return F.logsigmoid(full_precision(output))
     if score == "softmax":
         _check_several_classes(output)
         return full_precision(output).log_softmax(1)
-    return score_of(output, score).clamp(min=0).log()
+    return compute_scores(output, score).clamp(min=0).log()
 
 
 # --- arguments that follow their examples --------------------------------------------------------
@@ -122,18 +122,18 @@ class ExampleArguments:
         device: torch.device | None = None,
     ) -> None:
         self.n_examples = n_examples
-        self.target = one_target_each(target, n_examples, device)
+        self.target = target_per_example(target, n_examples, device)
         extra = _format_additional_forward_args(additional_forward_args) or ()
-        self.extra = tuple(outside_inference_mode(value) for value in extra)
+        self.extra = tuple(as_normal_tensor(value) for value in extra)
 
-    def target_of(self, examples: Tensor) -> TargetType:
+    def targets_for(self, examples: Tensor) -> TargetType:
         """The target of each of m entries, which are made of `examples` (m,)."""
         target: Any = self.target
         if isinstance(target, Tensor):
             return target[examples.to(target.device)]
         return [target[i] for i in examples.tolist()] if isinstance(target, list) else target
 
-    def extra_of(self, examples: Tensor) -> tuple[Any, ...]:
+    def extra_args_for(self, examples: Tensor) -> tuple[Any, ...]:
         """The additional arguments, likewise."""
 
         def entries(value: Any) -> Any:
@@ -152,7 +152,7 @@ class Scorer(ExampleArguments):
         n_examples: see `ExampleArguments`, as for the next two.
         target: in any of Captum's forms.
         additional_forward_args: as in Captum.
-        score: see `scored`.
+        score: see `scoring_forward`.
         device: of the inputs.
         argument: the name of `forward_func` in errors.
 
@@ -182,27 +182,27 @@ class Scorer(ExampleArguments):
             inputs: the model's inputs, m entries each.
             examples: (m,), int64: the example of each entry.
         """
-        output = self.forward_func(*inputs, *self.extra_of(examples))
-        check_output(output, len(examples), self.argument)
+        output = self.forward_func(*inputs, *self.extra_args_for(examples))
+        check_model_output(output, len(examples), self.argument)
         checked: Tensor = output
         return checked
 
     def __call__(self, inputs: Tensors, examples: Tensor) -> Tensor:
         """The scores (m,), in float32 or better; see `outputs`."""
         output = self.outputs(inputs, examples)
-        return select_scores(score_of(output, self.score), self.target_of(examples))
+        return select_target(compute_scores(output, self.score), self.targets_for(examples))
 
 
-def select_scores(scores: Tensor, target: TargetType) -> Tensor:
+def select_target(scores: Tensor, target: TargetType) -> Tensor:
     """What `target` selects of the scores (m, ...), one number for each entry: (m,)."""
     if isinstance(target, Tensor):
         target = target.to(scores.device)
     selected: Tensor = _select_targets(scores, target)
-    check_one_score_each(selected)
+    check_one_score_per_example(selected)
     return selected.reshape(-1)
 
 
-def one_target_each(target: TargetType, n: int, device: torch.device | None = None) -> Any:
+def target_per_example(target: TargetType, n: int, device: torch.device | None = None) -> Any:
     """The target as None, an int, a tuple, a tensor (n,) on the device or a list of n tuples."""
     if isinstance(target, list):
         assert len(target) == n, f"Target list length {len(target)} is not that of inputs, {n}."
@@ -216,7 +216,7 @@ def one_target_each(target: TargetType, n: int, device: torch.device | None = No
     return target
 
 
-def outside_inference_mode(value: Any) -> Any:
+def as_normal_tensor(value: Any) -> Any:
     """`value`, or a copy of a tensor that inference mode made: no graph may hold that one."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
@@ -229,6 +229,6 @@ def default_batch_size(device: torch.device) -> int:
     return 16 if device.type == "cpu" else 64
 
 
-def even_size(count: int, most: int) -> int:
+def even_chunk_size(count: int, most: int) -> int:
     """The size of as few chunks of at most `most` as there can be, about equal."""
     return math.ceil(count / math.ceil(count / max(most, 1)))

@@ -15,7 +15,7 @@ from captum_ext._compat import TargetType
 from captum_ext._engine.capture import LayerCapture, ReachedError, copies
 from captum_ext._engine.hooks import Mode, entered
 from captum_ext._engine.modules import Forward, Tensors, module_name
-from captum_ext._engine.outputs import check_one_score_each
+from captum_ext._engine.outputs import check_one_score_per_example
 
 # --- up to a layer -------------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class LayerReplay:
                 self.tape = Tape((self.taped_inputs, additional_forward_args))
             score = self._run(self.capture.first_run, keep)
             self.activations: Tensors = self.capture.gathered()[0]
-            check_one_score_each(score)
+            check_one_score_per_example(score)
             self.score: Tensor = score.reshape(-1)
             if self.tape is not None:
                 self._rehearse(self.tape)

@@ -14,7 +14,7 @@ from captum_ext._compat import (
     with_progress,
 )
 from captum_ext._engine.modules import Forward, Tensors
-from captum_ext._engine.outputs import Score, scored
+from captum_ext._engine.outputs import Score, scoring_forward
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.replay import LayerReplay
 from captum_ext._engine.state import preserve_state
@@ -69,7 +69,7 @@ class LayerAblationCam(LayerMap[LayerOrList], PerturbationAttribution):
         score: Score = "logit",
         divide_by_score: bool = True,
     ) -> None:
-        scored(forward_func, score)
+        scoring_forward(forward_func, score)
         super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
         self.score, self.divide_by_score = score, divide_by_score
 
@@ -115,7 +115,7 @@ class LayerAblationCam(LayerMap[LayerOrList], PerturbationAttribution):
         with preserve_state(self.forward_func), torch.no_grad():
             for layer in self.layers:
                 behind = LayerReplay(
-                    scored(self.forward_func, self.score),
+                    scoring_forward(self.forward_func, self.score),
                     layer,
                     inputs,
                     target,

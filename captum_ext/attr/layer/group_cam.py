@@ -15,7 +15,7 @@ from captum_ext._compat import (
     log_usage,
 )
 from captum_ext._engine.modules import Forward, Tensors
-from captum_ext._engine.outputs import Score, scored
+from captum_ext._engine.outputs import Score, scoring_forward
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
@@ -82,7 +82,7 @@ class LayerGroupCam(MaskingCam[LayerOrList]):
                 f"`groups` must be the number of groups, or a vector of integers from 0, the group "
                 f"of each channel; got {groups.dtype} of shape {tuple(groups.shape)}."
             )
-        scored(forward_func, score)
+        scoring_forward(forward_func, score)
         super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
         self.groups, self.score = groups, score
 

@@ -13,7 +13,7 @@ from captum_ext._compat import (
     log_usage,
 )
 from captum_ext._engine.modules import Forward, Tensors
-from captum_ext._engine.outputs import Score, scored
+from captum_ext._engine.outputs import Score, scoring_forward
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
@@ -81,7 +81,7 @@ class LayerScoreCam(MaskingCam[LayerOrList]):
     ) -> None:
         if weighting not in _WEIGHTINGS:
             raise ValueError(f"`weighting` must be one of {_WEIGHTINGS}, got {weighting!r}.")
-        scored(forward_func, score)
+        scoring_forward(forward_func, score)
         super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
         self.score, self.weighting = score, weighting
 

@@ -111,8 +111,8 @@ class LayerSmoothGradCamPlusPlus(GradientCam[LayerOrList]):
             rows = every.repeat(n)
             _, gradients = super()._gradients(
                 tuple(self._noisy(x, n) for x in examples),
-                arguments.target_of(rows),
-                arguments.extra_of(rows),
+                arguments.targets_for(rows),
+                arguments.extra_args_for(rows),
                 at_input,
                 grad_kwargs,
             )

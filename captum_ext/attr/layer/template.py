@@ -26,7 +26,7 @@ from captum_ext._compat import (
 )
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import Forward, Tensors, find_module
-from captum_ext._engine.outputs import check_one_score_each
+from captum_ext._engine.outputs import check_one_score_per_example
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
@@ -106,7 +106,7 @@ class LayerMap(LayerAttribution, Generic[LayerOrList]):
         capture = LayerCapture(self.forward_func, self.layers, **self._capture_options(at_input))
         activations, score = capture.activations(inputs, target, additional_forward_args)
         capture.check_channels(inputs, additional_forward_args)
-        check_one_score_each(score)
+        check_one_score_per_example(score)
         return self._on_grid(activations), score
 
     def _gradients(
