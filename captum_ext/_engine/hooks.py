@@ -1,11 +1,11 @@
 """Call functions at modules, in one thread and inside one block.
 
-    with hooked([layer], after=keep) as acting, acting:
+    with hooked([layer], after=keep) as lock, lock:
         model(x)
 
 An interrupt (Ctrl-C) may come between any two steps of Python: after a hook is registered and
 before its handle is noted, say. Such a hook stays behind, and must not act. So hooks look at a lock
-first. `acting` is that lock. `with acting` takes it once all hooks stand. It is given back in C,
+first. `lock` is that lock. `with lock` takes it once all hooks stand. It is given back in C,
 hence at once, however the block is left. Torch function modes of ours do the same.
 """
 
@@ -29,22 +29,22 @@ class _Block:
 
     def __init__(self, every_thread: bool) -> None:
         self.thread = None if every_thread else threading.get_ident()
-        self.acting = threading.Lock()
+        self.lock = threading.Lock()
 
     def __bool__(self) -> bool:
-        return self.acting.locked() and self.thread in (None, threading.get_ident())
+        return self.lock.locked() and self.thread in (None, threading.get_ident())
 
 
-class Mode(TorchFunctionMode):
+class LockedFunctionMode(TorchFunctionMode):
     """A torch function mode that acts while a lock is held; else functions run as they are."""
 
-    def __init__(self, acting: "threading.Lock | None" = None) -> None:
+    def __init__(self, lock: "threading.Lock | None" = None) -> None:
         super().__init__()
-        self.acting = threading.Lock() if acting is None else acting
+        self.lock = threading.Lock() if lock is None else lock
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        return self.call(func, args, kwargs) if self.acting.locked() else func(*args, **kwargs)
+        return self.call(func, args, kwargs) if self.lock.locked() else func(*args, **kwargs)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run a function of torch."""
@@ -57,7 +57,7 @@ class Mode(TorchFunctionMode):
 
 
 @contextmanager
-def modes_restored() -> Iterator[None]:
+def preserve_modes() -> Iterator[None]:
     """Take off the stack, at the end, the modes that were put on it and not taken off."""
     depth = torch._C._len_torch_function_stack()
     try:
@@ -68,11 +68,11 @@ def modes_restored() -> Iterator[None]:
 
 
 @contextmanager
-def entered(mode: Mode) -> Iterator[threading.Lock]:
+def enter_mode(mode: LockedFunctionMode) -> Iterator[threading.Lock]:
     """Enter a mode, which acts while the lock that this gives is held."""
-    with modes_restored():
+    with preserve_modes():
         mode.__enter__()  # type: ignore[no-untyped-call]
-        yield mode.acting
+        yield mode.lock
 
 
 @contextmanager
@@ -112,11 +112,11 @@ def hooked(
                 handles.callback(handle.remove)
             if after is not None:
                 handles.callback(module.register_forward_hook(call_after).remove)
-        yield block.acting
+        yield block.lock
 
 
 @contextmanager
-def hooked_everywhere(before: Callable[[Module], None]) -> Iterator[threading.Lock]:
+def hooked_globally(before: Callable[[Module], None]) -> Iterator[threading.Lock]:
     """As `hooked`, for every module that runs: `before(module)` is called in front of it."""
     block = _Block(every_thread=False)
 
@@ -126,11 +126,11 @@ def hooked_everywhere(before: Callable[[Module], None]) -> Iterator[threading.Lo
 
     with ExitStack() as handles:
         handles.callback(register_module_forward_pre_hook(call_before).remove)
-        yield block.acting
+        yield block.lock
 
 
 @contextmanager
-def intercepted(
+def edit_layers(
     layers: Sequence[Module],
     edit: Callable[[int, Tensors], Tensors],
     *,
@@ -174,5 +174,5 @@ def intercepted(
         return edit_tree(index, output)
 
     hooks: Any = {"before": before} if at_input else {"after": after}
-    with hooked(layers, every_thread=every_thread, **hooks) as acting:
-        yield acting
+    with hooked(layers, every_thread=every_thread, **hooks) as lock:
+        yield lock

@@ -11,18 +11,18 @@ from torch.jit import ScriptModule
 from torch.nn import Module
 
 from captum_ext._checks import warn
-from captum_ext._engine.hooks import hooked_everywhere
+from captum_ext._engine.hooks import hooked_globally
 from captum_ext._engine.modules import Forward, root_module
 
 
-class _Buffers:
+class _BufferSnapshot:
     """The buffers of a module as they are now."""
 
     def __init__(self, module: Module) -> None:
         self.module, self.named = module, dict(module._buffers)
         self.values = {n: b.detach().clone() for n, b in self.named.items() if b is not None}
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         if not isinstance(self.module, ScriptModule):  # whose names are fixed
             for name in self.module._buffers.keys() - self.named.keys():
                 del self.module._buffers[name]
@@ -38,17 +38,17 @@ class _Buffers:
                         raise
 
 
-class _Call:
+class _PreservingCall:
     """One call that keeps buffers."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
 
 
-_keeping = threading.Lock()
+_buffers_lock = threading.Lock()
 # By module: its buffers before any call that is under way, and these calls, as long as they live:
 # an interrupt may keep one from letting go.
-_kept: dict[int, tuple[_Buffers, WeakSet[_Call]]] = {}
+_buffers_of_modules: dict[int, tuple[_BufferSnapshot, WeakSet[_PreservingCall]]] = {}
 
 
 @contextmanager
@@ -59,8 +59,8 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
     plain function, whose modules are not known, they are found while they run. Where several
     threads explain one model, the last that goes puts back what the first found.
     """
-    call, had_gradients = _Call(), torch.is_grad_enabled()
-    mine: dict[int, _Buffers | None] = {}  # None: another thread was here before
+    call, had_gradients = _PreservingCall(), torch.is_grad_enabled()
+    mine: dict[int, _BufferSnapshot | None] = {}  # None: another thread was here before
     warned = False
 
     def keep(module: Module) -> None:
@@ -75,22 +75,22 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
                 f"predicts in use."
             )
         if module.training or not type(module).__module__.startswith("torch.nn."):
-            with _keeping:
-                first, calls = _kept.get(id(module), (None, WeakSet()))
+            with _buffers_lock:
+                first, calls = _buffers_of_modules.get(id(module), (None, WeakSet()))
                 now = None
                 if all(other.thread == call.thread for other in calls):
-                    now = _Buffers(module)
+                    now = _BufferSnapshot(module)
                 # First what lets go of it, for an interrupt may come in between.
                 mine[id(module)] = now
                 if first is None or not calls:
-                    first = now or _Buffers(module)
-                _kept[id(module)] = (first, calls)
+                    first = now or _BufferSnapshot(module)
+                _buffers_of_modules[id(module)] = (first, calls)
                 calls.add(call)
 
     root = root_module(forward_func)
     try:
         if root is None:
-            with hooked_everywhere(keep) as acting, acting:
+            with hooked_globally(keep) as lock, lock:
                 yield
         else:
             for module in root.modules():
@@ -100,21 +100,21 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
         with ExitStack() as each:  # also where one of them raises
             each.callback(torch._C._set_grad_enabled, had_gradients)  # an interrupt may lose it
             for key, own in mine.items():
-                each.callback(_let_go, key, call, own)
+                each.callback(_release, key, call, own)
 
 
-def _let_go(key: int, call: _Call, own: _Buffers | None) -> None:
-    with _keeping:
-        if key not in _kept:
+def _release(key: int, call: _PreservingCall, own: _BufferSnapshot | None) -> None:
+    with _buffers_lock:
+        if key not in _buffers_of_modules:
             return
-        first, calls = _kept[key]
+        first, calls = _buffers_of_modules[key]
         calls.discard(call)
         if calls:
             if own is not None and all(other.thread == call.thread for other in calls):
-                own.put_back()
+                own.restore()
         else:
-            del _kept[key]
-            first.put_back()
+            del _buffers_of_modules[key]
+            first.restore()
 
 
 def _depends_on_mode(module: Module) -> bool:

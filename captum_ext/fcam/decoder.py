@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from captum_ext._checks import check_count
 from captum_ext._compat import _run_forward
-from captum_ext._engine.capture import LayerCapture, copies
+from captum_ext._engine.capture import LayerCapture, clone_tensors
 from captum_ext._engine.hooks import hooked
 from captum_ext._engine.modules import Forward, find_module, require_module
 from captum_ext._engine.state import preserve_state
@@ -199,8 +199,8 @@ def find_taps(classifier: Forward, images: Tensor) -> list[str]:
         if size is not None and not isinstance(modules[index], _POOLS):
             ran.append((name, size))
 
-    with torch.no_grad(), preserve_state(classifier), hooked(modules, after=see) as acting, acting:
-        _run_forward(classifier, copies((images,)))
+    with torch.no_grad(), preserve_state(classifier), hooked(modules, after=see) as lock, lock:
+        _run_forward(classifier, clone_tensors((images,)))
 
     def in_other_block(name: str, size: tuple[int, int]) -> bool:
         """Whether a module around it, not just a sequence of modules, puts out another size."""

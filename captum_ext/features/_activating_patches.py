@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_ext._data.pictures import PictureDataset
-from captum_ext._engine.receptive_field import Field
+from captum_ext._engine.receptive_field import ReceptiveField
 from captum_ext._identity import describe_changes
 from captum_ext.features._fields import field_boxes
 
@@ -44,7 +44,7 @@ class ActivatingPatches:
     boxes: Tensor
     size: tuple[int, int]
     n: int
-    field: Field | None
+    field: ReceptiveField | None
     reason: str | None
     unread: tuple[str, ...]
 

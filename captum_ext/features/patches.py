@@ -13,7 +13,7 @@ from captum_ext._data.pictures import PictureDataset
 from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward
-from captum_ext._engine.receptive_field import Field, receptive_field
+from captum_ext._engine.receptive_field import ReceptiveField, receptive_field
 from captum_ext._engine.state import preserve_state
 from captum_ext._identity import model_digest
 from captum_ext.features._activating_patches import ActivatingPatches
@@ -173,7 +173,7 @@ def maximally_activating_patches(
     )  # fmt: skip
 
 
-def _field(maps: LayerMaps, image: Tensor) -> tuple[Field | None, str | None]:
+def _field(maps: LayerMaps, image: Tensor) -> tuple[ReceptiveField | None, str | None]:
     """The layer's receptive field; or None, and the reason for it."""
     transform = maps.reshape_transform
     try:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torchvision.models import densenet121, resnet18
 
 from captum_ext._checks import warn
-from captum_ext._engine.hooks import intercepted
+from captum_ext._engine.hooks import edit_layers
 from captum_ext._engine.modules import find_module, root_module
 from captum_ext._engine.outputs import scoring_forward
-from captum_ext._engine.state import _kept, preserve_state
+from captum_ext._engine.state import _buffers_of_modules, preserve_state
 from tests.captures import layer_activations, layer_gradients
 from tests.methods import small_net
 
@@ -343,7 +343,7 @@ def test_hooks_of_other_threads_are_passed_by() -> None:
 
     seen = []
     for at_input in (False, True):
-        with intercepted([net.conv2], ruin, at_input=at_input) as acting, acting:
+        with edit_layers([net.conv2], ruin, at_input=at_input) as lock, lock:
             thread = threading.Thread(target=lambda: seen.append(net(x)))
             thread.start()
             thread.join()
@@ -411,7 +411,7 @@ def test_nothing_is_held_when_the_warning_is_an_error() -> None:
         for forward in (net, lambda x: net(x)):
             with pytest.raises(UserWarning, match="train mode"), preserve_state(forward):
                 forward(torch.rand(2, 3))
-    assert not _kept
+    assert not _buffers_of_modules
     net.eval()
     with preserve_state(net):
         net(torch.rand(2, 3))
@@ -437,7 +437,7 @@ def test_the_last_thread_puts_back_what_the_first_found() -> None:
     leave.set()
     thread.join()
     assert net.calls == 0
-    assert not _kept
+    assert not _buffers_of_modules
 
 
 def test_a_warning_from_code_without_a_module() -> None:

@@ -343,7 +343,7 @@ class SESSWrapper(ImageWrapper):
             pictures = following.move(images, examples, places, False)
             if scores is None:
                 first_pass = _FirstOutput(pictures)
-                with hooked(heard, after=first_pass.keep) as acting, acting:
+                with hooked(heard, after=first_pass.keep) as lock, lock:
                     maps, is_map = self._maps(pictures.clone(), images, arguments, size)
                 output = first_pass.output
                 logs = self._log_scores(images, examples, places, following, detector, output)
