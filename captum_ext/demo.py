@@ -59,7 +59,7 @@ def load_image(path: str | Path | None = None) -> "Image":
         InputError: a file that is missing, no image, or of more than 50 megapixels (which is seen
             before it is decoded); None without scikit-image.
     """
-    from captum_ext._data.files import read_upright, unreadable
+    from captum_ext._data.files import read_upright, unreadable_message
 
     if path is None:
         from PIL import Image
@@ -68,7 +68,7 @@ def load_image(path: str | Path | None = None) -> "Image":
     try:
         return read_upright(path)
     except OSError as error:
-        said = str(error) if error.errno is None else unreadable(path, error)
+        said = str(error) if error.errno is None else unreadable_message(path, error)
         raise InputError(said) from error
 
 

@@ -214,18 +214,18 @@ def evaluate(options: Sequence[argparse.Action], given: argparse.Namespace) -> i
 
 def _told(found: "Summary", output: Path) -> int:
     """Print and write a summary; the exit code."""
-    from captum_ext._identity import whole_file
+    from captum_ext._identity import atomic_write
 
     failed = sum(found.failures.values())
     if failed:
         rows = failed + sum(found.images.values())
         say("note", f"{failed} of {rows} rows failed; their reasons are in {output}")
-    with whole_file(output / "summary.md") as unfinished:
+    with atomic_write(output / "summary.md") as unfinished:
         unfinished.write_bytes(found.markdown().encode())
-    with whole_file(output / "figure.png") as unfinished:
+    with atomic_write(output / "figure.png") as unfinished:
         found.figure().savefig(unfinished, format="png")
     if any(found.curves.values()):
-        with whole_file(output / "curves.png") as unfinished:
+        with atomic_write(output / "curves.png") as unfinished:
             found.curves_figure().savefig(unfinished, format="png")
     print(found.markdown())
     print(f"written to {output}")

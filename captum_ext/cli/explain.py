@@ -78,7 +78,7 @@ def explain(arguments: argparse.Namespace) -> None:
     at_layer = any(method.at_layer for method in methods)
     from captum_ext import demo
     from captum_ext._errors import InputError
-    from captum_ext._identity import whole_file
+    from captum_ext._identity import atomic_write
 
     if arguments.layer is not None and not at_layer:
         raise InputError(f"{methods[0].name} takes no --layer: it explains the whole model")
@@ -101,7 +101,7 @@ def explain(arguments: argparse.Namespace) -> None:
     for note in notes:
         say("note", note)
     figure = draw(loaded, image, explanations, probabilities, target, layer)
-    with whole_file(output) as unfinished:
+    with atomic_write(output) as unfinished:
         figure.savefig(unfinished, format="png")
     print(report(loaded, explanations, probabilities, target, layer))
     print(f"\nwritten to {output}")

@@ -15,7 +15,7 @@ from captum_ext._compat import (
     with_progress,
 )
 from captum_ext._engine.modules import Tensors
-from captum_ext._engine.outputs import Score, check_score, scored
+from captum_ext._engine.outputs import Score, check_score, scoring_forward
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.replay import LayerReplay
 from captum_ext._engine.state import preserve_state
@@ -116,7 +116,7 @@ class LayerAblationCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
         with preserve_state(self.forward_func), torch.no_grad():
             for layer in self.layers:
                 replay = LayerReplay(
-                    scored(self.forward_func, self.score),
+                    scoring_forward(self.forward_func, self.score),
                     layer,
                     inputs,
                     target,

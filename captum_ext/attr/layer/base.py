@@ -29,7 +29,7 @@ from captum_ext._compat import (
 )
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import Forward, Tensors, find_module, module_name
-from captum_ext._engine.outputs import check_one_score_each
+from captum_ext._engine.outputs import check_one_score_per_example
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
@@ -121,7 +121,7 @@ class BaseLayerCam(MethodInfo, LayerAttribution, Generic[LayerOrList]):
         capture = LayerCapture(self.forward_func, self.layers, **self._capture_options(at_input))
         activations, score = capture.activations(inputs, target, additional_forward_args)
         capture.check_channels(inputs, additional_forward_args)
-        check_one_score_each(score)
+        check_one_score_per_example(score)
         return self._channels_first(activations), score
 
     def _activations_and_gradients(

@@ -109,8 +109,8 @@ class LayerSmoothGradCamPlusPlus(BaseGradientCam[LayerOrList]):
             rows = every.repeat(n)
             _, gradients = super()._activations_and_gradients(
                 tuple(self._noisy(x, n) for x in examples),
-                arguments.target_of(rows),
-                arguments.extra_of(rows),
+                arguments.targets_for(rows),
+                arguments.extra_args_for(rows),
                 at_input,
                 grad_kwargs,
             )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import Module
 
-from captum_ext._engine.modules import Forward, root_module
+from captum_ext._engine.modules import Forward, require_module
 from captum_ext.attr.layer.reshape import channels_last_to_first, tokens_to_grid
 
 # Modules that tell a family, the layer to use ("*": the last child), and how to read it as a map.
@@ -67,9 +67,7 @@ def suggest_reshape_transform(model: Forward) -> Callable[[Tensor], Tensor] | No
 
 
 def _suggest(model: Forward) -> tuple[str, Callable[[Tensor], Tensor] | None]:
-    root = root_module(model)
-    if root is None:
-        raise ValueError(f"`model` must be a torch.nn.Module, got {model!r}.")
+    root = require_module(model, "model")
     names = dict(root.named_modules())
     for needed, layer, reshape_transform in _FAMILIES:
         if all(name in names for name in needed):
