@@ -16,6 +16,7 @@ from captum_ext.attr import (
     LayerCam,
     LayerClassActivationMap,
     LayerEigenCam,
+    LayerEigenGradCam,
     LayerGradCamPlusPlus,
     LayerGroupCam,
     LayerHiResCam,
@@ -236,6 +237,22 @@ def test_eigen_cam_is_the_first_singular_component() -> None:
                 ours = found[i].flatten()
                 assert (ours @ act[i].flatten(1).mean(0)).item() >= -1e-12
                 torch.testing.assert_close(ours.abs(), (s[0] * u[:, 0]).abs(), atol=1e-9, rtol=1e-7)
+
+
+def test_eigen_grad_cam_by_hand() -> None:
+    """G = gA = [[1, 4], [-12, -24]] has the Gram matrix G G^T = [[17, -108], [-108, 720]].
+
+    Its larger eigenvalue has the eigenvector v; the map v G is to correlate with [-11, -20].
+    """
+    eigenvalue = (737 + math.sqrt(703**2 + 4 * 108**2)) / 2
+    v = torch.tensor([-108, eigenvalue - 17], dtype=D) / math.hypot(108, eigenvalue - 17)
+    expected = v @ torch.tensor([[1, 4], [-12, -24]], dtype=D)
+    for scale in (1, -1):  # the other sign of the score is the other sign of the map
+        net = Head(lambda x, scale=scale: scale * quadratic(x))
+        result = LayerEigenGradCam(net, "layer").attribute(A, target=1)
+        torch.testing.assert_close(result.flatten(), scale * expected, rtol=1e-15, atol=0)
+    with pytest.raises(ValueError, match="not finite"):
+        LayerEigenGradCam(Head(quadratic), "layer").attribute(A / 0, target=1)
 
 
 def test_cam_by_hand_with_linear_and_convolutional_heads() -> None:
