@@ -11,7 +11,8 @@ from captum.attr import Attribution, NoiseTunnel
 
 import captum_ext.attr
 from captum_ext.attr import GradientCam, LayerCam, LayerMap
-from tests.methods import EVERY, small_net
+from tests.methods import EVERY
+from tests.networks import small_net
 
 PUBLIC = {name: getattr(captum_ext.attr, name) for name in captum_ext.attr.__all__}
 CLASSES = {
