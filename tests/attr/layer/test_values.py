@@ -27,20 +27,10 @@ from captum_ext.attr import (
     LayerXGradCam,
 )
 from captum_ext.imaging import blur, min_max, resize
-from tests.methods import GRADIENT, small_net, smooth
+from tests.methods import GRADIENT, smooth
+from tests.networks import FunctionsAroundLayer, small_net
 
 D = torch.float64
-
-
-class Head(nn.Module):
-    """The input itself is the activation; `score` of it is the output, one class a column."""
-
-    def __init__(self, score: Any) -> None:
-        super().__init__()
-        self.layer, self.score = nn.Identity(), score
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.score(self.layer(x))
 
 
 def quadratic(a: Tensor) -> Tensor:
@@ -69,7 +59,7 @@ A = torch.tensor([[[[1.0, 2.0]], [[4.0, 8.0]]]], dtype=D)
     ],
 )
 def test_gradient_cams_by_hand(method: Any, expected: list[float]) -> None:
-    found = method(Head(quadratic), "layer").attribute(A, target=1)
+    found = method(FunctionsAroundLayer(quadratic), "layer").attribute(A, target=1)
     torch.testing.assert_close(found, torch.tensor([[[expected]]], dtype=D), rtol=0, atol=1e-15)
 
 
@@ -88,7 +78,7 @@ def test_grad_cam_plus_plus_follows_the_papers_unreduced_equation() -> None:
 
 def test_smooth_grad_cam_plus_plus_by_hand() -> None:
     """Score sum a^2 / 2, so the gradient of a noisy copy is that copy itself."""
-    net = Head(lambda a: (a**2).sum((2, 3)) / 2)
+    net = FunctionsAroundLayer(lambda a: (a**2).sum((2, 3)) / 2)
     a = torch.tensor([[[[1.0, 3.0]]]], dtype=D)
     method = LayerSmoothGradCamPlusPlus(
         net, "layer", n_samples=4, stdev_spread=0.5, generator=torch.Generator().manual_seed(3)
@@ -131,7 +121,7 @@ def test_score_cam_by_hand() -> None:
     """Two channels at the size of the input, so masks are the min-maxed channels themselves."""
     x = torch.tensor([[[[0.0, 2.0], [4.0, 1.0]], [[3.0, 3.0], [0.0, 6.0]]]], dtype=D)
     weight = torch.tensor([1.0, -0.5], dtype=D)
-    net = Head(lambda a: (a * weight[:, None, None]).sum((1, 2, 3))[:, None])
+    net = FunctionsAroundLayer(lambda a: (a * weight[:, None, None]).sum((1, 2, 3))[:, None])
     masks = [x[:, 0] / 4, x[:, 1] / 6]
     scores = torch.stack([net(x * m[:, None])[0, 0] for m in masks])
     for weighting, weights in {
@@ -343,7 +333,7 @@ def test_xgrad_conserves_and_equals_the_score_of_a_homogeneous_head() -> None:
 def test_signs_of_the_gradient() -> None:
     a = torch.rand(2, 3, 4, 4, dtype=D)
     for sign in (1, -1):
-        net = Head(lambda y, s=sign: s * (y**2).sum((2, 3)))
+        net = FunctionsAroundLayer(lambda y, s=sign: s * (y**2).sum((2, 3)))
         sharpen, layer_cam, plus = (
             m(net, "layer").attribute(a, target=0)
             for m in (LayerSharpenFocus, LayerCam, LayerGradCamPlusPlus)
@@ -364,7 +354,7 @@ def test_single_cells() -> None:
 
 
 def test_score_cam_of_a_constant_model_weighs_all_channels_alike() -> None:
-    net = Head(lambda a: 0 * a.sum((2, 3)) + 0.3)
+    net = FunctionsAroundLayer(lambda a: 0 * a.sum((2, 3)) + 0.3)
     a = torch.randn(1, 5, 6, 6, dtype=D)
     found = LayerScoreCam(net, "layer").attribute(a, target=0)
     torch.testing.assert_close(found, a.mean(1, keepdim=True))
@@ -413,6 +403,7 @@ def test_masks_and_weights_stay_in_their_ranges(
         assert (flat.amax(2) == 1).all()
         assert (flat.amin(2) == 0).all()
     g, act = torch.randn_like(a).abs(), a.abs()
-    alpha = LayerGradCamPlusPlus(Head(quadratic), "layer").weights(act, g) / math.prod(a.shape[2:])
+    method = LayerGradCamPlusPlus(FunctionsAroundLayer(quadratic), "layer")
+    alpha = method.weights(act, g) / math.prod(a.shape[2:])
     assert (alpha >= 0).all()
     assert (alpha <= g.flatten(2).mean(2).reshape(alpha.shape) / 2 + 1e-12).all()
