@@ -27,6 +27,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_ext._engine.modules import Tensors
 
+LayerEdit = Callable[[int, Tensors], Tensors]  # the layer's index, its tensors -> new tensors
+
 
 class _HookScope:
     """The thread and the block of code in which hooks act."""
@@ -148,7 +150,7 @@ def hooked_globally(before: Callable[[Module], None]) -> Iterator[threading.Lock
 @contextmanager
 def edit_layers(
     layers: Sequence[Module],
-    edit: Callable[[int, Tensors], Tensors],
+    edit: LayerEdit,
     *,
     at_input: bool = False,
     every_thread: bool = False,

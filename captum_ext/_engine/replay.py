@@ -39,14 +39,14 @@ def run_to_layer(
     capture = LayerCapture(forward_func, [layer], traces_channels=traces_channels)
 
     def keep(index: int, tensors: Tensors) -> Tensors:
-        capture.hold(index, tensors)
+        capture.store(index, tensors)
         if not capture.is_parallel:
             raise LayerReachedError
         return clone_tensors(tensors)  # the model may go on in place
 
-    capture.first_run(keep, clone_tensors(inputs), None, additional_forward_args)
+    capture.run_traced(keep, clone_tensors(inputs), None, additional_forward_args)
     capture.check_channels(inputs, additional_forward_args)
-    return capture.gathered()[0]
+    return capture.gather()[0]
 
 
 # --- behind a layer ------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ class LayerReplay:
                 self.tape.reach_layer()
             # vmap has no rule for some operations on channels-last tensors: contiguous copies.
             kept = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
-            self.capture.hold(0, kept)
+            self.capture.store(0, kept)
             return clone_tensors(tensors)
 
         # Tensors made in inference mode cannot tell whether they were written to: hence its end.
@@ -234,8 +234,8 @@ class LayerReplay:
             self.inputs, self.taped_inputs = clone_tensors(inputs), clone_tensors(inputs)
             if not self.capture.is_parallel:
                 self.tape = Tape((self.taped_inputs, additional_forward_args))
-            score = self._run(self.capture.first_run, keep)
-            self.activations: Tensors = self.capture.gathered()[0]
+            score = self._run(self.capture.run_traced, keep)
+            self.activations: Tensors = self.capture.gather()[0]
             check_one_score_per_example(score)
             self.score: Tensor = score.reshape(-1)
             if self.tape is not None:
@@ -326,7 +326,7 @@ class LayerReplay:
         for device in self.capture.devices()[0]:
             if device == tensors[0].device:
                 break
-            start += len(self.capture.by_device[0][device][0])
+            start += len(self.capture.captured[0][device][0])
         return tuple(
             t[start : start + len(old)].to(old.device, copy=True)
             for t, old in zip(edited, tensors, strict=True)

@@ -26,7 +26,7 @@ from tests.methods import EVERY, SmallNet, small_net
 def traced(function: Any, x: Tensor) -> set[int] | None:
     """Where the channels are after `function`, of x (B, C, H, W)."""
     tracer = ChannelTracer()
-    tracer.begin_at((x,))
+    tracer.mark_inputs((x,))
     with torch.no_grad(), enter_mode(tracer) as lock, lock:
         result = function(x)
     dims = tracer.dims_of(result)
