@@ -23,13 +23,14 @@ from torch.nn import Module
 from captum_ext._checks import closest, first_line
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module
+from captum_ext._errors import InputError
 from captum_ext.attr import (
     channels_last_to_first,
     suggest_layer,
     suggest_reshape_transform,
     tokens_to_grid,
 )
-from captum_ext.attr.layer.template import ReshapeTransform
+from captum_ext.attr.layer.base import ReshapeTransform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,10 +44,6 @@ _LONGEST_SIDE = 4  # times the shorter one; more is never seen by the centre cro
 _NESTED = ("state_dict", "model_state_dict", "model")
 # torchvision renames these keys of the published DenseNets as it loads them.
 _OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
-
-
-class InputError(ValueError):
-    """Something that the user gave and can put right; the message says how."""
 
 
 # --- the photograph ------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from captum_ext._engine.outputs import Score, Scorer, check_score, compute_score
 from captum_ext._engine.state import preserve_state
 from captum_ext.attr._grid_masks import BLOCK, GridMasks, chunks_of
 from captum_ext.attr._masked_means import MaskedMeans
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr._named import Named
 from captum_ext.infill import OF_IMAGES
 
@@ -101,6 +102,12 @@ class RISE(Named, PerturbationAttribution):
         >>> found.maps.shape, found.standard_errors.shape
         (torch.Size([3, 2, 1, 16, 16]), torch.Size([3, 2, 1, 16, 16]))
     """
+
+    title = "RISE"
+    paper = Paper("Petsiuk et al.", 2018, "https://arxiv.org/abs/1806.07421")
+    family = "masking"
+    passes = "8000"
+    zero_is_neutral = False
 
     def __init__(self, forward_func: Forward, score: Score = "softmax") -> None:
         check_score(score)

@@ -244,7 +244,7 @@ def _settings(options: Sequence[argparse.Action], given: argparse.Namespace) -> 
 
 
 def _check_required(arguments: argparse.Namespace) -> None:
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     lacking = [] if arguments.data or arguments.layout in DRAWN else ["DATA"]
     lacking += [] if arguments.model else ["--model"]
@@ -258,7 +258,7 @@ def _check_required(arguments: argparse.Namespace) -> None:
 
 def _check_against(against: str | None, names: Iterable[str]) -> None:
     from captum_ext._checks import closest
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     if against is not None and against not in names:
         raise InputError(
@@ -268,7 +268,8 @@ def _check_against(against: str | None, names: Iterable[str]) -> None:
 
 def _check_takes(loaded: "LoadedModel", x: "Tensor") -> None:
     """Raise an InputError where the model does not take pictures of this size."""
-    from captum_ext.demo import InputError, probabilities
+    from captum_ext._errors import InputError
+    from captum_ext.demo import probabilities
 
     try:
         probabilities(loaded, x)
@@ -286,7 +287,7 @@ def _check_takes(loaded: "LoadedModel", x: "Tensor") -> None:
 
 def _silence_lightning() -> None:
     """It tells of devices found, and gives advice."""
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     try:
         import lightning.fabric  # noqa: F401

@@ -16,6 +16,7 @@ from captum_ext._engine.modules import Forward, find_module, require_module
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext._identity import SavedDecoder
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr._named import Named
 from captum_ext.fcam.decoder import FCAMDecoder
 
@@ -60,6 +61,10 @@ class FCAM(Named, Attribution):
         >>> FCAM(model, decoder).attribute(x, target=3).shape
         torch.Size([2, 3, 64, 65])
     """
+
+    title = "F-CAM"
+    paper = Paper("Belharbi et al.", 2022, "https://arxiv.org/abs/2109.07069")
+    family = "learned"
 
     def __init__(
         self,
