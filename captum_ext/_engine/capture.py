@@ -24,6 +24,7 @@ from captum_ext._engine.channels import Dims, LayerChannelTracer, check_channels
 from captum_ext._engine.hooks import LayerEdit, edit_layers
 from captum_ext._engine.modules import Forward, Tensors, module_name, owner_module, root_module
 from captum_ext._engine.outputs import check_one_score_per_example
+from captum_ext._errors import ArgumentError
 
 
 class LayerReachedError(BaseException):
@@ -244,9 +245,10 @@ class LayerCapture:
         """The devices of each layer's tensors, in the order of the batch's chunks."""
         for layer, tensors_on in zip(self.layers, self.captured, strict=True):
             if not tensors_on:
-                raise ValueError(
+                raise ArgumentError(
                     f"`layer` {module_name(self.forward_func, layer)} did not run in the forward "
-                    f"pass. Is it part of this model, eager and not compiled?"
+                    f"pass. Is it part of this model, eager and not compiled?",
+                    "layer",
                 )
         return [_sort_key_list(list(on), self.device_ids) for on in self.captured]
 

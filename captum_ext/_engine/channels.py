@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from captum_ext._engine.hooks import LockedFunctionMode, hooked, preserve_modes
 from captum_ext._engine.modules import Tensors
+from captum_ext._errors import ArgumentError
 
 Dims = frozenset[int]  # several if the channels are split, as in attention heads
 
@@ -142,16 +143,18 @@ def check_channels_first(tensor: Tensor, dims: Dims | None, layer: Module) -> No
         return
     shape, name = tuple(tensor.shape), type(layer).__name__
     if dims is None:
-        raise ValueError(
+        raise ArgumentError(
             f"`layer` {name} has shape {shape}, and the dimension of its channels is not known "
             f"from the operations that made it. A map needs them in dimension 1. Pass "
             f"`reshape_transform=torch.nn.Identity()` if they are there, `tokens_to_grid` for "
-            f"(B, T, C), `channels_last_to_first` for (B, h, w, C), or your own callable."
+            f"(B, T, C), `channels_last_to_first` for (B, h, w, C), or your own callable.",
+            "layer",
         )
-    raise ValueError(
+    raise ArgumentError(
         f"`layer` {name} gives tokens or channels last, of shape {shape}. A map needs channels in "
         f"dimension 1. Pass `reshape_transform=tokens_to_grid` for (B, T, C), "
-        f"`channels_last_to_first` for (B, h, w, C), or your own callable."
+        f"`channels_last_to_first` for (B, h, w, C), or your own callable.",
+        "layer",
     )
 
 
