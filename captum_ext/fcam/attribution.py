@@ -9,7 +9,7 @@ from captum.attr import Attribution
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._checks import one_batch_of_images
+from captum_ext._checks import check_images
 from captum_ext._compat import TargetType, TensorOrTupleOfTensors, _format_output, log_usage
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import Forward, find_module, require_module
@@ -106,7 +106,7 @@ class FCAM(Named, Attribution):
             ValueError: inputs that are not images, not of floats or not finite.
             AssertionError: a target that does not select one class for each image.
         """
-        images = one_batch_of_images(inputs)
+        images = check_images(inputs)
         maps = self.foreground(images, target, additional_forward_args).to(images.dtype)
         whole = maps.repeat(1, images.shape[1], 1, 1)
         formatted: TensorOrTupleOfTensors = _format_output(isinstance(inputs, tuple), (whole,))

@@ -27,7 +27,7 @@ from tests.networks import ChannelsLastNet, Lambda, ScriptedNet, SmallNet, TwoTe
 def traced(function: Any, x: Tensor) -> set[int] | None:
     """Where the channels are after `function`, of x (B, C, H, W)."""
     tracer = ChannelTracer()
-    tracer.begin_at((x,))
+    tracer.mark_inputs((x,))
     with torch.no_grad(), enter_mode(tracer) as lock, lock:
         result = function(x)
     dims = tracer.dims_of(result)

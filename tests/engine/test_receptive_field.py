@@ -283,10 +283,10 @@ def test_what_the_layer_puts_out_is_reshaped() -> None:
 
 def test_what_cannot_be_followed() -> None:
     vit = small_vit()
-    with pytest.raises(ValueError, match="is not known"):
+    with pytest.raises(ValueError, match="are not known"):
         receptive_field(vit, vit.get_submodule(VIT_LAYER), torch.zeros(1, 3, 24, 24))
     net = small_net()
-    with pytest.raises(ValueError, match="`fc` are centred is not known"):
+    with pytest.raises(ValueError, match="of `layer` `fc` are not known"):
         receptive_field(net, net.fc, torch.zeros(1, 3, 9, 9))
 
 
