@@ -30,10 +30,8 @@ class MeanOverRegions(SummedMetric):
         self.options, self.score = options, score
         shape = (2, options.num_classes or 1)
         # A float32 counts hits to 2**24 only, and its sums of shares are inexact earlier.
-        total, count = (
-            torch.zeros(shape, dtype=torch.float64),
-            torch.zeros(shape, dtype=torch.int64),
-        )
+        total = torch.zeros(shape, dtype=torch.float64)
+        count = torch.zeros(shape, dtype=torch.int64)
         self._add_sums((options, score), total=total, count=count)
 
     def update(
