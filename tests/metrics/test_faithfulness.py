@@ -738,10 +738,18 @@ def test_metrics_average_over_images_batches_and_processes(metric: Any, name: st
     ],
 )
 def test_metrics_take_only_what_their_function_returns(metric: Any, wrong: Any) -> None:
-    with pytest.raises(TypeError, match="`found`"):
+    with pytest.raises(TypeError, match="`result` must be"):
         metric().update(wrong)
     found = metric().compute()
     assert torch.stack([*found.values()] if isinstance(found, dict) else [found]).isnan().all()
+
+
+def test_the_old_keyword_of_update_works_with_a_warning() -> None:
+    metric, old = AverageDrop(), AverageDrop()
+    metric.update(result=torch.tensor([0.25, 0.5]))
+    with pytest.warns(DeprecationWarning, match="`found` is now `result`"):
+        old.update(found=torch.tensor([0.25, 0.5]))
+    assert old.compute() == metric.compute()
 
 
 def test_metrics_take_no_nan() -> None:

@@ -238,11 +238,11 @@ def test_eigen_grad_cam_by_hand() -> None:
     v = torch.tensor([-108, eigenvalue - 17], dtype=D) / math.hypot(108, eigenvalue - 17)
     expected = v @ torch.tensor([[1, 4], [-12, -24]], dtype=D)
     for scale in (1, -1):  # the other sign of the score is the other sign of the map
-        net = Head(lambda x, scale=scale: scale * quadratic(x))
+        net = FunctionsAroundLayer(lambda x, scale=scale: scale * quadratic(x))
         result = LayerEigenGradCam(net, "layer").attribute(A, target=1)
         torch.testing.assert_close(result.flatten(), scale * expected, rtol=1e-15, atol=0)
     with pytest.raises(ValueError, match="not finite"):
-        LayerEigenGradCam(Head(quadratic), "layer").attribute(A / 0, target=1)
+        LayerEigenGradCam(FunctionsAroundLayer(quadratic), "layer").attribute(A / 0, target=1)
 
 
 def test_cam_by_hand_with_linear_and_convolutional_heads() -> None:
