@@ -15,7 +15,7 @@ from captum_ext._engine.modules import Forward, parameter_dtype, root_module
 from captum_ext._identity import function_name, plain
 from captum_ext.attr import UpsampleWrapper
 from captum_ext.attr._chain import chain, innermost, keywords_of
-from captum_ext.fcam.stored import described
+from captum_ext.attr._settings import attribution_settings
 
 
 class Method(NamedTuple):
@@ -158,7 +158,7 @@ def about(method: Method, digest_of: Callable[[Module], str]) -> str:
         model = function_name(f"{where}: the model", method.forward_func)
     else:
         model = in_digits(root)
-    made = ", ".join([described(where, method.attribution, root or Module()), *held()])
+    made = ", ".join([attribution_settings(where, method.attribution, root or Module()), *held()])
     arguments = [
         f"{key}={plain(f'{where}: {key}', value)!r}" for key, value in sorted(method.kwargs.items())
     ]
