@@ -17,9 +17,9 @@ from torch.nn import Module
 from torch.utils.data import DataLoader, Sampler
 
 from captum_ext._checks import check_count, check_seed
-from captum_ext._data.pictures import Pictures
+from captum_ext._data.pictures import PictureDataset
 from captum_ext._engine.state import eval_mode, preserve_state, seeded_random
-from captum_ext._identity import check_same_run, hash_of
+from captum_ext._identity import check_same_run, derive_seed
 
 
 class DecoderModule(LightningModule):
@@ -32,7 +32,7 @@ class DecoderModule(LightningModule):
         decoder: the module that learns, on the classifier's features.
 
     Attributes:
-        settings: the settings that a resumed run must share with the run that was killed.
+        fingerprint: the settings that a resumed run must share with the run that was killed.
         order: the sampler of the pictures. Lightning sets its epoch. With workers, which read
             ahead, that comes too late for the first epoch of a resumed run, so
             `on_load_checkpoint` sets it, too.
@@ -43,7 +43,7 @@ class DecoderModule(LightningModule):
         super().__init__()
         self._frozen = (classifier,)
         self.decoder = decoder
-        self.settings: dict[str, Any] = {}
+        self.fingerprint: dict[str, Any] = {}
         self.order: SeededShuffle | None = None
         self.unread: set[int] = set()
 
@@ -80,7 +80,7 @@ class DecoderModule(LightningModule):
         self.classifier.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["run"] = self.settings
+        checkpoint["fingerprint"] = self.fingerprint
         checkpoint["unread"] = sorted(self.unread)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -89,7 +89,8 @@ class DecoderModule(LightningModule):
         Raises:
             ValueError: the checkpoint is of a run with other settings, or of a longer run.
         """
-        check_same_run("`checkpoints` has another run's", checkpoint.get("run", {}), self.settings)
+        saved = checkpoint.get("fingerprint", {})
+        check_same_run("`checkpoints` has another run's", saved, self.fingerprint)
         done = checkpoint["epoch"] + 1
         if self.trainer.max_epochs is not None and done > self.trainer.max_epochs >= 0:
             raise ValueError(
@@ -142,11 +143,11 @@ class TrainingRun:
             stack.enter_context(eval_mode(classifier))
             stack.enter_context(preserve_state(classifier))
             stack.enter_context(torch.enable_grad())  # Lightning would leave gradients on
-            stack.enter_context(seeded_random(device, hash_of(self.seed)))
+            stack.enter_context(seeded_random(device, derive_seed(self.seed)))
             stack.callback(classifier.to, device)
             yield device
 
-    def fit(self, module: DecoderModule, pictures: Pictures, validation: Any = None) -> None:
+    def fit(self, module: DecoderModule, pictures: PictureDataset, validation: Any = None) -> None:
         """Train the decoder, from the last checkpoint on if there is one.
 
         Args:
@@ -240,5 +241,5 @@ class SeededShuffle(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = Generator().manual_seed(hash_of(self.seed, self.epoch))
+        generator = Generator().manual_seed(derive_seed(self.seed, self.epoch))
         return iter(torch.randperm(self.n, generator=generator).tolist())

@@ -32,6 +32,7 @@ from captum_ext._engine.state import preserve_state
 from captum_ext.attr._concrete_dropout import DROPOUTS
 from captum_ext.attr._log_odds import OUTPUTS
 from captum_ext.attr._masked_scores import SDR, SSR, LogOddsScorer, MaskedScores, regulariser
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr._named import Named
 from captum_ext.imaging import resize
 from captum_ext.infill import Baselines, Infill, gaussian
@@ -151,6 +152,12 @@ class FIDO(Named, PerturbationAttribution):
         >>> attributions.shape, masks.ssr.shape, masks.losses.shape
         (torch.Size([2, 3, 8, 8]), torch.Size([2, 1, 8, 8]), torch.Size([2, 2]))
     """
+
+    title = "FIDO"
+    paper = Paper("Chang et al.", 2019, "https://arxiv.org/abs/1807.08024")
+    family = "masking"
+    passes = "1600"
+    needs_gradients = True
 
     RELEASED: MappingProxyType[str, Any] = MappingProxyType(
         {

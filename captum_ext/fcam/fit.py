@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from captum_ext._checks import warn
-from captum_ext._data.pictures import Pictures
-from captum_ext._data.pixels import IMAGENET, Normalize
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward, parameter_dtype, root_module
 from captum_ext._training import TrainingRun
@@ -20,7 +20,7 @@ from captum_ext.fcam.attribution import FCAM
 from captum_ext.fcam.crf import DenseCRFLoss
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide
-from captum_ext.fcam.map_cache import cached_maps, map_settings, run_settings
+from captum_ext.fcam.map_cache import cached_maps, maps_fingerprint, run_fingerprint
 from captum_ext.fcam.seeding import SeedSampler
 from captum_ext.fcam.training import FCAMModule
 from captum_ext.fcam.views import BoxedPictures, collate_boxed
@@ -138,24 +138,24 @@ def fit_fcam(
         raise ValueError(f"`resize` must be at least `size`, {crop_size}, got {picture_size}.")
     boxed = None if validation is None else BoxedPictures(validation, crop_size)
     options = {"crf": DenseCRFLoss(side=crf_side(crop_size))} | options
-    n_channels = Normalize(options.get("normalize", IMAGENET)).channels
+    n_channels = Normalize(options.get("normalize", IMAGENET_MEAN_STD)).channels
     with run.prepared(root) as device:
         dtype = parameter_dtype(root)
         with torch.no_grad():
             blank = torch.zeros(1, n_channels, *crop_size, device=device, dtype=dtype)
             n_classes = _count_classes(root(blank))
             decoder = FCAMDecoder.reading(root, blank, layers, widths, center).to(device)
-        pictures = Pictures(data, picture_size, n_classes)
+        pictures = PictureDataset(data, picture_size, n_classes)
         module = FCAMModule(root, decoder, guide, crop_size, seed=seed, **options).to(device)
         stores = cache is not None or checkpoints is not None
-        settings = map_settings(module, pictures) if stores else {}
+        fingerprint = maps_fingerprint(module, pictures) if stores else {}
         if cache is not None:
             module.maps = cached_maps(
-                module, pictures, settings, Path(cache), batch_size, num_workers, show_progress
+                module, pictures, fingerprint, Path(cache), batch_size, num_workers, show_progress
             )
         if checkpoints is not None:
-            module.settings = settings | run_settings(module, batch_size)
-            module.settings["validation"] = 0 if boxed is None else len(boxed)
+            module.fingerprint = fingerprint | run_fingerprint(module, batch_size)
+            module.fingerprint["validation"] = 0 if boxed is None else len(boxed)
         validation_loader = boxed and DataLoader(
             boxed, batch_size, collate_fn=collate_boxed, num_workers=num_workers
         )

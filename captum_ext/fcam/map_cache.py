@@ -1,4 +1,4 @@
-"""The cache of a guide's maps, and the settings by which a training recognises its files."""
+"""The cache of a guide's maps, and the fingerprints by which a training recognises its files."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +9,15 @@ from torch.nn import Module
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from captum_ext._data.pictures import Pictures
-from captum_ext._identity import check_same_run, function_name, model_digest, plain, whole_file
-from captum_ext.attr._settings import attribution_settings
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._identity import (
+    atomic_write,
+    check_same_run,
+    json_value,
+    model_digest,
+    versioned_name,
+)
+from captum_ext.attr._fingerprint import attribution_fingerprint
 from captum_ext.fcam.guides import guide_maps
 
 if TYPE_CHECKING:
@@ -22,8 +28,8 @@ MAPS_IN_FILE = 512
 
 def cached_maps(
     module: "FCAMModule",
-    pictures: Pictures,
-    settings: dict[str, Any],
+    pictures: PictureDataset,
+    fingerprint: dict[str, Any],
     folder: Path,
     batch_size: int,
     num_workers: int = 0,
@@ -37,7 +43,7 @@ def cached_maps(
     Args:
         module: the training's module, with the guide.
         pictures: the pictures of the training.
-        settings: those of `map_settings`.
+        fingerprint: that of `maps_fingerprint`.
         folder: the folder of the files.
         batch_size: pictures that the guide explains at once.
         num_workers: processes that read pictures.
@@ -47,7 +53,8 @@ def cached_maps(
         ValueError: the folder has maps of another run.
     """
     # Names and labels are not enough here: maps depend on the pixels.
-    settings = settings | {"pictures": f"{pictures.about()}, {pictures.about_pixels()}"}
+    of_pictures = f"{pictures.fingerprint()}, {pictures.pixel_fingerprint()}"
+    fingerprint = fingerprint | {"pictures": of_pictures}
     parts = []
     starts = range(0, len(pictures), MAPS_IN_FILE)
     for start in tqdm(starts, desc="maps", disable=not show_progress):
@@ -55,7 +62,7 @@ def cached_maps(
         if file.is_file():
             saved = torch.load(file, weights_only=True)
             message = f"`cache` {folder} has the maps of another run"
-            check_same_run(message, saved["settings"], settings)
+            check_same_run(message, saved["fingerprint"], fingerprint)
         else:
             part = Subset(pictures, range(start, min(start + MAPS_IN_FILE, len(pictures))))
             batches = []
@@ -69,34 +76,33 @@ def cached_maps(
                     **module.guide_kwargs,
                 )
                 batches.append(torch.where(is_read[:, None, None, None], maps.cpu(), 0).half())
-            saved = {"settings": settings, "maps": torch.cat(batches)}
-            with whole_file(file) as unfinished:
+            saved = {"fingerprint": fingerprint, "maps": torch.cat(batches)}
+            with atomic_write(file) as unfinished:
                 torch.save(saved, unfinished)
         parts.append(saved["maps"])
     return torch.cat(parts)
 
 
-def map_settings(module: "FCAMModule", pictures: Pictures) -> dict[str, Any]:
+def maps_fingerprint(module: "FCAMModule", pictures: PictureDataset) -> dict[str, Any]:
     """The settings that the guide's maps depend on.
 
     Raises:
         ValueError: an option of the guide is a function without a version.
     """
+    arguments = sorted(module.guide_kwargs.items())
     return {
         "classifier": model_digest(module.classifier),
-        "guide": attribution_settings("`guide`", module.guide, module.classifier),
+        "guide": attribution_fingerprint("`guide`", module.guide, module.classifier),
         "rectify": module.rectify,
-        "normalize": module.normalize.about(),
-        "guide_kwargs": repr(
-            [(k, plain(f"`guide_kwargs`: {k}", v)) for k, v in sorted(module.guide_kwargs.items())]
-        ),
-        "pictures": pictures.about(),
+        "normalize": module.normalize.to_lists(),
+        "guide_kwargs": repr([(k, json_value(f"`guide_kwargs`: {k}", v)) for k, v in arguments]),
+        "pictures": pictures.fingerprint(),
         "size": list(pictures.size),
     }
 
 
-def run_settings(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
-    """The settings that a resumed run must share with the killed one, beside `map_settings`.
+def run_fingerprint(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
+    """The settings that a resumed run must share with the killed one, beside `maps_fingerprint`.
 
     Raises:
         ValueError: `crf` is a function without a version.
@@ -110,7 +116,7 @@ def run_settings(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
         "layers": decoder.layers,
         "flip": module.flip,
         "seeds": repr(sorted(vars(module.seeds).items())),
-        "crf": repr(crf) if isinstance(crf, Module | None) else function_name("`crf`", crf),
+        "crf": repr(crf) if isinstance(crf, Module | None) else versioned_name("`crf`", crf),
         "weights": [module.crf_weight, module.size_weight],
         "warmup": module.warmup,
         "lr": module.lr,

@@ -7,8 +7,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from captum_ext._data.pictures import Pictures, as_boxes, part_of, scaled_boxes
-from captum_ext._data.pixels import resized_to
+from captum_ext._data.pictures import PictureDataset, box_tensor, entry_field, scale_boxes
+from captum_ext._data.pixels import resize_pixels
 
 
 class BoxedPictures(Dataset[tuple[Tensor, Tensor]]):
@@ -27,7 +27,7 @@ class BoxedPictures(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, data: Any, size: tuple[int, int]) -> None:
-        self.pictures = Pictures(data, size, argument="validation")
+        self.pictures = PictureDataset(data, size, argument="validation")
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -39,16 +39,16 @@ class BoxedPictures(Dataset[tuple[Tensor, Tensor]]):
             return torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4)
         entry, pixels = entry_and_pixels
         name = f"`validation`: {self.pictures.name(index)}"
-        boxes = part_of(entry, "boxes", place=2)
+        boxes = entry_field(entry, "boxes", index=2)
         if boxes is None:
             raise ValueError(f"{name} has no boxes: entries must be (picture, label, boxes).")
         try:
-            boxes = as_boxes(boxes)
+            boxes = box_tensor(boxes)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         size = self.pictures.size
-        boxes = scaled_boxes(boxes, (pixels.shape[1], pixels.shape[2]), size)
-        return resized_to(pixels, size), boxes.floor()
+        boxes = scale_boxes(boxes, (pixels.shape[1], pixels.shape[2]), size)
+        return resize_pixels(pixels, size), boxes.floor()
 
 
 def collate_boxed(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:

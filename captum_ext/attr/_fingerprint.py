@@ -1,15 +1,15 @@
-"""The settings of an attribution as text, to recognise stored runs."""
+"""Fingerprints of attributions, to recognise stored runs."""
 
 from captum.attr import Attribution
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
-from captum_ext._identity import function_name
+from captum_ext._identity import versioned_name
 from captum_ext.attr._chain import wrapped
 
 
-def attribution_settings(argument: str, attribution: Attribution, model: Module) -> str:
-    """An attribution's name, layers, plain options and functions, with those of wrapped methods.
+def attribution_fingerprint(argument: str, attribution: Attribution, model: Module) -> str:
+    """The name, layers, plain options and functions of an attribution and of those it wraps.
 
     Args:
         argument: the argument of the attribution, as errors name it.
@@ -17,7 +17,7 @@ def attribution_settings(argument: str, attribution: Attribution, model: Module)
         model: the model that it explains, for the layers' names.
 
     Raises:
-        ValueError: an option is a function without a version, see `function_name`.
+        ValueError: an option is a function without a version, see `versioned_name`.
     """
     names = {module: name for name, module in model.named_modules()}
     options = []
@@ -32,10 +32,11 @@ def attribution_settings(argument: str, attribution: Attribution, model: Module)
             options.append(f"layer={', '.join(names.get(layer, '?') for layer in values)}")
         for leaf in tree_leaves(value):
             if _is_function_option(name, leaf, attribution):
-                options.append(f"{name}={function_name(f'{argument}: {name}', leaf)}")
+                options.append(f"{name}={versioned_name(f'{argument}: {name}', leaf)}")
     inner = wrapped(attribution)
-    settings = [] if inner is None else [attribution_settings(argument, inner, model)]
-    return f"{attribution.get_name()}({', '.join(settings + options)})"
+    if inner is not None:
+        options.insert(0, attribution_fingerprint(argument, inner, model))
+    return f"{attribution.get_name()}({', '.join(options)})"
 
 
 def _is_function_option(name: str, value: object, attribution: Attribution) -> bool:
