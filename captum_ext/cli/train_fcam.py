@@ -218,14 +218,14 @@ def _guide(
     import torch
 
     from captum_ext._errors import InputError
-    from captum_ext.fcam.guides import guidance
+    from captum_ext.fcam.guides import guide_maps
 
     masking = method.family == "masking"
     kwargs: dict[str, Any] = {"perturbations_per_eval": PERTURBATIONS_PER_EVAL} if masking else {}
     try:
         guide = attribution(method, loaded, layer, reshape_transform)
         target = torch.zeros(1, dtype=torch.int64, device=x.device)
-        guidance(guide, x, target, **kwargs)
+        guide_maps(guide, x, target, **kwargs)
     except (ValueError, RuntimeError, AssertionError) as error:
         if "of a single pixel" in str(error):
             raise InputError(

@@ -30,7 +30,7 @@ from captum_ext.evaluation.examples import Blocks
 from captum_ext.evaluation.methods import Method, on_device
 from captum_ext.evaluation.store import Store, Writer
 from captum_ext.fcam import FCAMDecoder
-from captum_ext.fcam.views import Boxed
+from captum_ext.fcam.views import BoxedPictures
 from captum_ext.imaging import min_max
 from captum_ext.metrics import (
     MaxBoxAcc,
@@ -1032,7 +1032,7 @@ def test_corners_of_boxes_that_come_to_whole_pixels_are_whole():
         wanted = [x * new // side for x in ends]
         found = Blocks([(image, 0, boxes)], 1, (new, new), IMAGENET_MEAN_STD).example(0).boxes
         assert found[:, 2].tolist() == found[:, 3].tolist() == wanted
-        assert Boxed([(image, 0, boxes)], (new, new))[0][1][:, 2].tolist() == wanted
+        assert BoxedPictures([(image, 0, boxes)], (new, new))[0][1][:, 2].tolist() == wanted
 
 
 def test_an_image_without_an_object_is_not_pointed_at_and_counts_for_pixels(tmp_path):

@@ -16,14 +16,14 @@ from torch.utils.data import Dataset
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext._engine.state import eval_mode
-from captum_ext._training import Shuffled
+from captum_ext._training import SeededShuffle
 from captum_ext.attr import FCAM, LayerClassActivationMap, SESSWrapper
 from captum_ext.datasets import TexturedEllipses
 from captum_ext.fcam import DenseCRFLoss, FCAMDecoder, SeedSampler
 from captum_ext.fcam.fit import fit_fcam
-from captum_ext.fcam.guides import guidance
+from captum_ext.fcam.guides import guide_maps
 from captum_ext.fcam.training import FCAMModule
-from captum_ext.fcam.views import Boxed, random_view
+from captum_ext.fcam.views import BoxedPictures, draw_crops
 from captum_ext.metrics import MaxBoxAcc
 from tests.evaluation.subjects import Known
 from tests.networks import CallCounter, three_stage_net
@@ -212,7 +212,7 @@ def test_stored_maps_are_those_of_the_pictures(tmp_path):
     mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in IMAGENET_MEAN_STD)
     images = torch.stack([(item.pixels / 255 - mean) / std for item in pictures])
     labels = torch.tensor([item.label for item in pictures])
-    expected = guidance(guide, images, labels)
+    expected = guide_maps(guide, images, labels)
     assert (expected.flatten(1).amax(1) == 1).sum() > 12
     stored = torch.load(files[0], weights_only=True)["maps"]
     torch.testing.assert_close(stored.float(), expected, atol=1e-3, rtol=0)
@@ -261,10 +261,10 @@ def test_maps_follow_their_pictures():
     pictures = torch.rand(40, 3, 20, 30)
     maps = pictures[:, :1] * 2
     generator = torch.Generator().manual_seed(0)
-    view = random_view(40, (20, 30), (12, 16), True, generator)
-    cropped = view.of(pictures)
+    view = draw_crops(40, (20, 30), (12, 16), True, generator)
+    cropped = view.crop(pictures)
     assert cropped.shape == (40, 3, 12, 16)
-    assert torch.equal(view.of(maps), cropped[:, :1] * 2)
+    assert torch.equal(view.crop(maps), cropped[:, :1] * 2)
     mirrored = 0
     for i in range(40):
         rows, columns = view.rows[i], view.columns[i]
@@ -279,7 +279,7 @@ def test_maps_follow_their_pictures():
 
 
 def test_orders():
-    order = Shuffled(10, 3)
+    order = SeededShuffle(10, 3)
     first = list(order)
     order.set_epoch(1)
     second = list(order)
@@ -303,8 +303,8 @@ def test_guidance_by_hand():
     by_hand = nn.functional.interpolate(
         low.nan_to_num().reshape(3, 1, 4, 4), (32, 32), mode="bilinear"
     )
-    torch.testing.assert_close(guidance(LayerGradCam(model, model[2]), x, y, (32, 32)), by_hand)
-    signed = guidance(LayerGradCam(model, model[2]), x, y, rectify=False)
+    torch.testing.assert_close(guide_maps(LayerGradCam(model, model[2]), x, y, (32, 32)), by_hand)
+    signed = guide_maps(LayerGradCam(model, model[2]), x, y, rectify=False)
     assert signed.amin((1, 2, 3)).tolist() == [0] * 3
     assert signed.amax((1, 2, 3)).tolist() == [1] * 3
 
@@ -328,7 +328,7 @@ def test_maps_that_are_not_finite_teach_nothing():
     model = three_stage_net().eval()
     maps = torch.rand(2, 1, 4, 4)
     maps[0, 0, 1, 1] = float("nan")
-    found = guidance(Told(model, lambda x: maps), torch.rand(2, 3, 8, 8), torch.zeros(2).long())
+    found = guide_maps(Told(model, lambda x: maps), torch.rand(2, 3, 8, 8), torch.zeros(2).long())
     assert (found[0] == 0).all()
     assert found[1].max() == 1
 
@@ -795,7 +795,7 @@ def test_boxes_are_those_of_the_pictures_brought_to_size():
     image = Image.new("RGB", (40, 20))
     boxes = [[4, 4, 20, 16], [0, 0, 39, 19]]
     for entry in ((image, 0, boxes), (torch.zeros(3, 20, 40), 0, torch.tensor(boxes))):
-        pixels, found = Boxed([entry], (10, 10))[0]
+        pixels, found = BoxedPictures([entry], (10, 10))[0]
         assert pixels.shape == (3, 10, 10)
         assert found.tolist() == [[1, 2, 5, 8], [0, 0, 9, 9]]
 
