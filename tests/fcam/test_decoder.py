@@ -244,5 +244,5 @@ def test_maps_with_channels_last_are_left_out():
 
 
 def test_a_function_has_no_modules():
-    with pytest.raises(ValueError, match="layers"):
+    with pytest.raises(ValueError, match=r"`classifier` must be a torch\.nn\.Module"):
         find_taps(lambda x: x.mean((2, 3)), torch.rand(1, 3, 8, 8))

@@ -145,7 +145,7 @@ def test_threads_encode_by_one_model_at_once():
 @pytest.mark.parametrize("layer", ["5", "6", "7"])
 def test_a_layer_without_space(layer):
     encoder = LayerEncoder(strided_net(), layer)
-    with pytest.raises(ValueError, match=f"`layer` {layer} has no space to decode"):
+    with pytest.raises(ValueError, match=f"`layer` `{layer}` has no space to decode"):
         PerceptionDecoder.reading(encoder, torch.rand(1, 3, 32, 32))
 
 
