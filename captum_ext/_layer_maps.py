@@ -18,7 +18,7 @@ from captum_ext._engine.modules import (
     root_module,
 )
 from captum_ext._engine.replay import run_to_layer
-from captum_ext._errors import ArgumentTypeError
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import versioned_name
 
 ReshapeTransform = Callable[[Tensor], Tensor]
@@ -104,15 +104,18 @@ class LayerMaps:
 
     def _to_maps(self, tensors: Tensors, images: Tensor) -> Tensor:
         if len(tensors) != 1:
-            raise ValueError(f"`layer` `{self.name}` gives {len(tensors)} tensors, and not one.")
+            raise ArgumentError(
+                f"`layer` `{self.name}` gives {len(tensors)} tensors, and not one.", "layer"
+            )
         maps = tensors[0]
         if self.reshape_transform is not None:
             maps = self.reshape_transform(maps)
         if maps.dim() == 2:  # a linear layer, whose units see the whole image
             maps = maps[:, :, None, None]
         if maps.dim() != 4 or len(maps) != len(images):
-            raise ValueError(
+            raise ArgumentError(
                 f"`layer` `{self.name}` must give (B, C, h, w) or (B, C), after "
-                f"`reshape_transform`, got {tuple(maps.shape)} for {len(images)} images."
+                f"`reshape_transform`, got {tuple(maps.shape)} for {len(images)} images.",
+                "layer",
             )
         return maps

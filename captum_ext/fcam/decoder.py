@@ -15,6 +15,7 @@ from captum_ext._engine.capture import LayerCapture, clone_tensors
 from captum_ext._engine.hooks import hooked
 from captum_ext._engine.modules import Forward, find_module, require_module
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError
 
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
@@ -69,11 +70,13 @@ class FCAMDecoder(nn.Module):
         channels, widths = list(channels), list(widths)
         for name, numbers in (("channels", channels), ("widths", widths)):
             if not numbers:
-                raise ValueError(f"`{name}` must be one or more numbers, got none.")
+                raise ArgumentError(f"`{name}` must be one or more numbers, got none.", name)
             for number in numbers:
                 check_count(name, number)
         if layers is not None and len(layers) != len(channels):
-            raise ValueError(f"`layers` must be {len(channels)} names, got {layers!r}.")
+            raise ArgumentError(
+                f"`layers` must be {len(channels)} names, got {layers!r}.", "layers"
+            )
         widths = [*widths, *[widths[-1]] * (len(channels) - len(widths))][: len(channels)]
         self.channels, self.widths, self.has_center = channels, widths, center
         self.layers = None if layers is None else list(layers)
@@ -122,9 +125,10 @@ class FCAMDecoder(nn.Module):
         features = [tensors[0] for tensors in activations]
         for name, maps in zip(names, features, strict=True):
             if maps.dim() != 4:
-                raise ValueError(
+                raise ArgumentError(
                     f"`layers` must put out maps (N, C, h, w), but {name} puts out "
-                    f"{tuple(maps.shape)}."
+                    f"{tuple(maps.shape)}.",
+                    "layers",
                 )
         return cls([maps.shape[1] for maps in features], widths, center, layers=names)
 
@@ -140,7 +144,9 @@ class FCAMDecoder(nn.Module):
         """
         channels = [f.shape[1] if f.dim() == 4 else f.shape for f in features]
         if channels != self.channels:
-            raise ValueError(f"`features` must have {self.channels} channels, got {channels}.")
+            raise ArgumentError(
+                f"`features` must have {self.channels} channels, got {channels}.", "features"
+            )
         *skips, x = features
         x = self.center(x)
         for block, skip in zip(self.blocks, [*reversed(skips), None], strict=True):
@@ -243,9 +249,10 @@ def find_taps(classifier: Forward, images: Tensor) -> list[str]:
             taps.insert(0, name)
             deeper_side = min(h, w)
     if len(taps) < 2:
-        raise ValueError(
+        raise ArgumentError(
             f"`classifier` {type(root).__name__} has {len(taps)} layers of different resolutions "
             f"at {height} x {width} pixels ({taps}), and a decoder needs two: name them as "
-            f"`layers`."
+            f"`layers`.",
+            "classifier",
         )
     return taps

@@ -10,6 +10,7 @@ from torch import Tensor
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._deprecation import warn_renamed
 from captum_ext._engine.receptive_field import ReceptiveField
+from captum_ext._errors import ArgumentError
 from captum_ext._identity import describe_changes
 from captum_ext.features._fields import field_boxes
 
@@ -61,7 +62,7 @@ class ActivatingPatches:
         """
         if unit not in self.units:
             units = ", ".join(map(str, self.units[:10])) + (", ..." if len(self.units) > 10 else "")
-            raise ValueError(f"`unit` must be one of {units}, got {unit!r}.")
+            raise ArgumentError(f"`unit` must be one of {units}, got {unit!r}.", "unit")
         return self.units.index(unit)
 
     @property
@@ -90,10 +91,12 @@ class ActivatingPatches:
         for other in others:
             changed = describe_changes(self._fingerprint(), other._fingerprint())
             if changed:
-                raise ValueError(f"`others` are of another run: {changed}.")
+                raise ArgumentError(f"`others` are of another run: {changed}.", "others")
         pictures = [set(part.indices.flatten().tolist()) for part in parts]
         if len(set.union(*pictures)) < sum(map(len, pictures)):
-            raise ValueError("`others` have pictures in common with this one, or each other.")
+            raise ArgumentError(
+                "`others` have pictures in common with this one, or each other.", "others"
+            )
         values, indices, positions, boxes = (
             torch.cat([getattr(part, name) for part in parts], 1)
             for name in ("values", "indices", "positions", "boxes")
@@ -193,7 +196,7 @@ class ActivatingPatches:
         for index, box in zip(self.indices[row].tolist(), self.boxes[row], strict=True):
             entry_and_pixels = pictures.read(index) if index < len(pictures) else None
             if entry_and_pixels is None:
-                raise ValueError(f"`data`: picture {index} cannot be read any more.")
+                raise ArgumentError(f"`data`: picture {index} cannot be read any more.", "data")
             pixels = entry_and_pixels[1]
             new = torch.tensor([pixels.shape[2], pixels.shape[1]])
             old = torch.tensor([width, height])

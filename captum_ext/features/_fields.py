@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._engine.receptive_field import ReceptiveField
+from captum_ext._errors import ArgumentError
 from captum_ext._layer_maps import LayerMaps
 
 
@@ -120,7 +121,9 @@ def effective_boxes(
     n_done = 0
     for pixels, _, batch, is_read in tqdm(loader, desc="gradients", disable=not show_progress):
         if not bool(is_read.all()):
-            raise ValueError(f"`data`: picture {int(batch[~is_read][0])} cannot be read any more.")
+            raise ArgumentError(
+                f"`data`: picture {int(batch[~is_read][0])} cannot be read any more.", "data"
+            )
         images = maps.images(pixels.to(device) / 255).requires_grad_()
         part = slice(n_done, n_done + len(pixels))
         n_done += len(pixels)
@@ -128,9 +131,10 @@ def effective_boxes(
             examples = torch.arange(len(pixels), device=device)
             activations = maps(images)[examples, units[part], rows[part], columns[part]]
         if not activations.requires_grad:
-            raise ValueError(
+            raise ArgumentError(
                 f"`layer` `{maps.name}` has no gradient with respect to the images, which an "
-                f"effective receptive field needs."
+                f"effective receptive field needs.",
+                "layer",
             )
         (gradients,) = torch.autograd.grad(activations, images, torch.ones_like(activations))
         energy = gradients.double().square().sum(1)  # in float32 small gradients would underflow

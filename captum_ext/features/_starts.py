@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from captum_ext._engine.precision import full_precision
+from captum_ext._errors import ArgumentError
 
 
 def start_images(start: Any, target: Any, module: Module | None) -> tuple[Tensor, torch.dtype]:
@@ -28,12 +29,13 @@ def start_images(start: Any, target: Any, module: Module | None) -> tuple[Tensor
         n_targets = len(target)
     if isinstance(start, Tensor):
         if not start.is_floating_point() or not 3 <= start.dim() <= 5 or not start.numel():
-            raise ValueError(
+            raise ArgumentError(
                 f"`start` must be images (B, C, *spatial) of floats with one to three spatial "
-                f"dimensions, got {tuple(start.shape)}, {start.dtype}."
+                f"dimensions, got {tuple(start.shape)}, {start.dtype}.",
+                "start",
             )
         if not bool(torch.isfinite(start).all()):
-            raise ValueError("`start` is not finite.")
+            raise ArgumentError("`start` is not finite.", "start")
         dtype = start.dtype if weight is None else weight.dtype
         repeats = n_targets if len(start) == 1 else 1
         images = start.detach().repeat(max(repeats, 1), *[1] * (start.dim() - 1))
@@ -76,9 +78,10 @@ def _shape(start: Any) -> tuple[int, ...]:
     shape = tuple(start) if isinstance(start, Sequence) and not isinstance(start, str) else ()
     are_sizes = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
     if not are_sizes or not 2 <= len(shape) <= 4:
-        raise ValueError(
+        raise ArgumentError(
             f"`start` must be images or the shape of one, (C, *spatial) with one to three spatial "
-            f"dimensions, got {start!r}."
+            f"dimensions, got {start!r}.",
+            "start",
         )
     return shape
 
@@ -93,8 +96,9 @@ def broadcast_mean_std(
     """
     values = torch.tensor([[0.0], [1.0]]) if normalize is None else torch.stack(normalize)
     if values.shape[1] not in (1, images.shape[1]):
-        raise ValueError(
-            f"`normalize` is of {values.shape[1]} channels, and the images have {images.shape[1]}."
+        raise ArgumentError(
+            f"`normalize` is of {values.shape[1]} channels, and the images have {images.shape[1]}.",
+            "normalize",
         )
     mean, std = values.to(images).reshape(2, -1, *[1] * (images.dim() - 2))
     return mean, std

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from captum_ext._data.pictures import PictureDataset
+from captum_ext._errors import ArgumentError
 from captum_ext._identity import atomic_write, check_same_run
 from captum_ext._layer_maps import LayerMaps
 from captum_ext.features._top_activations import TopActivations
@@ -37,7 +38,9 @@ class PassCheckpoint:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             stored_fingerprint = saved["fingerprint"]
         except Exception as error:  # torch raises many types for files of others
-            raise ValueError(f"`checkpoint` {path} is no checkpoint of patches.") from error
+            raise ArgumentError(
+                f"`checkpoint` {path} is no checkpoint of patches.", "checkpoint"
+            ) from error
         message = f"`checkpoint` {path} is of another run"
         check_same_run(message, stored_fingerprint, fingerprint, "file")
         self.saved = saved
@@ -106,5 +109,5 @@ def stream_pictures(
             checkpoint.write(top, n_done, unread)
             n_written = n_done
     if len(unread) == len(shard):
-        raise ValueError("`data`: none of its pictures can be read.")
+        raise ArgumentError("`data`: none of its pictures can be read.", "data")
     return top, unread

@@ -9,6 +9,7 @@ from torch import Tensor
 from captum_ext._checks import check_count
 from captum_ext._deprecation import warn_renamed
 from captum_ext._engine.precision import full_precision
+from captum_ext._errors import ArgumentError
 from captum_ext._repr import options_repr, short_repr
 
 _MISSING = torch.iinfo(torch.int64).max  # the key of an empty entry
@@ -68,18 +69,22 @@ class TopActivations:
             warn_renamed("places", "indices")
             indices = places
         if activations.dim() != 4 or not activations.is_floating_point() or not activations.numel():
-            raise ValueError(
+            raise ArgumentError(
                 f"`activations` must be (B, C, h, w) of floats, got {tuple(activations.shape)}, "
-                f"{activations.dtype}."
+                f"{activations.dtype}.",
+                "activations",
             )
         is_index = isinstance(indices, Tensor) and indices.dtype == torch.int64
         if indices is None or not is_index or indices.shape != activations.shape[:1]:
-            raise ValueError(
+            raise ArgumentError(
                 f"`indices` must be int64 and ({len(activations)},), one for each image, got "
-                f"{short_repr(indices)}."
+                f"{short_repr(indices)}.",
+                "indices",
             )
         if bool((indices < 0).any()) or len(indices.unique()) < len(indices):
-            raise ValueError(f"`indices` must differ and be 0 or more, got {indices.tolist()}.")
+            raise ArgumentError(
+                f"`indices` must differ and be 0 or more, got {indices.tolist()}.", "indices"
+            )
         flat = activations.detach().flatten(2)
         is_finite = torch.isfinite(flat).flatten(1).all(1).to(indices.device)
         if not bool(is_finite.all()):
@@ -110,9 +115,10 @@ class TopActivations:
             ValueError: `other` has another `n`, `per_image` or layer.
         """
         if (self.n, self.per_image) != (other.n, other.per_image):
-            raise ValueError(
+            raise ArgumentError(
                 f"`other` keeps {other.n}, {other.per_image} of an image, but this collector "
-                f"{self.n}, {self.per_image} of an image."
+                f"{self.n}, {self.per_image} of an image.",
+                "other",
             )
         if other.grid is not None:
             self._check_like(other.grid, len(other._values))

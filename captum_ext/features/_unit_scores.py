@@ -18,6 +18,7 @@ from captum_ext._engine.outputs import (
 )
 from captum_ext._engine.precision import full_precision, gradient_of_sum, without_autocast
 from captum_ext._engine.replay import run_to_layer
+from captum_ext._errors import ArgumentError
 
 
 class UnitScores(ExampleArguments):
@@ -92,7 +93,9 @@ class UnitScores(ExampleArguments):
 
     def _score_layer(self, activations: Tensors) -> Tensor:
         if len(activations) != 1:
-            raise ValueError(f"`layer` must put out one tensor, got {len(activations)}.")
+            raise ArgumentError(
+                f"`layer` must put out one tensor, got {len(activations)}.", "layer"
+            )
         a, target = activations[0], self.target
         if self.reshape_transform is not None:
             a = self.reshape_transform(a)

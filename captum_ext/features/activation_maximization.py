@@ -15,6 +15,7 @@ from captum_ext._compat import TargetType, with_progress
 from captum_ext._data.pixels import mean_and_std
 from captum_ext._engine.modules import Forward, find_module, module_name, root_module
 from captum_ext._engine.state import preserve_state, seeded_random
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import fields_repr, options_repr
 from captum_ext.features._parametrizations import Fourier, Pixels
 from captum_ext.features._starts import (
@@ -157,12 +158,16 @@ class ActivationMaximization:
         self.layer = None if layer is None else find_module(forward_func, layer)
         self.normalize = None if normalize is None else mean_and_std(normalize, torch.float64)
         if reshape_transform is not None and not callable(reshape_transform):
-            raise TypeError(f"`reshape_transform` must be callable, got {reshape_transform!r}.")
+            raise ArgumentTypeError(
+                f"`reshape_transform` must be callable, got {reshape_transform!r}.",
+                "reshape_transform",
+            )
         self.reshape_transform = reshape_transform
 
     def __repr__(self) -> str:
         layer = self.layer and module_name(self.forward_func, self.layer).strip("`")
-        return options_repr(self, layer=layer)
+        normalize = self.normalize and tuple(values.tolist() for values in self.normalize)
+        return options_repr(self, layer=layer, normalize=normalize)
 
     def maximize(
         self,
@@ -251,10 +256,12 @@ class ActivationMaximization:
         if not callable(optimizer):
             check_choice("optimizer", optimizer, OPTIMIZERS)
         if transform is not None and not callable(transform):
-            raise TypeError(f"`transform` must be callable or None, got {type(transform)}.")
+            raise ArgumentTypeError(
+                f"`transform` must be callable or None, got {type(transform)}.", "transform"
+            )
         start, dtype = start_images(start, target, root_module(self.forward_func) or self.layer)
         if tv and start.dim() != 4:
-            raise ValueError(f"`tv` is for images (B, C, H, W), got {tuple(start.shape)}.")
+            raise ArgumentError(f"`tv` is for images (B, C, H, W), got {tuple(start.shape)}.", "tv")
         check_generator(generator, start.device)
         mean, std = broadcast_mean_std(self.normalize, start)
         is_clipped = clip and self.normalize is not None
@@ -279,7 +286,9 @@ class ActivationMaximization:
             objective = _Objective(scores, l2, tv)
             before, objectives_before = objective.evaluate(images)
             if not bool(torch.isfinite(before).all()):
-                raise ValueError("`forward_func` gives scores that are not finite at the start.")
+                raise ArgumentError(
+                    "`forward_func` gives scores that are not finite at the start.", "forward_func"
+                )
             ascent = _Ascent(images, parametrization, optimizer, lr)
             history = before.new_zeros(2, n_steps, len(images))
             for step in steps:
@@ -352,8 +361,9 @@ class _Ascent:
         else:
             self.optimizer = OPTIMIZERS[optimizer]([self.parameters], lr=lr)
         if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"`optimizer` must make a torch.optim.Optimizer, got {type(self.optimizer)}."
+            raise ArgumentTypeError(
+                f"`optimizer` must make a torch.optim.Optimizer, got {type(self.optimizer)}.",
+                "optimizer",
             )
 
     def step(self, gradient: Tensor) -> Tensor:
@@ -390,7 +400,9 @@ def _transform(images: Tensor, shift: list[int] | None, transform: Transform | N
     if not isinstance(transformed, Tensor) or len(transformed) != len(images):
         is_tensor = isinstance(transformed, Tensor)
         result = tuple(transformed.shape) if is_tensor else type(transformed)
-        raise ValueError(f"`transform` must give {len(images)} images, got {result}.")
+        raise ArgumentError(
+            f"`transform` must give {len(images)} images, got {result}.", "transform"
+        )
     return transformed
 
 

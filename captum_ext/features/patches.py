@@ -15,6 +15,7 @@ from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward
 from captum_ext._engine.receptive_field import ReceptiveField, receptive_field
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError
 from captum_ext._identity import model_digest
 from captum_ext._layer_maps import LayerMaps, ReshapeTransform
 from captum_ext.features._activating_patches import ActivatingPatches
@@ -210,9 +211,10 @@ def _channels_of_rows(
     if units is None:
         return tuple(range(n_channels))
     if max(units) >= n_channels:
-        raise ValueError(
+        raise ArgumentError(
             f"`units` must be below {n_channels}, the channels of `layer` `{layer}`, got "
-            f"{max(units)}."
+            f"{max(units)}.",
+            "units",
         )
     return units
 
@@ -222,8 +224,9 @@ def _check_units(units: Any) -> tuple[int, ...]:
         isinstance(u, int) and not isinstance(u, bool) and u >= 0 for u in units
     )
     if not are_channels or not units or len(set(units)) < len(units):
-        raise ValueError(
-            f"`units` must be channels, 0 or more and without repetition, or None, got {units!r}."
+        raise ArgumentError(
+            f"`units` must be channels, 0 or more and without repetition, or None, got {units!r}.",
+            "units",
         )
     return tuple(units)
 
@@ -237,8 +240,9 @@ def _check_shard(shard: Any, n_pictures: int) -> range:
     first, step = shard if isinstance(shard, tuple) and len(shard) == 2 else (-1, 0)
     are_numbers = isinstance(first, int) and isinstance(step, int)
     if not are_numbers or not 0 <= first < min(step, n_pictures):
-        raise ValueError(
+        raise ArgumentError(
             f"`shard` must be (i, k) with 0 <= i < k, and i below the {n_pictures} pictures of "
-            f"`data`, got {shard!r}."
+            f"`data`, got {shard!r}.",
+            "shard",
         )
     return range(first, n_pictures, step)

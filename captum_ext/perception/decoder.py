@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from captum_ext._checks import check_count
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import SavedDecoder, describe_changes
 from captum_ext.imaging import resize
 from captum_ext.perception.encoder import LayerEncoder, channels_and_stride, stride_fits
@@ -71,7 +72,7 @@ class PerceptionDecoder(nn.Module):
             check_count(name, count)
         n_blocks = stride.bit_length() - 1
         if 2**n_blocks != stride:
-            raise ValueError(f"`stride` must be a power of two, got {stride}.")
+            raise ArgumentError(f"`stride` must be a power of two, got {stride}.", "stride")
         self.channels, self.stride, self.colors = channels, stride, colors
         self.encoder_fingerprint: dict[str, Any] = {}
         self.widths = _per_block("widths", widths, WIDTHS, n_blocks)
@@ -119,12 +120,16 @@ class PerceptionDecoder(nn.Module):
                 `reshape_transform`.
         """
         if not isinstance(encoder, LayerEncoder):
-            raise TypeError(f"`encoder` must be a LayerEncoder, got {type(encoder)}.")
+            raise ArgumentTypeError(
+                f"`encoder` must be a LayerEncoder, got {type(encoder)}.", "encoder"
+            )
         fingerprint = encoder.fingerprint()
         shared = {k: v for k, v in fingerprint.items() if k in self.encoder_fingerprint}
         changed = describe_changes(self.encoder_fingerprint, shared)
         if changed:
-            raise ValueError(f"`encoder` is not the one that the decoder was made for: {changed}.")
+            raise ArgumentError(
+                f"`encoder` is not the one that the decoder was made for: {changed}.", "encoder"
+            )
 
     def forward(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """The pictures of latents.
@@ -137,18 +142,20 @@ class PerceptionDecoder(nn.Module):
             ValueError: `latents` have another number of channels, or `size` does not fit them.
         """
         if latents.dim() != 4 or latents.shape[1] != self.channels:
-            raise ValueError(
+            raise ArgumentError(
                 f"`latents` must be (N, {self.channels}, h, w), as the decoder was made for, got "
-                f"{tuple(latents.shape)}."
+                f"{tuple(latents.shape)}.",
+                "latents",
             )
         cells = latents.shape[2:]
         if size is not None and not (
             len(size) == 2
             and all(stride_fits(side, n, self.stride) for side, n in zip(size, cells, strict=True))
         ):
-            raise ValueError(
+            raise ArgumentError(
                 f"`latents` of {tuple(cells)} cells do not fit pictures of {tuple(size)} pixels at "
-                f"a stride of {self.stride}: the decoder does not fit this layer."
+                f"a stride of {self.stride}: the decoder does not fit this layer.",
+                "latents",
             )
         pictures = torch.sigmoid(self.head(self.blocks(latents)))
         if size is None:
@@ -215,7 +222,9 @@ def _per_block(
         return [*[defaults[0]] * (n - len(defaults)), *defaults[max(len(defaults) - n, 0) :]]
     numbers = list(values)
     if len(numbers) != n:
-        raise ValueError(f"`{name}` must be {n} numbers, one for each block, got {numbers}.")
+        raise ArgumentError(
+            f"`{name}` must be {n} numbers, one for each block, got {numbers}.", name
+        )
     for number in numbers:
         check_count(name, number)
     return numbers

@@ -10,6 +10,7 @@ from torch.nn import Module
 from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext._engine.modules import Forward, Tensors, require_module
 from captum_ext._engine.precision import full_precision
+from captum_ext._errors import ArgumentError
 from captum_ext._identity import digest
 from captum_ext._layer_maps import LayerMaps, ReshapeTransform
 from captum_ext._repr import options_repr
@@ -86,11 +87,12 @@ class LayerEncoder(LayerMaps):
     def _to_maps(self, tensors: Tensors, images: Tensor) -> Tensor:
         latents = super()._to_maps(tensors, images)
         if latents.shape[2:].numel() == 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"`layer` `{self.name}` has no space to decode: for images {tuple(images.shape)} "
                 f"it gives {tuple(latents.shape)}, and a decoder needs (N, C, h, w) of more than "
                 f"one cell. Choose a layer in front of the pooling, or a `reshape_transform` for "
-                f"tokens."
+                f"tokens.",
+                "layer",
             )
         return full_precision(latents)
 
@@ -107,10 +109,11 @@ def channels_and_stride(encoder: LayerEncoder, images: Tensor) -> tuple[int, int
     powers = [2**i for i in range(max(images.shape[2:]).bit_length())]
     strides = [s for s in powers if all(stride_fits(side, n, s) for side, n in sides)]
     if not strides:
-        raise ValueError(
+        raise ArgumentError(
             f"`layer` `{encoder.name}` gives {tuple(cells)} cells for {tuple(images.shape[2:])} "
             f"pixels, but a decoder can only double the size: choose a layer, or a size of images, "
-            f"with a ratio near a power of two."
+            f"with a ratio near a power of two.",
+            "layer",
         )
     return channels, min(strides, key=lambda s: sum(abs(side / s - n) for side, n in sides))
 

@@ -4,6 +4,7 @@ from kornia.metrics import ssim
 from torch import Tensor
 
 from captum_ext._engine.precision import full_precision, without_autocast
+from captum_ext._errors import ArgumentError
 
 WINDOW = 11  # of SSIM, with sigma 1.5
 
@@ -39,9 +40,10 @@ def structural_similarity(pictures: Tensor, others: Tensor) -> Tensor:
         torch.Size([2, 3])
     """
     if pictures.shape != others.shape or pictures.dim() != 4 or min(pictures.shape[2:]) < WINDOW:
-        raise ValueError(
+        raise ArgumentError(
             f"`pictures` must be two of (N, C, H, W), at least {WINDOW} x {WINDOW}, got "
-            f"{tuple(pictures.shape)} and {tuple(others.shape)}."
+            f"{tuple(pictures.shape)} and {tuple(others.shape)}.",
+            "pictures",
         )
     x, y = full_precision(pictures), full_precision(others)
     with without_autocast(x):  # half precision loses variances

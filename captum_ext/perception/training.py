@@ -12,6 +12,7 @@ from captum_ext._data.pictures import PictureDataset
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import parameter_dtype
 from captum_ext._engine.state import eval_mode
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import model_digest
 from captum_ext._training import DecoderModule, TrainingRun
 from captum_ext.perception.decoder import PerceptionDecoder
@@ -55,7 +56,9 @@ class PerceptionModule(DecoderModule):
         super().__init__(encoder.root, decoder)
         check_size("lr", lr, positive=True)
         if len(weights) != 3 or not any(weights):
-            raise ValueError(f"`weights` must be three numbers, not all 0, got {weights!r}.")
+            raise ArgumentError(
+                f"`weights` must be three numbers, not all 0, got {weights!r}.", "weights"
+            )
         for weight in weights:
             check_size("weights", weight)
         self.encoder, self.lr = encoder, lr
@@ -164,7 +167,9 @@ def fit_perception(
         >>> decoder.save("decoder.pt", encoder)  # doctest: +SKIP
     """
     if not isinstance(encoder, LayerEncoder):
-        raise TypeError(f"`encoder` must be a LayerEncoder, got {type(encoder)}.")
+        raise ArgumentTypeError(
+            f"`encoder` must be a LayerEncoder, got {type(encoder)}.", "encoder"
+        )
     run = TrainingRun(n_epochs, batch_size, checkpoints, seed, num_workers, show_progress, trainer)
     picture_size, root = height_width("size", size), encoder.root
     pictures = PictureDataset(data, picture_size, has_labels=False)

@@ -10,6 +10,7 @@ from torch.nn import Module
 from captum_ext._checks import check_choice, check_images, check_range, check_size
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import fields_repr, options_repr
 from captum_ext.imaging import min_max, one_channel, resize
 from captum_ext.perception.decoder import PerceptionDecoder
@@ -112,8 +113,8 @@ class PerceptionVisualization:
             ("decoder", decoder, Module),
         ):
             if not isinstance(value, expected):
-                raise TypeError(
-                    f"`{name}` must be an instance of {expected.__name__}, got {value!r:.80}."
+                raise ArgumentTypeError(
+                    f"`{name}` must be an instance of {expected.__name__}, got {value!r:.80}.", name
                 )
         if isinstance(decoder, PerceptionDecoder):
             decoder.check_encoder(encoder)
@@ -165,7 +166,9 @@ class PerceptionVisualization:
         expected = (len(images), self.encoder.channels, *size)
         if not isinstance(pictures, Tensor) or tuple(pictures.shape) != expected:
             result = tuple(pictures.shape) if isinstance(pictures, Tensor) else type(pictures)
-            raise ValueError(f"`decoder` must give pictures {expected}, and gives {result}.")
+            raise ArgumentError(
+                f"`decoder` must give pictures {expected}, and gives {result}.", "decoder"
+            )
         return full_precision(pictures)
 
     def mask(self, inputs: Tensor, **kwargs: Any) -> Tensor:
@@ -182,13 +185,16 @@ class PerceptionVisualization:
         maps = maps[0] if isinstance(maps, tuple) else maps
         if not isinstance(maps, Tensor) or maps.dim() != 4 or len(maps) != len(inputs):
             result = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps)
-            raise ValueError(
+            raise ArgumentError(
                 f"`attribution` must give a map (N, C, h, w) of each image, and "
-                f"{self.attribution.get_name()} gives {result}."
+                f"{self.attribution.get_name()} gives {result}.",
+                "attribution",
             )
         maps = one_channel(maps.detach())
         if not bool(torch.isfinite(maps).all()):
-            raise ValueError(f"`attribution` {self.attribution.get_name()} is not finite.")
+            raise ArgumentError(
+                f"`attribution` {self.attribution.get_name()} is not finite.", "attribution"
+            )
         maps = maps.clamp(min=0)
         if self.scale == "max":
             largest = maps.amax((2, 3), keepdim=True)
