@@ -186,7 +186,7 @@ def _check_sees(loaded: "LoadedModel", x: "Tensor") -> list[str]:
         InputError: the model does not take this size, or has no features for a decoder.
     """
     from captum_ext._errors import InputError
-    from captum_ext.fcam import find_taps
+    from captum_ext.fcam import find_feature_layers
     from captum_ext.zoo import probabilities
 
     pixels = f"{x.shape[2]} x {x.shape[3]} pixels"
@@ -199,7 +199,7 @@ def _check_sees(loaded: "LoadedModel", x: "Tensor") -> list[str]:
             f"{loaded.name} does not take pictures of {pixels} ({error}): give another --size"
         ) from error
     try:
-        return find_taps(loaded.module, x)
+        return find_feature_layers(loaded.module, x)
     except ValueError as error:
         raise InputError(
             f"{loaded.name} has no spatial features of several resolutions at {pixels}, which a "

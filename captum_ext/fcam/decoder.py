@@ -35,7 +35,7 @@ class FCAMDecoder(nn.Module):
 
     Args:
         channels: channels of the features, from the shallowest to the deepest, in the order of
-            `find_taps`.
+            `find_feature_layers`.
         widths: channels of each block, from the deepest, one for each of the features. If there are
             too few, the last is repeated; if too many, the rest is dropped.
             (256, 128, 64, 32, 16) (official code).
@@ -111,14 +111,14 @@ class FCAMDecoder(nn.Module):
             classifier: the module, or its bound method.
             images: example inputs (N, C, H, W), of the size that will be explained.
             layers: names of the layers to read, from the shallowest to the deepest. None takes
-                those of `find_taps`.
+                those of `find_feature_layers`.
             widths: channels of each block; see `FCAMDecoder`.
             center: whether there is a centre block; see `FCAMDecoder`.
 
         Raises:
             ValueError: a layer is unknown, or its output is no map.
         """
-        names = find_taps(classifier, images) if layers is None else list(layers)
+        names = find_feature_layers(classifier, images) if layers is None else list(layers)
         modules = [find_module(classifier, name, "layers") for name in names]
         with preserve_state(classifier):
             activations, _ = LayerCapture(classifier, modules).activations(images)
@@ -176,7 +176,7 @@ def _resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
 
 
-def find_taps(classifier: Forward, images: Tensor) -> list[str]:
+def find_feature_layers(classifier: Forward, images: Tensor) -> list[str]:
     """The layers that a decoder reads: the last layer of each resolution.
 
     The classifier runs once. A layer is a candidate if it puts out maps, unless
@@ -202,7 +202,7 @@ def find_taps(classifier: Forward, images: Tensor) -> list[str]:
 
     Example:
         >>> from torchvision.models import resnet18
-        >>> find_taps(resnet18().eval(), torch.zeros(1, 3, 64, 64))
+        >>> find_feature_layers(resnet18().eval(), torch.zeros(1, 3, 64, 64))
         ['relu', 'layer1', 'layer2', 'layer3', 'layer4']
     """
     root = require_module(classifier, "classifier")
@@ -242,17 +242,17 @@ def find_taps(classifier: Forward, images: Tensor) -> list[str]:
         if name and runs[name] == 1 and is_map and not is_resized_by_parent(name, size):
             last.pop(size, None)  # keeps the order in which layers ran
             last[size] = name
-    taps: list[str] = []
+    layers: list[str] = []
     deeper_side = 0
     for (h, w), name in reversed(last.items()):
         if min(h, w) >= 1.5 * deeper_side:
-            taps.insert(0, name)
+            layers.insert(0, name)
             deeper_side = min(h, w)
-    if len(taps) < 2:
+    if len(layers) < 2:
         raise ArgumentError(
-            f"`classifier` {type(root).__name__} has {len(taps)} layers of different resolutions "
-            f"at {height} x {width} pixels ({taps}), and a decoder needs two: name them as "
+            f"`classifier` {type(root).__name__} has {len(layers)} layers of different resolutions "
+            f"at {height} x {width} pixels ({layers}), and a decoder needs two: name them as "
             f"`layers`.",
             "classifier",
         )
-    return taps
+    return layers
