@@ -152,7 +152,7 @@ class Fit:
             trainer.fit(module, loader, validation, ckpt_path=resumed)
         if len(module.unread) == len(pictures):
             raise ValueError(f"`data`: none of its {len(pictures)} pictures can be read.")
-        pictures.warn_of(module.unread)
+        pictures.warn_of_unread(module.unread)
 
     def _trainer(self, device: torch.device) -> tuple[Trainer, Path | None]:
         """With the file that it goes on from."""

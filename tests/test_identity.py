@@ -116,7 +116,9 @@ def test_values_that_a_partial_fixes_are_told_apart(one, other, same):
 
 def test_a_value_without_a_text_is_refused():
     for value in (object(), {object()}, np.array([object()])):
-        with pytest.raises(ValueError, match=r"^`f` is a object, which stored work cannot know"):
+        with pytest.raises(
+            ValueError, match=r"^`f` is a object, which stored work cannot recognise"
+        ):
             versioned_name("`f`", partial(sharpness, gain=value))
 
 
@@ -158,7 +160,7 @@ def made(gain):
         (lambda found: 0, 'def function(...)`, with the line `function.version = "1"` below'),
         (made(2), 'def scaled(...)`, with the line `scaled.version = "1"` below'),
         (partial(made(2), 3), '`scaled.version = "1"` below. functools.partial fixes'),
-        (nameless, 'add the line `nameless.version = "1"`, and change it when what it does'),
+        (nameless, 'add the line `nameless.version = "1"`, and change the version whenever'),
         (partial(nameless), '`nameless.version = "1"`'),
         (type("Local", (Sharpness,), {"version": None})(), '`Local.version = "1"`'),
         (Sharpness().method, '`Sharpness.method.version = "1"`'),
