@@ -102,13 +102,13 @@ def versioned_name(where: str, function: Any) -> str:
         fixed = (function.args, sorted(function.keywords.items()))
         args, keywords = tree_map(partial(_json_leaf, where), fixed)
         return f"{versioned_name(where, function.func)}, {args}, {keywords}"
-    named = function if hasattr(function, "__qualname__") else type(function)
-    name, version = str(named.__qualname__), getattr(function, "version", None)
+    definition = function if hasattr(function, "__qualname__") else type(function)
+    name, version = str(definition.__qualname__), getattr(function, "version", None)
     owner = function if isinstance(function, Module) else getattr(function, "__self__", None)
     if isinstance(owner, Module):
         return f"{name} {model_digest(owner)}"
-    library = _library(named) in LIBRARIES
-    if "<" in name and library and named is function:
+    library = _library(definition) in LIBRARIES
+    if "<" in name and library and definition is function:
         cells = getattr(function, "__closure__", None) or ()
         return f"{name}, {json_value(where, [cell.cell_contents for cell in cells])}"
     if "<" in name:  # a lambda, or a function inside another
@@ -120,19 +120,19 @@ def versioned_name(where: str, function: Any) -> str:
             f"functools.partial fixes arguments, and a torch.nn.Module is known by its weights."
         )
     if isinstance(version, str | int):
-        return f"{name if library else f'{named.__module__}.{name}'} version {version}"
-    if library and (named is function or " at 0x" not in repr(function)):
-        return name if named is function else repr(function)
+        return f"{name if library else f'{definition.__module__}.{name}'} version {version}"
+    if library and (definition is function or " at 0x" not in repr(function)):
+        return name if definition is function else repr(function)
     raise ValueError(
         f"{where} is {name}, without a version, so stored work cannot recognise it: add the line "
         f'`{name}.version = "1"`, and change the version whenever you change the function.'
     )
 
 
-def _library(named: Any) -> str:
+def _library(definition: Any) -> str:
     """The top-level package of a function; also for methods of built-in types."""
-    owner = getattr(named, "__objclass__", None) or getattr(named, "__self__", None)
-    module = getattr(named, "__module__", None) or getattr(owner, "__module__", None)
+    owner = getattr(definition, "__objclass__", None) or getattr(definition, "__self__", None)
+    module = getattr(definition, "__module__", None) or getattr(owner, "__module__", None)
     return str(module).partition(".")[0]
 
 

@@ -15,6 +15,7 @@ from captum_ext._engine.hooks import edit_layers
 from captum_ext._engine.modules import find_module, root_module
 from captum_ext._engine.outputs import scoring_forward
 from captum_ext._engine.state import _buffers_of_modules, preserve_state
+from captum_ext._errors import ArgumentError
 from tests.captures import layer_activations, layer_gradients
 from tests.networks import (
     FunctionsAroundLayer,
@@ -251,8 +252,11 @@ def test_find_module_takes_names_and_modules_and_nothing_else() -> None:
     assert root_module(functools.partial(net.forward)) is net
     wrapped = NoGradConv(1)
     assert find_module(wrapped.forward, "conv") is wrapped.conv
-    with pytest.raises(ValueError, match=r"'layer5' is not in the model\. Closest: layer4, layer"):
+    with pytest.raises(
+        ArgumentError, match=r"'layer5' is not in the model\. Closest: layer4, l"
+    ) as caught:
         find_module(net, "layer5")
+    assert caught.value.argument == "layer"
     with pytest.raises(ValueError, match="pass the module itself"):
         find_module(lambda x: net(x), "layer4")
     with pytest.raises(TypeError, match="dotted name"):
