@@ -67,7 +67,7 @@ class PastedScenes(SeededDataset[Scene]):
 
     The objects are a cat (285, Egyptian cat), a cup (967, espresso), a shuttle (812, space shuttle)
     and a camera on legs (872, tripod), in turn. They were chosen because the network of
-    `captum_ext.demo.load_model` recognises each alone; a motorcycle, its wheel and a helmet failed
+    `captum_ext.zoo.load_model` recognises each alone; a motorcycle, its wheel and a helmet failed
     that test. Attribution methods played no part in the choice. The test took 36 pastes of each
     (four sizes from 48 to 110 pixels on each of the nine backgrounds), cropped to a square a
     quarter wider than the object and resized to 224 pixels. The median probability of the class is

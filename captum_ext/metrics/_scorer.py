@@ -12,7 +12,7 @@ from typing import Any, TypedDict, TypeVar, cast
 import torch
 from torch import Generator, Tensor
 
-from captum_ext._checks import check_count, check_generator, closest, one_batch_of_images
+from captum_ext._checks import check_count, check_generator, check_images, closest
 from captum_ext._compat import TargetType, with_progress
 from captum_ext._engine.modules import Forward
 from captum_ext._engine.outputs import Score, Scorer, default_batch_size
@@ -103,7 +103,7 @@ class PerturbationScorer:
         internal_batch_size: int | None = None,
         show_progress: bool = False,
     ) -> None:
-        self.images = one_batch_of_images(inputs)
+        self.images = check_images(inputs)
         if internal_batch_size is None:
             internal_batch_size = default_batch_size(self.images.device)
         check_count("internal_batch_size", internal_batch_size)
