@@ -39,7 +39,7 @@ class Opened(NamedTuple):
         layout: its layout.
         title: what messages call the origin of its classes.
         n_classes: how many it has.
-        labels: see `captum_ext.datasets._files.LayoutFiles`, as for the next.
+        labels: see `captum_ext.datasets._files.LayoutDataset`, as for the next.
         has_objects: whether it is known where the objects are.
     """
 
@@ -124,7 +124,7 @@ def find_layout(root: str) -> str:
     from captum_ext._errors import InputError
 
     folder = Path(root)
-    found = [layout for layout in LAYOUTS if _layout(layout).is_in(folder)]
+    found = [layout for layout in LAYOUTS if _layout(layout).matches(folder)]
     if len(found) > 1:
         raise InputError(
             f"the folder {root!r} has the files of {' and '.join(found)}: give --layout"
@@ -133,7 +133,7 @@ def find_layout(root: str) -> str:
         return found[0]
     for inside in sorted(child for child in folder.iterdir() if child.is_dir()):
         for layout in LAYOUTS:
-            if _layout(layout).is_in(inside):
+            if _layout(layout).matches(inside):
                 raise InputError(
                     f"the folder {root!r} has no files of a layout, but {str(inside)!r} has those "
                     f"of {layout}: give that one, or --layout classes"
