@@ -38,9 +38,9 @@ from tests.networks import (
     ],
 )
 def test_published_fields(name: str, layer: str, size: int, stride: int, start: float) -> None:
-    model = torchvision_net(name)
-    module = model.get_submodule(layer)
-    field = receptive_field(model, module, torch.zeros(1, 3, 224, 224), exact=True)
+    model = torchvision_net(name, device="meta")
+    module, x = model.get_submodule(layer), torch.zeros(1, 3, 224, 224, device="meta")
+    field = receptive_field(model, module, x, exact=True)
     assert field.rows == field.columns == (size, stride, start)
 
 
@@ -58,8 +58,8 @@ def test_published_fields(name: str, layer: str, size: int, stride: int, start: 
     ],
 )
 def test_offsets(name: str, layer: str, offset: float | None) -> None:
-    model = torchvision_net(name)
-    module, x = model.get_submodule(layer), torch.zeros(1, 3, 224, 224)
+    model = torchvision_net(name, device="meta")
+    module, x = model.get_submodule(layer), torch.zeros(1, 3, 224, 224, device="meta")
     shapes: list[torch.Size] = []
     handle = module.register_forward_hook(lambda m, i, o: shapes.append(o.shape))
     field = receptive_field(model, module, x)
@@ -147,8 +147,8 @@ def linear_copy(net: nn.Module) -> nn.Module:
     ],
 )
 def test_gradients_of_real_nets_end_where_fields_do(name: str, layer: str, side: int) -> None:
-    net = torchvision_net(name)
-    image = torch.zeros(1, 3, 224, 224)
+    net = torchvision_net(name, device="meta")
+    image = torch.zeros(1, 3, 224, 224, device="meta")
     field = receptive_field(net, net.get_submodule(layer), image, exact=True)
     copy = linear_copy(net).double()
     module, shapes = copy.get_submodule(layer), []
