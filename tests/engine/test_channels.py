@@ -21,7 +21,15 @@ from captum_ext._engine.channels import ChannelTracer
 from captum_ext._engine.hooks import enter_mode
 from captum_ext.attr import LayerAblationCam, LayerEigenCam, LayerHiResCam
 from tests.methods import EVERY
-from tests.networks import ChannelsLastNet, Lambda, ScriptedNet, SmallNet, TwoTensorNet, small_net
+from tests.networks import (
+    ChannelsLastNet,
+    Lambda,
+    ScriptedNet,
+    SmallNet,
+    TwoTensorNet,
+    small_net,
+    small_swin,
+)
 
 
 def traced(function: Any, x: Tensor) -> set[int] | None:
@@ -82,10 +90,15 @@ def test_each_operation_moves_the_channels_as_expected(name: str) -> None:
     assert traced(function, torch.rand(2, 6, 4, 4)) == expected
 
 
-MODELS = (convnext_tiny, densenet121, mobilenet_v3_small, shufflenet_v2_x0_5, swin_t)
+MODELS = (mobilenet_v3_small, shufflenet_v2_x0_5, small_swin)
+LARGE_MODELS = (convnext_tiny, densenet121, swin_t)
 
 
-@pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    "build",
+    [*MODELS, *(pytest.param(build, marks=pytest.mark.slow) for build in LARGE_MODELS)],
+    ids=lambda build: build.__name__,
+)
 def test_the_dimension_that_does_not_grow_with_the_image_has_the_channels(build: Any) -> None:
     """An independent check: with two image sizes, only the height and width of a layer differ."""
     model, shapes, runs = build().eval(), [], Counter[str]()

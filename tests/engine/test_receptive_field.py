@@ -40,9 +40,9 @@ from tests.networks import (
 def test_fields_equal_published_ones(
     name: str, layer: str, size: int, stride: int, start: float
 ) -> None:
-    model = torchvision_net(name)
+    model = torchvision_net(name, device="meta")
     module = model.get_submodule(layer)
-    field = receptive_field(model, module, torch.zeros(1, 3, 224, 224), exact=True)
+    field = receptive_field(model, module, torch.zeros(1, 3, 224, 224, device="meta"), exact=True)
     assert field.rows == field.columns == (size, stride, start)
 
 
@@ -60,8 +60,8 @@ def test_fields_equal_published_ones(
     ],
 )
 def test_unit_offsets_equal_known_ones(name: str, layer: str, offset: float | None) -> None:
-    model = torchvision_net(name)
-    module, x = model.get_submodule(layer), torch.zeros(1, 3, 224, 224)
+    model = torchvision_net(name, device="meta")
+    module, x = model.get_submodule(layer), torch.zeros(1, 3, 224, 224, device="meta")
     shapes: list[torch.Size] = []
     handle = module.register_forward_hook(lambda m, i, o: shapes.append(o.shape))
     field = receptive_field(model, module, x)
@@ -151,8 +151,8 @@ def linear_copy(net: nn.Module) -> nn.Module:
     ],
 )
 def test_gradients_of_real_nets_end_at_the_field(name: str, layer: str, side: int) -> None:
-    net = torchvision_net(name)
-    image = torch.zeros(1, 3, 224, 224)
+    net = torchvision_net(name, device="meta")
+    image = torch.zeros(1, 3, 224, 224, device="meta")
     field = receptive_field(net, net.get_submodule(layer), image, exact=True)
     copy = linear_copy(net).double()
     module, shapes = copy.get_submodule(layer), []

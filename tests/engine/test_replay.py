@@ -16,11 +16,18 @@ from torchvision.models import (
     resnet18,
     shufflenet_v2_x0_5,
     swin_t,
-    vgg11_bn,
 )
 
 from captum_ext._engine.replay import LayerReplay
-from tests.networks import AutocastNet, DataDependentNet, TwoConvNet, small_net, vision_transformer
+from tests.networks import (
+    AutocastNet,
+    DataDependentNet,
+    TwoConvNet,
+    narrow_vgg,
+    small_net,
+    small_swin,
+    vision_transformer,
+)
 
 
 def drop_channel(a: Tensor, channel: Tensor) -> Tensor:
@@ -53,22 +60,25 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "ResNet, last stage": (resnet18, "layer4", 64),
     "ResNet, inside a skip": (resnet18, "layer4.1.conv1", 64),
     "ResNet, beside a downsampling skip": (resnet18, "layer3.0.conv2", 64),
-    "VGG": (vgg11_bn, "features.22", 64),
+    "VGG": (narrow_vgg, "features.22", 64),
     "DenseNet, between concatenations": (densenet121, "features.denseblock4.denselayer3", 64),
     "MobileNet, with squeeze and excitation": (mobilenet_v3_small, "features.9.block.0", 64),
     "ShuffleNet, with channel shuffles": (shufflenet_v2_x0_5, "stage4.1", 64),
     "ViT": (vision_transformer, "encoder.layers.encoder_layer_0", 32),
-    "Swin": (swin_t, "features.5.5", 64),
+    "Swin": (small_swin, "features.1.1", 32),
 }
+LARGE_CASES = {"Swin-T": (swin_t, "features.5.5", 64)}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE_CASES)]
+)
 def test_a_replay_equals_full_passes(name: str) -> None:
-    build, layer_name, size = CASES[name]
+    build, layer_name, size = (CASES | LARGE_CASES)[name]
     torch.manual_seed(0)
     model = build().eval().double()
     layer, x = model.get_submodule(layer_name), torch.randn(2, 3, size, size).double()
-    target, channels = [3, 5], torch.tensor([0, 1, 4])
+    target, channels = [3, 4], torch.tensor([0, 1, 4])
     with slow_replay_warnings() as messages:
         replay = LayerReplay(model, layer, (x,), target)
         scores = replay(drop_channel, channels)
