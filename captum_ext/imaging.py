@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from captum_ext._engine.precision import full_precision, without_autocast
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
-_MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
+MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
 _PADDINGS = ("zeros", "border", "reflection")
 
 
@@ -45,8 +45,8 @@ def resize(
         tensor([[[0.0000, 0.2500, 0.7500, 1.0000]]])
     """
     n = x.dim() - 2
-    if mode not in _MODES:
-        raise ValueError(f"`mode` must be one of {_MODES}, got {mode!r}.")
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
     fits = n in _LINEAR and len(size) == n and (mode != "bicubic" or n == 2)
     if not fits or min(size) < 1:
         raise ValueError(

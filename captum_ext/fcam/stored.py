@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from captum_ext._data.pictures import Pictures
 from captum_ext._identity import check_same_run, function_name, model_digest, plain, whole_file
-from captum_ext.attr._chain import wrapped
+from captum_ext.attr._chain import wrapped_method
 from captum_ext.fcam.guides import guidance
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def described(where: str, guide: Attribution, classifier: Module) -> str:
         for leaf in tree_leaves(value):
             if _is_option(name, leaf, guide):
                 options.append(f"{name}={function_name(f'{where}: {name}', leaf)}")
-    inner = wrapped(guide)
+    inner = wrapped_method(guide)
     within = [] if inner is None else [described(where, inner, classifier)]
     return f"{guide.get_name()}({', '.join(within + options)})"
 

@@ -351,7 +351,7 @@ def test_arguments_follow_the_images() -> None:
     assert [len(inputs) for inputs, _ in spy.calls] == [5, 5, 2]
     torch.testing.assert_close(spy.seen(), warp(x[twelve], each, fill=fill))
     torch.testing.assert_close(spy.seen("baselines"), warp(baselines[twelve], each, fill=fill))
-    assert spy.seen("target") == [3, 5] * 6
+    assert spy.seen("target").tolist() == [3, 5] * 6
     extra = [kwargs["additional_forward_args"] for _, kwargs in spy.calls]
     assert torch.equal(torch.cat([e[0] for e in extra]), warp(labels[twelve], each, "nearest"))
     torch.testing.assert_close(torch.cat([e[1] for e in extra]), warp(grey[twelve], each))
@@ -422,7 +422,7 @@ def test_solving_image_by_image_changes_nothing(monkeypatch: Any) -> None:
     net, x = pooled_net(), torch.rand(3, 3, 16, 20, dtype=D)
     sr = augmented(LayerGradCam(net, net[3]), tolerance=0.01)
     together = sr.attribute(x, return_history=True, target=[1, 3, 0])
-    monkeypatch.setattr(_copies, "_SOLVED_AT_ONCE", 1)
+    monkeypatch.setattr(_copies, "_PIXELS_AT_ONCE", 1)
     torch.testing.assert_close(sr.attribute(x, return_history=True, target=[1, 3, 0]), together)
 
 

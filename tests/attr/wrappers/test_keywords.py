@@ -17,7 +17,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_ext.attr import AugmentedSR, LayerCam, LayerScoreCam, SESSWrapper, UpsampleWrapper
-from captum_ext.attr._chain import chain, innermost, keywords_of, passed
+from captum_ext.attr._chain import chain, drop_unset, innermost, keywords_of
 from tests.methods import pooled_net
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
@@ -125,7 +125,7 @@ def test_what_is_not_passed_is_not_handed_on(wrap: Any) -> None:
     method.attribute(X, target=None, additional_forward_args=None)
     assert base.seen
     assert all(s == {"target": None, "additional_forward_args": None} for s in base.seen)
-    assert passed(target=None, other=...) == {"target": None}
+    assert drop_unset(target=None, other=...) == {"target": None}
 
 
 def test_of_a_method_without_a_target_a_target_is_a_mistake() -> None:
