@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from captum_ext._errors import ArgumentError, ArgumentTypeError
+
 
 def is_finite(value: Any) -> bool:
     """Whether `value` is a number, and neither infinite nor NaN."""
@@ -20,21 +22,21 @@ def is_finite(value: Any) -> bool:
 def check_count(name: str, value: int) -> None:
     """Raise a ValueError unless the argument called `name` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        raise ArgumentError(f"`{name}` must be an integer of at least 1, got {value!r}.", name)
 
 
 def check_seed(value: Any) -> None:
     """Raise a TypeError unless the argument `seed` is an integer."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`seed` must be an integer, got {value!r}.")
+        raise ArgumentTypeError(f"`seed` must be an integer, got {value!r}.", "seed")
 
 
 def check_range(name: str, value: Any, low: float, high: float, *, below: bool = False) -> None:
     """Raise a ValueError unless the argument called `name` is a number from `low` to `high`."""
     if not is_finite(value) or not low <= value <= high or (below and value == high):
         end = "below" if below else "at most"
-        raise ValueError(
-            f"`{name}` must be a number, at least {low:g} and {end} {high:g}, got {value!r}."
+        raise ArgumentError(
+            f"`{name}` must be a number, at least {low:g} and {end} {high:g}, got {value!r}.", name
         )
 
 
@@ -42,13 +44,13 @@ def check_size(name: str, value: Any, *, positive: bool = False) -> None:
     """Raise a ValueError unless the argument called `name` is a number of 0 or more."""
     if isinstance(value, bool) or not is_finite(value) or value < 0 or (positive and value == 0):
         allowed = "greater than 0" if positive else "0 or more"
-        raise ValueError(f"`{name}` must be a number, {allowed}, got {value!r}.")
+        raise ArgumentError(f"`{name}` must be a number, {allowed}, got {value!r}.", name)
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """Raise a ValueError unless the argument called `name` is one of the choices."""
     if not isinstance(value, str | None) or value not in tuple(choices):
-        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+        raise ArgumentError(f"`{name}` must be one of {list(choices)}, got {value!r}.", name)
 
 
 def closest(name: str, names: Sequence[str], count: int = 3) -> str:
@@ -61,32 +63,38 @@ def check_generator(generator: Any, device: torch.device) -> None:
     if generator is None:
         return
     if not isinstance(generator, Generator):
-        raise TypeError(f"`generator` must be a torch.Generator, got {type(generator)}.")
+        raise ArgumentTypeError(
+            f"`generator` must be a torch.Generator, got {type(generator)}.", "generator"
+        )
     if generator.device != torch.empty(0, device=device).device:
-        raise ValueError(
-            f"`generator` must be on the device of the inputs, {device}, got {generator.device}."
+        raise ArgumentError(
+            f"`generator` must be on the device of the inputs, {device}, got {generator.device}.",
+            "generator",
         )
 
 
 def one_batch_of_images(inputs: Any) -> Tensor:
     """The images of `inputs`, one tensor (B, C, H, W) of finite floats, or a tuple of one."""
     if isinstance(inputs, tuple) and len(inputs) != 1:
-        raise ValueError(
-            f"`inputs` must be one tensor of images, got a tuple of {len(inputs)}: hand what else "
-            f"the model takes to `additional_forward_args`."
+        raise ArgumentError(
+            f"`inputs` must be one tensor of images, got a tuple of {len(inputs)}: pass the "
+            f"model's other arguments as `additional_forward_args`.",
+            "inputs",
         )
     x = inputs[0] if isinstance(inputs, tuple) else inputs
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point() or not x.numel():
-        shown = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else repr(type(x))
-        raise ValueError(f"`inputs` must be images (B, C, H, W) of floats, got {shown}.")
+        description = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else repr(type(x))
+        raise ArgumentError(
+            f"`inputs` must be images (B, C, H, W) of floats, got {description}.", "inputs"
+        )
     if not bool(torch.isfinite(x).all()):
-        raise ValueError("`inputs` are not finite.")
+        raise ArgumentError("`inputs` are not finite.", "inputs")
     return x.detach()
 
 
-def first_line(said: BaseException | str) -> str:
-    """Of an error's text, at most 120 characters; its type where it says nothing."""
-    line = (str(said).splitlines() or [type(said).__name__])[0]
+def first_line(message: BaseException | str) -> str:
+    """The first line of an error's text, at most 120 characters; its type if it has no text."""
+    line = (str(message).splitlines() or [type(message).__name__])[0]
     return line if len(line) <= 120 else f"{line[:117]}..."
 
 

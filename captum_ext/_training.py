@@ -17,9 +17,9 @@ from torch.nn import Module
 from torch.utils.data import DataLoader, Sampler
 
 from captum_ext._checks import check_count, check_seed
-from captum_ext._data.pictures import Pictures
+from captum_ext._data.pictures import PictureDataset
 from captum_ext._engine.state import eval_mode, preserve_state, seeded_random
-from captum_ext._identity import check_same_run, hash_of
+from captum_ext._identity import check_same_run, derive_seed
 
 
 class DecoderModule(LightningModule):
@@ -122,11 +122,11 @@ class Fit:
             kept.enter_context(eval_mode(classifier))
             kept.enter_context(preserve_state(classifier))
             kept.enter_context(torch.enable_grad())  # Lightning switches them on, and leaves that
-            kept.enter_context(seeded_random(device, hash_of(self.seed)))
+            kept.enter_context(seeded_random(device, derive_seed(self.seed)))
             kept.callback(classifier.to, device)
             yield device
 
-    def fit(self, module: DecoderModule, pictures: Pictures, validation: Any = None) -> None:
+    def fit(self, module: DecoderModule, pictures: PictureDataset, validation: Any = None) -> None:
         """Train the decoder, from the last checkpoint on if there is one.
 
         Args:
@@ -208,5 +208,5 @@ class Shuffled(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = Generator().manual_seed(hash_of(self.seed, self.epoch))
+        generator = Generator().manual_seed(derive_seed(self.seed, self.epoch))
         return iter(torch.randperm(self.n, generator=generator).tolist())

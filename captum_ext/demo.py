@@ -23,13 +23,14 @@ from torch.nn import Module
 from captum_ext._checks import closest, first_line
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module
+from captum_ext._errors import InputError
 from captum_ext.attr import (
     channels_last_to_first,
     suggest_layer,
     suggest_reshape_transform,
     tokens_to_grid,
 )
-from captum_ext.attr.layer.template import ReshapeTransform
+from captum_ext.attr.layer.base import ReshapeTransform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,10 +46,6 @@ _NESTED = ("state_dict", "model_state_dict", "model")
 _OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
-class InputError(ValueError):
-    """Something that the user gave and can put right; the message says how."""
-
-
 # --- the photograph ------------------------------------------------------------------------------
 
 
@@ -62,7 +59,7 @@ def load_image(path: str | Path | None = None) -> "Image":
         InputError: a file that is missing, no image, or of more than 50 megapixels (which is seen
             before it is decoded); None without scikit-image.
     """
-    from captum_ext._data.files import read_upright, unreadable
+    from captum_ext._data.files import read_upright, unreadable_message
 
     if path is None:
         from PIL import Image
@@ -71,7 +68,7 @@ def load_image(path: str | Path | None = None) -> "Image":
     try:
         return read_upright(path)
     except OSError as error:
-        said = str(error) if error.errno is None else unreadable(path, error)
+        said = str(error) if error.errno is None else unreadable_message(path, error)
         raise InputError(said) from error
 
 

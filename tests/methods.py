@@ -1,5 +1,6 @@
 """The layer methods under test, and small networks to try them on."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -7,19 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import captum_ext.attr
 from captum_ext.attr import (
-    LayerAblationCam,
-    LayerCam,
-    LayerClassActivationMap,
-    LayerEigenCam,
-    LayerGradCamPlusPlus,
+    BaseLayerCam,
     LayerGroupCam,
-    LayerHiResCam,
     LayerScoreCam,
-    LayerSharpenFocus,
     LayerSmoothGradCamPlusPlus,
-    LayerTokenGradCam,
-    LayerXGradCam,
 )
 
 Method = Callable[..., Any]
@@ -32,24 +26,22 @@ def smooth(forward_func: Any, layer: Any, device_ids: Any = None, **options: Any
     return LayerSmoothGradCamPlusPlus(forward_func, layer, device_ids, **options)
 
 
-GRADIENT: dict[str, Method] = {
-    "Grad-CAM": LayerTokenGradCam,
-    "Grad-CAM++": LayerGradCamPlusPlus,
-    "Smooth Grad-CAM++": smooth,
-    "XGrad-CAM": LayerXGradCam,
-    "LayerCAM": LayerCam,
-    "Sharpen Focus": LayerSharpenFocus,
-    "HiResCAM": LayerHiResCam,
+CLASSES = {
+    cls.title: cls
+    for cls in (getattr(captum_ext.attr, name) for name in captum_ext.attr.__all__)
+    if inspect.isclass(cls) and issubclass(cls, BaseLayerCam) and hasattr(cls, "title")
 }
-MASKING: dict[str, Method] = {
-    "Score-CAM": LayerScoreCam,
+EVERY: dict[str, Method] = {
+    **CLASSES,
+    "Smooth Grad-CAM++": smooth,
     "Score-CAM increase": partial(LayerScoreCam, score="softmax", weighting="increase"),
     "Group-CAM": partial(LayerGroupCam, groups=3),
-    "Ablation-CAM": LayerAblationCam,
 }
-OTHER: dict[str, Method] = {"CAM": LayerClassActivationMap, "Eigen-CAM": LayerEigenCam}
-EVERY = GRADIENT | MASKING | OTHER
-NEEDS_GRADIENTS = {*GRADIENT, "Group-CAM"}
+CLASSES["Score-CAM increase"] = LayerScoreCam
+GRADIENT = {name: method for name, method in EVERY.items() if CLASSES[name].family == "gradient"}
+MASKING = {name: method for name, method in EVERY.items() if CLASSES[name].family == "masking"}
+OTHER = {name: method for name, method in EVERY.items() if CLASSES[name].family == "activation"}
+NEEDS_GRADIENTS = {name for name in EVERY if CLASSES[name].needs_gradients}
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _POOL = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}

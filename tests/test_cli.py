@@ -180,7 +180,7 @@ def test_demo_command(lite0, here, capsys):
 
 def test_every_layer_method_is_in_the_table():
     ours = {name for name in captum_ext.attr.__all__ if name.startswith("Layer")} - {
-        "LayerMap",
+        "BaseLayerCam",
         "LayerTokenGradCam",
     }
     assert {method.class_name for method in methods.METHODS} == ours | {"LayerGradCam"}, (

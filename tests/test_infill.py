@@ -160,7 +160,7 @@ def test_a_module_of_images_and_masks() -> None:
         (float("nan"), ValueError, "not finite"),
         (torch.zeros(5, 1, 1), ValueError, r"broadcast to the images \(2, 3, 4, 4\)"),
         (torch.zeros(1, 2, 3, 4, 4), ValueError, "broadcast"),
-        ((0.0, 0.0), ValueError, "got 2"),
+        ((0.0, 0.0), ValueError, "got a tuple of 2"),
         (True, TypeError, "bool"),
         ({"blur": 1}, TypeError, "dict"),
         (lambda images: images[:, :1, :2], ValueError, "broadcast"),

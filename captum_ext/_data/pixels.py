@@ -9,10 +9,10 @@ from kornia.color import rgb_to_grayscale
 from PIL import Image
 from torch import Tensor
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def as_bytes(picture: Any) -> Tensor:
+def to_byte_tensor(picture: Any) -> Tensor:
     """A PIL image, or a tensor of bytes or of floats in [0, 1], as bytes (3, H, W)."""
     if isinstance(picture, Tensor):
         if picture.dim() != 3 or picture.shape[0] not in (1, 3):
@@ -33,7 +33,7 @@ def as_bytes(picture: Any) -> Tensor:
     return pixels.permute(2, 0, 1)
 
 
-def resized_to(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_pixels(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Pixels (C, H, W) at another size, antialiased."""
     if tuple(pixels.shape[1:]) == size:
         return pixels.contiguous()
@@ -93,7 +93,7 @@ class Normalize:
         """Those of the model's images, 3 or 1."""
         return len(self.mean)
 
-    def about(self) -> list[list[float]]:
+    def to_lists(self) -> list[list[float]]:
         """[mean, std], for files."""
         return [self.mean.flatten().tolist(), self.std.flatten().tolist()]
 

@@ -18,13 +18,13 @@ from captum_ext._compat import (
     _run_forward,
     _sort_key_list,
 )
-from captum_ext._engine.channels import Dims, LayerTracer, check_channels_first
-from captum_ext._engine.hooks import intercepted
+from captum_ext._engine.channels import Dims, LayerChannelTracer, check_channels_first
+from captum_ext._engine.hooks import edit_layers
 from captum_ext._engine.modules import Forward, Tensors, module_name, owner_module, root_module
-from captum_ext._engine.outputs import check_one_score_each
+from captum_ext._engine.outputs import check_one_score_per_example
 
 
-class ReachedError(BaseException):
+class LayerReachedError(BaseException):
     """The layers have run, and nothing behind them is needed. No `except Exception` catches it."""
 
 
@@ -75,10 +75,10 @@ class LayerCapture:
             # Both the kept and the passed-on tensor are copies: the model may go on in place, on
             # the value it gets here as well as on an alias of it that it kept.
             self.hold(index, tuple(t.detach().clone() for t in tensors))
-            return copies(tensors)
+            return clone_tensors(tensors)
 
         with torch.no_grad():
-            score = self.first_run(keep, copies(inputs), target, additional_forward_args)
+            score = self.first_run(keep, clone_tensors(inputs), target, additional_forward_args)
         return self.gathered(), score
 
     def gradients(
@@ -114,14 +114,16 @@ class LayerCapture:
                 for t in tensors
             )
             self.hold(index, leaves)
-            return copies(leaves)
+            return clone_tensors(leaves)
 
         for graph_in_front in [True] if keeps_graph or self.is_parallel else [False, True]:
             with torch.set_grad_enabled(graph_in_front):
-                score = self.first_run(start_graph, copies(inputs), target, additional_forward_args)
+                score = self.first_run(
+                    start_graph, clone_tensors(inputs), target, additional_forward_args
+                )
             if score.requires_grad:
                 break
-        check_one_score_each(score)
+        check_one_score_per_example(score)
         devices = self.devices()
         if keeps_graph and all(len(on) == 1 for on in devices):
             # The leaves themselves: a copy would not lie on the gradients' way.
@@ -161,17 +163,17 @@ class LayerCapture:
     def run(
         self, edit: Any, inputs: Tensors, target: TargetType, additional_forward_args: Any
     ) -> Tensor:
-        """What `target` selects of the output, with `edit` at the layers (see `intercepted`).
+        """What `target` selects of the output, with `edit` at the layers (see `edit_layers`).
 
-        Empty where `edit` raises `ReachedError`.
+        Empty where `edit` raises `LayerReachedError`.
         """
         options: Any = {"at_input": self.at_input, "every_thread": self.is_parallel}
         try:
-            with intercepted(self.layers, edit, **options) as acting, acting:
+            with edit_layers(self.layers, edit, **options) as lock, lock:
                 score: Tensor = _run_forward(
                     self.forward_func, inputs, target, additional_forward_args
                 )
-        except ReachedError:
+        except LayerReachedError:
             return torch.empty(0)
         return score
 
@@ -182,7 +184,7 @@ class LayerCapture:
         if not self.traces_channels:
             return self.run(edit, inputs, target, additional_forward_args)
         root = root_module(self.forward_func)
-        tracer = LayerTracer(self.layers, self.at_input, root, self.is_parallel)
+        tracer = LayerChannelTracer(self.layers, self.at_input, root, self.is_parallel)
         self.channel_dims = tracer.dims
 
         def see_and_edit(index: int, tensors: Tensors) -> Tensors:
@@ -190,7 +192,7 @@ class LayerCapture:
             edited: Tensors = edit(index, tensors)
             return edited
 
-        with tracer.tracing(inputs) as acting, acting:
+        with tracer.tracing(inputs) as lock, lock:
             return self.run(see_and_edit, inputs, target, additional_forward_args)
 
     def check_channels(self, inputs: Tensor | Tensors, additional_forward_args: Any = None) -> None:
@@ -200,14 +202,16 @@ class LayerCapture:
         """
         if self.traces_channels and any(None in dims or not dims for dims in self.channel_dims):
             root = root_module(self.forward_func)
-            tracer = LayerTracer(self.layers, self.at_input, root, self.is_parallel, is_whole=True)
+            tracer = LayerChannelTracer(
+                self.layers, self.at_input, root, self.is_parallel, is_whole=True
+            )
 
             def see(index: int, tensors: Tensors) -> Tensors:
                 tracer.see(index, tensors)
-                return copies(tensors)
+                return clone_tensors(tensors)
 
-            images = copies(inputs)
-            with torch.no_grad(), tracer.tracing(images) as acting, acting:
+            images = clone_tensors(inputs)
+            with torch.no_grad(), tracer.tracing(images) as lock, lock:
                 self.run(see, images, None, additional_forward_args)
             self.channel_dims = tracer.dims
         for layer, held, dims in zip(self.layers, self.by_device, self.channel_dims, strict=True):
@@ -235,7 +239,7 @@ class LayerCapture:
         return [_reduce_list([held[device] for device in devices]) for held, devices in pairs]
 
 
-def copies(inputs: Tensor | Tensors) -> Tensors:
+def clone_tensors(inputs: Tensor | Tensors) -> Tensors:
     """Copies of `inputs`: a model whose first step works in place must not reach the caller's."""
     return tuple(tensor.clone() for tensor in _format_tensor_into_tuples(inputs))
 

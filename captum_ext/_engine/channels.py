@@ -19,7 +19,7 @@ from torch.nn import Module
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves
 
-from captum_ext._engine.hooks import Mode, hooked, modes_restored
+from captum_ext._engine.hooks import LockedFunctionMode, hooked, preserve_modes
 from captum_ext._engine.modules import Tensors
 
 Dims = frozenset[int]  # several where the channels are split, as those of attention heads
@@ -58,11 +58,11 @@ _FIRST_MODULES = (
 _SOURCES = (*_FIRST_MODULES, nn.LayerNorm)
 
 
-class ChannelTracer(Mode):
+class ChannelTracer(LockedFunctionMode):
     """Follows the dimensions of the channels through the functions of one thread."""
 
-    def __init__(self, acting: "threading.Lock | None" = None) -> None:
-        super().__init__(acting)
+    def __init__(self, lock: "threading.Lock | None" = None) -> None:
+        super().__init__(lock)
         self._dims: dict[int, tuple[weakref.ref[Tensor], Dims]] = {}
 
     def begin_at(self, inputs: Tensors) -> None:
@@ -165,7 +165,7 @@ def _dims_after(
         return frozenset({n - 1})
     if name == "linear":  # over another dimension than the channels', it mixes positions
         return frozenset({n - 1}) if before is None or n - 1 in before else before
-    if name == "layer_norm" and len(given(args, kwargs, 1, "normalized_shape", ())) == 1:
+    if name == "layer_norm" and len(call_argument(args, kwargs, 1, "normalized_shape", ())) == 1:
         return frozenset({n - 1}) if before is None or n - 1 in before else before
     if name in ("matmul", "bmm", "scaled_dot_product_attention"):
         values = known[2 if name.startswith("scaled") else 1][0] if len(known) > 1 else None
@@ -179,7 +179,7 @@ def _dims_after(
     if name == "getitem":
         kept = _kept_by_index(args[1], len(old)) or ()
     elif name in ("select", "unbind", *_REDUCTIONS) and n < len(old):
-        gone = given(args, kwargs, 1, "dim", kwargs.get("axis", 0))
+        gone = call_argument(args, kwargs, 1, "dim", kwargs.get("axis", 0))
         gone = {dim % len(old) for dim in (gone if isinstance(gone, tuple | list) else (gone,))}
         kept = [dim for dim in range(len(old)) if dim not in gone]
     if kept is not None:
@@ -192,7 +192,7 @@ def _dims_after(
     return agreed.pop() if len(agreed) == 1 else None
 
 
-def given(args: Any, kwargs: dict[str, Any], position: int, key: str, default: Any) -> Any:
+def call_argument(args: Any, kwargs: dict[str, Any], position: int, key: str, default: Any) -> Any:
     """An argument of a call, by its position or its name."""
     return args[position] if len(args) > position else kwargs.get(key, default)
 
@@ -200,11 +200,11 @@ def given(args: Any, kwargs: dict[str, Any], position: int, key: str, default: A
 def permutation(name: str, args: Any, kwargs: dict[str, Any], n: int) -> list[int] | None:
     """For each new dimension its old one, if a function reorders `n` dimensions; else None."""
     if name == "permute":
-        order = args[1:] if len(args) > 2 else given(args, kwargs, 1, "dims", ())
+        order = args[1:] if len(args) > 2 else call_argument(args, kwargs, 1, "dims", ())
         return [dim % n for dim in ((order,) if isinstance(order, int) else order)]
     if name in ("transpose", "swapaxes", "swapdims"):
         keys = ("dim0", "dim1") if name == "transpose" else ("axis0", "axis1")
-        pair = [given(args, kwargs, i + 1, key, 0) % n for i, key in enumerate(keys)]
+        pair = [call_argument(args, kwargs, i + 1, key, 0) % n for i, key in enumerate(keys)]
         order = list(range(n))
         order[pair[0]], order[pair[1]] = pair[1], pair[0]
         return order
@@ -267,7 +267,7 @@ def _kept_by_index(index: Any, n: int) -> list[int | None] | None:
     return kept
 
 
-class LayerTracer:
+class LayerChannelTracer:
     """Traces the channels on the way to layers, in each thread that runs them.
 
     For most layers it is enough to begin inside of them. A mode around the whole pass would slow
@@ -299,14 +299,14 @@ class LayerTracer:
             self.starts = [root] if is_parallel and root is not None else []
         self.layers, self.is_parallel = layers, is_parallel
         self.dims: list[list[Dims | None]] = [[] for _ in layers]
-        self.local, self.acting = threading.local(), threading.Lock()
+        self.local, self.lock = threading.local(), threading.Lock()
 
     def begin(self, *_: Any) -> None:
         """Trace what runs in this thread, until as many ends have come."""
         self.local.depth = getattr(self.local, "depth", 0) + 1
         if self.local.depth == 1:
             self.local.left = len(self.layers) - len(self.given)
-            self.local.tracer = ChannelTracer(self.acting)
+            self.local.tracer = ChannelTracer(self.lock)
             self.local.tracer.__enter__()
 
     def see(self, index: int, tensors: Tensors) -> None:
@@ -328,8 +328,8 @@ class LayerTracer:
     def tracing(self, inputs: Tensors) -> Iterator[threading.Lock]:
         """Trace during a pass of the model, while the lock that this gives is held."""
         hooks = hooked(self.starts, before=self.begin, every_thread=self.is_parallel)
-        with modes_restored(), hooks as self.acting:
+        with preserve_modes(), hooks as self.lock:
             if self.is_whole and not self.starts:
                 self.begin()
                 self.local.tracer.begin_at(inputs)
-            yield self.acting
+            yield self.lock

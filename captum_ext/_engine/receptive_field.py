@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from captum_ext._compat import _run_forward
-from captum_ext._engine.channels import given, permutation, torch_function_name
-from captum_ext._engine.hooks import Mode, entered, hooked
+from captum_ext._engine.channels import call_argument, permutation, torch_function_name
+from captum_ext._engine.hooks import LockedFunctionMode, enter_mode, hooked
 from captum_ext._engine.modules import Forward, module_name
 
 
-class Axis(NamedTuple):
+class FieldAxis(NamedTuple):
     """The units along one axis, in pixels: unit i is centred at `start` + i `stride`."""
 
     size: float
@@ -34,18 +34,18 @@ class Axis(NamedTuple):
     start: float
 
 
-class Field(NamedTuple):
+class ReceptiveField(NamedTuple):
     """The receptive fields of the units of a layer."""
 
-    rows: Axis
-    columns: Axis
+    rows: FieldAxis
+    columns: FieldAxis
 
 
-class _Spot(NamedTuple):
+class _TracedTensor(NamedTuple):
     """A tensor that comes from the image, and where its height and width are."""
 
     tensor: Tensor
-    field: Field
+    field: ReceptiveField
     dims: tuple[int, int]
 
 
@@ -57,7 +57,7 @@ def receptive_field(
     *,
     exact: bool = False,
     reshape_transform: Callable[[Tensor], Tensor] | None = None,
-) -> Field:
+) -> ReceptiveField:
     """The receptive fields of the units of `layer`, for images like `image`.
 
     Where branches meet it is the union of theirs. What a branch gets by global pooling (squeeze and
@@ -78,8 +78,8 @@ def receptive_field(
     Raises:
         ValueError: the layer's output cannot be followed back to the image.
     """
-    tracer = _Tracer(image)
-    found: list[tuple[_Spot | None, str | None]] = []
+    tracer = _FieldTracer(image)
+    found: list[tuple[_TracedTensor | None, str | None]] = []
 
     def keep(index: int, args: Any, output: Any) -> None:
         for x in tree_leaves(output):
@@ -89,14 +89,14 @@ def receptive_field(
                 found.append((tracer.spots.get(id(y)), stray))
 
     with ExitStack() as stack:
-        acting = stack.enter_context(hooked([layer], after=keep))
+        lock = stack.enter_context(hooked([layer], after=keep))
         stack.enter_context(torch.no_grad())
-        follows = stack.enter_context(entered(tracer))
+        follows = stack.enter_context(enter_mode(tracer))
         if exact:
             unfused = torch.jit.optimized_execution  # type: ignore[attr-defined]
             stack.enter_context(unfused(False))  # what is fused is not seen
             stack.enter_context(_FromPython())  # type: ignore[no-untyped-call]
-        with acting, follows:
+        with lock, follows:
             _run_forward(forward_func, tracer.image, None, additional_forward_args)
     spot, stray = found[0] if found else (None, None)
     if spot is None:
@@ -112,7 +112,9 @@ def receptive_field(
     return spot.field
 
 
-def unit_offset(field: Field, size: tuple[int, int], cells: tuple[int, int]) -> tuple[float, float]:
+def unit_offset(
+    field: ReceptiveField, size: tuple[int, int], cells: tuple[int, int]
+) -> tuple[float, float]:
     """How far units stand off the centres of their cells (y, x), in pixels.
 
     A map of n cells over an image of S pixels is laid over it with cell i centred at
@@ -126,7 +128,7 @@ def unit_offset(field: Field, size: tuple[int, int], cells: tuple[int, int]) -> 
     return y, x
 
 
-class _Tracer(Mode):
+class _FieldTracer(LockedFunctionMode):
     """Follows what becomes of the image's pixels.
 
     Attributes:
@@ -139,9 +141,9 @@ class _Tracer(Mode):
     def __init__(self, image: Tensor) -> None:
         super().__init__()
         self.image = image.clone()
-        first = Field(Axis(1, 1, 0), Axis(1, 1, 0))
+        first = ReceptiveField(FieldAxis(1, 1, 0), FieldAxis(1, 1, 0))
         # The tensors are kept, so that no other gets the identity of one that is gone.
-        self.spots = {id(self.image): _Spot(self.image, first, (2, 3))}
+        self.spots = {id(self.image): _TracedTensor(self.image, first, (2, 3))}
         self.strays: dict[int, tuple[Any, str]] = {}
         self.was_read: str | None = None
 
@@ -165,7 +167,7 @@ class _Tracer(Mode):
                     call = (name, args, kwargs, spots, shapes, x.shape)
                     after = _after(*call) if spots else None
                     if after is not None:
-                        self.spots[id(x)] = _Spot(x, *after)
+                        self.spots[id(x)] = _TracedTensor(x, *after)
                     if strays or after is None or not _is_local(*call):
                         self.strays[id(x)] = (x, (strays or [name])[0])
         return output
@@ -190,10 +192,10 @@ def _after(
     name: str,
     args: Any,
     kwargs: dict[str, Any],
-    spots: list[_Spot],
+    spots: list[_TracedTensor],
     shapes: list[torch.Size],
     shape: torch.Size,
-) -> tuple[Field, tuple[int, int]] | None:
+) -> tuple[ReceptiveField, tuple[int, int]] | None:
     """The field of what a function gave of `spots`, and where height and width are; or None."""
     field, dims = spots[0].field, spots[0].dims
     if name in _ARGUMENTS:
@@ -207,7 +209,7 @@ def _after(
             axis._replace(start=axis.start - left.get(dim, 0) * axis.stride)
             for axis, dim in zip(field, dims, strict=True)
         )
-        return Field(*moved), dims
+        return ReceptiveField(*moved), dims
     order = permutation(name, args, kwargs, len(shape))
     if order is not None:
         return field, (order.index(dims[0]), order.index(dims[1]))
@@ -222,10 +224,12 @@ def _after(
     kept = _kept(spots, shapes, shape)
     if not kept:
         return None
-    return Field(_union([f.rows for f in kept]), _union([f.columns for f in kept])), dims
+    return ReceptiveField(_union([f.rows for f in kept]), _union([f.columns for f in kept])), dims
 
 
-def _kept(spots: list[_Spot], shapes: list[torch.Size], shape: torch.Size) -> list[Field]:
+def _kept(
+    spots: list[_TracedTensor], shapes: list[torch.Size], shape: torch.Size
+) -> list[ReceptiveField]:
     """The fields of those spots that lie on the output unit by unit."""
     field, dims = spots[0].field, spots[0].dims
     return [
@@ -243,7 +247,7 @@ def _is_local(
     name: str,
     args: Any,
     kwargs: dict[str, Any],
-    spots: list[_Spot],
+    spots: list[_TracedTensor],
     shapes: list[torch.Size],
     shape: torch.Size,
 ) -> bool:
@@ -253,15 +257,15 @@ def _is_local(
     if name in _ARGUMENTS or name in _REARRANGING:
         return len(spots) == 1
     if name == "pad":  # others repeat pixels from further away
-        return bool(given(args, kwargs, 2, "mode", "constant") == "constant")
+        return bool(call_argument(args, kwargs, 2, "mode", "constant") == "constant")
     if name == "batch_norm":
-        return not given(args, kwargs, 5, "training", False)
+        return not call_argument(args, kwargs, 5, "training", False)
     if name == "layer_norm":
-        return max(dims) < n - len(given(args, kwargs, 1, "normalized_shape", ()))
+        return max(dims) < n - len(call_argument(args, kwargs, 1, "normalized_shape", ()))
     if name == "linear":
         return len(spots) == 1 and max(dims) < n - 1
     if name in ("softmax", "log_softmax"):
-        dim = given(args, kwargs, 1, "dim", None)
+        dim = call_argument(args, kwargs, 1, "dim", None)
         return dim is not None and dim % n not in dims
     if name == "getitem":
         # A slice that keeps its length keeps everything where it is.
@@ -304,23 +308,28 @@ _MOVING = {
 
 def _convolution(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    kernel, dilation = given["weight"].shape[2:], _two(given.get("dilation", 1))
-    padding = given.get("padding", 0)
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    kernel, dilation = arguments["weight"].shape[2:], _two(arguments.get("dilation", 1))
+    padding = arguments.get("padding", 0)
     if padding == "valid":
         padding = 0
     elif padding == "same":  # what is odd goes to the end
         padding = [(k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True)]
-    return kernel, given.get("stride", 1), padding, dilation
+    return kernel, arguments.get("stride", 1), padding, dilation
 
 
 def _pooling(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
     names = ("input", "kernel_size", "stride", "padding", "dilation")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    stride = given.get("stride")
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    stride = arguments.get("stride")
     # A pooling that leaves its stride out has that of its kernel.
-    stride = given["kernel_size"] if stride is None or stride == [] else stride
-    return given["kernel_size"], stride, given.get("padding", 0), given.get("dilation", 1)
+    stride = arguments["kernel_size"] if stride is None or stride == [] else stride
+    return (
+        arguments["kernel_size"],
+        stride,
+        arguments.get("padding", 0),
+        arguments.get("dilation", 1),
+    )
 
 
 def _average(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -335,17 +344,19 @@ _ARGUMENTS: dict[str, Callable[[Any, dict[str, Any]], tuple[Any, ...]]] = {
 }
 
 
-def _slid(field: Field, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Field:
+def _slid(
+    field: ReceptiveField, kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> ReceptiveField:
     options = (_two(option) for option in (kernel, stride, padding, dilation))
     rows, columns = (
-        Axis(
+        FieldAxis(
             axis.size + (k - 1) * d * axis.stride,
             axis.stride * s,
             axis.start + ((k - 1) * d / 2 - p) * axis.stride,
         )
         for axis, k, s, p, d in zip(field, *options, strict=True)
     )
-    return Field(rows, columns)
+    return ReceptiveField(rows, columns)
 
 
 def _two(option: Any) -> Any:
@@ -354,7 +365,7 @@ def _two(option: Any) -> Any:
     return tuple(option) * (2 // len(option))
 
 
-def _union(axes: list[Axis]) -> Axis:
+def _union(axes: list[FieldAxis]) -> FieldAxis:
     low = min(axis.start - (axis.size - 1) / 2 for axis in axes)
     high = max(axis.start + (axis.size - 1) / 2 for axis in axes)
-    return Axis(high - low + 1, axes[0].stride, (low + high) / 2)
+    return FieldAxis(high - low + 1, axes[0].stride, (low + high) / 2)

@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from captum_ext._checks import warn
 from captum_ext._compat import TargetType
-from captum_ext._engine.capture import LayerCapture, ReachedError, copies
-from captum_ext._engine.hooks import Mode, entered
+from captum_ext._engine.capture import LayerCapture, LayerReachedError, clone_tensors
+from captum_ext._engine.hooks import LockedFunctionMode, enter_mode
 from captum_ext._engine.modules import Forward, Tensors, module_name
-from captum_ext._engine.outputs import check_one_score_each
+from captum_ext._engine.outputs import check_one_score_per_example
 
 # --- up to a layer -------------------------------------------------------------------------------
 
@@ -41,10 +41,10 @@ def run_to_layer(
     def keep(index: int, tensors: Tensors) -> Tensors:
         capture.hold(index, tensors)
         if not capture.is_parallel:
-            raise ReachedError
-        return copies(tensors)  # the model may go on in place
+            raise LayerReachedError
+        return clone_tensors(tensors)  # the model may go on in place
 
-    capture.first_run(keep, copies(inputs), None, additional_forward_args)
+    capture.first_run(keep, clone_tensors(inputs), None, additional_forward_args)
     capture.check_channels(inputs, additional_forward_args)
     return capture.gathered()[0]
 
@@ -56,7 +56,7 @@ class TapeError(Exception):
     """A pass cannot be answered from the tape."""
 
 
-class Tape(Mode):
+class Tape(LockedFunctionMode):
     """Record what every torch function in front of a layer gives, and answer from it later.
 
     Torch functions of one thread pass through here one by one. Up to the layer, the first pass
@@ -227,16 +227,16 @@ class LayerReplay:
             # vmap has no rule for some operations on channels-last tensors: contiguous copies.
             kept = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
             self.capture.hold(0, kept)
-            return copies(tensors)
+            return clone_tensors(tensors)
 
         # Tensors made in inference mode cannot tell whether they were written to: hence its end.
         with torch.inference_mode(False), torch.no_grad():
-            self.inputs, self.taped_inputs = copies(inputs), copies(inputs)
+            self.inputs, self.taped_inputs = clone_tensors(inputs), clone_tensors(inputs)
             if not self.capture.is_parallel:
                 self.tape = Tape((self.taped_inputs, additional_forward_args))
             score = self._run(self.capture.first_run, keep)
             self.activations: Tensors = self.capture.gathered()[0]
-            check_one_score_each(score)
+            check_one_score_per_example(score)
             self.score: Tensor = score.reshape(-1)
             if self.tape is not None:
                 self._rehearse(self.tape)
@@ -318,7 +318,7 @@ class LayerReplay:
     def _behind(self, edited: Tensors) -> Tensors:
         assert self.tape is not None
         self.tape.reach_layer()
-        return copies(edited)
+        return clone_tensors(edited)
 
     def _piece_of(self, edited: Tensors, tensors: Tensors) -> Tensors:
         """The part of the edited activations that DataParallel gives to the device of `tensors`."""
@@ -334,8 +334,8 @@ class LayerReplay:
 
     def _run(self, run: Callable[..., Tensor], edit: Callable[[int, Tensors], Tensors]) -> Tensor:
         if self.tape is None:
-            return run(edit, copies(self.inputs), self.target, self.additional_forward_args)
-        with entered(self.tape) as acting, acting:
+            return run(edit, clone_tensors(self.inputs), self.target, self.additional_forward_args)
+        with enter_mode(self.tape) as lock, lock:
             return run(edit, self.taped_inputs, self.target, self.additional_forward_args)
 
 

@@ -69,7 +69,7 @@ def _with_options(name: str, options: Any) -> Asked:
     ``name: {}``, ``name: method`` or ``name: {method: ..., sess: {...}, arguments: {...}}``.
     """
     from captum_ext._checks import closest
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     if name.splitlines() != [name]:
         raise InputError(f"method: expected names of one line, got {name!r}")
@@ -104,7 +104,7 @@ def _plain(value: Any) -> Any:
 
 def _find(name: str) -> "Method | type[Attribution]":
     from captum_ext._checks import closest
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     try:
         return find_methods([name], "")[0]
@@ -172,7 +172,7 @@ def make_attributions(
     import torch
 
     from captum_ext import demo
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     made: dict[str, tuple[Attribution, dict[str, Any]]] = {}
     notes = []

@@ -185,7 +185,8 @@ def _check_sees(loaded: "LoadedModel", x: "Tensor") -> list[str]:
     Raises:
         InputError: the model does not take this size, or has no features for a decoder.
     """
-    from captum_ext.demo import InputError, probabilities
+    from captum_ext._errors import InputError
+    from captum_ext.demo import probabilities
     from captum_ext.fcam import find_taps
 
     pixels = f"{x.shape[2]} x {x.shape[3]} pixels"
@@ -216,7 +217,7 @@ def _guide(
     """
     import torch
 
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
     from captum_ext.fcam.guides import guidance
 
     masking = method.family == "masking"
@@ -246,7 +247,7 @@ def _trainer(arguments: argparse.Namespace) -> tuple[Callable[..., "FCAM"], dict
     Raises:
         InputError: Lightning is not installed.
     """
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     try:
         from captum_ext.fcam import PAPER, fit_fcam
@@ -270,7 +271,7 @@ def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: Folder) -> 
     """What `fit` gives, with its errors in the words of the command line."""
     import torch
 
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     try:
         return fit()
@@ -316,7 +317,7 @@ def _is_first() -> bool:
 
 
 def _check_files(output: Path, weights: str | None, checkpoints: str | None) -> None:
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     check_output(output, endings=_ENDINGS)
     if weights and output.exists() and Path(weights).exists() and output.samefile(weights):

@@ -12,10 +12,11 @@ from torch.nn import Module
 from captum_ext._checks import one_batch_of_images
 from captum_ext._compat import TargetType, TensorOrTupleOfTensors, _format_output, log_usage
 from captum_ext._engine.capture import LayerCapture
-from captum_ext._engine.modules import Forward, find_module
+from captum_ext._engine.modules import Forward, find_module, require_module
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
-from captum_ext._identity import SavedDecoder, known_root
+from captum_ext._identity import SavedDecoder
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr._named import Named
 from captum_ext.fcam.decoder import FCAMDecoder
 
@@ -60,6 +61,10 @@ class FCAM(Named, Attribution):
         >>> FCAM(model, decoder).attribute(x, target=3).shape
         torch.Size([2, 3, 64, 65])
     """
+
+    title = "F-CAM"
+    paper = Paper("Belharbi et al.", 2022, "https://arxiv.org/abs/2109.07069")
+    family = "learned"
 
     def __init__(
         self,
@@ -125,9 +130,9 @@ class FCAM(Named, Attribution):
         The folder is made where there is none.
 
         Raises:
-            ValueError: the classifier is a plain function, see `fingerprint`.
+            ValueError: the classifier is a plain function, see `tensor_digests`.
         """
-        decoder, root = self.decoder, known_root(self.forward_func)
+        decoder, root = self.decoder, require_module(self.forward_func)
         names = {module: name for name, module in root.named_modules()}
         _FILE.save(
             path,

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from captum_ext._checks import check_count
 from captum_ext._compat import _run_forward
-from captum_ext._engine.capture import LayerCapture, copies
+from captum_ext._engine.capture import LayerCapture, clone_tensors
 from captum_ext._engine.hooks import hooked
-from captum_ext._engine.modules import Forward, find_module, root_module
+from captum_ext._engine.modules import Forward, find_module, require_module
 from captum_ext._engine.state import preserve_state
 
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
@@ -184,11 +184,7 @@ def find_taps(classifier: Forward, images: Tensor) -> list[str]:
         >>> find_taps(resnet18().eval(), torch.zeros(1, 3, 64, 64))
         ['relu', 'layer1', 'layer2', 'layer3', 'layer4']
     """
-    root = root_module(classifier)
-    if root is None:
-        raise ValueError(
-            f"`classifier` must be a torch.nn.Module, got {classifier!r}: name the `layers`."
-        )
+    root = require_module(classifier, "classifier")
     names, modules = zip(*root.named_modules(), strict=True)
     runs: Counter[str] = Counter()
     ran: list[tuple[str, tuple[int, int]]] = []
@@ -203,8 +199,8 @@ def find_taps(classifier: Forward, images: Tensor) -> list[str]:
         if size is not None and not isinstance(modules[index], _POOLS):
             ran.append((name, size))
 
-    with torch.no_grad(), preserve_state(classifier), hooked(modules, after=see) as acting, acting:
-        _run_forward(classifier, copies((images,)))
+    with torch.no_grad(), preserve_state(classifier), hooked(modules, after=see) as lock, lock:
+        _run_forward(classifier, clone_tensors((images,)))
 
     def in_other_block(name: str, size: tuple[int, int]) -> bool:
         """Whether a module around it, not just a sequence of modules, puts out another size."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from captum_ext._checks import warn
-from captum_ext._data.pictures import Pictures
-from captum_ext._data.pixels import IMAGENET, Normalize
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward, parameter_dtype, root_module
 from captum_ext._training import Fit
@@ -21,7 +21,7 @@ from captum_ext.fcam.crf import DenseCRFLoss
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide
 from captum_ext.fcam.seeding import SeedSampler
-from captum_ext.fcam.stored import about_maps, about_run, cached_maps
+from captum_ext.fcam.stored import cached_maps, maps_fingerprint, run_fingerprint
 from captum_ext.fcam.training import FCAMModule
 from captum_ext.fcam.views import Boxed, as_batch
 
@@ -134,22 +134,22 @@ def fit_fcam(
         raise ValueError(f"`resize` must be at least `size`, {view}, got {whole}.")
     boxed = None if validation is None else Boxed(validation, view)
     options = {"crf": DenseCRFLoss(side=crf_side(view))} | options
-    n_channels = Normalize(options.get("normalize", IMAGENET)).channels
+    n_channels = Normalize(options.get("normalize", IMAGENET_MEAN_STD)).channels
     with run.around(root) as device:
         with torch.no_grad():
             blank = torch.zeros(1, n_channels, *view, device=device, dtype=parameter_dtype(root))
             n_classes = _n_classes(root(blank))
             decoder = FCAMDecoder.reading(root, blank, layers, widths, center).to(device)
-        pictures = Pictures(data, whole, n_classes)
+        pictures = PictureDataset(data, whole, n_classes)
         module = FCAMModule(root, decoder, guide, view, seed=seed, **options).to(device)
         stores = cache is not None or checkpoints is not None
-        about = about_maps(module, pictures) if stores else {}
+        fingerprint = maps_fingerprint(module, pictures) if stores else {}
         if cache is not None:
             module.maps = cached_maps(
-                module, pictures, about, Path(cache), batch_size, num_workers, show_progress
+                module, pictures, fingerprint, Path(cache), batch_size, num_workers, show_progress
             )
         if checkpoints is not None:
-            module.settings = about | about_run(module, batch_size)
+            module.settings = fingerprint | run_fingerprint(module, batch_size)
             module.settings["validation"] = 0 if boxed is None else len(boxed)
         judged = boxed and DataLoader(
             boxed, batch_size, collate_fn=as_batch, num_workers=num_workers

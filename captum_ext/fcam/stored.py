@@ -11,8 +11,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from captum_ext._data.pictures import Pictures
-from captum_ext._identity import check_same_run, function_name, model_digest, plain, whole_file
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._identity import (
+    atomic_write,
+    check_same_run,
+    json_value,
+    model_digest,
+    versioned_name,
+)
 from captum_ext.attr._chain import wrapped_method
 from captum_ext.fcam.guides import guidance
 
@@ -24,8 +30,8 @@ SHARD = 512  # stored maps in a file
 
 def cached_maps(
     module: "FCAMModule",
-    pictures: Pictures,
-    about: dict[str, Any],
+    pictures: PictureDataset,
+    fingerprint: dict[str, Any],
     folder: Path,
     batch_size: int,
     num_workers: int = 0,
@@ -40,14 +46,17 @@ def cached_maps(
         ValueError: the folder has maps of another run.
     """
     # Maps belong to these pixels, and not to names and labels alone.
-    about = about | {"pictures": f"{pictures.about()}, {pictures.about_pixels()}"}
+    of_pictures = f"{pictures.fingerprint()}, {pictures.pixel_fingerprint()}"
+    fingerprint = fingerprint | {"pictures": of_pictures}
     shards = []
     starts = range(0, len(pictures), SHARD)
     for start in tqdm(starts, desc="maps", disable=not show_progress):
         file = folder / f"maps-{start:08d}.pt"
         if file.is_file():
             saved = torch.load(file, weights_only=True)
-            check_same_run(f"`cache` {folder} has the maps of another run", saved["about"], about)
+            check_same_run(
+                f"`cache` {folder} has the maps of another run", saved["fingerprint"], fingerprint
+            )
         else:
             part = Subset(pictures, range(start, min(start + SHARD, len(pictures))))
             found = []
@@ -61,29 +70,32 @@ def cached_maps(
                     **module.guide_kwargs,
                 )
                 found.append(torch.where(read[:, None, None, None], maps.cpu(), 0).half())
-            saved = {"about": about, "maps": torch.cat(found)}
-            with whole_file(file) as unfinished:
+            saved = {"fingerprint": fingerprint, "maps": torch.cat(found)}
+            with atomic_write(file) as unfinished:
                 torch.save(saved, unfinished)
         shards.append(saved["maps"])
     return torch.cat(shards)
 
 
-def about_maps(module: "FCAMModule", pictures: Pictures) -> dict[str, Any]:
+def maps_fingerprint(module: "FCAMModule", pictures: PictureDataset) -> dict[str, Any]:
     """What the guide's maps depend on, as far as it can be known."""
     return {
         "classifier": model_digest(module.classifier),
         "guide": described("`guide`", module.guide, module.classifier),
         "rectify": module.rectify,
-        "normalize": module.normalize.about(),
+        "normalize": module.normalize.to_lists(),
         "guide_kwargs": repr(
-            [(k, plain(f"`guide_kwargs`: {k}", v)) for k, v in sorted(module.guide_kwargs.items())]
+            [
+                (k, json_value(f"`guide_kwargs`: {k}", v))
+                for k, v in sorted(module.guide_kwargs.items())
+            ]
         ),
-        "pictures": pictures.about(),
+        "pictures": pictures.fingerprint(),
         "size": list(pictures.size),
     }
 
 
-def about_run(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
+def run_fingerprint(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
     """What a run that goes on must have in common with the one that was killed, but for maps."""
     decoder, crf = module.decoder, module.crf
     return {
@@ -94,7 +106,7 @@ def about_run(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
         "layers": decoder.layers,
         "flip": module.flip,
         "seeds": repr(sorted(vars(module.seeds).items())),
-        "crf": repr(crf) if isinstance(crf, Module | None) else function_name("`crf`", crf),
+        "crf": repr(crf) if isinstance(crf, Module | None) else versioned_name("`crf`", crf),
         "weights": [module.crf_weight, module.size_weight],
         "warmup": module.warmup,
         "lr": module.lr,
@@ -128,7 +140,7 @@ def described(where: str, guide: Attribution, classifier: Module) -> str:
             options.append(f"layer={', '.join(names.get(one, '?') for one in values)}")
         for leaf in tree_leaves(value):
             if _is_option(name, leaf, guide):
-                options.append(f"{name}={function_name(f'{where}: {name}', leaf)}")
+                options.append(f"{name}={versioned_name(f'{where}: {name}', leaf)}")
     inner = wrapped_method(guide)
     within = [] if inner is None else [described(where, inner, classifier)]
     return f"{guide.get_name()}({', '.join(within + options)})"

@@ -10,11 +10,11 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from captum_ext._checks import check_size
-from captum_ext._data.pixels import IMAGENET, Normalize
+from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module, parameter_dtype
 from captum_ext._engine.state import eval_mode, seeded_random
-from captum_ext._identity import hash_of
+from captum_ext._identity import derive_seed
 from captum_ext._training import DecoderModule
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide, guidance
@@ -76,7 +76,7 @@ class FCAMModule(DecoderModule):
         guide: Attribution,
         size: tuple[int, int],
         *,
-        normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET,
+        normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET_MEAN_STD,
         flip: bool = True,
         seeds: SeedSampler | None = None,
         crf: Module | None = None,
@@ -128,8 +128,8 @@ class FCAMModule(DecoderModule):
         return self.normalize(pixels / 255).to(parameter_dtype(self.classifier))
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch of `Item`."""
-        seed = hash_of(self.seed, self.current_epoch, self.global_rank, batch_idx)
+        """The loss of a batch of `PictureItem`."""
+        seed = derive_seed(self.seed, self.current_epoch, self.global_rank, batch_idx)
         with seeded_random(self.device, seed), eval_mode(self.classifier):
             return self._loss(batch, batch_idx, Generator(self.device).manual_seed(seed))
 

@@ -7,8 +7,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from captum_ext._data.pictures import Pictures, as_boxes, part_of, scaled_boxes
-from captum_ext._data.pixels import resized_to
+from captum_ext._data.pictures import PictureDataset, box_tensor, entry_field, scale_boxes
+from captum_ext._data.pixels import resize_pixels
 
 
 class Boxed(Dataset[tuple[Tensor, Tensor]]):
@@ -23,7 +23,7 @@ class Boxed(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, data: Any, size: tuple[int, int]) -> None:
-        self.pictures = Pictures(data, size, argument="validation")
+        self.pictures = PictureDataset(data, size, argument="validation")
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -35,16 +35,16 @@ class Boxed(Dataset[tuple[Tensor, Tensor]]):
             return torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4)
         entry, pixels = found
         name = f"`validation`: {self.pictures.name(index)}"
-        given = part_of(entry, "boxes", place=2)
+        given = entry_field(entry, "boxes", index=2)
         if given is None:
             raise ValueError(f"{name} has no boxes: entries must be (picture, label, boxes).")
         try:
-            boxes = as_boxes(given)
+            boxes = box_tensor(given)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         size = self.pictures.size
-        boxes = scaled_boxes(boxes, (pixels.shape[1], pixels.shape[2]), size)
-        return resized_to(pixels, size), boxes.floor()
+        boxes = scale_boxes(boxes, (pixels.shape[1], pixels.shape[2]), size)
+        return resize_pixels(pixels, size), boxes.floor()
 
 
 def as_batch(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:

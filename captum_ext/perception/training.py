@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import check_size
-from captum_ext._data.pictures import Pictures
+from captum_ext._data.pictures import PictureDataset
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import parameter_dtype
 from captum_ext._engine.state import eval_mode
@@ -63,7 +63,7 @@ class PerceptionModule(DecoderModule):
         return pictures
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch of `Item`: of those that could be read."""
+        """The loss of a batch of `PictureItem`: of those that could be read."""
         pixels, _, places, read = batch
         self.unread.update(places[~read].tolist())
         if not bool(read.any()):  # other processes wait for a gradient
@@ -156,26 +156,26 @@ def fit_perception(
         raise TypeError(f"`encoder` must be a LayerEncoder, got {type(encoder)}.")
     run = Fit(n_epochs, batch_size, checkpoints, seed, num_workers, show_progress, trainer)
     view, root = height_width("size", size), encoder.root
-    pictures = Pictures(data, view, has_labels=False)
+    pictures = PictureDataset(data, view, has_labels=False)
     with run.around(root) as device:
         blank = torch.zeros(1, encoder.channels, *view, device=device, dtype=parameter_dtype(root))
         decoder = PerceptionDecoder.reading(encoder, blank, widths, convolutions).to(device)
         module = PerceptionModule(encoder, decoder, **options)
         if checkpoints is not None:
-            module.settings = _about(module, pictures, batch_size, seed)
+            module.settings = _fingerprint(module, pictures, batch_size, seed)
         run.fit(module, pictures)
     return decoder.to(device).eval()
 
 
-def _about(
-    module: PerceptionModule, pictures: Pictures, batch_size: int, seed: int
+def _fingerprint(
+    module: PerceptionModule, pictures: PictureDataset, batch_size: int, seed: int
 ) -> dict[str, Any]:
     """What a run that goes on must have in common with the one that was killed."""
     encoder, decoder = module.encoder, module.decoder
     return {
         "classifier": model_digest(encoder.root),
-        **encoder.about(),
-        "pictures": pictures.about(),
+        **encoder.fingerprint(),
+        "pictures": pictures.fingerprint(),
         "size": list(pictures.size),
         "channels": decoder.channels,
         "stride": decoder.stride,

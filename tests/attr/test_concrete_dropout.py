@@ -7,7 +7,7 @@ from torch import Tensor
 from captum_ext.attr._concrete_dropout import (
     DROPOUTS,
     concrete_dropout,
-    draw_uniform,
+    draw_uniform_noise,
     simplified_concrete_dropout,
 )
 
@@ -40,7 +40,7 @@ def test_they_are_one_function_in_float64(t: float) -> None:
 @pytest.mark.parametrize("t", [0.1, 1.0])
 def test_they_agree_in_float32_up_to_logits_of_5(t: float) -> None:
     logits = torch.linspace(-5, 5, 100_001).requires_grad_()
-    uniform = draw_uniform((100_001,), logits, None)
+    uniform = draw_uniform_noise((100_001,), logits, None)
     slopes = [
         torch.autograd.grad(sample(logits, uniform, t).sum(), logits)[0]
         for sample in DROPOUTS.values()
@@ -91,7 +91,7 @@ def test_noise_keeps_off_the_ends(monkeypatch: pytest.MonkeyPatch, dtype: torch.
     like = torch.zeros(1, dtype=dtype)
     for end in (torch.zeros, torch.ones):
         monkeypatch.setattr(torch, "rand", lambda shape, generator, end=end, **k: end(shape, **k))
-        noise = draw_uniform((3,), like, None)
+        noise = draw_uniform_noise((3,), like, None)
         for sample in DROPOUTS.values():
             assert torch.isfinite(sample(torch.zeros(3, dtype=dtype), noise, 0.1)).all()
         assert ((noise > 0) & (noise < 1)).all()

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from captum_ext.attr import RISE, AugmentedSR, SESSWrapper, UpsampleWrapper
-from captum_ext.attr._grid_masks import BLOCK, GridMasks, chunks_of
+from captum_ext.attr._grid_masks import BLOCK, GridMasks, chunk_bounds
 from captum_ext.imaging import blur
 from tests.methods import SmallNet, small_net
 
@@ -230,7 +230,7 @@ def test_chunks_change_nothing_and_bound_the_batch(size: int) -> None:
 @pytest.mark.parametrize("n", [1, 5, 255, 256, 257, 1000])
 @pytest.mark.parametrize("size", [1, 7, 100, 256])
 def test_the_chunks(n: int, size: int) -> None:
-    chunks = chunks_of(n, size)
+    chunks = chunk_bounds(n, size)
     assert [i for start, stop in chunks for i in range(start, stop)] == list(range(n))
     assert all(stop - start <= size for start, stop in chunks)
     assert all(start // BLOCK == (stop - 1) // BLOCK for start, stop in chunks)

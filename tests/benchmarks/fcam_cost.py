@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from torchvision import models
 
 from captum_ext._engine.state import eval_mode
-from captum_ext._identity import hash_of
+from captum_ext._identity import derive_seed
 from captum_ext.attr import FCAM
 from captum_ext.fcam import DenseCRFLoss, FCAMDecoder, FCAMModule, dense_crf_loss, local_crf_loss
 from captum_ext.fcam.crf import CHUNK, CPU_CHUNK, _features, _products
@@ -319,7 +319,7 @@ class Parts:
 
     def __init__(self, module: FCAMModule, batch: Any) -> None:
         self.module, self.batch = module, batch
-        self.generator = Generator(batch[0].device).manual_seed(hash_of(module.seed, 0, 0, 0))
+        self.generator = Generator(batch[0].device).manual_seed(derive_seed(module.seed, 0, 0, 0))
         self.optimiser = module.configure_optimizers()
         for group in self.optimiser.param_groups:
             group["lr"] = 0.0  # as much work, and the gradients of the parts lead nowhere

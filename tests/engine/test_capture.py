@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torchvision.models import densenet121, resnet18
 
 from captum_ext._checks import warn
-from captum_ext._engine.hooks import intercepted
+from captum_ext._engine.hooks import edit_layers
 from captum_ext._engine.modules import find_module, root_module
-from captum_ext._engine.outputs import scored
-from captum_ext._engine.state import _kept, preserve_state
+from captum_ext._engine.outputs import scoring_forward
+from captum_ext._engine.state import _buffers_of_modules, preserve_state
 from tests.captures import layer_activations, layer_gradients
 from tests.methods import small_net
 
@@ -284,7 +284,7 @@ def test_names_modules_and_what_is_neither() -> None:
     assert find_module(net, "layer4.1.conv2") is net.layer4[1].conv2
     assert find_module(net.forward, "layer4") is net.layer4
     assert find_module(nn.DataParallel(net), "layer4") is net.layer4
-    assert root_module(scored(net, "softmax")) is net
+    assert root_module(scoring_forward(net, "softmax")) is net
     assert root_module(functools.partial(net.forward)) is net
     quiet = Quiet()
     assert find_module(quiet.forward, "inner") is quiet.inner
@@ -300,13 +300,13 @@ def test_names_modules_and_what_is_neither() -> None:
 
 def test_scores() -> None:
     logits = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.bfloat16)
-    forward = {s: scored(lambda x: x, s)(logits) for s in ("logit", "softmax", "sigmoid")}
+    forward = {s: scoring_forward(lambda x: x, s)(logits) for s in ("logit", "softmax", "sigmoid")}
     assert all(value.dtype == torch.float32 for value in forward.values())
     torch.testing.assert_close(forward["softmax"], logits.float().softmax(1))
     torch.testing.assert_close(forward["sigmoid"], logits.float().sigmoid())
-    assert scored(lambda x: x, lambda y: y[:, 1:])(logits).tolist() == [[1.0, 3.0]]
+    assert scoring_forward(lambda x: x, lambda y: y[:, 1:])(logits).tolist() == [[1.0, 3.0]]
     with pytest.raises(ValueError, match="`score` must be one of"):
-        scored(lambda x: x, "probability")
+        scoring_forward(lambda x: x, "probability")
 
 
 def test_eight_threads_on_one_model_give_exactly_the_serial_answers() -> None:
@@ -343,7 +343,7 @@ def test_hooks_of_other_threads_are_passed_by() -> None:
 
     seen = []
     for at_input in (False, True):
-        with intercepted([net.conv2], ruin, at_input=at_input) as acting, acting:
+        with edit_layers([net.conv2], ruin, at_input=at_input) as lock, lock:
             thread = threading.Thread(target=lambda: seen.append(net(x)))
             thread.start()
             thread.join()
@@ -411,7 +411,7 @@ def test_nothing_is_held_when_the_warning_is_an_error() -> None:
         for forward in (net, lambda x: net(x)):
             with pytest.raises(UserWarning, match="train mode"), preserve_state(forward):
                 forward(torch.rand(2, 3))
-    assert not _kept
+    assert not _buffers_of_modules
     net.eval()
     with preserve_state(net):
         net(torch.rand(2, 3))
@@ -437,7 +437,7 @@ def test_the_last_thread_puts_back_what_the_first_found() -> None:
     leave.set()
     thread.join()
     assert net.calls == 0
-    assert not _kept
+    assert not _buffers_of_modules
 
 
 def test_a_warning_from_code_without_a_module() -> None:

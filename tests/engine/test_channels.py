@@ -18,7 +18,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.channels import ChannelTracer
-from captum_ext._engine.hooks import entered
+from captum_ext._engine.hooks import enter_mode
 from captum_ext.attr import LayerAblationCam, LayerEigenCam, LayerHiResCam
 from tests.methods import EVERY, SmallNet, small_net
 
@@ -27,7 +27,7 @@ def traced(function: Any, x: Tensor) -> set[int] | None:
     """Where the channels are after `function`, of x (B, C, H, W)."""
     tracer = ChannelTracer()
     tracer.begin_at((x,))
-    with torch.no_grad(), entered(tracer) as acting, acting:
+    with torch.no_grad(), enter_mode(tracer) as lock, lock:
         result = function(x)
     dims = tracer.dims_of(result)
     return None if dims is None else set(dims)

@@ -9,7 +9,7 @@ import torchvision.models as zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_ext._engine.receptive_field import Field, receptive_field, unit_offset
+from captum_ext._engine.receptive_field import ReceptiveField, receptive_field, unit_offset
 from captum_ext._engine.state import preserve_state
 from captum_ext.attr import channels_last_to_first
 from tests.attr.layer.test_reshape_and_suggest import VIT_LAYER, small_vit
@@ -118,7 +118,7 @@ def reached(net: nn.Module, layer: nn.Module, size: tuple[int, int], unit: tuple
     return [int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])]
 
 
-def expected(field: Field, unit: tuple[int, int]) -> list:
+def expected(field: ReceptiveField, unit: tuple[int, int]) -> list:
     ends = []
     for axis, i in zip(field, unit, strict=True):
         centre = axis.start + i * axis.stride

@@ -22,7 +22,7 @@ from captum.attr import (
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from captum_ext._data.pixels import IMAGENET
+from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext.attr import FCAM, FIDO, UpsampleWrapper
 from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
 from captum_ext.evaluation import Prepared, evaluate, summary
@@ -997,7 +997,7 @@ def test_metrics_for_which_no_example_has_the_truth(tmp_path):
             {"a": Of(network())}, data, ["pxap", "deletion"], output=tmp_path / "a", **QUIET
         )
     assert list(found.figures["a"]) == ["deletion"]
-    options = QUIET | {"normalize": IMAGENET, "output": tmp_path / "b"}
+    options = QUIET | {"normalize": IMAGENET_MEAN_STD, "output": tmp_path / "b"}
     normalised = [(image - 0.5, target, [0, 0, 4, 4]) for image, target in data]
     with pytest.raises(RuntimeError, match=r"Not one of 3 rows.*floats must be in \[0, 1\]"):
         evaluate({"a": Of(network())}, normalised, **options)
@@ -1050,7 +1050,7 @@ def test_corners_of_boxes_that_come_to_whole_pixels_are_whole():
         ends = [x for x in range(1, side + 1) if x * new % side == 0]
         boxes = [[0, 0, x, x] for x in ends]
         wanted = [x * new // side for x in ends]
-        found = Blocks([(image, 0, boxes)], 1, (new, new), IMAGENET).example(0).boxes
+        found = Blocks([(image, 0, boxes)], 1, (new, new), IMAGENET_MEAN_STD).example(0).boxes
         assert found[:, 2].tolist() == found[:, 3].tolist() == wanted
         assert Boxed([(image, 0, boxes)], (new, new))[0][1][:, 2].tolist() == wanted
 
@@ -1085,10 +1085,10 @@ def test_grey_models_and_colour_models_take_either():
         found = Blocks([(picture, 1)], 2, None, one).example(0)
         assert found.image.shape == (1, 3, 4)
         assert found.image.flatten().tolist() == pytest.approx([2 * mean] * 12)
-        found = Blocks([(picture, 1)], 2, (6, 8), IMAGENET).example(0)
+        found = Blocks([(picture, 1)], 2, (6, 8), IMAGENET_MEAN_STD).example(0)
         assert found.image.shape == (3, 6, 8)
         wanted = torch.tensor([1.0, 0, 0] if picture is colour else [mean] * 3)
-        wanted = (wanted - torch.tensor(IMAGENET[0])) / torch.tensor(IMAGENET[1])
+        wanted = (wanted - torch.tensor(IMAGENET_MEAN_STD[0])) / torch.tensor(IMAGENET_MEAN_STD[1])
         assert found.image[:, 2, 3].tolist() == pytest.approx(wanted.tolist())
         found = Blocks([(picture, 1)], 2, None, None).example(0)
         assert found.image.amax().item() == pytest.approx(1 if picture is colour else mean)
@@ -1248,7 +1248,7 @@ def test_the_model_is_left_as_it_was(tmp_path, trace_free):
     ],
 )
 def test_the_data_sets_of_this_package_are_taken_as_they_are(data, known):
-    example = Blocks(data, 2, (96, 128), IMAGENET).example(1)
+    example = Blocks(data, 2, (96, 128), IMAGENET_MEAN_STD).example(1)
     assert isinstance(example, Prepared), example
     assert example.image.shape == (3, 96, 128)
     assert (example.boxes is not None, example.mask is not None) == known

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from captum_ext._data.pictures import Pictures
-from captum_ext._data.pixels import IMAGENET
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext._engine.state import eval_mode
 from captum_ext._training import Shuffled
 from captum_ext.attr import FCAM, LayerClassActivationMap, SESSWrapper
@@ -219,8 +219,8 @@ def test_stored_maps_are_those_of_the_pictures(tmp_path):
     assert torch.equal(torch.get_rng_state(), random)
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == ["maps-00000000.pt"]
-    pictures = Pictures(Scenes(), (32, 32))
-    mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in IMAGENET)
+    pictures = PictureDataset(Scenes(), (32, 32))
+    mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in IMAGENET_MEAN_STD)
     images = torch.stack([(item.pixels / 255 - mean) / std for item in pictures])
     labels = torch.tensor([item.label for item in pictures])
     expected = guidance(guide, images, labels)
@@ -522,12 +522,12 @@ def test_pictures_of_every_form():
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     as_bytes = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     data = [(image, 1), (as_bytes, 2, "more"), (as_bytes / 255, torch.tensor(3))]
-    pictures = Pictures(data, (4, 4), 4)
+    pictures = PictureDataset(data, (4, 4), 4)
     for i, label in enumerate((1, 2, 3)):
         item = pictures[i]
         assert torch.equal(item.pixels, as_bytes)
         assert item[1:] == (label, i, True)
-    grey = Pictures([(Image.new("L", (9, 6), 7), 0)], (4, 4))[0]
+    grey = PictureDataset([(Image.new("L", (9, 6), 7), 0)], (4, 4))[0]
     assert (grey.pixels == 7).all()
 
 
@@ -565,7 +565,7 @@ def test_pictures_that_are_opened_but_not_read(tmp_path):
             return Image.open(tmp_path / ("cut.jpg" if index == 1 else "whole.jpg")), 0
 
     with pytest.warns(UserWarning, match="picture 1 cannot be read"):
-        read = [Pictures(Opened(), (32, 32))[i].is_read for i in range(3)]
+        read = [PictureDataset(Opened(), (32, 32))[i].is_read for i in range(3)]
     assert read == [True, False, True]
 
     class Exhausted(Scenes):
@@ -573,7 +573,7 @@ def test_pictures_that_are_opened_but_not_read(tmp_path):
             raise OSError(errno.EMFILE, "Too many open files")
 
     with pytest.raises(OSError, match="Too many"):
-        Pictures(Exhausted(), (32, 32))[0]
+        PictureDataset(Exhausted(), (32, 32))[0]
 
 
 @pytest.mark.parametrize(
@@ -588,9 +588,9 @@ def test_pictures_that_are_opened_but_not_read(tmp_path):
 )
 def test_what_is_no_picture(picture, error, said):
     with pytest.raises(error, match=f"`data`: picture 0: .*{said}"):
-        Pictures([(picture, 0)], (8, 8))[0]
+        PictureDataset([(picture, 0)], (8, 8))[0]
     with pytest.raises(TypeError, match="`data`: picture 0: entries must be"):
-        Pictures([{"image": picture}], (8, 8))[0]
+        PictureDataset([{"image": picture}], (8, 8))[0]
 
 
 @pytest.mark.parametrize(
@@ -598,7 +598,7 @@ def test_what_is_no_picture(picture, error, said):
 )
 def test_what_has_no_label(entry):
     with pytest.raises((TypeError, ValueError), match="`data`: picture 0: "):
-        Pictures([entry], (8, 8))[0]
+        PictureDataset([entry], (8, 8))[0]
 
 
 def test_grey_pictures():
@@ -606,7 +606,7 @@ def test_grey_pictures():
     deep = Image.fromarray(grey[0].numpy().astype(np.uint16) * 257)
     assert deep.mode.startswith("I;16")
     for picture in (grey, grey / 255, Image.fromarray(grey[0].numpy()), deep):
-        assert torch.equal(Pictures([(picture, 0)], (8, 8))[0].pixels, grey.expand(3, 8, 8))
+        assert torch.equal(PictureDataset([(picture, 0)], (8, 8))[0].pixels, grey.expand(3, 8, 8))
 
 
 def test_a_classifier_of_grey_pictures():
@@ -736,7 +736,7 @@ def test_the_module_alone_runs_in_lightning():
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(Pictures(Scenes(8), (32, 32)), 4))
+    trainer.fit(module, DataLoader(PictureDataset(Scenes(8), (32, 32)), 4))
     assert not any(name.startswith("_frozen") for name in module.state_dict())
     assert FCAM(model, decoder.eval()).attribute(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
 
@@ -787,9 +787,9 @@ def validated(tmp_path=None, **options):
 
 def max_box_acc(fcam):
     scenes = TexturedEllipses(12, 5, (32, 32)).batch()
-    images = (scenes.pixels / 255 - torch.tensor(IMAGENET[0])[:, None, None]) / torch.tensor(
-        IMAGENET[1]
-    )[:, None, None]
+    images = (
+        scenes.pixels / 255 - torch.tensor(IMAGENET_MEAN_STD[0])[:, None, None]
+    ) / torch.tensor(IMAGENET_MEAN_STD[1])[:, None, None]
     metric = MaxBoxAcc(convention="wsolevaluation")
     metric.update(fcam.foreground(images)[:, 0], [box[None] for box in scenes.boxes])
     return metric.compute().item()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from captum_ext._engine.receptive_field import Axis, Field
+from captum_ext._engine.receptive_field import FieldAxis, ReceptiveField
 from captum_ext.features import maximally_activating_patches as top_patches
 from captum_ext.features._fields import clipped, energy_boxes, field_boxes
 from tests.features.test_patches import PLAIN, net_with_ties, noise
@@ -17,9 +17,9 @@ from tests.methods import small_net
 
 def test_field_boxes_by_hand() -> None:
     # conv5_3 of VGG-16: r = 196, j = 16, c = 7.5
-    vgg = Axis(196, 16, 7.5)
-    resnet = Axis(435, 32, 0)
-    found = field_boxes(Field(vgg, resnet), torch.tensor([[0, 0], [13, 6]]))
+    vgg = FieldAxis(196, 16, 7.5)
+    resnet = FieldAxis(435, 32, 0)
+    found = field_boxes(ReceptiveField(vgg, resnet), torch.tensor([[0, 0], [13, 6]]))
     assert found.tolist() == [[-217, -90, 218, 106], [192 - 217, 208 - 90, 192 + 218, 208 + 106]]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_ext.attr import (
-    GradientCam,
+    BaseGradientCam,
     LayerAblationCam,
     LayerCam,
     LayerEigenCam,
@@ -45,7 +45,7 @@ TOLERANCE = 1e-4
 LAYERS = [resnet("layer4"), resnet("layer2"), vgg("features.27"), vgg("features.13")]
 
 
-class MeanGradientCam(GradientCam):
+class MeanGradientCam(BaseGradientCam):
     """Grad-CAM from the package's template."""
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:

@@ -364,8 +364,8 @@ def test_files_of_before_are_those_of_now(tmp_path):
         "reshape_transform": "NoneType",
     }
     grid = partial(tokens_to_grid, grid=(2, 3))
-    about = LayerEncoder(small(), "4", reshape_transform=grid).about()
-    assert about["reshape_transform"] == "tokens_to_grid, (), [('grid', (2, 3))]"
+    fingerprint = LayerEncoder(small(), "4", reshape_transform=grid).fingerprint()
+    assert fingerprint["reshape_transform"] == "tokens_to_grid, (), [('grid', (2, 3))]"
 
 
 def test_a_transform_that_a_decoder_could_not_know_again_is_refused():

@@ -15,8 +15,8 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from captum_ext._data.pictures import Pictures
-from captum_ext._data.pixels import as_bytes
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._data.pixels import to_byte_tensor
 from captum_ext.datasets import TexturedEllipses
 from captum_ext.perception import (
     LayerEncoder,
@@ -74,7 +74,7 @@ def equal(a, b):
 
 
 def as_tensor(images):
-    return torch.stack([as_bytes(image) for image in images]) / 255
+    return torch.stack([to_byte_tensor(image) for image in images]) / 255
 
 
 class Losses(Callback):
@@ -217,7 +217,7 @@ def test_it_leaves_no_trace_when_it_fails(trace_free):
 
 
 def fit_by_trainer(module, images):
-    loader = DataLoader(Pictures(images, (32, 32), has_labels=False), 4)
+    loader = DataLoader(PictureDataset(images, (32, 32), has_labels=False), 4)
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     Trainer(max_epochs=1, enable_checkpointing=False, accelerator="cpu", **options).fit(
         module, loader

@@ -11,8 +11,8 @@ from captum_ext.attr import (
     FIDO,
     RISE,
     AugmentedSR,
+    BaseGradientCam,
     FIDOMasks,
-    GradientCam,
     LayerAblationCam,
     LayerCam,
     LayerClassActivationMap,
@@ -56,7 +56,7 @@ class Net(nn.Module):
         return scores
 
 
-class LayerMyCam(GradientCam):
+class LayerMyCam(BaseGradientCam):
     """A user's method, as the tutorial writes it."""
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:

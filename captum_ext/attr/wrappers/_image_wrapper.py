@@ -216,10 +216,10 @@ class ImageWrapper(BaseWrapper):
                 f"{tuple(pictures.shape)}, which cannot be laid over them. Tokens are turned into "
                 f"a map by UpsampleWrapper's `reshape_transform`."
             )
-        result = full_precision(result.detach())
-        if not bool(torch.isfinite(result).all()):
+        values: Tensor = full_precision(result.detach())
+        if not bool(torch.isfinite(values).all()):
             raise ValueError(f"`attribution_method` {name} gave attributions that are not finite.")
-        return result
+        return values
 
     def _one_channel(self, result: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """The result reduced to one channel, and whether it was a map; see `_explain`."""

@@ -91,7 +91,7 @@ class ArgumentRouter(Generic[View]):
         routed = {k: v for k, v in self.arguments.items() if names is None or k in names}
         index = torch.tensor(examples, device=self.images.device)
         if "target" in routed:
-            routed["target"] = self._per_example.target_of(index)
+            routed["target"] = self._per_example.targets_for(index)
         extra = routed.get("additional_forward_args")
         if isinstance(extra, tuple):
             values = tuple(self._route_extra(value, examples, views) for value in extra)

@@ -16,7 +16,9 @@ from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import without_autocast
 from captum_ext._engine.state import preserve_state
+from captum_ext._repr import options_repr
 from captum_ext.attr._chain import UNSET, drop_unset, with_forward_func
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr.wrappers._copies import Fill, MeanOverCopies, SuperResolution, WarpViews
 from captum_ext.attr.wrappers._image_wrapper import SIGNS, ImageWrapper, Offset
 from captum_ext.attr.wrappers._routing import ArgumentRouter, Arguments
@@ -155,6 +157,9 @@ class AugmentedSR(ImageWrapper):
         torch.Size([2, 3, 32, 32])
     """
 
+    title = "Augmented SR"
+    paper = Paper("Morbidelli et al.", 2020)
+
     def __init__(
         self,
         attribution_method: Attribution,
@@ -212,6 +217,11 @@ class AugmentedSR(ImageWrapper):
         draws = draws.cpu() * 2 - 1
         draws[0] = 0
         self.angles, self.shifts = draws[:, 0] * self.max_angle, draws[:, 1:] * self.max_shift
+
+    def __repr__(self) -> str:
+        defaults = _PRESETS[self.preset] | {"max_iterations": SOLVERS[self.solver]}
+        as_default = [name for name, value in defaults.items() if getattr(self, name) == value]
+        return options_repr(self, **dict.fromkeys(as_default))
 
     @property
     def returns_maps(self) -> bool:

@@ -22,14 +22,16 @@ from captum_ext._engine.hooks import hooked
 from captum_ext._engine.modules import Tensors
 from captum_ext._engine.outputs import (
     Score,
-    check_output,
+    check_model_output,
     check_score,
-    log_scores,
-    select_scores,
+    compute_log_scores,
+    select_target,
 )
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext._repr import options_repr
 from captum_ext.attr._chain import UNSET, drop_unset
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr.wrappers._fusion import WindowFusion, canvas_key
 from captum_ext.attr.wrappers._image_wrapper import SIGNS, ImageWrapper, Offset
 from captum_ext.attr.wrappers._routing import ArgumentRouter
@@ -138,6 +140,9 @@ class SESSWrapper(ImageWrapper):
         torch.Size([2, 3, 20, 30])
     """
 
+    title = "SESS"
+    paper = Paper("Tursun et al.", 2022, "https://arxiv.org/abs/2207.01769")
+
     def __init__(
         self,
         attribution_method: Attribution,
@@ -165,8 +170,7 @@ class SESSWrapper(ImageWrapper):
         show_progress: bool = False,
     ) -> None:
         super().__init__(attribution_method, channel_reduction)
-        if fusion is None:
-            fusion = "coverage" if sign == "signed" else "soft"
+        fusion = _default_fusion(sign) if fusion is None else fusion
         self.window = height_width("window", window)
         self.step = self.window if step is None else height_width("step", step)
         self.n_scales, self.scales = n_scales, _check_scales(scales, self.window)
@@ -177,6 +181,15 @@ class SESSWrapper(ImageWrapper):
         self.align, self.max_patches = align, max_patches
         self.internal_batch_size, self.show_progress = internal_batch_size, show_progress
         self._check_options()
+
+    def __repr__(self) -> str:
+        height, width = self.window
+        options: dict[str, Any] = {"window": height if height == width else self.window}
+        if self.step == self.window:
+            options["step"] = None
+        if self.fusion == _default_fusion(self.sign):
+            options["fusion"] = None
+        return options_repr(self, **options)
 
     def _check_options(self) -> None:
         check_choice("sign", self.sign, SIGNS)
@@ -341,7 +354,7 @@ class SESSWrapper(ImageWrapper):
             pictures = router.make_views(images, examples, views, False)
             if scores is None:
                 first_pass = _FirstOutput(pictures)
-                with hooked(hooked_modules, after=first_pass.keep) as acting, acting:
+                with hooked(hooked_modules, after=first_pass.keep) as lock, lock:
                     maps, is_map = self._explain(pictures.clone(), images, arguments, batch_size)
                 output = first_pass.output
                 logs = self._log_scores(images, examples, views, router, detector, output)
@@ -403,11 +416,11 @@ class SESSWrapper(ImageWrapper):
                 except Exception as error:
                     self._check_input_size(pictures, images, arguments, error)
                     raise
-            check_output(output, len(windows))
-            all_scores = log_scores(output, self.score)
+            check_model_output(output, len(windows))
+            all_scores = compute_log_scores(output, self.score)
             if self.score == "softmax":
                 detector.add(full_precision(output))
-            scores = select_scores(all_scores, arguments.get("target"))
+            scores = select_target(all_scores, arguments.get("target"))
         if bool((scores.isnan() | (scores == math.inf)).any()):
             raise ValueError("`score`: the model's scores of the windows are not finite.")
         return scores
@@ -462,6 +475,10 @@ class _FirstOutput:
             self.output = output.detach().clone()
 
 
+def _default_fusion(sign: str) -> str:
+    return "coverage" if sign == "signed" else "soft"
+
+
 def _check_scales(scales: Any, window: Size) -> list[int] | str | None:
     if scales is None or (isinstance(scales, str) and scales == "sqrt2"):
         return scales
@@ -469,7 +486,7 @@ def _check_scales(scales: Any, window: Size) -> list[int] | str | None:
         raise ValueError(f"`scales` must be integers, 'sqrt2' or None, got {scales!r}.")
     sides = [scale.item() if hasattr(scale, "item") else scale for scale in scales]
     if not sides:
-        raise ValueError("`scales` must have at least one scale, got none.")
+        raise ValueError("`scales` must not be empty.")
     for side in sides:
         check_count("scales", side)
         if side < max(window):

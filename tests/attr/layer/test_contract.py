@@ -449,7 +449,7 @@ def test_bad_arguments() -> None:
         LayerGroupCam(net, "relu2", groups=torch.zeros(4, dtype=torch.long)).attribute(x, target=1)
     with pytest.raises(ValueError, match="`n_samples` must be"):
         EVERY["Smooth Grad-CAM++"](net, "relu2", n_samples=0)
-    with pytest.raises(ValueError, match="`stdev_spread` must not be negative"):
+    with pytest.raises(ValueError, match="`stdev_spread` must be a number, 0 or more"):
         EVERY["Smooth Grad-CAM++"](net, "relu2", stdev_spread=-1.0)
     with pytest.raises(ValueError, match="`layer_baselines` must be None, 'min'"):
         EVERY["Ablation-CAM"](net, "relu2").attribute(x, "max", target=1)

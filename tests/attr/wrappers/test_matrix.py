@@ -197,7 +197,7 @@ def test_the_matrix_is_the_readmes() -> None:
         (mark,) = {cell.strip() for cell in marks}
         assert len(marks) == len(WRAPPED)
         named |= dict.fromkeys(re.findall(r"`(\w+)`", first), mark)
-    ours = {name for name in captum_ext.attr.__all__ if name.startswith("Layer")} - {"LayerMap"}
+    ours = {name for name in captum_ext.attr.__all__ if name.startswith("Layer")} - {"BaseLayerCam"}
     assert named.keys() == set(INPUT) | {"LayerGradCam"} | ours
     for name, base in INPUT.items():
         assert named[name] == ("~" if base.is_random else "✓")

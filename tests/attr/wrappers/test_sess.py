@@ -439,7 +439,7 @@ def test_units_off_the_centres_of_their_cells() -> None:
         centre = [float((found * g).sum() / found.sum()) for g in (side[:, None], side)]
         offset = (off, off) if off is not None else (1.0, 3.0)
         assert centre == pytest.approx([12 + offset[0], 20 + offset[1]], abs=1e-9)
-    with pytest.raises(ValueError, match="of a layer's output"):
+    with pytest.raises(ValueError, match="for a layer's output"):
         SESSWrapper(LayerGradCam(net, net.layer), window=32, align="rf").attribute(
             x, target=1, attribute_to_layer_input=True
         )
@@ -793,7 +793,7 @@ def test_elongated_images_are_told_of_before_the_model_runs() -> None:
     [
         ({"n_scales": 0}, "`n_scales` must be an integer of at least 1"),
         ({"scales": [200]}, "`scales` must not be smaller than the `window`"),
-        ({"scales": []}, "`scales` must be"),
+        ({"scales": []}, "`scales` must not be empty"),
         ({"scales": "log"}, "`scales` must be .*'log'"),
         ({"scales": [2.5]}, "`scales` must be an integer"),
         ({"window": 0}, "`window` must be an integer"),
@@ -804,7 +804,7 @@ def test_elongated_images_are_told_of_before_the_model_runs() -> None:
         ({"pre_filter_ratio": math.nan}, "`pre_filter_ratio`"),
         ({"pre_filter_ratio": None}, "`pre_filter_ratio`"),
         ({"theta": 1.0}, "`theta` must be a number, at least 0 and below 1"),
-        ({"theta": 0.1, "fusion": "coverage"}, "`theta` has no meaning"),
+        ({"theta": 0.1, "fusion": "coverage"}, "`theta` has no effect"),
         ({"percentile": 101}, "`percentile` must be"),
         ({"pool": "sum"}, "`pool` must be one of"),
         ({"fusion": "exact"}, "`fusion` must be one of"),
@@ -819,7 +819,7 @@ def test_elongated_images_are_told_of_before_the_model_runs() -> None:
         ({"align": (math.nan, 1.0)}, "`align` must be"),
         ({"align": ("a", 1)}, "`align` must be"),
         ({"scales": 24}, "`scales` must be integers"),
-        ({"align": "rf"}, "`align`='rf' is of the units of one layer"),
+        ({"align": "rf"}, "`align`='rf' is for the units of one layer"),
         ({"align": "corner"}, "`align` must be"),
         ({"align": (1.0,)}, "`align` must be"),
         ({"internal_batch_size": 0}, "`internal_batch_size`"),
@@ -929,8 +929,8 @@ def test_a_model_of_one_size_only() -> None:
 
 def test_an_octave_ladder_up_to_the_image() -> None:
     sess = SESSWrapper(Saliency(NET), scales="sqrt2")
-    large = sess._sizes(torch.empty(1, 3, 2160, 3840))
+    large = sess._scaled_sizes(torch.empty(1, 3, 2160, 3840))
     assert [min(size) for size in large] == [224, 317, 448, 634, 896, 1267, 1792]
     assert len(sess._slide_windows(large)) == 252
-    small = sess._sizes(torch.empty(1, 3, 100, 100))
+    small = sess._scaled_sizes(torch.empty(1, 3, 100, 100))
     assert [size[0] for size in small] == [224, 317, 448, 634, 896]
