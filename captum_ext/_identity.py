@@ -17,6 +17,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_map
 
 from captum_ext._engine.modules import Forward, require_module
+from captum_ext._errors import ArgumentError
 
 # Functions of these need no version: they do not change under a user's hands.
 LIBRARIES = sys.stdlib_module_names | {
@@ -250,19 +251,22 @@ class SavedDecoder:
         try:
             saved = torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:  # torch has many kinds of them for what it did not write
-            raise ValueError(f"`path` {path} has no decoder of {self.name} in it.") from error
+            raise ArgumentError(
+                f"`path` {path} has no decoder of {self.name} in it.", "path"
+            ) from error
         needed = {"decoder", "classifier", *self.options}
         if not isinstance(saved, dict) or not needed <= saved.keys():
-            raise ValueError(f"`path` {path} has no decoder of {self.name} in it.")
+            raise ArgumentError(f"`path` {path} has no decoder of {self.name} in it.", "path")
         root = require_module(classifier)
         _check_classifier(saved, root, path)
         decoder = make(saved)
         try:
             decoder.load_state_dict(saved["decoder"])
         except RuntimeError as error:
-            raise ValueError(
+            raise ArgumentError(
                 f"`path` {path}: its weights are of another architecture than it says: "
-                f"{str(error).splitlines()[1].strip()}"
+                f"{str(error).splitlines()[1].strip()}",
+                "path",
             ) from error
         some = next(root.parameters(), torch.empty(0))
         return decoder.to(some.device).eval()
@@ -280,10 +284,11 @@ def _check_classifier(file: Mapping[str, Any], root: Module, path: str | Path) -
     cast = [name for name in changed if before.get(name, dtypes[name]) != dtypes[name]]
     if cast and cast == changed and not missing and not added:
         one = cast[0]
-        raise ValueError(
+        raise ArgumentError(
             f"`forward_func` has {len(cast)} tensors in another dtype than when the decoder in "
             f"{path} was saved ({one} is {dtypes[one]} and was {before[one]}, ...), so they cannot "
-            f"be compared. Load the decoder first, and convert the classifier after that."
+            f"be compared. Load the decoder first, and convert the classifier after that.",
+            "forward_func",
         )
     said = [
         f"{len(names)} of its tensors {what} ({', '.join(names[:3])}, ...)"
@@ -295,7 +300,8 @@ def _check_classifier(file: Mapping[str, Any], root: Module, path: str | Path) -
         if names
     ]
     if said:
-        raise ValueError(
+        raise ArgumentError(
             f"`forward_func` is not the classifier that the decoder in {path} was trained with: "
-            f"{'; '.join(said)}. Load the classifier's weights first, or train a decoder for it."
+            f"{'; '.join(said)}. Load the classifier's weights first, or train a decoder for it.",
+            "forward_func",
         )

@@ -36,7 +36,8 @@ from captum_ext.attr import (
 from captum_ext.evaluation import evaluate
 from captum_ext.evaluation.methods import Method, method_fingerprint
 from captum_ext.infill import gaussian
-from tests.evaluation.subjects import Boxes, Of, network
+from tests.evaluation.subjects import Boxes, Of
+from tests.networks import tiny_net
 
 
 def sharpness(found, gain=1):
@@ -135,7 +136,7 @@ def test_tensors_that_a_partial_fixes_count():
 
 
 def test_modules_and_their_methods_are_known_by_weights():
-    one, same, other = network(), network(), network()
+    one, same, other = tiny_net(), tiny_net(), tiny_net()
     with torch.no_grad():
         other[4].bias += 1
     for get in (lambda m: m, lambda m: m.forward, lambda m: partial(m.forward, 2)):
@@ -173,9 +174,9 @@ def test_what_cannot_be_known_again_is_refused_with_the_line_to_write(function, 
         ({"metrics": {"infidelity": {"perturb_func": function}}}, "`metrics`: infidelity is "),
         ({"target": function}, "`target` is "),
         ({"methods": {"a": Saliency(function)}}, "`methods`: a: the model is "),
-        ({"methods": {"a": (Of(network()), {"gain": function})}}, "`methods`: a: gain is "),
+        ({"methods": {"a": (Of(tiny_net()), {"gain": function})}}, "`methods`: a: gain is "),
     ):
-        given = {"methods": {"a": Of(network())}, "data": Boxes(), "metrics": "energy"} | options
+        given = {"methods": {"a": Of(tiny_net())}, "data": Boxes(), "metrics": "energy"} | options
         with pytest.raises(ValueError, match=f"^{where}") as caught:
             evaluate(**given, output=tmp_path, show_progress=False)
         assert line in str(caught.value)
@@ -216,7 +217,7 @@ HOLDERS = {
 
 @pytest.mark.parametrize("name", HOLDERS)
 def test_what_a_method_was_made_with_is_known(name, monkeypatch):
-    model, where = network(), "`methods`: a: " + name.replace("of a layer", "reshape_transform")
+    model, where = tiny_net(), "`methods`: a: " + name.replace("of a layer", "reshape_transform")
 
     def known(f):
         return method_fingerprint(Method("a", HOLDERS[name](model, f), {}), model_digest)
@@ -238,7 +239,7 @@ def test_what_a_method_was_made_with_is_known(name, monkeypatch):
 
 
 def test_methods_of_captum_are_known_without_a_version_and_without_addresses():
-    model = network()
+    model = tiny_net()
     for method in (
         KernelShap(model), Lime(model), FeaturePermutation(model), ShapleyValueSampling(model),
         NeuronGradient(model, model[0]), IntegratedGradients(model), LayerGradCam(model, model[0]),
@@ -255,7 +256,7 @@ def test_rows_and_maps_of_another_function_are_refused(tmp_path):
     pytest.importorskip("lightning")
     from captum_ext.fcam import fit_fcam
 
-    model = network()
+    model = tiny_net()
     rows = {"output": tmp_path / "rows", "show_progress": False, "batch_size": 3}
     maps = {"cache": tmp_path / "maps", "size": 8, "n_epochs": 1, "layers": ["1"], "widths": (4,)}
     data = [(Boxes()[i].image, i % 3) for i in range(4)]
@@ -306,7 +307,7 @@ mean.version = colour.version = "1"
 def test_another_version_is_another_run_and_a_docstring_is_not(tmp_path, monkeypatch):
     def run(metric):
         run = {"output": tmp_path, "show_progress": False, "batch_size": 3}
-        return evaluate({"a": Of(network())}, Boxes(), {"mine": metric}, **run)
+        return evaluate({"a": Of(tiny_net())}, Boxes(), {"mine": metric}, **run)
 
     first = run(sharpness)
     monkeypatch.setattr(sharpness, "__doc__", "Another text.")
@@ -325,7 +326,7 @@ def test_one_model_is_hashed_once_in_a_run_and_anew_in_the_next(tmp_path, monkey
     monkeypatch.setattr(
         _identity, "tensor_digests", lambda model: hashed.append(model) or tensor_digests(model)
     )
-    model, other = network(), network()
+    model, other = tiny_net(), tiny_net()
     methods = {
         "IG": IntegratedGradients(model),
         "noisy": NoiseTunnel(Saliency(model)),

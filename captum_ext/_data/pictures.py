@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from captum_ext._checks import warn
 from captum_ext._data.files import UNREADABLE, is_resource_error
 from captum_ext._data.pixels import resize_pixels, to_byte_tensor
+from captum_ext._errors import ArgumentError
 from captum_ext._identity import digest
 
 N_PROBES = 16  # entries by which a set is known again
@@ -144,14 +145,17 @@ class PictureDataset(Dataset[PictureItem]):
 def check_data(argument: str, data: Any) -> None:
     """Raise a ValueError unless `data` is a data set that is not empty."""
     if isinstance(data, DataLoader):
-        raise ValueError(f"`{argument}` must be a data set, got a DataLoader: give its `dataset`.")
+        raise ArgumentError(
+            f"`{argument}` must be a data set, got a DataLoader: give its `dataset`.", argument
+        )
     if isinstance(data, str | Path):
-        raise ValueError(
+        raise ArgumentError(
             f"`{argument}` must be a data set, got a path: torchvision's "
-            f"ImageFolder({str(data)!r}) or captum_ext.datasets.ClassFolders makes one of it."
+            f"ImageFolder({str(data)!r}) or captum_ext.datasets.ClassFolders makes one of it.",
+            argument,
         )
     if not isinstance(data, Sized) or len(data) == 0:
-        raise ValueError(f"`{argument}` must have a length, and at least one picture.")
+        raise ArgumentError(f"`{argument}` must have a length, and at least one picture.", argument)
 
 
 def entry_field(entry: Any, *names: str, index: int | None = None) -> Any:

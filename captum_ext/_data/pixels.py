@@ -9,6 +9,8 @@ from kornia.color import rgb_to_grayscale
 from PIL import Image
 from torch import Tensor
 
+from captum_ext._errors import ArgumentError
+
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -54,11 +56,14 @@ def mean_and_std(normalize: Any, dtype: torch.dtype = torch.float32) -> tuple[Te
     try:
         mean, std = (torch.as_tensor(values, dtype=dtype).clone() for values in normalize)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`normalize` must be (mean, std), got {normalize!r}.") from error
+        raise ArgumentError(
+            f"`normalize` must be (mean, std), got {normalize!r}.", "normalize"
+        ) from error
     if mean.dim() != 1 or mean.shape != std.shape or not mean.numel() or not bool((std > 0).all()):
-        raise ValueError(
+        raise ArgumentError(
             f"`normalize` must be means and standard deviations, greater than 0, one of each "
-            f"channel, got {normalize!r}."
+            f"channel, got {normalize!r}.",
+            "normalize",
         )
     return mean, std
 
@@ -80,7 +85,9 @@ class Normalize:
     def __init__(self, normalize: Any) -> None:
         mean, std = mean_and_std(normalize)
         if len(mean) not in (1, 3):
-            raise ValueError(f"`normalize` must be of three channels or of one, got {normalize!r}.")
+            raise ArgumentError(
+                f"`normalize` must be of three channels or of one, got {normalize!r}.", "normalize"
+            )
         self.mean, self.std = mean.reshape(-1, 1, 1), std.reshape(-1, 1, 1)
 
     def to(self, device: torch.device) -> Self:

@@ -26,6 +26,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_ext._engine.modules import Tensors
+from captum_ext._errors import ArgumentError
+
+LayerEdit = Callable[[int, Tensors], Tensors]  # the layer's index, its tensors -> new tensors
 
 
 class _HookScope:
@@ -148,7 +151,7 @@ def hooked_globally(before: Callable[[Module], None]) -> Iterator[threading.Lock
 @contextmanager
 def edit_layers(
     layers: Sequence[Module],
-    edit: Callable[[int, Tensors], Tensors],
+    edit: LayerEdit,
     *,
     at_input: bool = False,
     every_thread: bool = False,
@@ -176,15 +179,17 @@ def edit_layers(
         tensors = tuple(leaves[i] for i in floats)
         if not tensors:
             end = "input" if at_input else "output"
-            raise ValueError(
-                f"`layer` {type(layers[index]).__name__} has no floating-point tensor in its {end}."
+            raise ArgumentError(
+                f"`layer` {type(layers[index]).__name__} has no float tensor in its {end}.",
+                "layer",
             )
         key = (index, tensors[0].device)
         if key in ran:
-            raise ValueError(
+            raise ArgumentError(
                 f"`layer` {type(layers[index]).__name__} runs more than once in one forward pass, "
                 f"so it has no single activation: choose a module that runs once, or give each use "
-                f"a module of its own."
+                f"a module of its own.",
+                "layer",
             )
         ran.add(key)
         for i, tensor in zip(floats, edit(index, tensors), strict=True):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import DataParallel, Module
 
 from captum_ext._checks import closest
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 
 Tensors = tuple[Tensor, ...]
 Forward = Callable[..., Any]
@@ -46,7 +47,9 @@ def require_module(forward_func: Forward, argument: str = "forward_func") -> Mod
     """
     root = root_module(forward_func)
     if root is None:
-        raise ValueError(f"`{argument}` must be a torch.nn.Module, got {forward_func!r}.")
+        raise ArgumentError(
+            f"`{argument}` must be a torch.nn.Module, got {forward_func!r}.", argument
+        )
     return root
 
 
@@ -65,26 +68,30 @@ def find_module(forward_func: Forward, module: Module | str, argument: str = "la
     """
     root = root_module(forward_func)
     if hasattr(root, "_orig_mod"):
-        raise ValueError(
+        raise ArgumentError(
             "`forward_func` is a compiled module, and compiled graphs ignore hooks: pass the eager "
-            "module (`model._orig_mod`)."
+            "module (`model._orig_mod`).",
+            "forward_func",
         )
     if isinstance(module, Module):
         return module
     if not isinstance(module, str):
-        raise TypeError(
-            f"`{argument}` must be a torch.nn.Module or its dotted name, got {type(module)}."
+        raise ArgumentTypeError(
+            f"`{argument}` must be a torch.nn.Module or its dotted name, got {type(module)}.",
+            argument,
         )
     if root is None:
-        raise ValueError(
+        raise ArgumentError(
             f"`{argument}` is the name {module!r}, but `forward_func` is not a module, so the "
-            f"name cannot be looked up: pass the module itself."
+            f"name cannot be looked up: pass the module itself.",
+            argument,
         )
     names = dict(root.named_modules())
     if module not in names or not module:
         known = [name for name in names if name]
-        raise ValueError(
-            f"`{argument}` {module!r} is not in the model. Closest: {closest(module, known)}."
+        raise ArgumentError(
+            f"`{argument}` {module!r} is not in the model. Closest: {closest(module, known)}.",
+            argument,
         )
     return names[module]
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from captum_ext._compat import TargetType, _format_additional_forward_args, _select_targets
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 
 Score = str | Callable[[Tensor], Tensor]
 SCORES = ("logit", "sigmoid", "softmax")
@@ -27,7 +28,9 @@ SCORES = ("logit", "sigmoid", "softmax")
 def check_score(score: Score) -> None:
     """Raise a ValueError unless `score` is a name in `SCORES` or a callable."""
     if not callable(score) and score not in SCORES:
-        raise ValueError(f"`score` must be one of {SCORES} or a callable, got {score!r}.")
+        raise ArgumentError(
+            f"`score` must be one of {SCORES} or a callable, got {score!r}.", "score"
+        )
 
 
 def compute_scores(output: Tensor, score: Score) -> Tensor:
@@ -45,7 +48,9 @@ def compute_scores(output: Tensor, score: Score) -> Tensor:
     if callable(score):
         scores = score(output)
         if not isinstance(scores, Tensor):
-            raise ValueError(f"`score` must return a tensor of scores, got {type(scores)}.")
+            raise ArgumentError(
+                f"`score` must return a tensor of scores, got {type(scores)}.", "score"
+            )
         return full_precision(scores)
     output = full_precision(output)
     if score == "softmax":
@@ -67,9 +72,10 @@ def scoring_forward(forward_func: Forward, score: Score) -> Forward:
 
 def _check_several_classes(output: Tensor) -> None:
     if output.dim() < 2 or output.shape[1] < 2:
-        raise ValueError(
+        raise ArgumentError(
             f"`score` 'softmax' needs two classes or more in dimension 1, got outputs of shape "
-            f"{tuple(output.shape)}. For a single logit, use 'sigmoid' or 'logit'."
+            f"{tuple(output.shape)}. For a single logit, use 'sigmoid' or 'logit'.",
+            "score",
         )
 
 
@@ -90,10 +96,13 @@ def check_model_output(output: Any, n: int, argument: str = "forward_func") -> N
     """
     if not isinstance(output, Tensor) or not output.is_floating_point():
         received = output.dtype if isinstance(output, Tensor) else type(output)
-        raise TypeError(f"`{argument}` must give a tensor of floats, got {received}.")
+        raise ArgumentTypeError(
+            f"`{argument}` must give a tensor of floats, got {received}.", argument
+        )
     if output.dim() == 0 or len(output) != n:
-        raise ValueError(
-            f"`{argument}` must give scores for each of {n} examples, got {tuple(output.shape)}."
+        raise ArgumentError(
+            f"`{argument}` must give scores for each of {n} examples, got {tuple(output.shape)}.",
+            argument,
         )
 
 

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from captum_ext._errors import ArgumentError
+
 _LOSS_SCALE = 1024  # the gradient at one pixel underflows in float16
 
 
@@ -49,7 +51,8 @@ def gradient_of_sum(scores: Tensor, leaf: Tensor, dtype: torch.dtype) -> Tensor:
             scale = 1
             (gradient,) = torch.autograd.grad(total, leaf)
     if gradient is None:
-        raise ValueError(
-            "`forward_func` gives scores that have no gradient with respect to its input."
+        raise ArgumentError(
+            "`forward_func` gives scores that have no gradient with respect to its input.",
+            "forward_func",
         )
     return gradient / scale

@@ -29,8 +29,8 @@ from captum_ext.cli.output import check_folder, say
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from captum_ext.demo import LoadedModel
     from captum_ext.evaluation import Summary
+    from captum_ext.zoo import LoadedModel
 
 # Of the options that are not given, neither to the command nor in a file. Others are None.
 _DEFAULTS: Mapping[str, Any] = {
@@ -177,9 +177,9 @@ def evaluate(options: Sequence[argparse.Action], given: argparse.Namespace) -> i
     if arguments.devices > 1:
         check_devices(arguments.devices, device)
         _silence_lightning()
-    from captum_ext import demo
+    from captum_ext import zoo
 
-    loaded = demo.load_model(arguments.model, arguments.weights)
+    loaded = zoo.load_model(arguments.model, arguments.weights)
     notes = [check_labels(opened, loaded, arguments.target)]
     if arguments.layout is None and opened.layout != "classes":
         notes.append(f"{arguments.data!r} has the files of --layout {opened.layout}")
@@ -269,7 +269,7 @@ def _check_against(against: str | None, names: Iterable[str]) -> None:
 def _check_takes(loaded: "LoadedModel", x: "Tensor") -> None:
     """Raise an InputError where the model does not take pictures of this size."""
     from captum_ext._errors import InputError
-    from captum_ext.demo import probabilities
+    from captum_ext.zoo import probabilities
 
     try:
         probabilities(loaded, x)

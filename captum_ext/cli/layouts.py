@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from captum_ext.cli.pictures import check_is_folder, no_pictures_by_class
 
 if TYPE_CHECKING:
-    from captum_ext.demo import LoadedModel
+    from captum_ext.zoo import LoadedModel
 
 # The layouts of folders, and their classes in `captum_ext.datasets`.
 LAYOUTS: Mapping[str, str] = {

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from captum_ext.cli.layouts import Opened
 
 if TYPE_CHECKING:
-    from captum_ext.demo import LoadedModel
     from captum_ext.evaluation import Summary
+    from captum_ext.zoo import LoadedModel
 
 _FAITHFULNESS = ("insertion", "deletion")
 _TRIED = 8  # pictures, of which one can be read, on which options of metrics are tried

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from captum.attr import Attribution
 
     from captum_ext.attr.layer.base import ReshapeTransform
-    from captum_ext.demo import LoadedModel
+    from captum_ext.zoo import LoadedModel
 
 PERTURBATIONS_PER_EVAL = 16  # the fastest on a CPU, by a little
 

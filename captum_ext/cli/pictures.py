@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from captum_ext._errors import InputError
-    from captum_ext.demo import LoadedModel
+    from captum_ext.zoo import LoadedModel
 
 
 class Folder:

@@ -15,7 +15,7 @@ from captum_ext._engine.modules import Forward, parameter_dtype, root_module
 from captum_ext._identity import json_value, versioned_name
 from captum_ext.attr import UpsampleWrapper
 from captum_ext.attr._chain import chain, innermost, keywords_of
-from captum_ext.fcam.stored import described
+from captum_ext.attr._fingerprint import attribution_fingerprint
 
 
 class Method(NamedTuple):
@@ -158,7 +158,9 @@ def method_fingerprint(method: Method, digest_of: Callable[[Module], str]) -> st
         model = versioned_name(f"{where}: the model", method.forward_func)
     else:
         model = in_digits(root)
-    made = ", ".join([described(where, method.attribution, root or Module()), *held()])
+    made = ", ".join(
+        [attribution_fingerprint(where, method.attribution, root or Module()), *held()]
+    )
     arguments = [
         f"{key}={json_value(f'{where}: {key}', value)!r}"
         for key, value in sorted(method.kwargs.items())

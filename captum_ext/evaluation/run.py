@@ -99,7 +99,7 @@ def evaluate(
             in these pixels. None leaves pictures as they are, and explains those of one size
             together.
         normalize: (mean, std) of the channels, as the models expect pictures, or what has them as
-            attributes, such as the `preprocess` of `captum_ext.demo.load_model()`; ImageNet's if
+            attributes, such as the `preprocess` of `captum_ext.zoo.load_model()`; ImageNet's if
             nothing is said. None takes tensors of floats as they are.
         target: what is explained: each image's "label", the class "predicted" by the method's
             model, a callable of the `Prepared`, or None, for models with one output.

@@ -14,7 +14,7 @@ from captum_ext.datasets import (
     TexturedEllipses,
     is_difficult,
 )
-from captum_ext.fcam.views import Boxed
+from captum_ext.fcam.views import BoxedPictures
 
 SETS = {
     "pasted": PastedScenes(6, seed=3, size=(160, 200)),
@@ -92,7 +92,7 @@ def test_a_variant_has_a_name_of_its_own():
 def test_training_takes_the_seeded_sets(data):
     item = PictureDataset(data, (20, 24))[1]
     assert (item.label, item.is_read, item.pixels.shape) == (data[1].target, True, (3, 20, 24))
-    pixels, boxes = Boxed(data, data.size)[1]
+    pixels, boxes = BoxedPictures(data, data.size)[1]
     assert pixels.shape == (3, *data.size)
     assert boxes.tolist() == data[1].boxes.tolist()
 
@@ -101,7 +101,7 @@ def test_training_wants_boxes_only_where_it_is_judged_by_them():
     bare = [example(image=Image.new("RGB", (6, 4), (9, 9, 9)))]
     assert PictureDataset(bare, (4, 6))[0].pixels.unique().tolist() == [9]
     with pytest.raises(ValueError, match=r"validation.*no boxes"):
-        Boxed(bare, (4, 6))[0]
+        BoxedPictures(bare, (4, 6))[0]
 
 
 def test_difficult_is_small_and_not_alone():

@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from captum_ext._data.pictures import PictureDataset
 from captum_ext.datasets import VOC_CLASSES, ClassFolders, Cub, Example, Voc, WsolFolder
-from captum_ext.fcam.views import Boxed
+from captum_ext.fcam.views import BoxedPictures
 from captum_ext.metrics import PointingGame, boxes_to_masks
 
 
@@ -450,7 +450,7 @@ def test_wsol_files_that_do_not_fit_together(wsol, name, lines, said):
 
 def test_training_takes_folders(cub, wsol, voc):
     for data in (Cub(cub), Voc(voc), WsolFolder(*wsol)):
-        pixels, boxes = Boxed(data, (30, 40))[0]
+        pixels, boxes = BoxedPictures(data, (30, 40))[0]
         assert pixels.shape == (3, 30, 40)
         assert boxes.tolist() == data[0].boxes.tolist()
         pictures = PictureDataset(data, (30, 40))

@@ -18,7 +18,7 @@ from captum_ext._engine.receptive_field import receptive_field
 from captum_ext._engine.replay import LayerReplay, run_to_layer
 from captum_ext.attr import LayerHiResCam
 from tests.captures import layer_activations, layer_gradients
-from tests.methods import small_net
+from tests.networks import small_net
 
 
 def test_hooks_act_while_their_lock_is_held() -> None:

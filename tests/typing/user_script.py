@@ -25,7 +25,6 @@ from captum_ext.attr import (
     SESSWrapper,
     UpsampleWrapper,
 )
-from captum_ext.demo import load_image, load_model
 from captum_ext.fcam import FCAMDecoder
 from captum_ext.metrics import (
     Curve,
@@ -40,6 +39,7 @@ from captum_ext.metrics import (
     road,
 )
 from captum_ext.tta import crop_tta
+from captum_ext.zoo import load_image, load_model
 
 
 class Net(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from captum_ext._checks import check_choice, is_finite, one_batch_of_images
+from captum_ext._checks import check_choice, check_images, is_finite
 from captum_ext._compat import with_progress
 from captum_ext._engine.capture import check_gradients_exist
 from captum_ext._engine.modules import Tensors
@@ -107,7 +107,7 @@ class ImageWrapper(BaseWrapper):
 
     def _checked_images(self, inputs: Tensor | Tensors, arguments: Arguments) -> Tensor:
         """The images (B, C, H, W), once they and the names of the arguments are checked."""
-        x = one_batch_of_images(inputs)
+        x = check_images(inputs)
         for flag in _FLAGS:
             if arguments.get(flag):
                 raise ValueError(f"`{flag}`: {self.get_name()} has none to return.")
