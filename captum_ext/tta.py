@@ -246,7 +246,7 @@ def _check_floats(name: str, value: Tensor) -> None:
         got = value.dtype if isinstance(value, Tensor) else type(value)
         raise TypeError(f"`{name}` must be tensors of floats, as the model takes them, got {got}.")
     if not bool(torch.isfinite(value).all()):
-        raise ValueError(f"`{name}` are not finite.")
+        raise ValueError(f"`{name}` has values that are not finite.")
 
 
 def _checked_originals(
@@ -292,7 +292,7 @@ def _predictions(scorer: Scorer, pictures: Tensor, examples: list[int]) -> Tenso
     output = scorer.outputs((pictures,), torch.tensor(examples, device=pictures.device))
     _check_rows("`model` must give", output, len(pictures))
     scores = compute_scores(output, scorer.score)
-    _check_rows("`score` must leave", scores, len(pictures))
+    _check_rows("`score` must return", scores, len(pictures))
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("`model` gives predictions that are not finite.")
     return scores

@@ -376,7 +376,7 @@ def _masked_inputs(inputs: Tensors) -> list[bool]:
     is_masked = [can and x.shape[2:] == size for x, can in zip(inputs, can_mask, strict=True)]
     for x, masked in zip(inputs, is_masked, strict=True):
         if masked and not bool(torch.isfinite(x).all()):
-            raise ValueError("`inputs` are not finite.")
+            raise ValueError("`inputs` has values that are not finite.")
     return is_masked
 
 
