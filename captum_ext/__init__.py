@@ -19,6 +19,7 @@ _SUBPACKAGES = (
     "metrics",
     "perception",
     "tta",
+    "zoo",
 )
 
 __all__ = ["__version__", *_SUBPACKAGES]

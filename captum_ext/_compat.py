@@ -25,8 +25,33 @@ from captum.attr._utils.common import _format_callable_baseline
 from captum.log import log_usage as _log_usage
 from torch import Tensor
 
+MYPY = False  # which mypy takes for True
+if MYPY:
+    # To mypy, Captum's classes are Any, and a dataclass with such a base loses its arguments.
+
+    class Attribution:
+        def __getattr__(self, name: str) -> Any: ...
+
+    class LayerAttribution(Attribution): ...
+
+    class GradientAttribution(Attribution): ...
+
+    class PerturbationAttribution(Attribution): ...
+
+else:
+    from captum.attr import (
+        Attribution,
+        GradientAttribution,
+        LayerAttribution,
+        PerturbationAttribution,
+    )
+
 __all__ = [
+    "Attribution",
     "BaselineType",
+    "GradientAttribution",
+    "LayerAttribution",
+    "PerturbationAttribution",
     "TargetType",
     "TensorOrTupleOfTensors",
     "_format_additional_forward_args",

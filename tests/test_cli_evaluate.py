@@ -12,7 +12,7 @@ import torchvision.models
 from captum.attr import LayerGradCam
 from PIL import Image
 
-from captum_ext import cli, demo, evaluation
+from captum_ext import cli, evaluation, zoo
 from captum_ext.cli.pictures import Folder
 from captum_ext.evaluation import summary
 
@@ -66,7 +66,7 @@ def test_it_is_the_library_s_evaluation(command, resnet, capsys):
     assert said.out == f"{found.markdown()}\nwritten to run\n"
     assert Path("run/summary.md").read_text() == found.markdown()
     assert Image.open("run/figure.png").size[0] > 100
-    loaded = demo.load_model("resnet18", resnet)
+    loaded = zoo.load_model("resnet18", resnet)
     cam = LayerGradCam(loaded.module, loaded.module.layer2)
     straight = evaluation.evaluate(
         {"grad-cam": (cam, {"relu_attributions": True})},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from captum.attr import IntegratedGradients, LayerGradCam
 
-from captum_ext import cli, demo, evaluation
+from captum_ext import cli, evaluation, zoo
 from captum_ext.attr import FIDO, RISE, AugmentedSR, LayerCam, SESSWrapper
 from captum_ext.cli.attributions import find_attributions
 from captum_ext.cli.config import read_config
@@ -184,7 +184,7 @@ method:
 metrics: {insertion: {step: 0.5}, average_drop: }
 """
     assert run(*config(text)) == 0
-    loaded = demo.load_model("resnet18", resnet)
+    loaded = zoo.load_model("resnet18", resnet)
     net = loaded.module
     cam = LayerGradCam(net, net.layer2)
     positive = {"relu_attributions": True}
@@ -213,7 +213,7 @@ method:
 metrics: average_drop
 """
     assert run(*config(text)) == 0
-    net = demo.load_model("resnet18", resnet).module
+    net = zoo.load_model("resnet18", resnet).module
     few = {"n_masks": 30, "grid": (3, 4), "p": 0.4, "baselines": "blur"}
     straight = {
         "RISE": (RISE(net), {**few, "perturbations_per_eval": 9}),

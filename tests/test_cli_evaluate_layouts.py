@@ -8,7 +8,7 @@ import torch
 import torchvision.models
 from captum.attr import LayerGradCam
 
-from captum_ext import demo, evaluation
+from captum_ext import evaluation, zoo
 from captum_ext.cli import layouts
 from captum_ext.datasets import Cub, TexturedEllipses, Voc, WsolFolder
 from captum_ext.evaluation import summary
@@ -57,7 +57,7 @@ def evaluated(weights, tmp_path, monkeypatch, capsys):
 
 def straight(weights, n, data, metrics):
     """The library's own evaluation."""
-    loaded = demo.load_model("squeezenet1_1", weights(n))
+    loaded = zoo.load_model("squeezenet1_1", weights(n))
     cam = LayerGradCam(loaded.module, loaded.module.features[5])
     methods = {"grad-cam": (cam, {"relu_attributions": True})}
     options = {"size": 40, "show_progress": False, "output": "straight"}

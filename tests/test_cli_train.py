@@ -15,7 +15,7 @@ import torchvision.models
 from captum.attr import LayerGradCam
 from PIL import Image
 
-from captum_ext import cli, demo
+from captum_ext import cli, zoo
 from captum_ext.attr import FCAM, LayerScoreCam
 from captum_ext.cli import train_fcam
 from captum_ext.cli.options import check_devices
@@ -71,7 +71,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """So few steps teach nothing, of which there is no need to warn."""
-    monkeypatch.setattr(fit, "COLLAPSED", 100.0)
+    monkeypatch.setattr(fit, "COLLAPSED_LOSS", 100.0)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def asked(monkeypatch):
 
 def straight(weights, **options):
     """The same training by the library."""
-    loaded = demo.load_model("resnet18", weights)
+    loaded = zoo.load_model("resnet18", weights)
     folder = Folder("data")
     normalize = (loaded.preprocess.mean, loaded.preprocess.std)
     settings = {"size": 64, "n_epochs": 1, "batch_size": 4, "show_progress": False} | options
@@ -169,7 +169,7 @@ def test_no_picture_can_be_read(here, command, capsys):
 
 
 def test_the_librarys_warnings_are_notes(here, command, capsys, monkeypatch):
-    monkeypatch.setattr(fit, "COLLAPSED", -1.0)
+    monkeypatch.setattr(fit, "COLLAPSED_LOSS", -1.0)
     assert run(*command) == 0
     assert "The decoder has learned nothing" in one_line(capsys, "note")
 
@@ -218,10 +218,10 @@ def test_every_option_comes_through(here, command, asked):
 
 
 def test_pictures_are_normalised_as_the_model_needs_it(here, command, asked, monkeypatch, resnet):
-    loaded = demo.load_model("resnet18", resnet)
-    own = demo.Preprocess(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    other = demo.LoadedModel("net", loaded.module, own, loaded.categories, "layer4")
-    monkeypatch.setattr(demo, "load_model", lambda *_: other)
+    loaded = zoo.load_model("resnet18", resnet)
+    own = zoo.Preprocess(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    other = zoo.LoadedModel("net", loaded.module, own, loaded.categories, "layer4")
+    monkeypatch.setattr(zoo, "load_model", lambda *_: other)
     assert run(*command) == 0
     assert asked["normalize"] == (own.mean, own.std)
 
@@ -285,7 +285,7 @@ def test_ctrl_c_leaves_checkpoints_and_the_same_command_goes_on(resnet, here, co
         assert not Path("fcam.pt").exists()
     assert run(*command) == 0
     assert "went on   from run/last.ckpt" in capsys.readouterr().out
-    classifier = demo.load_model("resnet18", resnet).module
+    classifier = zoo.load_model("resnet18", resnet).module
     found = FCAM.load("fcam.pt", classifier).decoder.state_dict()
     assert equal(found, straight(resnet, n_epochs=4).decoder.state_dict())
 
@@ -427,9 +427,9 @@ def test_devices_that_are_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_devices(2, torch.device("cuda"))
     check_devices(9, torch.device("cpu"))
-    with pytest.raises(demo.InputError, match="--devices 3 are more than the GPUs here, 2"):
+    with pytest.raises(zoo.InputError, match="--devices 3 are more than the GPUs here, 2"):
         check_devices(3, torch.device("cuda"))
-    with pytest.raises(demo.InputError, match="leave out --device cuda:1"):
+    with pytest.raises(zoo.InputError, match="leave out --device cuda:1"):
         check_devices(2, torch.device("cuda:1"))
 
 

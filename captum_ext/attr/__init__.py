@@ -2,68 +2,39 @@
 
 from typing import TYPE_CHECKING, Any
 
-from captum_ext.attr.fido import FIDO, FIDOMasks
-from captum_ext.attr.layer import (
-    GradientCam,
-    LayerAblationCam,
-    LayerCam,
-    LayerClassActivationMap,
-    LayerEigenCam,
-    LayerGradCamPlusPlus,
-    LayerGroupCam,
-    LayerHiResCam,
-    LayerMap,
-    LayerScoreCam,
-    LayerSharpenFocus,
-    LayerSmoothGradCamPlusPlus,
-    LayerTokenGradCam,
-    LayerXGradCam,
-    channels_last_to_first,
-    suggest_layer,
-    suggest_reshape_transform,
-    tokens_to_grid,
-)
-from captum_ext.attr.rise import RISE, RISEMaps
-from captum_ext.attr.wrappers import AugmentedSR, SESSWrapper, UpsampleWrapper
+from captum_ext._deprecation import old_name
+from captum_ext.attr import layer
+from captum_ext.attr.fido import FIDO as FIDO
+from captum_ext.attr.fido import FIDOMasks as FIDOMasks
+from captum_ext.attr.layer import *  # noqa: F403
+from captum_ext.attr.rise import RISE as RISE
+from captum_ext.attr.rise import RISEMaps as RISEMaps
+from captum_ext.attr.wrappers import AugmentedSR as AugmentedSR
+from captum_ext.attr.wrappers import SESSWrapper as SESSWrapper
+from captum_ext.attr.wrappers import UpsampleWrapper as UpsampleWrapper
 
 if TYPE_CHECKING:
-    from captum_ext.fcam.attribution import FCAM
+    from captum_ext.fcam.attribution import FCAM as FCAM
 
-__all__ = [
-    "FCAM",
-    "FIDO",
-    "RISE",
-    "AugmentedSR",
-    "FIDOMasks",
-    "GradientCam",
-    "LayerAblationCam",
-    "LayerCam",
-    "LayerClassActivationMap",
-    "LayerEigenCam",
-    "LayerGradCamPlusPlus",
-    "LayerGroupCam",
-    "LayerHiResCam",
-    "LayerMap",
-    "LayerScoreCam",
-    "LayerSharpenFocus",
-    "LayerSmoothGradCamPlusPlus",
-    "LayerTokenGradCam",
-    "LayerXGradCam",
-    "RISEMaps",
-    "SESSWrapper",
-    "UpsampleWrapper",
-    "channels_last_to_first",
-    "suggest_layer",
-    "suggest_reshape_transform",
-    "tokens_to_grid",
-]
-
-if not TYPE_CHECKING:  # for a type checker, unknown names stay errors
+if not TYPE_CHECKING:  # a type checker reads the imports; for it, unknown names stay errors
+    __all__ = sorted(
+        [
+            *layer.__all__,
+            "FCAM",
+            "FIDO",
+            "RISE",
+            "AugmentedSR",
+            "FIDOMasks",
+            "RISEMaps",
+            "SESSWrapper",
+            "UpsampleWrapper",
+        ]
+    )
 
     def __getattr__(name: str) -> Any:
-        """FCAM stands beside its decoder, which is made of what is here."""
-        if name != "FCAM":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from captum_ext.fcam.attribution import FCAM
+        """Import FCAM on request, since its module needs this one; and the old names."""
+        if name == "FCAM":
+            from captum_ext.fcam.attribution import FCAM
 
-        return FCAM
+            return FCAM
+        return old_name(__name__, layer.OLD_NAMES, name)

@@ -1,8 +1,10 @@
-"""What our attributions have in common that are no layer methods."""
+"""Base of our attributions that are not layer methods."""
+
+from captum_ext.attr._method_info import MethodInfo
 
 
-class Named:
-    """Goes by the name of its class; gives no futures, as most of Captum's own do not."""
+class Named(MethodInfo):
+    """Has the name of its class, and no futures, like most of Captum's own methods."""
 
     @classmethod
     def get_name(cls) -> str:

@@ -14,8 +14,8 @@ from captum_ext._checks import (
     check_choice,
     check_count,
     check_generator,
+    check_images,
     check_size,
-    one_batch_of_images,
 )
 from captum_ext._compat import (
     TargetType,
@@ -32,6 +32,7 @@ from captum_ext._engine.state import preserve_state
 from captum_ext.attr._concrete_dropout import DROPOUTS
 from captum_ext.attr._log_odds import OUTPUTS
 from captum_ext.attr._masked_scores import SDR, SSR, LogOddsScorer, MaskedScores, regulariser
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr._named import Named
 from captum_ext.imaging import resize
 from captum_ext.infill import Baselines, Infill, gaussian
@@ -151,6 +152,12 @@ class FIDO(Named, PerturbationAttribution):
         >>> attributions.shape, masks.ssr.shape, masks.losses.shape
         (torch.Size([2, 3, 8, 8]), torch.Size([2, 1, 8, 8]), torch.Size([2, 2]))
     """
+
+    title = "FIDO"
+    paper = Paper("Chang et al.", 2019, "https://arxiv.org/abs/1807.08024")
+    family = "masking"
+    passes = "1600"
+    needs_gradients = True
 
     RELEASED: MappingProxyType[str, Any] = MappingProxyType(
         {
@@ -287,7 +294,7 @@ class FIDO(Named, PerturbationAttribution):
             TypeError: an infill or a generator of another type.
             AssertionError: a target that does not select one class for each image, as in Captum.
         """
-        images = one_batch_of_images(inputs)
+        images = check_images(inputs)
         _check_choices(objective=objective, dropout=dropout, tv_norm=tv_norm)
         _check_numbers(n_steps, n_masks, temperature=temperature, lr=lr, eps=eps)
         for name, value in (("l1", l1), ("tv", tv), ("warmup", warmup)):

@@ -21,10 +21,11 @@ from captum_ext._compat import (
     with_progress,
 )
 from captum_ext._engine.modules import Forward, Tensors
-from captum_ext._engine.outputs import Score, Scorer, check_score, score_of, select_scores
+from captum_ext._engine.outputs import Score, Scorer, check_score, compute_scores, select_target
 from captum_ext._engine.state import preserve_state
 from captum_ext.attr._grid_masks import BLOCK, GridMasks, chunks_of
 from captum_ext.attr._masked_means import MaskedMeans
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr._named import Named
 from captum_ext.infill import OF_IMAGES
 
@@ -101,6 +102,12 @@ class RISE(Named, PerturbationAttribution):
         >>> found.maps.shape, found.standard_errors.shape
         (torch.Size([3, 2, 1, 16, 16]), torch.Size([3, 2, 1, 16, 16]))
     """
+
+    title = "RISE"
+    paper = Paper("Petsiuk et al.", 2018, "https://arxiv.org/abs/1806.07421")
+    family = "masking"
+    passes = "8000"
+    zero_is_neutral = False
 
     def __init__(self, forward_func: Forward, score: Score = "softmax") -> None:
         check_score(score)
@@ -274,8 +281,8 @@ class RISE(Named, PerturbationAttribution):
                 for x, b, masked in zip(inputs, fills, is_masked, strict=True)
             )
             rows = every.repeat(n)
-            scores = score_of(scorers[0].outputs(composites, rows), self.score)
-            chosen = [select_scores(scores, scorer.target_of(rows)) for scorer in scorers]
+            scores = compute_scores(scorers[0].outputs(composites, rows), self.score)
+            chosen = [select_target(scores, scorer.targets_for(rows)) for scorer in scorers]
             return torch.stack([score.reshape(n, n_examples) for score in chosen], 1).flatten(1)
 
         chunks = chunks_of(n_masks, perturbations_per_eval)

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        from captum_ext.demo import InputError
+        from captum_ext._errors import InputError
 
         if not isinstance(error, InputError | OSError):
             raise

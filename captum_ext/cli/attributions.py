@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from captum.attr import Attribution
     from torch import Tensor
 
-    from captum_ext.demo import LoadedModel
+    from captum_ext.zoo import LoadedModel
 
 _WRAPPERS = {"sess": "SESSWrapper", "augmented-sr": "AugmentedSR"}
 _KEYS = ("method", "layer", "arguments", *_WRAPPERS)
@@ -69,7 +69,7 @@ def _with_options(name: str, options: Any) -> Asked:
     ``name: {}``, ``name: method`` or ``name: {method: ..., sess: {...}, arguments: {...}}``.
     """
     from captum_ext._checks import closest
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     if name.splitlines() != [name]:
         raise InputError(f"method: expected names of one line, got {name!r}")
@@ -104,7 +104,7 @@ def _plain(value: Any) -> Any:
 
 def _find(name: str) -> "Method | type[Attribution]":
     from captum_ext._checks import closest
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     try:
         return find_methods([name], "")[0]
@@ -171,14 +171,14 @@ def make_attributions(
     """
     import torch
 
-    from captum_ext import demo
-    from captum_ext.demo import InputError
+    from captum_ext import zoo
+    from captum_ext._errors import InputError
 
     made: dict[str, tuple[Attribution, dict[str, Any]]] = {}
     notes = []
     target = torch.zeros(1, dtype=torch.int64, device=x.device)
     for one in asked:
-        where, reshape_transform = demo.find_layer(loaded, x, one.layer or layer)
+        where, reshape_transform = zoo.find_layer(loaded, x, one.layer or layer)
         refusals = (*_REFUSALS, TypeError, LookupError) if one.has_options else _REFUSALS
         at_layer = isinstance(one.kind, Method) and one.kind.at_layer
         at = f"at layer {where} of" if at_layer else "on"
@@ -193,7 +193,7 @@ def make_attributions(
             continue
         made[one.name] = (found, kwargs)
     if not made:
-        where = demo.find_layer(loaded, x, layer)[0]
+        where = zoo.find_layer(loaded, x, layer)[0]
         raise InputError(f"no method works at layer {where} of {loaded.name}: name another --layer")
     return made, notes
 

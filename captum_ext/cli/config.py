@@ -25,7 +25,7 @@ def read_config(
     import yaml
 
     from captum_ext._checks import closest
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))

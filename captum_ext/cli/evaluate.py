@@ -29,8 +29,8 @@ from captum_ext.cli.output import check_folder, say
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from captum_ext.demo import LoadedModel
     from captum_ext.evaluation import Summary
+    from captum_ext.zoo import LoadedModel
 
 # Of the options that are not given, neither to the command nor in a file. Others are None.
 _DEFAULTS: Mapping[str, Any] = {
@@ -177,9 +177,9 @@ def evaluate(options: Sequence[argparse.Action], given: argparse.Namespace) -> i
     if arguments.devices > 1:
         check_devices(arguments.devices, device)
         _silence_lightning()
-    from captum_ext import demo
+    from captum_ext import zoo
 
-    loaded = demo.load_model(arguments.model, arguments.weights)
+    loaded = zoo.load_model(arguments.model, arguments.weights)
     notes = [check_labels(opened, loaded, arguments.target)]
     if arguments.layout is None and opened.layout != "classes":
         notes.append(f"{arguments.data!r} has the files of --layout {opened.layout}")
@@ -214,18 +214,18 @@ def evaluate(options: Sequence[argparse.Action], given: argparse.Namespace) -> i
 
 def _told(found: "Summary", output: Path) -> int:
     """Print and write a summary; the exit code."""
-    from captum_ext._identity import whole_file
+    from captum_ext._identity import atomic_write
 
     failed = sum(found.failures.values())
     if failed:
         rows = failed + sum(found.images.values())
         say("note", f"{failed} of {rows} rows failed; their reasons are in {output}")
-    with whole_file(output / "summary.md") as unfinished:
+    with atomic_write(output / "summary.md") as unfinished:
         unfinished.write_bytes(found.markdown().encode())
-    with whole_file(output / "figure.png") as unfinished:
+    with atomic_write(output / "figure.png") as unfinished:
         found.figure().savefig(unfinished, format="png")
     if any(found.curves.values()):
-        with whole_file(output / "curves.png") as unfinished:
+        with atomic_write(output / "curves.png") as unfinished:
             found.curves_figure().savefig(unfinished, format="png")
     print(found.markdown())
     print(f"written to {output}")
@@ -244,7 +244,7 @@ def _settings(options: Sequence[argparse.Action], given: argparse.Namespace) -> 
 
 
 def _check_required(arguments: argparse.Namespace) -> None:
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     lacking = [] if arguments.data or arguments.layout in DRAWN else ["DATA"]
     lacking += [] if arguments.model else ["--model"]
@@ -258,7 +258,7 @@ def _check_required(arguments: argparse.Namespace) -> None:
 
 def _check_against(against: str | None, names: Iterable[str]) -> None:
     from captum_ext._checks import closest
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     if against is not None and against not in names:
         raise InputError(
@@ -268,7 +268,8 @@ def _check_against(against: str | None, names: Iterable[str]) -> None:
 
 def _check_takes(loaded: "LoadedModel", x: "Tensor") -> None:
     """Raise an InputError where the model does not take pictures of this size."""
-    from captum_ext.demo import InputError, probabilities
+    from captum_ext._errors import InputError
+    from captum_ext.zoo import probabilities
 
     try:
         probabilities(loaded, x)
@@ -286,7 +287,7 @@ def _check_takes(loaded: "LoadedModel", x: "Tensor") -> None:
 
 def _silence_lightning() -> None:
     """It tells of devices found, and gives advice."""
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     try:
         import lightning.fabric  # noqa: F401

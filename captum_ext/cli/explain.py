@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from captum_ext.attr.layer.template import ReshapeTransform
-    from captum_ext.demo import LoadedModel
+    from captum_ext.attr.layer.base import ReshapeTransform
+    from captum_ext.zoo import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,23 @@ def explain(arguments: argparse.Namespace) -> None:
     check_output(output, arguments.image)
     methods = find_methods(arguments.method, arguments.image)
     at_layer = any(method.at_layer for method in methods)
-    from captum_ext import demo
-    from captum_ext._identity import whole_file
+    from captum_ext import zoo
+    from captum_ext._errors import InputError
+    from captum_ext._identity import atomic_write
 
     if arguments.layer is not None and not at_layer:
-        raise demo.InputError(f"{methods[0].name} takes no --layer: it explains the whole model")
+        raise InputError(f"{methods[0].name} takes no --layer: it explains the whole model")
 
-    image = demo.load_image(arguments.image)
+    image = zoo.load_image(arguments.image)
     device = find_device(arguments.device)
-    loaded = demo.load_model(arguments.model, arguments.weights)
+    loaded = zoo.load_model(arguments.model, arguments.weights)
     loaded.module.to(device)
     target = None if arguments.target is None else loaded.class_index(arguments.target)
     x = loaded.preprocess(image).to(device)
     layer, reshape_transform = (
-        demo.find_layer(loaded, x, arguments.layer) if at_layer else (None, None)
+        zoo.find_layer(loaded, x, arguments.layer) if at_layer else (None, None)
     )
-    probabilities = demo.probabilities(loaded, x)
+    probabilities = zoo.probabilities(loaded, x)
     target = int(probabilities.argmax()) if target is None else target
 
     explanations, notes = run_methods(
@@ -100,7 +101,7 @@ def explain(arguments: argparse.Namespace) -> None:
     for note in notes:
         say("note", note)
     figure = draw(loaded, image, explanations, probabilities, target, layer)
-    with whole_file(output) as unfinished:
+    with atomic_write(output) as unfinished:
         figure.savefig(unfinished, format="png")
     print(report(loaded, explanations, probabilities, target, layer))
     print(f"\nwritten to {output}")
@@ -135,7 +136,7 @@ def run_methods(
     """
     from tqdm import tqdm
 
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     if layer is None:
         layer, reshape_transform = loaded.layer, loaded.reshape_transform

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from captum_ext.cli.pictures import check_is_folder, no_pictures_by_class
 
 if TYPE_CHECKING:
-    from captum_ext.demo import LoadedModel
+    from captum_ext.zoo import LoadedModel
 
 # The layouts of folders, and their classes in `captum_ext.datasets`.
 LAYOUTS: Mapping[str, str] = {
@@ -57,7 +57,7 @@ def open_data(arguments: argparse.Namespace) -> Opened:
     Raises:
         InputError: no such folder, options of another layout, files that do not fit together.
     """
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     layout = arguments.layout
     if layout not in DRAWN:
@@ -121,7 +121,7 @@ def find_layout(root: str) -> str:
     Raises:
         InputError: the files of several layouts, or of one in a folder inside.
     """
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     folder = Path(root)
     found = [layout for layout in LAYOUTS if _layout(layout).is_in(folder)]
@@ -147,7 +147,7 @@ def check_labels(opened: Opened, loaded: "LoadedModel", target: str) -> str | No
     Raises:
         InputError: labels that are explained and are no classes of the model, or other ones.
     """
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     found, known = opened.n_classes, len(loaded.categories)
     has = f"{opened.title} has {found} classes"
@@ -172,7 +172,7 @@ def check_labels(opened: Opened, loaded: "LoadedModel", target: str) -> str | No
 
 def _drawn(layout: str, arguments: argparse.Namespace) -> Opened:
     from captum_ext import datasets
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     if arguments.data is not None:
         raise InputError(f"--layout {layout} is drawn: leave out DATA, {arguments.data!r}")
@@ -188,7 +188,7 @@ def _drawn(layout: str, arguments: argparse.Namespace) -> Opened:
 
 def _class_names(file: str, title: str) -> list[str]:
     """The names in the file of --class-names, which messages call `title`."""
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()

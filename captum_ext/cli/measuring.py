@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from captum_ext.cli.layouts import Opened
 
 if TYPE_CHECKING:
-    from captum_ext.demo import LoadedModel
     from captum_ext.evaluation import Summary
+    from captum_ext.zoo import LoadedModel
 
 _FAITHFULNESS = ("insertion", "deletion")
 _TRIED = 8  # pictures, of which one can be read, on which options of metrics are tried
@@ -37,7 +37,7 @@ def evaluated(
     import torch
 
     from captum_ext import evaluation
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     metrics = arguments.metrics
     if metrics is None:
@@ -92,7 +92,7 @@ def _try_metrics(
     import torch
 
     from captum_ext import evaluation
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     refusal = None
     name = next(iter(made))
@@ -127,7 +127,7 @@ def summarized(arguments: argparse.Namespace) -> "Summary":
         InputError: there is no run, or it has no such method.
     """
     from captum_ext import evaluation
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     try:
         return evaluation.summary(arguments.output, against=arguments.against)

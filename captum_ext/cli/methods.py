@@ -10,8 +10,8 @@ from captum_ext.cli.output import table
 if TYPE_CHECKING:
     from captum.attr import Attribution
 
-    from captum_ext.attr.layer.template import ReshapeTransform
-    from captum_ext.demo import LoadedModel
+    from captum_ext.attr.layer.base import ReshapeTransform
+    from captum_ext.zoo import LoadedModel
 
 PERTURBATIONS_PER_EVAL = 16  # the fastest on a CPU, by a little
 
@@ -126,7 +126,7 @@ def find_methods(
     for name in names or ():
         if _key(name) not in known:
             from captum_ext._checks import closest
-            from captum_ext.demo import InputError
+            from captum_ext._errors import InputError
 
             hint = "; an IMAGE goes in front of --method" if image is None else ""
             raise InputError(

@@ -67,7 +67,7 @@ def find_device(name: str | None) -> "torch.device":
     """
     import torch
 
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,7 +97,7 @@ def check_devices(count: int, device: "torch.device") -> None:
     """
     import torch
 
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     if device.type == "cpu":
         return

@@ -29,7 +29,7 @@ def check_output(
     Raises:
         InputError: another ending, no folder, a folder that is not writable, or the image itself.
     """
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     folder = output.parent
     if output.suffix.lower() not in endings:
@@ -56,7 +56,7 @@ def check_folder(output: Path) -> None:
     Raises:
         InputError: a file, nothing to make it in, or a folder that is not writable.
     """
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     if output.exists() and not output.is_dir():
         raise InputError(f"the output {str(output)!r} is a file: give a folder")

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from captum_ext.demo import InputError, LoadedModel
+    from captum_ext._errors import InputError
+    from captum_ext.zoo import LoadedModel
 
 
 class Folder:
@@ -70,7 +71,7 @@ class Folder:
 
 def check_is_folder(root: str) -> None:
     """Raise an InputError unless there is such a folder."""
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     if not Path(root).is_dir():
         raise InputError(f"the folder {root!r} does not exist or is not a folder")
@@ -78,7 +79,7 @@ def check_is_folder(root: str) -> None:
 
 def no_pictures_by_class(root: str, error: FileNotFoundError) -> "InputError":
     """What torchvision says of a folder that is not by class, as an error of the user's."""
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     first = str(error).partition(". ")[0].rstrip(".")
     return InputError(f"the folder {root!r} must have a folder of pictures for each class: {first}")
@@ -95,7 +96,7 @@ def check_classes(folder: Any, loaded: "LoadedModel", title: str) -> str | None:
     Raises:
         InputError: it has fewer.
     """
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     found, known = len(folder.classes), len(loaded.categories)
     if found > known:

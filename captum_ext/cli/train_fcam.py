@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from captum_ext.attr import FCAM
-    from captum_ext.demo import LoadedModel
+    from captum_ext.zoo import LoadedModel
 
 _ENDINGS = (".pt", ".pth")
 
@@ -111,9 +111,9 @@ def train_fcam(arguments: argparse.Namespace) -> None:
     if arguments.devices > 1:  # as it comes, `fit_fcam` trains where the classifier is
         check_devices(arguments.devices, device)
         settings["trainer"] = {"devices": arguments.devices}
-    from captum_ext import demo
+    from captum_ext import zoo
 
-    loaded = demo.load_model(arguments.model, arguments.weights)
+    loaded = zoo.load_model(arguments.model, arguments.weights)
     fewer = check_classes(folder, loaded, f"the folder {folder.root!r}")
     loaded.module.to(device)
     checkpoint = _checkpoint(settings["checkpoints"])
@@ -125,7 +125,7 @@ def train_fcam(arguments: argparse.Namespace) -> None:
         warnings.filterwarnings("ignore", message=".* cannot be read and (is|are) left out")
         x = noise(settings["size"]).to(device)
         taps = _check_sees(loaded, x)
-        layer, reshape_transform = demo.find_layer(loaded, x, arguments.layer)
+        layer, reshape_transform = zoo.find_layer(loaded, x, arguments.layer)
         guide, guide_kwargs = _guide(method, loaded, layer, reshape_transform, x)
         if fewer and _is_first():  # before hours are spent on it
             say("note", fewer)
@@ -170,7 +170,7 @@ def _recipe(arguments: argparse.Namespace, output: Path) -> str:
     given = [arguments.model] + ([] if arguments.weights is None else [arguments.weights])
     return (
         f"    from captum_ext.attr import FCAM\n"
-        f"    from captum_ext.demo import load_model\n\n"
+        f"    from captum_ext.zoo import load_model\n\n"
         f"    model = load_model({', '.join(map(repr, given))}).module\n"
         f"    fcam = FCAM.load({str(output)!r}, model)"
     )
@@ -185,8 +185,9 @@ def _check_sees(loaded: "LoadedModel", x: "Tensor") -> list[str]:
     Raises:
         InputError: the model does not take this size, or has no features for a decoder.
     """
-    from captum_ext.demo import InputError, probabilities
+    from captum_ext._errors import InputError
     from captum_ext.fcam import find_taps
+    from captum_ext.zoo import probabilities
 
     pixels = f"{x.shape[2]} x {x.shape[3]} pixels"
     try:
@@ -216,15 +217,15 @@ def _guide(
     """
     import torch
 
-    from captum_ext.demo import InputError
-    from captum_ext.fcam.guides import guidance
+    from captum_ext._errors import InputError
+    from captum_ext.fcam.guides import guide_maps
 
     masking = method.family == "masking"
     kwargs: dict[str, Any] = {"perturbations_per_eval": PERTURBATIONS_PER_EVAL} if masking else {}
     try:
         guide = attribution(method, loaded, layer, reshape_transform)
         target = torch.zeros(1, dtype=torch.int64, device=x.device)
-        guidance(guide, x, target, **kwargs)
+        guide_maps(guide, x, target, **kwargs)
     except (ValueError, RuntimeError, AssertionError) as error:
         if "of a single pixel" in str(error):
             raise InputError(
@@ -246,7 +247,7 @@ def _trainer(arguments: argparse.Namespace) -> tuple[Callable[..., "FCAM"], dict
     Raises:
         InputError: Lightning is not installed.
     """
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     try:
         from captum_ext.fcam import PAPER, fit_fcam
@@ -270,7 +271,7 @@ def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: Folder) -> 
     """What `fit` gives, with its errors in the words of the command line."""
     import torch
 
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     try:
         return fit()
@@ -316,7 +317,7 @@ def _is_first() -> bool:
 
 
 def _check_files(output: Path, weights: str | None, checkpoints: str | None) -> None:
-    from captum_ext.demo import InputError
+    from captum_ext._errors import InputError
 
     check_output(output, endings=_ENDINGS)
     if weights and output.exists() and Path(weights).exists() and output.samefile(weights):

@@ -68,7 +68,7 @@ class PastedScenes(Dataset[Scene]):
     - "distractors": one object, and one to three of other classes, each of its own class.
 
     The objects are a cat (285, Egyptian cat), a cup (967, espresso), a shuttle (812, space shuttle)
-    and a camera on legs (872, tripod), in turn. The network of `captum_ext.demo.load_model` names
+    and a camera on legs (872, tripod), in turn. The network of `captum_ext.zoo.load_model` names
     them when it is shown the object alone, which a motorcycle, its wheel and a helmet failed; no
     method of explanation had a say. Checked on 36 pastes of each (four sizes from 48 to 110 pixels
     on each of the nine backgrounds), cropped to a square a quarter wider than the object and

@@ -13,16 +13,16 @@ import torch.distributed as dist
 from captum.attr import Attribution
 
 from captum_ext._checks import check_choice, check_count, check_seed, warn
-from captum_ext._data.pixels import IMAGENET, mean_and_std
+from captum_ext._data.pixels import IMAGENET_MEAN_STD, mean_and_std
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.state import preserve_state
-from captum_ext._identity import function_name, model_digest, plain
+from captum_ext._identity import json_value, model_digest, versioned_name
 from captum_ext.evaluation.examples import Blocks, Prepared
 from captum_ext.evaluation.measures import Measure, make_measures
 from captum_ext.evaluation.methods import (
     Method,
-    about,
     checked_methods,
+    method_fingerprint,
     on_device,
 )
 from captum_ext.evaluation.records import Record
@@ -42,7 +42,7 @@ def evaluate(
     *,
     output: str | Path,
     size: int | tuple[int, int] | None = None,
-    normalize: Any = IMAGENET,
+    normalize: Any = IMAGENET_MEAN_STD,
     target: Target = "label",
     batch_size: int = 16,
     seed: int = 0,
@@ -99,7 +99,7 @@ def evaluate(
             in these pixels. None leaves pictures as they are, and explains those of one size
             together.
         normalize: (mean, std) of the channels, as the models expect pictures, or what has them as
-            attributes, such as the `preprocess` of `captum_ext.demo.load_model()`; ImageNet's if
+            attributes, such as the `preprocess` of `captum_ext.zoo.load_model()`; ImageNet's if
             nothing is said. None takes tensors of floats as they are.
         target: what is explained: each image's "label", the class "predicted" by the method's
             model, a callable of the `Prepared`, or None, for models with one output.
@@ -151,13 +151,13 @@ def evaluate(
         "format": FORMAT,
         "examples": len(data),
         "batch_size": batch_size,
-        "data": blocks.about(),
+        "data": blocks.fingerprint(),
         "size": sides,
         "normalize": None if normalize is None else _exact(normalize),
-        "target": function_name("`target`", target) if callable(target) else str(target),
+        "target": versioned_name("`target`", target) if callable(target) else str(target),
         "seed": seed,
-        "methods": {method.name: about(method, digest_of) for method in every},
-        "metrics": {m.name: plain(f"`metrics`: {m.name}", m.options) for m in measures},
+        "methods": {method.name: method_fingerprint(method, digest_of) for method in every},
+        "metrics": {m.name: json_value(f"`metrics`: {m.name}", m.options) for m in measures},
         "columns": {m.name: m.columns() for m in measures},
     }
     if target == "label" and some:

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from captum_ext._checks import warn
-from captum_ext._identity import changes, check_same_run, digest, whole_file
+from captum_ext._identity import atomic_write, check_same_run, describe_changes, digest
 
 FORMAT = 3  # of the files
 SETTINGS, ROWS, TIMINGS = "settings.json", "rows.csv", "timings.csv"
@@ -112,7 +112,7 @@ class ResultStore:
                 continue
             with closing(lock):
                 if store._stored() is None:
-                    with whole_file(store.folder / SETTINGS) as unfinished:
+                    with atomic_write(store.folder / SETTINGS) as unfinished:
                         unfinished.write_text(json.dumps(store.settings, indent=1) + "\n")
         return stored
 
@@ -132,7 +132,7 @@ class ResultStore:
         stored = ResultStore.read(self.folder)
         before, now = _flat(stored.settings), _flat(self.settings)
         now |= dict.fromkeys(before.keys() - now.keys())
-        if not changes(before, now):
+        if not describe_changes(before, now):
             return stored  # whose columns and methods may be in another order
         if any(True for _ in stored._results(with_damaged=True)):
             check_same_run(f"`output` {self.folder} has the rows of another run", before, now)
@@ -396,7 +396,7 @@ def _csv_writer(file: Path) -> Iterator[Any]:
     """A CSV writer whose file replaces an older one as a whole."""
     errors = "backslashreplace"  # the name of a picture's file need not be text
     with (
-        whole_file(file) as unfinished,
+        atomic_write(file) as unfinished,
         unfinished.open("w", encoding="utf-8", errors=errors, newline="") as lines,
     ):
         yield csv.writer(lines, lineterminator="\n")

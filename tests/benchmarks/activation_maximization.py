@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Generator
 
-from captum_ext.demo import load_model
 from captum_ext.features import ActivationMaximization
 from captum_ext.imaging import blur
+from captum_ext.zoo import load_model
 
 CLASSES = {
     "goldfish": 1,

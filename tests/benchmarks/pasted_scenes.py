@@ -42,9 +42,9 @@ from tqdm import tqdm
 
 from captum_ext import attr
 from captum_ext.datasets import KINDS, PastedScenes, Scene
-from captum_ext.demo import LoadedModel, load_model
 from captum_ext.imaging import resize
 from captum_ext.metrics import boxes_to_masks, energy_pointing_game, pointing_game
+from captum_ext.zoo import LoadedModel, load_model
 
 OUTPUT = Path(__file__).parents[2] / "tutorials" / "data" / "pasted_scenes.json"
 SIZE = (480, 640)

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.functional import normalize, to_tensor
 
 from captum_ext.datasets import KINDS, PastedScenes, Scene, pasted_scenes
-from captum_ext.demo import LoadedModel, load_model
+from captum_ext.zoo import LoadedModel, load_model
 
 
 def checksum(scene: Scene) -> int:

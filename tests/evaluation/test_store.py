@@ -20,17 +20,17 @@ import torch
 
 from captum_ext.evaluation import evaluate, summary
 from captum_ext.evaluation.store import ResultStore, ResultWriter, Task
-from tests.evaluation.subjects import Boxes, Of, exported, forget, network, rows, three_methods
+from tests.evaluation.subjects import Boxes, Of, exported, forget, rows, three_methods
+from tests.networks import tiny_net
 
 QUIET = {"show_progress": False, "normalize": None, "batch_size": 3}
 CHEAP = ["pointing_game", "energy", "pxap"]
 fork = multiprocessing.get_context("fork")
 FILE = "results.0.sqlite"
-REFUSED = "`output`: another process or thread is writing to "
 
 
 def two_methods(function=torch.neg):
-    return {"a": Of(network()), "b": Of(network(), function)}
+    return {"a": Of(tiny_net()), "b": Of(tiny_net(), function)}
 
 
 def evaluated(folder, methods=None, n=7, **options):
@@ -200,7 +200,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     options = {"output": tmp_path, **QUIET, "batch_size": 1}
     other = fork.Process(
         target=evaluate,
-        args=({"a": Of(network())}, Boxes(200, pause=0.05), "energy"),
+        args=({"a": Of(tiny_net())}, Boxes(200, pause=0.05), "energy"),
         kwargs=options,
     )
     other.start()
@@ -208,11 +208,13 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
         while not list(tmp_path.glob("results.0.sqlite")):
             time.sleep(0.05)
         with pytest.raises(RuntimeError, match="`output`: another process or thread is writing"):
-            evaluate({"a": Of(network())}, Boxes(200), "energy", **options)
+            evaluate({"a": Of(tiny_net())}, Boxes(200), "energy", **options)
     finally:
         other.kill()
         other.join()
-    found = evaluate({"a": Of(network())}, Boxes(200), "energy", **options)  # as soon as it is gone
+    found = evaluate(
+        {"a": Of(tiny_net())}, Boxes(200), "energy", **options
+    )  # as soon as it is gone
     assert found.images == {"a": 200}
 
 
@@ -238,36 +240,28 @@ def test_reading_what_one_writes_does_not_open_the_lock(tmp_path):
     assert can_lock(tmp_path)
 
 
-def test_of_four_threads_one_writes_and_three_are_refused(tmp_path):
-    evaluated(tmp_path / "alone", n=27)
-    results = in_threads(
-        *[
-            functools.partial(evaluated, tmp_path / "run", two_methods(slow_negative), n=27)
-            for _ in range(4)
-        ]
-    )
-    assert sorted(map(str, results))[-1] == "{'a': 27, 'b': 27}"
-    assert [str(result)[: len(REFUSED)] for result in results].count(REFUSED) == 3
-    assert exported(tmp_path / "run") == exported(tmp_path / "alone")
+def in_threads(folder, seeds):
+    """The images of each summary, or the error, of runs that begin together, one for each seed.
 
+    The run that computes maps goes on when the others have ended.
+    """
+    barrier, results = threading.Barrier(len(seeds)), []
 
-def slow_negative(x):
-    time.sleep(0.05)
-    return -x
+    def waiting(x):
+        deadline = time.monotonic() + 60
+        while len(results) < len(seeds) - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return -x
 
-
-def in_threads(*calls):
-    """The images of each summary, or the error, of calls that begin together."""
-    barrier, results = threading.Barrier(len(calls)), []
-
-    def work(call):
+    def work(methods, seed):
         barrier.wait()
         try:
-            results.append(call().images)
+            results.append(evaluated(folder, methods, 27, seed=seed).images)
         except Exception as error:
             results.append(error)
 
-    threads = [threading.Thread(target=work, args=(call,)) for call in calls]
+    arguments = [(two_methods(waiting), seed) for seed in seeds]
+    threads = [threading.Thread(target=work, args=each) for each in arguments]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -275,19 +269,25 @@ def in_threads(*calls):
     return results
 
 
+def test_of_four_threads_one_writes_and_three_are_refused(tmp_path):
+    evaluated(tmp_path / "alone", n=27)
+    *refused, written = in_threads(tmp_path / "run", [0, 0, 0, 0])
+    assert written == {"a": 27, "b": 27}
+    for error in refused:
+        assert isinstance(error, RuntimeError)
+        assert str(error).startswith("`output`: another process or thread is writing to ")
+    assert exported(tmp_path / "run") == exported(tmp_path / "alone")
+
+
 @pytest.mark.parametrize("repeat", range(5))
 def test_of_two_runs_that_begin_together_one_is_refused(repeat, tmp_path):
     """Whichever writes its settings last must not own the results of the other."""
-    runs = [
-        functools.partial(evaluated, tmp_path, two_methods(slow_negative), seed=seed)
-        for seed in (0, 1)
-    ]
-    first, second = sorted(in_threads(*runs), key=lambda result: isinstance(result, Exception))
-    assert first == {"a": 7, "b": 7}
-    assert isinstance(second, RuntimeError | ValueError)
-    assert str(second).startswith("`output`")
-    assert "\n" not in str(second)
-    assert summary(tmp_path).images == first
+    refused, written = in_threads(tmp_path, [0, 1])
+    assert written == {"a": 27, "b": 27}
+    assert isinstance(refused, RuntimeError | ValueError)
+    assert str(refused).startswith("`output`")
+    assert "\n" not in str(refused)
+    assert summary(tmp_path).images == written
 
 
 def test_a_run_whose_settings_another_one_replaced_is_refused(tmp_path):
@@ -374,7 +374,7 @@ def test_a_flipped_bit_anywhere_never_changes_a_row(damaged, tmp_path):
 
 def test_a_task_that_is_damaged_counts_as_not_done(tmp_path):
     calls = []
-    methods = {"a": Of(network(), lambda x: calls.append(0) or x)}
+    methods = {"a": Of(tiny_net(), lambda x: calls.append(0) or x)}
     before = evaluated(tmp_path, methods)
     wanted = exported(tmp_path)
     content = (tmp_path / FILE).read_bytes()
@@ -537,7 +537,7 @@ def test_cells_may_be_longer_than_the_csv_module_takes_by_itself(tmp_path):
     before = csv.field_size_limit(64)
     try:
         metrics = {"deletion": {"step": 1}}
-        found = evaluate({"a": Of(network())}, Boxes(), metrics, output=tmp_path, **QUIET)
+        found = evaluate({"a": Of(tiny_net())}, Boxes(), metrics, output=tmp_path, **QUIET)
         assert csv.field_size_limit() == 64
     finally:
         csv.field_size_limit(before)

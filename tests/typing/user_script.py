@@ -11,8 +11,8 @@ from captum_ext.attr import (
     FIDO,
     RISE,
     AugmentedSR,
+    BaseGradientCam,
     FIDOMasks,
-    GradientCam,
     LayerAblationCam,
     LayerCam,
     LayerClassActivationMap,
@@ -25,7 +25,6 @@ from captum_ext.attr import (
     SESSWrapper,
     UpsampleWrapper,
 )
-from captum_ext.demo import load_image, load_model
 from captum_ext.fcam import FCAMDecoder
 from captum_ext.metrics import (
     Curve,
@@ -40,6 +39,7 @@ from captum_ext.metrics import (
     road,
 )
 from captum_ext.tta import crop_tta
+from captum_ext.zoo import load_image, load_model
 
 
 class Net(nn.Module):
@@ -56,7 +56,7 @@ class Net(nn.Module):
         return scores
 
 
-class LayerMyCam(GradientCam):
+class LayerMyCam(BaseGradientCam):
     """A user's method, as the tutorial writes it."""
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:

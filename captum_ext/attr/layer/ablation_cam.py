@@ -1,46 +1,49 @@
 """Ablation-CAM (Desai and Ramaswamy, WACV 2020)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from captum.attr import PerturbationAttribution
 from torch import Tensor
 
 from captum_ext._checks import check_count
 from captum_ext._compat import (
+    PerturbationAttribution,
     TargetType,
     log_usage,
     with_progress,
 )
-from captum_ext._engine.modules import Forward, Tensors
-from captum_ext._engine.outputs import Score, scored
+from captum_ext._engine.modules import Tensors
+from captum_ext._engine.outputs import Score, check_score, scoring_forward
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.replay import LayerReplay
 from captum_ext._engine.state import preserve_state
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
-from captum_ext.attr.layer.template import LayerMap, ReshapeTransform, divide, weighted_sum
+from captum_ext.attr.layer.base import BaseLayerCam, divide, weighted_sum
 
 
-class LayerAblationCam(LayerMap[LayerOrList], PerturbationAttribution):
+@dataclass(eq=False, repr=False, kw_only=True)
+class LayerAblationCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
     r"""Ablation-CAM: each channel weighted by the share of the score that is lost without it.
 
     With S_k the score when channel k is set to 0 (eq. 2):
 
     .. math:: L = \sum_k w_k A_k, \qquad w_k = \frac{S - S_k}{S}
 
-    Only the part of the model behind the layer is run for each channel, `perturbations_per_eval`
-    at a time; where a model does not allow it, the whole model is, with a warning (see
-    `captum_ext._engine.replay.LayerReplay`, which also says what is kept in memory).
+    Only the part of the model behind the layer is run again, for `perturbations_per_eval` channels
+    at a time. Where a model does not allow that, the whole model is run, with a warning (see
+    `captum_ext._engine.replay.LayerReplay`, also for the memory that this takes).
 
     Args:
         forward_func: the model.
         layer: a layer or a list of layers.
         device_ids: as in Captum.
-        reshape_transform: see `LayerMap`. Values that it drops (a class token) are left alone.
+        reshape_transform: see `BaseLayerCam`. Values that it drops (a class token) are not ablated.
         score: "logit" (the paper), "softmax", "sigmoid", or a callable of the output.
-        divide_by_score: the division by S, as in the paper. It turns the map around where S is
-            negative, and blows it up near 0: False leaves it out.
+        divide_by_score: divide by S, as the paper does. The division inverts the map where S is
+            negative, and enlarges it without bound near 0; False leaves it out.
 
     Raises:
         ValueError: an unknown score, or scores that are not finite.
@@ -59,19 +62,17 @@ class LayerAblationCam(LayerMap[LayerOrList], PerturbationAttribution):
         torch.Size([2, 1, 6, 6])
     """
 
-    def __init__(
-        self,
-        forward_func: Forward,
-        layer: LayerOrList,
-        device_ids: list[int] | None = None,
-        *,
-        reshape_transform: ReshapeTransform | None = None,
-        score: Score = "logit",
-        divide_by_score: bool = True,
-    ) -> None:
-        scored(forward_func, score)
-        super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
-        self.score, self.divide_by_score = score, divide_by_score
+    title = "Ablation-CAM"
+    paper = Paper("Desai and Ramaswamy", 2020, "https://doi.org/10.1109/WACV45572.2020.9093360")
+    family = "masking"
+    passes = "1 + K of the part behind the layer"
+
+    score: Score = "logit"
+    divide_by_score: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_score(self.score)
 
     @maps_by_layer
     @log_usage()
@@ -86,11 +87,11 @@ class LayerAblationCam(LayerMap[LayerOrList], PerturbationAttribution):
         perturbations_per_eval: int = 16,
         show_progress: bool = False,
     ) -> Maps[LayerOrList]:
-        """The map of each example: one forward pass, and one of the part behind for each channel.
+        """The map of each example: a forward pass, and one behind the layer for each channel.
 
         Args:
             inputs: a tensor or tuple of tensors, examples in dimension 0.
-            layer_baselines: what an ablated channel is set to: None is 0 (the paper), "min" each
+            layer_baselines: the value of an ablated channel: None is 0 (the paper), "min" each
                 example's smallest activation (for layers with negative activations), a number, or
                 a tensor that broadcasts with the layer's activations.
             target: as in Captum.
@@ -111,42 +112,44 @@ class LayerAblationCam(LayerMap[LayerOrList], PerturbationAttribution):
                 f"`layer_baselines` must be None, 'min', a number or a tensor, got "
                 f"{layer_baselines!r}."
             )
-        maps = []
+        activations, weights = [], []
         with preserve_state(self.forward_func), torch.no_grad():
             for layer in self.layers:
-                behind = LayerReplay(
-                    scored(self.forward_func, self.score),
+                replay = LayerReplay(
+                    scoring_forward(self.forward_func, self.score),
                     layer,
                     inputs,
                     target,
                     additional_forward_args,
                     **self._capture_options(attribute_to_layer_input),
                 )
-                behind.capture.check_channels(inputs, additional_forward_args)
-                cams = []
-                grids = self._on_grid([behind.activations])[0]
-                for which, a in enumerate(grids):
-                    scores = self._ablated_scores(
-                        behind, which, layer_baselines, perturbations_per_eval, show_progress
+                replay.capture.check_channels(inputs, additional_forward_args)
+                activations += self._channels_first([replay.activations])
+                weights.append(
+                    tuple(
+                        self._weights(
+                            replay, index, layer_baselines, perturbations_per_eval, show_progress
+                        )
+                        for index in range(len(replay.activations))
                     )
-                    weights = behind.score - scores
-                    if self.divide_by_score:
-                        weights = divide(weights, behind.score)
-                    weights = full_precision(weights.T).reshape(a.shape[:2] + (1,) * (a.dim() - 2))
-                    cams.append(weighted_sum(weights, a, relu_attributions))
-                maps.append(tuple(cams))
-        return self._format(maps)
+                )
 
-    def _ablated_scores(
+        def cam(a: Tensor, w: Tensor) -> Tensor:
+            w = w.reshape(a.shape[:2] + (1,) * (a.dim() - 2))
+            return weighted_sum(w, a, relu_attributions)
+
+        return self._maps(cam, activations, weights)
+
+    def _weights(
         self,
-        behind: LayerReplay,
-        which: int,
+        replay: LayerReplay,
+        index: int,
         layer_baselines: float | str | Tensor | None,
         perturbations_per_eval: int,
         show_progress: bool,
     ) -> Tensor:
-        """S_k for each channel, (K, B)."""
-        activation = behind.activations[which]
+        """w_k for the channels of one of the layer's tensors, (B, K)."""
+        activation = replay.activations[index]
         channel_of, n_channels = self._channels(activation)
         if layer_baselines == "min":
             lowest = activation.flatten(1).amin(1)
@@ -172,16 +175,19 @@ class LayerAblationCam(LayerMap[LayerOrList], PerturbationAttribution):
         chunks = with_progress(
             channels.split(perturbations_per_eval), show_progress, f"{self.get_name()} attribution"
         )
-        scores = torch.cat([behind(ablate, chunk, which) for chunk in chunks])
+        scores = torch.cat([replay(ablate, chunk, index) for chunk in chunks])
         if not bool(torch.isfinite(scores).all()):
             raise ValueError("The scores of the ablated activations are not finite.")
-        return scores
+        weights = replay.score - scores
+        if self.divide_by_score:
+            weights = divide(weights, replay.score)
+        return full_precision(weights.T)
 
     def _channels(self, activation: Tensor) -> tuple[Tensor, int]:
-        """Which channel of the map each value of the layer belongs to (-1: none), and how many.
+        """The map's channel that each value of the layer belongs to (-1: none), and their number.
 
-        A `reshape_transform` only moves values, so its transpose brings the numbers of the channels
-        back to where they came from.
+        A `reshape_transform` only moves values, so its transpose brings the channels' numbers back
+        to the values that they came from.
         """
         if self.reshape_transform is None:
             k = activation.shape[1]

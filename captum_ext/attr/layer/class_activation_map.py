@@ -1,5 +1,6 @@
 """Class activation maps (Zhou et al., CVPR 2016)."""
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,13 +15,15 @@ from captum_ext._compat import (
 from captum_ext._engine.modules import Forward, Tensors, find_module, module_name, root_module
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import Layer, LayerOrList, Maps, maps_by_layer
-from captum_ext.attr.layer.template import LayerMap, ReshapeTransform, spatial_mean, weighted_sum
+from captum_ext.attr.layer.base import BaseLayerCam, spatial_mean, weighted_sum
 
 _CONVS = (Conv1d, Conv2d, Conv3d)
 
 
-class LayerClassActivationMap(LayerMap[LayerOrList]):
+@dataclass(eq=False, repr=False, kw_only=True)
+class LayerClassActivationMap(BaseLayerCam[LayerOrList]):
     r"""CAM: the activations, weighted by the class's row of the final linear layer (eq. 2).
 
     .. math:: L_c(x) = \sum_k W_{ck} A_k(x)
@@ -33,7 +36,7 @@ class LayerClassActivationMap(LayerMap[LayerOrList]):
         forward_func: the model; it must give logits, (B, classes).
         layer: the layer that the pooling reads.
         device_ids: as in Captum.
-        reshape_transform: see `LayerMap`.
+        reshape_transform: see `BaseLayerCam`.
         head: the linear layer or 1 x 1 convolution, or its name. None takes the last one of the
             model, and checks on each call that it is a CAM head, by the identity above.
 
@@ -55,22 +58,22 @@ class LayerClassActivationMap(LayerMap[LayerOrList]):
         torch.Size([2, 1, 6, 6])
     """
 
-    def __init__(
-        self,
-        forward_func: Forward,
-        layer: LayerOrList,
-        device_ids: list[int] | None = None,
-        *,
-        reshape_transform: ReshapeTransform | None = None,
-        head: Layer | None = None,
-    ) -> None:
-        super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
-        self.head_is_given = head is not None
-        self.head = (
-            _last_linear(forward_func) if head is None else find_module(forward_func, head, "head")
+    title = "CAM"
+    paper = Paper("Zhou et al.", 2016, "https://arxiv.org/abs/1512.04150")
+    family = "activation"
+
+    head: Layer | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.head_is_given = self.head is not None
+        self.linear = (
+            _last_linear(self.forward_func)
+            if self.head is None
+            else find_module(self.forward_func, self.head, "head")
         )
-        self.head_name = module_name(forward_func, self.head)
-        _rows(self.head, self.head_name)
+        self.head_name = module_name(self.forward_func, self.linear)
+        _rows(self.linear, self.head_name)
 
     @maps_by_layer
     @log_usage()
@@ -83,26 +86,24 @@ class LayerClassActivationMap(LayerMap[LayerOrList]):
         relu_attributions: bool = False,
         attr_dim_summation: bool = True,
     ) -> Maps[LayerOrList]:
-        """The map of each example, raw and signed. Arguments as in `GradientCam.attribute`."""
+        """The map of each example, raw and signed. Arguments as in `BaseGradientCam.attribute`."""
         with preserve_state(self.forward_func), torch.no_grad():
             per_layer, score = self._activations(
                 inputs, target, additional_forward_args, attribute_to_layer_input
             )
-            rows = _rows(self.head, self.head_name)
+            rows = _rows(self.linear, self.head_name)
             classes = _classes(len(rows), target, score)
-            maps = []
-            for tensors in per_layer:
-                cams = []
-                for a in tensors:
-                    self._check(a, rows, classes, score)
-                    weights = full_precision(rows[classes])
-                    weights = weights.reshape(weights.shape + (1,) * (a.dim() - 2))
-                    cams.append(weighted_sum(weights, a, relu_attributions, attr_dim_summation))
-                maps.append(tuple(cams))
-        return self._format(maps)
 
-    def _check(self, activation: Tensor, rows: Tensor, classes: Tensor, score: Tensor) -> None:
-        """Mean of the map + bias = score, or there is no CAM here."""
+            def cam(a: Tensor) -> Tensor:
+                self._check_head(a, rows, classes, score)
+                weights = full_precision(rows[classes])
+                weights = weights.reshape(weights.shape + (1,) * (a.dim() - 2))
+                return weighted_sum(weights, a, relu_attributions, attr_dim_summation)
+
+            return self._maps(cam, per_layer)
+
+    def _check_head(self, activation: Tensor, rows: Tensor, classes: Tensor, score: Tensor) -> None:
+        """Raise a ValueError unless the mean of the map and the bias add up to the score."""
         if activation.shape[1] != rows.shape[1]:
             raise ValueError(
                 f"`head` {self.head_name} reads {rows.shape[1]} channels, but `layer` has "
@@ -111,7 +112,7 @@ class LayerClassActivationMap(LayerMap[LayerOrList]):
         if self.head_is_given:
             return
         terms = full_precision(rows[classes]) * spatial_mean(full_precision(activation)).flatten(1)
-        bias = cast(Tensor | None, self.head.bias)
+        bias = cast(Tensor | None, self.linear.bias)
         bias_of_class = 0 if bias is None else full_precision(bias)[classes]
         off = (terms.sum(1) + bias_of_class - full_precision(score).reshape(-1)).abs()
         half = {torch.float16, torch.bfloat16} & {activation.dtype, score.dtype, rows.dtype}
@@ -127,9 +128,9 @@ class LayerClassActivationMap(LayerMap[LayerOrList]):
 
 def _classes(n_classes: int, target: TargetType, score: Tensor) -> Tensor:
     """The class that `target` selects for each example, by selecting from the class numbers."""
-    each = torch.arange(n_classes, device=score.device).expand(len(score), n_classes)
+    numbers = torch.arange(n_classes, device=score.device).expand(len(score), n_classes)
     assert target is not None or n_classes == 1, "Target not provided when necessary."
-    selected: Tensor = _select_targets(each, target)
+    selected: Tensor = _select_targets(numbers, target)
     return selected.reshape(-1)
 
 
@@ -137,10 +138,10 @@ def _last_linear(forward_func: Forward) -> Module:
     root = root_module(forward_func)
     if root is None:
         raise ValueError("`head` is needed where `forward_func` is not a module: pass the layer.")
-    found = [m for m in root.modules() if isinstance(m, (Linear, *_CONVS))]
-    if not found:
+    linears = [module for module in root.modules() if isinstance(module, (Linear, *_CONVS))]
+    if not linears:
         raise ValueError("`head` is None, and the model has no linear layer or convolution.")
-    return found[-1]
+    return linears[-1]
 
 
 def _rows(head: Module, name: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Eigen-CAM (Muhammad and Yeasin, IJCNN 2020)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,32 +11,34 @@ from captum_ext._compat import (
     TargetType,
     log_usage,
 )
-from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.modules import Tensors
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
-from captum_ext.attr.layer.template import LayerMap, ReshapeTransform
+from captum_ext.attr.layer.base import BaseLayerCam
 
 
-class LayerEigenCam(LayerMap[LayerOrList]):
+@dataclass(eq=False, repr=False, kw_only=True)
+class LayerEigenCam(BaseLayerCam[LayerOrList]):
     r"""Eigen-CAM: the activations' projection on their first principal direction.
 
     With A the matrix of cells x channels and :math:`A = U \Sigma V^T` (eqs. 2 and 3):
 
     .. math:: L = A v_1 = \sigma_1 u_1
 
-    No class enters; `target` is checked as everywhere, so a classifier needs one, and changes
-    nothing. The sign of a singular
-    vector is arbitrary: here it is the one in which the map correlates with the mean activation,
-    so that for activations that are nowhere negative the map is not either.
+    The map does not depend on the class. A classifier needs a `target` all the same, which is
+    checked as in every method. The sign of a singular vector is arbitrary: here the map correlates
+    with the mean activation, so that activations that are nowhere negative give a map that is
+    nowhere negative.
 
     Args:
         forward_func: the model.
         layer: a layer or a list of layers.
         device_ids: as in Captum.
-        reshape_transform: see `LayerMap`.
-        center: subtract each channel's mean over the cells first. The paper does not; grad-cam
-            does, and a flat activation then gives zeros.
+        reshape_transform: see `BaseLayerCam`.
+        center: subtract each channel's mean over the cells first, as the package grad-cam does
+            and the paper does not. A flat activation then gives zeros.
 
     Reference:
         Muhammad and Yeasin, "Eigen-CAM: Class Activation Map using Principal Components",
@@ -51,17 +54,11 @@ class LayerEigenCam(LayerMap[LayerOrList]):
         torch.Size([2, 1, 6, 6])
     """
 
-    def __init__(
-        self,
-        forward_func: Forward,
-        layer: LayerOrList,
-        device_ids: list[int] | None = None,
-        *,
-        reshape_transform: ReshapeTransform | None = None,
-        center: bool = False,
-    ) -> None:
-        super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
-        self.center = center
+    title = "Eigen-CAM"
+    paper = Paper("Muhammad and Yeasin", 2020, "https://arxiv.org/abs/2008.00299")
+    family = "activation"
+
+    center: bool = False
 
     @maps_by_layer
     @log_usage()
@@ -73,7 +70,7 @@ class LayerEigenCam(LayerMap[LayerOrList]):
         attribute_to_layer_input: bool = False,
         relu_attributions: bool = False,
     ) -> Maps[LayerOrList]:
-        """The map of each example. Arguments as in `GradientCam.attribute`.
+        """The map of each example. Arguments as in `BaseGradientCam.attribute`.
 
         Raises:
             ValueError: activations that are not finite, which have no singular vectors.
@@ -82,12 +79,9 @@ class LayerEigenCam(LayerMap[LayerOrList]):
             per_layer, _ = self._activations(
                 inputs, target, additional_forward_args, attribute_to_layer_input
             )
-            maps = [tuple(self._project(a) for a in tensors) for tensors in per_layer]
-        if relu_attributions:
-            maps = [tuple(F.relu(cam) for cam in tensors) for tensors in maps]
-        return self._format(maps)
+            return self._maps(lambda a: self._project(a, relu_attributions), per_layer)
 
-    def _project(self, activation: Tensor) -> Tensor:
+    def _project(self, activation: Tensor, relu: bool) -> Tensor:
         a = full_precision(activation)
         a = a.reshape(*a.shape[:2], -1).transpose(1, 2)  # (B, cells, channels)
         if not bool(torch.isfinite(a).all()):
@@ -98,7 +92,7 @@ class LayerEigenCam(LayerMap[LayerOrList]):
         cam = _first_component(a)
         sign = torch.where((cam * mean_activation).sum(1, keepdim=True) < 0, -1, 1)
         cam = torch.mul(sign, cam).reshape(len(a), 1, *activation.shape[2:])
-        return cam.to(activation.dtype)
+        return (F.relu(cam) if relu else cam).to(activation.dtype)
 
 
 def _first_component(a: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList
-from captum_ext.attr.layer.template import GradientCam, divide, spatial_sum
+from captum_ext.attr.layer.base import BaseGradientCam, divide, spatial_sum
 
 
-class LayerGradCamPlusPlus(GradientCam[LayerOrList]):
+class LayerGradCamPlusPlus(BaseGradientCam[LayerOrList]):
     r"""Grad-CAM++: positive gradients, weighted so that each appearance of the object counts.
 
     With g the gradient of the score S at the layer, and the sums over all cells (eqs. 5, 7, 19):
@@ -16,11 +17,11 @@ class LayerGradCamPlusPlus(GradientCam[LayerOrList]):
         w_k = \sum_x \alpha_k(x) [g_k(x)]_+, \qquad
         \alpha_k(x) = \frac{g_k(x)^2}{2 g_k(x)^2 + g_k(x)^3 \sum_y A_k(y)}
 
-    The paper explains exp(S); the factor exp(S) that this gives is common to all channels and is
-    left out. The fraction is computed in its reduced form 1 / (2 + g_k sum A_k), in which no power
-    of a small gradient underflows; where its denominator is 0, alpha is 0.
+    The paper explains exp(S), which multiplies all weights by exp(S); that common factor is left
+    out. The fraction is computed in its reduced form 1 / (2 + g_k sum A_k), in which no power of a
+    small gradient underflows. Where its denominator is 0, alpha is 0.
 
-    Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `LayerMap`).
+    Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `BaseLayerCam`).
 
     Reference:
         Chattopadhay et al., "Grad-CAM++: Improved Visual Explanations for Deep Convolutional
@@ -35,6 +36,9 @@ class LayerGradCamPlusPlus(GradientCam[LayerOrList]):
         >>> LayerGradCamPlusPlus(net, conv).attribute(torch.rand(2, 3, 8, 8), target=5).shape
         torch.Size([2, 1, 6, 6])
     """
+
+    title = "Grad-CAM++"
+    paper = Paper("Chattopadhay et al.", 2018, "https://arxiv.org/abs/1710.11063")
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         positive = F.relu(gradients)

@@ -1,6 +1,6 @@
 """Group-CAM (Zhang et al., 2021)."""
 
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +14,26 @@ from captum_ext._compat import (
     _format_tensor_into_tuples,
     log_usage,
 )
-from captum_ext._engine.modules import Forward, Tensors
-from captum_ext._engine.outputs import Score, scored
+from captum_ext._engine.modules import Tensors
+from captum_ext._engine.outputs import Score
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
-from captum_ext.attr.layer.masking import MaskingCam, check_baselines, check_perturbable, is_flat
-from captum_ext.attr.layer.template import ReshapeTransform, spatial_mean
+from captum_ext.attr.layer.base import spatial_mean
+from captum_ext.attr.layer.masking import (
+    BaseMaskingCam,
+    check_baselines,
+    check_perturbable,
+    is_flat,
+)
 from captum_ext.imaging import blur
 
 
-class LayerGroupCam(MaskingCam[LayerOrList]):
-    r"""Group-CAM: groups of channels, weighted by how far each brings back a blurred image.
+@dataclass(eq=False, repr=False, kw_only=True)
+class LayerGroupCam(BaseMaskingCam[LayerOrList]):
+    r"""Group-CAM: groups of channels, each weighted by the score of the pixels that it uncovers.
 
     With g the gradient at the layer, G_l the l-th group of channels, S the softmax score and b the
     blurred input (section 3.2):
@@ -41,9 +49,9 @@ class LayerGroupCam(MaskingCam[LayerOrList]):
         forward_func: the model; it gives logits, classes in dimension 1.
         layer: a layer or a list of layers.
         device_ids: as in Captum.
-        reshape_transform: see `LayerMap`.
-        groups: the number of groups of neighbouring channels (the authors' is 32; they may differ
-            in size by one), or a tensor with the group of each channel, from a clustering.
+        reshape_transform: see `BaseLayerCam`.
+        groups: the number of groups of neighbouring channels (the authors' is 32; group sizes may
+            differ by one), or a tensor with the group of each channel, from a clustering.
         score: "softmax" (the authors' code), "logit", "sigmoid", or a callable of the output.
 
     Raises:
@@ -65,26 +73,25 @@ class LayerGroupCam(MaskingCam[LayerOrList]):
         torch.Size([2, 1, 6, 6])
     """
 
-    def __init__(
-        self,
-        forward_func: Forward,
-        layer: LayerOrList,
-        device_ids: list[int] | None = None,
-        *,
-        reshape_transform: ReshapeTransform | None = None,
-        groups: int | Tensor = 32,
-        score: Score = "softmax",
-    ) -> None:
+    title = "Group-CAM"
+    paper = Paper("Zhang et al.", 2021, "https://arxiv.org/abs/2103.13859")
+    passes = "1 + 32 + 1"
+    needs_gradients = True
+
+    groups: int | Tensor = 32
+    score: Score = "softmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        groups = self.groups
         if not isinstance(groups, Tensor):
             check_count("groups", groups)
         elif groups.is_floating_point() or groups.dim() != 1 or bool((groups < 0).any()):
-            raise ValueError(
+            raise ArgumentError(
                 f"`groups` must be the number of groups, or a vector of integers from 0, the group "
-                f"of each channel; got {groups.dtype} of shape {tuple(groups.shape)}."
+                f"of each channel; got {groups.dtype} of shape {tuple(groups.shape)}.",
+                "groups",
             )
-        scored(forward_func, score)
-        super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
-        self.groups, self.score = groups, score
 
     @maps_by_layer
     @log_usage()
@@ -103,7 +110,7 @@ class LayerGroupCam(MaskingCam[LayerOrList]):
         Args:
             inputs: a tensor or tuple of tensors, examples in dimension 0. Those of floats with as
                 many spatial dimensions as the layer are masked.
-            baselines: what shows where the mask is 0, in any of Captum's forms; None is the input
+            baselines: the values where the mask is 0, in any of Captum's forms; None is the input
                 under the authors' blur (51 pixels, sigma 50).
             target: as in Captum.
             additional_forward_args: as in Captum.
@@ -119,7 +126,7 @@ class LayerGroupCam(MaskingCam[LayerOrList]):
         check_count("perturbations_per_eval", perturbations_per_eval)
         check_baselines(baselines, examples)
         with preserve_state(self.forward_func), torch.no_grad():
-            activations, gradients = self._gradients(
+            activations, gradients = self._activations_and_gradients(
                 examples, target, additional_forward_args, attribute_to_layer_input
             )
             for a in (a for tensors in activations for a in tensors):
@@ -133,19 +140,16 @@ class LayerGroupCam(MaskingCam[LayerOrList]):
                 examples, baselines, target, additional_forward_args, perturbations_per_eval,
                 show_progress,
             )  # fmt: skip
-            maps = []
-            for pair in zip(activations, gradients, strict=True):
-                cams = []
-                for a, g in zip(*pair, strict=True):
-                    m = self._group_maps(full_precision(a), full_precision(g))
-                    # One more mask, flat and so all zero, shows the baseline alone.
-                    shown = torch.cat([m, torch.zeros_like(m[:, :1])], 1)
-                    scores = scores_under(partial(_slice, shown), shown.shape[1])
-                    gain = F.relu(scores[:, :-1] - scores[:, -1:]).masked_fill(is_flat(m), 0)
-                    cam = torch.einsum("bl,bl...->b...", gain.to(m), m).unsqueeze(1)
-                    cams.append(cam.to(a.dtype))
-                maps.append(tuple(cams))
-        return self._format(maps)
+
+            def cam(a: Tensor, g: Tensor) -> Tensor:
+                m = self._group_maps(full_precision(a), full_precision(g))
+                # The last mask is flat, and so zero everywhere: it shows the baseline alone.
+                masks = torch.cat([m, torch.zeros_like(m[:, :1])], 1)
+                scores = scores_under(lambda start, stop: masks[:, start:stop], masks.shape[1])
+                gain = F.relu(scores[:, :-1] - scores[:, -1:]).masked_fill(is_flat(m), 0)
+                return torch.einsum("bl,bl...->b...", gain.to(m), m).unsqueeze(1).to(a.dtype)
+
+            return self._maps(cam, activations, gradients)
 
     def _group_maps(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """M_l, (B, groups, *spatial)."""
@@ -163,7 +167,3 @@ class LayerGroupCam(MaskingCam[LayerOrList]):
         membership = F.one_hot(group_of).to(activations)
         weighted = spatial_mean(gradients) * activations
         return F.relu(torch.einsum("bk...,kl->bl...", weighted, membership))
-
-
-def _slice(maps: Tensor, start: int, stop: int) -> Tensor:
-    return maps[:, start:stop]

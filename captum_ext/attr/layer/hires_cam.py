@@ -2,19 +2,20 @@
 
 from torch import Tensor
 
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList
-from captum_ext.attr.layer.template import GradientCam
+from captum_ext.attr.layer.base import BaseGradientCam
 
 
-class LayerHiResCam(GradientCam[LayerOrList]):
+class LayerHiResCam(BaseGradientCam[LayerOrList]):
     r"""HiResCAM: gradient x activation, summed over the channels.
 
     .. math:: L(x) = \sum_k g_k(x) A_k(x)
 
-    The sum over the channels of Captum's `LayerGradientXActivation`. On a network that ends in one
-    linear layer, it shows exactly what raises the score.
+    It is Captum's `LayerGradientXActivation`, summed over the channels. On a network that ends in
+    one linear layer, the map adds up to the score but for the bias.
 
-    Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `LayerMap`).
+    Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `BaseLayerCam`).
 
     Reference:
         Draelos and Carin, "Use HiResCAM instead of Grad-CAM for faithful explanations of
@@ -29,6 +30,9 @@ class LayerHiResCam(GradientCam[LayerOrList]):
         >>> LayerHiResCam(net, conv).attribute(torch.rand(2, 3, 8, 8), target=5).shape
         torch.Size([2, 1, 6, 6])
     """
+
+    title = "HiResCAM"
+    paper = Paper("Draelos and Carin", 2020, "https://arxiv.org/abs/2011.08891")
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         return gradients

@@ -3,20 +3,21 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList
-from captum_ext.attr.layer.template import GradientCam
+from captum_ext.attr.layer.base import BaseGradientCam
 
 
-class LayerCam(GradientCam[LayerOrList]):
+class LayerCam(BaseGradientCam[LayerOrList]):
     r"""LayerCAM: each activation weighted by its own positive gradient (eqs. 5 and 6).
 
     .. math:: L(x) = \sum_k [g_k(x)]_+ A_k(x)
 
-    It stays sharp in early layers, where one weight a channel is too coarse. The paper rectifies
-    the map (`relu_attributions=True`) and fuses several layers by
+    It stays sharp in early layers, where one weight for a whole channel is too coarse. The paper
+    rectifies the map (`relu_attributions=True`) and fuses several layers:
     `UpsampleWrapper(LayerCam(model, layers), fuse="max", normalize="tanh")`.
 
-    Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `LayerMap`).
+    Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `BaseLayerCam`).
 
     Reference:
         Jiang et al., "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization",
@@ -31,6 +32,9 @@ class LayerCam(GradientCam[LayerOrList]):
         >>> LayerCam(net, conv).attribute(torch.rand(2, 3, 8, 8), target=5).shape
         torch.Size([2, 1, 6, 6])
     """
+
+    title = "LayerCAM"
+    paper = Paper("Jiang et al.", 2021, "https://doi.org/10.1109/TIP.2021.3089943")
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         return F.relu(gradients)

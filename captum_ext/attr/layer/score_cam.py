@@ -1,36 +1,39 @@
 """Score-CAM (Wang et al., CVPR Workshops 2020)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from captum_ext._checks import check_count
+from captum_ext._checks import check_choice, check_count
 from captum_ext._compat import (
     BaselineType,
     TargetType,
     _format_tensor_into_tuples,
     log_usage,
 )
-from captum_ext._engine.modules import Forward, Tensors
-from captum_ext._engine.outputs import Score, scored
+from captum_ext._engine.modules import Tensors
+from captum_ext._engine.outputs import Score
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
+from captum_ext.attr.layer.base import weighted_sum
 from captum_ext.attr.layer.masking import (
-    MaskingCam,
+    BaseMaskingCam,
     ScoresUnder,
     check_baselines,
     check_perturbable,
     is_flat,
 )
-from captum_ext.attr.layer.template import ReshapeTransform, weighted_sum
 
 _WEIGHTINGS = ("softmax", "increase", "score")
 
 
-class LayerScoreCam(MaskingCam[LayerOrList]):
-    r"""Score-CAM: each channel weighted by what the model says of the input that it lets through.
+@dataclass(eq=False, repr=False, kw_only=True)
+class LayerScoreCam(BaseMaskingCam[LayerOrList]):
+    r"""Score-CAM: each channel weighted by the score of the input masked with it.
 
     With m_k the channel A_k, upsampled to the input and scaled to [0, 1], S the score and b the
     baseline (eqs. 6 to 8 and algorithm 1):
@@ -39,13 +42,13 @@ class LayerScoreCam(MaskingCam[LayerOrList]):
         L = \sum_k w_k A_k, \qquad w = \mathrm{softmax}_k \left( S(x \odot m_k + b \odot (1 - m_k))
         - S(b) \right)
 
-    A channel that is flat lets nothing through: it is not run, and its weight is 0.
+    A flat channel makes no mask: it is not run, and its weight is 0.
 
     Args:
         forward_func: the model; it gives logits, classes in dimension 1.
         layer: a layer or a list of layers.
         device_ids: as in Captum.
-        reshape_transform: see `LayerMap`.
+        reshape_transform: see `BaseLayerCam`.
         score: "logit" (the paper), "softmax", "sigmoid", or a callable of the output.
         weighting: "softmax" over the channels (the paper, and grad-cam and torchcam); "increase",
             S(masked) - S(b), without it; "score", S(masked) alone. The authors' released code, and
@@ -69,21 +72,16 @@ class LayerScoreCam(MaskingCam[LayerOrList]):
         torch.Size([2, 1, 6, 6])
     """
 
-    def __init__(
-        self,
-        forward_func: Forward,
-        layer: LayerOrList,
-        device_ids: list[int] | None = None,
-        *,
-        reshape_transform: ReshapeTransform | None = None,
-        score: Score = "logit",
-        weighting: str = "softmax",
-    ) -> None:
-        if weighting not in _WEIGHTINGS:
-            raise ValueError(f"`weighting` must be one of {_WEIGHTINGS}, got {weighting!r}.")
-        scored(forward_func, score)
-        super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
-        self.score, self.weighting = score, weighting
+    title = "Score-CAM"
+    paper = Paper("Wang et al.", 2020, "https://arxiv.org/abs/1910.01279")
+    passes = "1 + K"
+
+    score: Score = "logit"
+    weighting: str = "softmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("weighting", self.weighting, _WEIGHTINGS)
 
     @maps_by_layer
     @log_usage()
@@ -103,7 +101,7 @@ class LayerScoreCam(MaskingCam[LayerOrList]):
         Args:
             inputs: a tensor or tuple of tensors, examples in dimension 0. Those of floats with as
                 many spatial dimensions as the layer are masked.
-            baselines: what shows where the mask is 0, in any of Captum's forms; None is 0.
+            baselines: the values where the mask is 0, in any of Captum's forms; None is 0.
             target: as in Captum.
             additional_forward_args: as in Captum.
             attribute_to_layer_input: take the layer's input instead of its output.
@@ -128,14 +126,10 @@ class LayerScoreCam(MaskingCam[LayerOrList]):
                 examples, baselines, target, additional_forward_args, perturbations_per_eval,
                 show_progress,
             )  # fmt: skip
-            maps = [
-                tuple(
-                    weighted_sum(self._weights(a, scores_under), a, relu_attributions)
-                    for a in tensors
-                )
-                for tensors in per_layer
-            ]
-        return self._format(maps)
+            return self._maps(
+                lambda a: weighted_sum(self._weights(a, scores_under), a, relu_attributions),
+                per_layer,
+            )
 
     def _weights(self, a: Tensor, scores_under: ScoresUnder) -> Tensor:
         """w_k for the channels of `a`, (B, K, 1, ...)."""
@@ -143,10 +137,10 @@ class LayerScoreCam(MaskingCam[LayerOrList]):
         runs = (~flat).any(0).nonzero().flatten()
         scores = full_precision(a).new_zeros(a.shape[:2])
         if len(runs):
-            found = scores_under(lambda i, j: a[:, runs[i:j]], len(runs))
+            masked_scores = scores_under(lambda i, j: a[:, runs[i:j]], len(runs))
             if self.weighting == "increase":
-                found = found - scores_under(lambda i, j: torch.zeros_like(a[:, :1]), 1)
-            scores[:, runs] = found.to(scores)
+                masked_scores -= scores_under(lambda i, j: torch.zeros_like(a[:, :1]), 1)
+            scores[:, runs] = masked_scores.to(scores)
         if self.weighting == "softmax":
             scores = scores.masked_fill(flat, -torch.inf).softmax(1)
         return scores.masked_fill(flat, 0).reshape(a.shape[:2] + (1,) * (a.dim() - 2))

@@ -3,19 +3,20 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList
-from captum_ext.attr.layer.template import GradientCam, spatial_mean
+from captum_ext.attr.layer.base import BaseGradientCam, spatial_mean
 
 
-class LayerSharpenFocus(GradientCam[LayerOrList]):
+class LayerSharpenFocus(BaseGradientCam[LayerOrList]):
     r"""Sharpen Focus: Grad-CAM with the mean of the positive gradients only.
 
     .. math:: w_k = \frac{1}{N} \sum_x [g_k(x)]_+
 
-    Only this weight is taken from the paper, which is about training with such maps; it rectifies
-    them (`relu_attributions=True`).
+    The paper trains classifiers with such maps; only the weight is taken from it. It rectifies the
+    maps (`relu_attributions=True`).
 
-    Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `LayerMap`).
+    Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `BaseLayerCam`).
 
     Reference:
         Wang et al., "Sharpen Focus: Learning with Attention Separability and Consistency",
@@ -30,6 +31,9 @@ class LayerSharpenFocus(GradientCam[LayerOrList]):
         >>> LayerSharpenFocus(net, conv).attribute(torch.rand(2, 3, 8, 8), target=5).shape
         torch.Size([2, 1, 6, 6])
     """
+
+    title = "Sharpen Focus"
+    paper = Paper("Wang et al.", 2019, "https://arxiv.org/abs/1811.07484")
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         return spatial_mean(F.relu(gradients))

@@ -1,21 +1,24 @@
 """Smooth Grad-CAM++ (Omeiza et al., 2019)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from captum_ext._checks import check_count
+from captum_ext._checks import check_count, check_size
 from captum_ext._compat import TargetType, _format_tensor_into_tuples
-from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._engine.modules import Tensors
 from captum_ext._engine.outputs import ExampleArguments
 from captum_ext._engine.precision import full_precision
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList
-from captum_ext.attr.layer.template import GradientCam, ReshapeTransform, divide, spatial_sum
+from captum_ext.attr.layer.base import BaseGradientCam, divide, spatial_sum
 
 
-class LayerSmoothGradCamPlusPlus(GradientCam[LayerOrList]):
+@dataclass(eq=False, repr=False, kw_only=True)
+class LayerSmoothGradCamPlusPlus(BaseGradientCam[LayerOrList]):
     r"""Smooth Grad-CAM++: Grad-CAM++ with the powers of the gradient averaged over noisy inputs.
 
     With D1, D2, D3 the means of g, g^2, g^3 over `n_samples` noisy copies of the input, and A the
@@ -25,14 +28,14 @@ class LayerSmoothGradCamPlusPlus(GradientCam[LayerOrList]):
         w_k = \sum_x \alpha_k(x) [D^1_k(x)]_+, \qquad
         \alpha_k(x) = \frac{D^2_k(x)}{2 D^2_k(x) + D^3_k(x) \sum_y A_k(y)}
 
-    The paper prints D1 in the numerator of alpha; D2 is what Grad-CAM++ has there, and what makes
-    the two agree without noise. It is not `NoiseTunnel(LayerGradCamPlusPlus)`, which averages maps.
+    The paper prints D1 in the numerator of alpha. Grad-CAM++ has D2 there, with which the two agree
+    where there is no noise. It is not `NoiseTunnel(LayerGradCamPlusPlus)`, which averages maps.
 
     Args:
         forward_func: the model.
         layer: a layer or a list of layers.
         device_ids: as in Captum.
-        reshape_transform: see `LayerMap`.
+        reshape_transform: see `BaseLayerCam`.
         n_samples: noisy copies.
         stdev_spread: standard deviation of the noise as a share of each example's range,
             max - min, as in SmoothGrad; 0.15 is the value in common use.
@@ -58,33 +61,28 @@ class LayerSmoothGradCamPlusPlus(GradientCam[LayerOrList]):
         torch.Size([2, 1, 6, 6])
     """
 
-    def __init__(
-        self,
-        forward_func: Forward,
-        layer: LayerOrList,
-        device_ids: list[int] | None = None,
-        *,
-        reshape_transform: ReshapeTransform | None = None,
-        n_samples: int = 25,
-        stdev_spread: float = 0.15,
-        generator: Generator | None = None,
-        samples_per_eval: int = 1,
-    ) -> None:
-        check_count("n_samples", n_samples)
-        check_count("samples_per_eval", samples_per_eval)
-        if not stdev_spread >= 0:
-            raise ValueError(f"`stdev_spread` must not be negative, got {stdev_spread}.")
-        super().__init__(forward_func, layer, device_ids, reshape_transform=reshape_transform)
-        self.n_samples, self.stdev_spread = n_samples, stdev_spread
-        self.generator, self.samples_per_eval = generator, samples_per_eval
+    title = "Smooth Grad-CAM++"
+    paper = Paper("Omeiza et al.", 2019, "https://arxiv.org/abs/1908.01224")
+    passes = "1 + 25"
+
+    n_samples: int = 25
+    stdev_spread: float = 0.15
+    generator: Generator | None = None
+    samples_per_eval: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("n_samples", self.n_samples)
+        check_count("samples_per_eval", self.samples_per_eval)
+        check_size("stdev_spread", self.stdev_spread)
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        """The weights, from the moments (3, B, C, *spatial) that stand for the gradients here."""
+        """The weights. `gradients` are the three moments of the gradient, (3, B, C, *spatial)."""
         d1, d2, d3 = gradients
         alpha = divide(d2, 2 * d2 + d3 * spatial_sum(activations))
         return spatial_sum(alpha * F.relu(d1))
 
-    def _gradients(
+    def _activations_and_gradients(
         self,
         inputs: Tensor | Tensors,
         target: TargetType,
@@ -93,7 +91,7 @@ class LayerSmoothGradCamPlusPlus(GradientCam[LayerOrList]):
         grad_kwargs: dict[str, Any] | None = None,
     ) -> tuple[list[Tensors], list[Tensors]]:
         if (grad_kwargs or {}).get("create_graph"):  # the clean activations need a graph, too
-            clean = super()._gradients(
+            clean = super()._activations_and_gradients(
                 inputs, target, additional_forward_args, at_input, grad_kwargs
             )
             activations = clean[0]
@@ -104,15 +102,15 @@ class LayerSmoothGradCamPlusPlus(GradientCam[LayerOrList]):
             for tensors in activations
         ]
         examples: Tensors = _format_tensor_into_tuples(inputs)
-        every = torch.arange(len(examples[0]), device=examples[0].device)
-        arguments = ExampleArguments(len(every), target, additional_forward_args, every.device)
+        batch = torch.arange(len(examples[0]), device=examples[0].device)
+        arguments = ExampleArguments(len(batch), target, additional_forward_args, batch.device)
         for start in range(0, self.n_samples, self.samples_per_eval):
             n = min(self.samples_per_eval, self.n_samples - start)
-            rows = every.repeat(n)
-            _, gradients = super()._gradients(
+            rows = batch.repeat(n)
+            _, gradients = super()._activations_and_gradients(
                 tuple(self._noisy(x, n) for x in examples),
-                arguments.target_of(rows),
-                arguments.extra_of(rows),
+                arguments.targets_for(rows),
+                arguments.extra_args_for(rows),
                 at_input,
                 grad_kwargs,
             )

@@ -1,21 +1,22 @@
-"""Grad-CAM (Selvaraju et al., ICCV 2017) where Captum's own cannot read the layer."""
+"""Grad-CAM (Selvaraju et al., ICCV 2017) for layers of tokens, which Captum's cannot read."""
 
 from torch import Tensor
 
+from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList
-from captum_ext.attr.layer.template import GradientCam, spatial_mean
+from captum_ext.attr.layer.base import BaseGradientCam, spatial_mean
 
 
-class LayerTokenGradCam(GradientCam[LayerOrList]):
+class LayerTokenGradCam(BaseGradientCam[LayerOrList]):
     r"""Grad-CAM with a `reshape_transform`, for transformers (eqs. 1 and 2).
 
     .. math:: w_k = \frac{1}{N} \sum_x g_k(x)
 
-    The same as `captum.attr.LayerGradCam` where dimension 1 is the channels: use that one there. Of
-    (B, T, C), Captum's takes the tokens for channels and gives a map over the features, which
-    explains nothing.
+    Where dimension 1 holds the channels, the map is that of `captum.attr.LayerGradCam`: use that
+    one there. Of tokens (B, T, C), Captum's class takes the tokens for channels, and its map over
+    the features explains nothing.
 
-    Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `LayerMap`).
+    Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `BaseLayerCam`).
 
     Reference:
         Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
@@ -30,6 +31,9 @@ class LayerTokenGradCam(GradientCam[LayerOrList]):
         >>> cam.attribute(torch.rand(2, 3, 32, 32), target=5).shape
         torch.Size([2, 1, 4, 4])
     """
+
+    title = "Grad-CAM"
+    paper = Paper("Selvaraju et al.", 2017, "https://arxiv.org/abs/1610.02391")
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         return spatial_mean(gradients)

@@ -1,46 +1,52 @@
-"""What the layer CAMs share: the constructor, the capture, and the weighted sum.
+"""Base classes of the layer CAMs: the constructor, the capture, and the weighted sum.
 
-A new gradient CAM is a subclass of `GradientCam` with one method:
+A new gradient CAM is a subclass of `BaseGradientCam` with one method:
 
-    class LayerMyCam(GradientCam):
+    class LayerMyCam(BaseGradientCam):
         def weights(self, activations, gradients):
             return spatial_mean(gradients.abs())
 
-For a type checker, `GradientCam[LayerOrList]` gives a tensor for one layer and a list for a list.
+For a type checker, `BaseGradientCam[LayerOrList]` gives a tensor for one layer and a list for a
+list.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Generic
 
 import torch
-from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor
 from torch.nn import functional as F
 
 from captum_ext._compat import (
+    GradientAttribution,
+    LayerAttribution,
     TargetType,
     _format_outputs,
     log_usage,
 )
 from captum_ext._engine.capture import LayerCapture
-from captum_ext._engine.modules import Forward, Tensors, find_module
-from captum_ext._engine.outputs import check_one_score_each
+from captum_ext._engine.modules import Forward, Tensors, find_module, module_name
+from captum_ext._engine.outputs import check_one_score_per_example
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError, ArgumentTypeError
+from captum_ext._repr import options_repr
+from captum_ext.attr._method_info import MethodInfo
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
 
 ReshapeTransform = Callable[[Tensor], Tensor]
 
 
 def spatial_sum(x: Tensor) -> Tensor:
-    """Sum over the spatial dimensions, kept with size 1; (B, C) is its own sum."""
+    """Sum over the spatial dimensions, which keep the size 1; (B, C) stays as it is."""
     return x.reshape(*x.shape[:2], -1).sum(2).reshape(x.shape[:2] + (1,) * (x.dim() - 2))
 
 
 def spatial_mean(x: Tensor) -> Tensor:
-    """Mean over the spatial dimensions, kept with size 1; (B, C) is its own mean."""
+    """Mean over the spatial dimensions, which keep the size 1; (B, C) stays as it is."""
     return spatial_sum(x) / math.prod(x.shape[2:])
 
 
@@ -60,11 +66,15 @@ def weighted_sum(
     return (F.relu(cam) if relu else cam).to(activations.dtype)
 
 
-class LayerMap(LayerAttribution, Generic[LayerOrList]):
+@dataclass(eq=False, repr=False)
+class BaseLayerCam(MethodInfo, LayerAttribution, Generic[LayerOrList]):
     """Base of all layer CAMs.
 
-    For a type checker one layer gives a tensor and a list of layers a list of tensors; that a layer
-    with several tensors gives a tuple in place of a tensor shows only when the model runs.
+    The constructor is made of the annotated attributes, as in any dataclass: a subclass with
+    options of its own is a dataclass, too, and writes one line for each option.
+
+    For a type checker one layer gives a tensor, and a list of layers a list of tensors. A layer
+    with several tensors gives a tuple instead of a tensor, which a type checker cannot know.
 
     Args:
         forward_func: the model, or a function of the inputs that runs it.
@@ -72,28 +82,33 @@ class LayerMap(LayerAttribution, Generic[LayerOrList]):
             is a module or its bound method.
         device_ids: devices of a DataParallel model, needed only when `forward_func` is a function
             around it (as in Captum).
-        reshape_transform: turns what a layer gives into (B, C, *spatial), for layers whose channels
+        reshape_transform: turns a layer's tensor into (B, C, *spatial), for layers whose channels
             are not in dimension 1; it may move, drop and reorder values, but not change them. See
             `tokens_to_grid` and `channels_last_to_first`.
     """
 
-    def __init__(
-        self,
-        forward_func: Forward,
-        layer: LayerOrList,
-        device_ids: list[int] | None = None,
-        *,
-        reshape_transform: ReshapeTransform | None = None,
-    ) -> None:
-        if reshape_transform is not None and not callable(reshape_transform):
-            raise TypeError(f"`reshape_transform` must be callable, got {reshape_transform!r}.")
+    forward_func: Forward
+    layer: LayerOrList
+    device_ids: list[int] | None = None
+    _: KW_ONLY
+    reshape_transform: ReshapeTransform | None = None
+
+    def __post_init__(self) -> None:
+        transform, layer = self.reshape_transform, self.layer
+        if transform is not None and not callable(transform):
+            raise ArgumentTypeError(
+                f"`reshape_transform` must be callable, got {transform!r}.", "reshape_transform"
+            )
         if isinstance(layer, list) and not layer:
-            raise ValueError("`layer` must hold at least one layer, got an empty list.")
-        several = layer if isinstance(layer, list) else [layer]
-        self.layers = [find_module(forward_func, one) for one in several]
-        shown = self.layers if isinstance(layer, list) else self.layers[0]
-        super().__init__(forward_func, shown, device_ids)
-        self.reshape_transform = reshape_transform
+            raise ArgumentError("`layer` must hold at least one layer, got an empty list.", "layer")
+        names = layer if isinstance(layer, list) else [layer]
+        self.layers = [find_module(self.forward_func, name) for name in names]
+        modules = self.layers if isinstance(layer, list) else self.layers[0]
+        LayerAttribution.__init__(self, self.forward_func, modules, self.device_ids)  # type: ignore[call-arg]
+
+    def __repr__(self) -> str:
+        names = [module_name(self.forward_func, layer).strip("`") for layer in self.layers]
+        return options_repr(self, layer=names if isinstance(self.layer, list) else names[0])
 
     def _activations(
         self,
@@ -106,10 +121,10 @@ class LayerMap(LayerAttribution, Generic[LayerOrList]):
         capture = LayerCapture(self.forward_func, self.layers, **self._capture_options(at_input))
         activations, score = capture.activations(inputs, target, additional_forward_args)
         capture.check_channels(inputs, additional_forward_args)
-        check_one_score_each(score)
-        return self._on_grid(activations), score
+        check_one_score_per_example(score)
+        return self._channels_first(activations), score
 
-    def _gradients(
+    def _activations_and_gradients(
         self,
         inputs: Tensor | Tensors,
         target: TargetType,
@@ -117,13 +132,13 @@ class LayerMap(LayerAttribution, Generic[LayerOrList]):
         at_input: bool,
         grad_kwargs: dict[str, Any] | None = None,
     ) -> tuple[list[Tensors], list[Tensors]]:
-        """The layers' activations and the target's gradients there, as maps."""
+        """The layers' activations and the gradients of the target's score there, as maps."""
         capture = LayerCapture(self.forward_func, self.layers, **self._capture_options(at_input))
         activations, gradients = capture.gradients(
             inputs, target, additional_forward_args, grad_kwargs
         )
         capture.check_channels(inputs, additional_forward_args)
-        return self._on_grid(activations), self._on_grid(gradients)
+        return self._channels_first(activations), self._channels_first(gradients)
 
     def _capture_options(self, at_input: bool) -> dict[str, Any]:
         return {
@@ -132,24 +147,40 @@ class LayerMap(LayerAttribution, Generic[LayerOrList]):
             "traces_channels": self.reshape_transform is None,
         }
 
-    def _on_grid(self, per_layer: list[Tensors]) -> list[Tensors]:
+    def _channels_first(self, per_layer: list[Tensors]) -> list[Tensors]:
+        """The layers' tensors as (B, C, *spatial)."""
         if self.reshape_transform is None:
             return per_layer
         return [tuple(self.reshape_transform(t) for t in tensors) for tensors in per_layer]
 
-    def _format(self, maps: list[Tensors]) -> Maps[LayerOrList]:
-        """A list where a list of layers came in; a tuple where a layer has several tensors."""
+    def _maps(self, cam: Callable[..., Tensor], *captured: Sequence[Tensors]) -> Maps[LayerOrList]:
+        """The maps that `cam` makes of each tensor of each layer.
+
+        Args:
+            cam: a map from one tensor of each of `captured`.
+            captured: activations, and what goes with them, a tuple of tensors for each layer.
+
+        Returns:
+            A list where the layers were given as a list; a tuple where a layer has several tensors.
+        """
+        maps = [
+            tuple(cam(*tensors) for tensors in zip(*of_layer, strict=True))
+            for of_layer in zip(*captured, strict=True)
+        ]
         formatted: Maps[LayerOrList] = _format_outputs(isinstance(self.layer, list), maps)
         return formatted
 
 
-class GradientCam(LayerMap[LayerOrList], GradientAttribution, ABC):
-    r"""Template of the gradient CAMs: a sum of activations, weighted by a rule of their gradients.
+class BaseGradientCam(BaseLayerCam[LayerOrList], GradientAttribution, ABC):
+    r"""Base of the gradient CAMs: a sum of activations, weighted by a rule of their gradients.
 
     .. math:: L(x) = \sum_k w_k(x) A_k(x)
 
     A subclass gives `weights`; `attribute` has exactly the arguments of Captum's `LayerGradCam`.
     """
+
+    family = "gradient"
+    needs_gradients = True
 
     @abstractmethod
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
@@ -179,8 +210,8 @@ class GradientCam(LayerMap[LayerOrList], GradientAttribution, ABC):
 
         Args:
             inputs: a tensor or tuple of tensors, examples in dimension 0.
-            target: what to explain of the output, in any of Captum's forms. Give scores before the
-                softmax: behind it, the classes mix.
+            target: the entry of the output to explain, in any of Captum's forms. The model should
+                return scores before the softmax, which mixes the classes.
             additional_forward_args: further arguments of `forward_func`, as in Captum.
             attribute_to_layer_input: take the layer's input instead of its output.
             relu_attributions: keep the positive part only.
@@ -194,24 +225,17 @@ class GradientCam(LayerMap[LayerOrList], GradientAttribution, ABC):
 
         Raises:
             AssertionError: a target that the output does not have.
-            ValueError: a layer that does not run, runs twice, has tokens instead of a map, or that
-                the target does not depend on.
+            ValueError: a layer that does not run, or runs twice, or has tokens instead of a map;
+                or a target that does not depend on the layer.
             RuntimeError: inside `torch.inference_mode`.
         """
         with preserve_state(self.forward_func):
-            activations, gradients = self._gradients(
+            activations, gradients = self._activations_and_gradients(
                 inputs, target, additional_forward_args, attribute_to_layer_input, grad_kwargs
             )
-        maps = [
-            tuple(
-                weighted_sum(
-                    self.weights(full_precision(a), full_precision(g)),
-                    a,
-                    relu_attributions,
-                    attr_dim_summation,
-                )
-                for a, g in zip(*pair, strict=True)
-            )
-            for pair in zip(activations, gradients, strict=True)
-        ]
-        return self._format(maps)
+
+        def cam(a: Tensor, g: Tensor) -> Tensor:
+            weights = self.weights(full_precision(a), full_precision(g))
+            return weighted_sum(weights, a, relu_attributions, attr_dim_summation)
+
+        return self._maps(cam, activations, gradients)

@@ -1,0 +1,27 @@
+"""Errors that say which argument is at fault, so that callers need not read their messages."""
+
+
+class InputError(ValueError):
+    """An input that the user can correct; the message says how."""
+
+
+class ArgumentError(ValueError):
+    """An invalid value of an argument.
+
+    Args:
+        message: names the argument, the value and the values that are allowed.
+        argument: the argument's name.
+        code: a word for the fault, for callers that treat it apart from others.
+    """
+
+    def __init__(self, message: str, argument: str = "", code: str = "invalid") -> None:
+        super().__init__(message)
+        self.argument, self.code = argument, code
+
+
+class ArgumentTypeError(TypeError):
+    """A value of the wrong type. The arguments are those of `ArgumentError`."""
+
+    def __init__(self, message: str, argument: str = "", code: str = "invalid") -> None:
+        super().__init__(message)
+        self.argument, self.code = argument, code
