@@ -16,6 +16,7 @@ from captum_ext._checks import check_choice, check_count, check_seed, warn
 from captum_ext._data.pixels import IMAGENET, mean_and_std
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import AllFailedError
 from captum_ext._identity import function_name, model_digest, plain
 from captum_ext.evaluation.examples import Blocks, Prepared
 from captum_ext.evaluation.measures import Measure, make_measures
@@ -189,7 +190,7 @@ def _records(measures: Sequence[Measure]) -> list[Record]:
 
 def _check_came_to_something(found: Summary, output: str | Path) -> None:
     if not any(found.images.values()):
-        raise RuntimeError(
+        raise AllFailedError(
             f"Not one of {sum(found.failures.values())} rows came to anything. The first reason: "
             f"{next(iter(found.reasons.values()))}"
         )
