@@ -1,4 +1,4 @@
-"""Checks of arguments, each a clear error before any model call; and warnings."""
+"""Checks of arguments before any model call, with errors that name the argument; and warnings."""
 
 import difflib
 import math
@@ -15,12 +15,12 @@ from captum_ext._errors import ArgumentError, ArgumentTypeError
 
 
 def is_finite(value: Any) -> bool:
-    """Whether `value` is a number, and neither infinite nor NaN."""
+    """Return whether `value` is an int or a float, and neither infinite nor NaN."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def check_count(name: str, value: int) -> None:
-    """Raise a ValueError unless the argument called `name` is an integer of at least 1."""
+    """Raise a ValueError unless argument `name` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ArgumentError(f"`{name}` must be an integer of at least 1, got {value!r}.", name)
 
@@ -32,7 +32,15 @@ def check_seed(value: Any) -> None:
 
 
 def check_range(name: str, value: Any, low: float, high: float, *, below: bool = False) -> None:
-    """Raise a ValueError unless the argument called `name` is a number from `low` to `high`."""
+    """Raise a ValueError unless argument `name` is a number from `low` to `high`.
+
+    Args:
+        name: the argument's name.
+        value: its value.
+        low: the smallest allowed value.
+        high: the largest allowed value.
+        below: do not allow `high` itself.
+    """
     if not is_finite(value) or not low <= value <= high or (below and value == high):
         end = "below" if below else "at most"
         raise ArgumentError(
@@ -41,25 +49,25 @@ def check_range(name: str, value: Any, low: float, high: float, *, below: bool =
 
 
 def check_size(name: str, value: Any, *, positive: bool = False) -> None:
-    """Raise a ValueError unless the argument called `name` is a number of 0 or more."""
+    """Raise a ValueError unless `name` is a number of 0 or more (above 0 if `positive`)."""
     if isinstance(value, bool) or not is_finite(value) or value < 0 or (positive and value == 0):
         allowed = "greater than 0" if positive else "0 or more"
         raise ArgumentError(f"`{name}` must be a number, {allowed}, got {value!r}.", name)
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise a ValueError unless the argument called `name` is one of the choices."""
+    """Raise a ValueError unless argument `name` is one of the choices."""
     if not isinstance(value, str | None) or value not in tuple(choices):
         raise ArgumentError(f"`{name}` must be one of {list(choices)}, got {value!r}.", name)
 
 
 def closest(name: str, names: Sequence[str], count: int = 3) -> str:
-    """The `count` names most like `name`, as a phrase for an error message."""
+    """The `count` names most similar to `name`, separated by commas, for an error message."""
     return ", ".join(difflib.get_close_matches(name, names, n=count, cutoff=0.0))
 
 
 def check_generator(generator: Any, device: torch.device) -> None:
-    """Raise an error unless `generator` is None or draws numbers on `device`."""
+    """Raise an error unless `generator` is None or a generator of `device`."""
     if generator is None:
         return
     if not isinstance(generator, Generator):
@@ -73,8 +81,8 @@ def check_generator(generator: Any, device: torch.device) -> None:
         )
 
 
-def one_batch_of_images(inputs: Any) -> Tensor:
-    """The images of `inputs`, one tensor (B, C, H, W) of finite floats, or a tuple of one."""
+def check_images(inputs: Any) -> Tensor:
+    """Check that `inputs` is one float tensor (B, C, H, W), perhaps in a tuple, and return it."""
     if isinstance(inputs, tuple) and len(inputs) != 1:
         raise ArgumentError(
             f"`inputs` must be one tensor of images, got a tuple of {len(inputs)}: pass the "
@@ -88,7 +96,7 @@ def one_batch_of_images(inputs: Any) -> Tensor:
             f"`inputs` must be images (B, C, H, W) of floats, got {description}.", "inputs"
         )
     if not bool(torch.isfinite(x).all()):
-        raise ArgumentError("`inputs` are not finite.", "inputs")
+        raise ArgumentError("`inputs` has values that are not finite.", "inputs")
     return x.detach()
 
 
@@ -99,9 +107,9 @@ def first_line(message: BaseException | str) -> str:
 
 
 def warn(message: str) -> None:
-    """Warn, with the line outside of this package, Captum, torch and Lightning that led here.
+    """Warn at the innermost caller outside of this package, Captum, torch and Lightning.
 
-    The command line is a caller like any other, and tells our warnings by that.
+    `captum_ext.cli` counts as outside: so the command line recognises the package's own warnings.
     """
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _is_inside(frame):
@@ -110,6 +118,7 @@ def warn(message: str) -> None:
 
 
 def _is_inside(frame: FrameType) -> bool:
+    """Return whether a frame is code of one of these packages, `captum_ext.cli` excepted."""
     name = str(frame.f_globals.get("__name__"))
     inside = ("captum_ext", "captum", "torch", "lightning", "contextlib")
     return not name.startswith("captum_ext.cli") and name.partition(".")[0] in inside

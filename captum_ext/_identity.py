@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
-from captum_ext._engine.modules import Forward, root_module
+from captum_ext._engine.modules import Forward, require_module
+from captum_ext._errors import ArgumentError
 
 # Functions of these need no version: they do not change under a user's hands.
 LIBRARIES = sys.stdlib_module_names | {
@@ -31,7 +32,7 @@ def digest(values: Any) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
-def hash_of(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """A seed from several numbers, well mixed and the same on every machine."""
     return int(
         np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(2, np.uint64)[0] >> 1
@@ -41,14 +42,14 @@ def hash_of(*numbers: int) -> int:
 # --- models --------------------------------------------------------------------------------------
 
 
-def fingerprint(forward_func: Forward) -> dict[str, str]:
+def tensor_digests(forward_func: Forward) -> dict[str, str]:
     """A digest of each parameter and buffer of the model, by name.
 
     Raises:
         ValueError: a plain function, whose parameters are not known.
     """
     digests = {}
-    for name, value in known_root(forward_func).state_dict().items():
+    for name, value in require_module(forward_func).state_dict().items():
         if isinstance(value, Tensor):
             flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
             head = f"{value.dtype}{tuple(value.shape)}".encode()
@@ -58,25 +59,13 @@ def fingerprint(forward_func: Forward) -> dict[str, str]:
 
 def model_digest(forward_func: Forward) -> str:
     """One digest of all of the model's parameters and buffers."""
-    return digest(sorted(fingerprint(forward_func).items()))
-
-
-def known_root(forward_func: Forward) -> Module:
-    """The module behind `forward_func`.
-
-    Raises:
-        ValueError: a plain function.
-    """
-    root = root_module(forward_func)
-    if root is None:
-        raise ValueError(f"`forward_func` must be a torch.nn.Module, got {forward_func!r}.")
-    return root
+    return digest(sorted(tensor_digests(forward_func).items()))
 
 
 # --- functions and other options -----------------------------------------------------------------
 
 
-def function_name(where: str, function: Any) -> str:
+def versioned_name(where: str, function: Any) -> str:
     """The name and the version by which stored work knows a function again.
 
     A user's function has an attribute `version`, a text or an integer: the line
@@ -95,17 +84,17 @@ def function_name(where: str, function: Any) -> str:
         ValueError: a lambda, a function inside another, or a callable without a version.
 
     Example:
-        >>> function_name("`score`", torch.sigmoid)
+        >>> versioned_name("`score`", torch.sigmoid)
         '_VariableFunctionsClass.sigmoid'
-        >>> function_name("`score`", partial(round, ndigits=2))
+        >>> versioned_name("`score`", partial(round, ndigits=2))
         "round, (), [('ndigits', 2)]"
     """
     if function is None:
         return "NoneType"  # as in files that were written before
     if isinstance(function, partial):
         given = (function.args, sorted(function.keywords.items()))
-        args, keywords = tree_map(partial(_plain_leaf, where), given)
-        return f"{function_name(where, function.func)}, {args}, {keywords}"
+        args, keywords = tree_map(partial(_json_leaf, where), given)
+        return f"{versioned_name(where, function.func)}, {args}, {keywords}"
     named = function if hasattr(function, "__qualname__") else type(function)
     name, version = str(named.__qualname__), getattr(function, "version", None)
     owner = function if isinstance(function, Module) else getattr(function, "__self__", None)
@@ -114,7 +103,7 @@ def function_name(where: str, function: Any) -> str:
     library = _library(named) in LIBRARIES
     if "<" in name and library and named is function:
         cells = getattr(function, "__closure__", None) or ()
-        return f"{name}, {plain(where, [cell.cell_contents for cell in cells])}"
+        return f"{name}, {json_value(where, [cell.cell_contents for cell in cells])}"
     if "<" in name:  # a lambda, or inside another function
         last = name.rpartition(".")[2]
         own = "function" if "<" in last else last
@@ -140,16 +129,16 @@ def _library(named: Any) -> str:
     return str(module).partition(".")[0]
 
 
-def plain(where: str, value: Any) -> Any:
+def json_value(where: str, value: Any) -> Any:
     """A value that JSON has, and that is the same in each process."""
     if isinstance(value, Mapping):
-        return {str(key): plain(where, each) for key, each in value.items()}
+        return {str(key): json_value(where, each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(where, each) for each in value]
-    return _plain_leaf(where, value)
+        return [json_value(where, each) for each in value]
+    return _json_leaf(where, value)
 
 
-def _plain_leaf(where: str, value: Any) -> Any:
+def _json_leaf(where: str, value: Any) -> Any:
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and not value.dim()):
         value = value.item()
     if isinstance(value, int | float | str | None):
@@ -157,15 +146,15 @@ def _plain_leaf(where: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         return f"tensor {digest((tuple(value.shape), value.flatten().tolist()))}"
     if isinstance(value, np.ndarray):
-        return f"array {digest((value.shape, plain(where, value.flatten().tolist())))}"
+        return f"array {digest((value.shape, json_value(where, value.flatten().tolist())))}"
     if isinstance(value, set | frozenset):
-        return f"set {sorted(repr(plain(where, each)) for each in value)}"
+        return f"set {sorted(repr(json_value(where, each)) for each in value)}"
     if isinstance(value, torch.Generator):
         return "a Generator"  # what it has drawn so far is no setting
     if isinstance(value, Mapping):
-        return plain(where, value)
+        return json_value(where, value)
     if callable(value):
-        return function_name(where, value)
+        return versioned_name(where, value)
     if " at 0x" in repr(value):
         raise ValueError(
             f"{where} is a {type(value).__name__}, which stored work cannot know again: give the "
@@ -177,7 +166,7 @@ def _plain_leaf(where: str, value: Any) -> Any:
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def describe_changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """The entries that differ, in words."""
     changed = [name for name in found if saved.get(name) != found[name]]
     return "; ".join(f"{name} was {saved.get(name)!r} and is {found[name]!r}" for name in changed)
@@ -194,13 +183,13 @@ def check_same_run(
         found: settings of this run.
         kind: "folder" or "file", which another name is advised for.
     """
-    changed = changes(saved, found)
+    changed = describe_changes(saved, found)
     if changed:
         raise ValueError(f"{stored}: {changed}. Name another {kind}, or delete it.")
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Where to write a file that is to be there whole, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,10 +221,10 @@ class SavedDecoder:
         Raises:
             ValueError: the classifier is a plain function.
         """
-        root = known_root(classifier)
+        root = require_module(classifier)
         content = {"decoder": decoder.state_dict(), **options}
-        content |= {"classifier": fingerprint(root), "dtypes": _dtypes(root)}
-        with whole_file(path) as unfinished:
+        content |= {"classifier": tensor_digests(root), "dtypes": _dtypes(root)}
+        with atomic_write(path) as unfinished:
             torch.save(content, unfinished)
 
     def load(
@@ -262,19 +251,22 @@ class SavedDecoder:
         try:
             saved = torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:  # torch has many kinds of them for what it did not write
-            raise ValueError(f"`path` {path} has no decoder of {self.name} in it.") from error
+            raise ArgumentError(
+                f"`path` {path} has no decoder of {self.name} in it.", "path"
+            ) from error
         needed = {"decoder", "classifier", *self.options}
         if not isinstance(saved, dict) or not needed <= saved.keys():
-            raise ValueError(f"`path` {path} has no decoder of {self.name} in it.")
-        root = known_root(classifier)
+            raise ArgumentError(f"`path` {path} has no decoder of {self.name} in it.", "path")
+        root = require_module(classifier)
         _check_classifier(saved, root, path)
         decoder = make(saved)
         try:
             decoder.load_state_dict(saved["decoder"])
         except RuntimeError as error:
-            raise ValueError(
+            raise ArgumentError(
                 f"`path` {path}: its weights are of another architecture than it says: "
-                f"{str(error).splitlines()[1].strip()}"
+                f"{str(error).splitlines()[1].strip()}",
+                "path",
             ) from error
         some = next(root.parameters(), torch.empty(0))
         return decoder.to(some.device).eval()
@@ -285,17 +277,18 @@ def _dtypes(root: Module) -> dict[str, str]:
 
 
 def _check_classifier(file: Mapping[str, Any], root: Module, path: str | Path) -> None:
-    found, dtypes = fingerprint(root), _dtypes(root)
+    found, dtypes = tensor_digests(root), _dtypes(root)
     saved, before = file["classifier"], file.get("dtypes", {})
     missing, added = sorted(saved.keys() - found), sorted(found.keys() - saved)
     changed = sorted(name for name in saved.keys() & found if saved[name] != found[name])
     cast = [name for name in changed if before.get(name, dtypes[name]) != dtypes[name]]
     if cast and cast == changed and not missing and not added:
         one = cast[0]
-        raise ValueError(
+        raise ArgumentError(
             f"`forward_func` has {len(cast)} tensors in another dtype than when the decoder in "
             f"{path} was saved ({one} is {dtypes[one]} and was {before[one]}, ...), so they cannot "
-            f"be compared. Load the decoder first, and convert the classifier after that."
+            f"be compared. Load the decoder first, and convert the classifier after that.",
+            "forward_func",
         )
     said = [
         f"{len(names)} of its tensors {what} ({', '.join(names[:3])}, ...)"
@@ -307,7 +300,8 @@ def _check_classifier(file: Mapping[str, Any], root: Module, path: str | Path) -
         if names
     ]
     if said:
-        raise ValueError(
+        raise ArgumentError(
             f"`forward_func` is not the classifier that the decoder in {path} was trained with: "
-            f"{'; '.join(said)}. Load the classifier's weights first, or train a decoder for it."
+            f"{'; '.join(said)}. Load the classifier's weights first, or train a decoder for it.",
+            "forward_func",
         )

@@ -1,15 +1,20 @@
-"""Names whose modules need Lightning, imported where they are used."""
+"""Lazy imports of the names whose modules need Lightning."""
 
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 
-def from_training(package: str, modules: Mapping[str, str], name: str) -> Any:
-    """What a package's `__getattr__` gives for a name.
+def import_lazily(package: str, modules: Mapping[str, str], name: str) -> Any:
+    """The attribute `name` of a package, for the package's `__getattr__`.
+
+    Args:
+        package: the name of the package, for the error.
+        modules: the module that defines each lazy name.
+        name: the attribute.
 
     Raises:
-        AttributeError: it is not one of these names.
+        AttributeError: `name` is not in `modules`.
         ImportError: Lightning is not installed.
     """
     if name not in modules:

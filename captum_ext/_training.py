@@ -1,4 +1,4 @@
-"""What trainings by Lightning have in common: one `fit`, and checkpoints that resume."""
+"""Training of decoders by Lightning: one `fit`, and checkpoints that resume."""
 
 import signal
 import threading
@@ -17,70 +17,84 @@ from torch.nn import Module
 from torch.utils.data import DataLoader, Sampler
 
 from captum_ext._checks import check_count, check_seed
-from captum_ext._data.pictures import Pictures
+from captum_ext._data.pictures import PictureDataset
 from captum_ext._engine.state import eval_mode, preserve_state, seeded_random
-from captum_ext._identity import check_same_run, hash_of
+from captum_ext._identity import check_same_run, derive_seed
 
 
 class DecoderModule(LightningModule):
-    """A decoder that learns on a frozen classifier, and resumes from the same settings only.
+    """A decoder that learns on a frozen classifier, and resumes only with the same settings.
 
-    The classifier is not a submodule: it is in no checkpoint.
+    The classifier is not a submodule, so no checkpoint contains it.
+
+    Args:
+        classifier: the frozen module.
+        decoder: the module that learns, on the classifier's features.
 
     Attributes:
-        classifier: the module.
-        decoder: on its features.
-        settings: what the run must have in common with the one that was killed.
-        order: of the pictures. Lightning says the epoch to it, but with workers, who read ahead,
-            too late for the first epoch of a run that goes on.
-        unread: the pictures that could not be read.
+        fingerprint: the settings that a resumed run must share with the run that was killed.
+        order: the sampler of the pictures. Lightning sets its epoch. With workers, which read
+            ahead, that comes too late for the first epoch of a resumed run, so
+            `on_load_checkpoint` sets it, too.
+        unread: indices of the pictures that could not be read.
     """
 
     def __init__(self, classifier: Module, decoder: Module) -> None:
         super().__init__()
         self._frozen = (classifier,)
         self.decoder = decoder
-        self.settings: dict[str, Any] = {}
-        self.order: Shuffled | None = None
+        self.fingerprint: dict[str, Any] = {}
+        self.order: SeededShuffle | None = None
         self.unread: set[int] = set()
 
     @property
     def classifier(self) -> Module:
         return self._frozen[0]
 
-    def total(self, parts: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """The sum of the parts of a loss, logged.
+    def total_loss(self, parts: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """The sum of a loss's parts, which are logged.
+
+        Args:
+            parts: the weighted terms by name, each a scalar.
+            batch_idx: the number of the batch, for the error.
 
         Raises:
-            FloatingPointError: it is not finite.
+            FloatingPointError: the sum is not finite.
         """
         total = torch.stack(list(parts.values())).sum()
         if not bool(torch.isfinite(total)):
-            shown = ", ".join(f"{name} {value.item():g}" for name, value in parts.items())
-            self.stop(f"batch {batch_idx} ({shown})")
+            terms = ", ".join(f"{name} {value.item():g}" for name, value in parts.items())
+            self.raise_not_finite(f"batch {batch_idx} ({terms})")
         self.log_dict({f"train_{name}": value for name, value in parts.items()}, prog_bar=True)
         return total
 
-    def stop(self, where: str) -> None:
+    def raise_not_finite(self, moment: str) -> None:
+        """Raise the FloatingPointError of a training that has diverged."""
         raise FloatingPointError(
-            f"The loss is not finite in epoch {self.current_epoch}, {where}. A lower `lr` may help."
+            f"The loss is not finite in epoch {self.current_epoch}, {moment}. "
+            f"A lower `lr` may help."
         )
 
     def on_fit_start(self) -> None:
-        """The classifier is no submodule, so nobody else brings it to the device."""
+        """Move the classifier to the device. Lightning moves submodules only."""
         self.classifier.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["run"] = self.settings
+        checkpoint["fingerprint"] = self.fingerprint
         checkpoint["unread"] = sorted(self.unread)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of a run with other settings, or of a longer one."""
-        check_same_run("`checkpoints` has another run's", checkpoint.get("run", {}), self.settings)
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is of a run with other settings, or of a longer run.
+        """
+        saved = checkpoint.get("fingerprint", {})
+        check_same_run("`checkpoints` has another run's", saved, self.fingerprint)
         done = checkpoint["epoch"] + 1
         if self.trainer.max_epochs is not None and done > self.trainer.max_epochs >= 0:
             raise ValueError(
-                f"`n_epochs` is {self.trainer.max_epochs}, and `checkpoints` has a run of {done}: "
+                f"`n_epochs` is {self.trainer.max_epochs}, but `checkpoints` has a run of {done}: "
                 f"name another folder, or delete it."
             )
         self.unread.update(checkpoint.get("unread", ()))
@@ -89,12 +103,13 @@ class DecoderModule(LightningModule):
 
 
 @dataclass(frozen=True)
-class Fit:
-    """The arguments that all trainings take, checked: see `fit_fcam`.
+class TrainingRun:
+    """The arguments that all trainings share, validated; see `fit_fcam` for their meaning.
 
     Raises:
-        TypeError, ValueError: one of them.
-        RuntimeError: inside `torch.inference_mode`.
+        TypeError: `seed` or `trainer` is of another type.
+        ValueError: `n_epochs` or `batch_size` is not an integer of at least 1.
+        RuntimeError: the training is started inside `torch.inference_mode`.
     """
 
     n_epochs: int
@@ -107,7 +122,7 @@ class Fit:
 
     def __post_init__(self) -> None:
         if torch.is_inference_mode_enabled():
-            raise RuntimeError("Nothing is learned inside torch.inference_mode(): leave it first.")
+            raise RuntimeError("Training is impossible in torch.inference_mode(): leave it first.")
         for name in ("n_epochs", "batch_size"):
             check_count(name, getattr(self, name))
         check_seed(self.seed)
@@ -115,30 +130,35 @@ class Fit:
             raise TypeError(f"`trainer` must be a mapping of arguments, got {type(self.trainer)}.")
 
     @contextmanager
-    def around(self, classifier: Module) -> Iterator[torch.device]:
-        """Modes, gradients and random numbers of a training, on this device; then as before."""
-        device = next(classifier.parameters(), torch.empty(0)).device
-        with ExitStack() as kept:
-            kept.enter_context(eval_mode(classifier))
-            kept.enter_context(preserve_state(classifier))
-            kept.enter_context(torch.enable_grad())  # Lightning switches them on, and leaves that
-            kept.enter_context(seeded_random(device, hash_of(self.seed)))
-            kept.callback(classifier.to, device)
+    def prepared(self, classifier: Module) -> Iterator[torch.device]:
+        """A block with the modes, gradients and random numbers of a training.
+
+        Everything is as before when the block is left, the classifier's device included.
+
+        Yields:
+            The classifier's device.
+        """
+        device = _device_of(classifier)
+        with ExitStack() as stack:
+            stack.enter_context(eval_mode(classifier))
+            stack.enter_context(preserve_state(classifier))
+            stack.enter_context(torch.enable_grad())  # Lightning would leave gradients on
+            stack.enter_context(seeded_random(device, derive_seed(self.seed)))
+            stack.callback(classifier.to, device)
             yield device
 
-    def fit(self, module: DecoderModule, pictures: Pictures, validation: Any = None) -> None:
+    def fit(self, module: DecoderModule, pictures: PictureDataset, validation: Any = None) -> None:
         """Train the decoder, from the last checkpoint on if there is one.
 
         Args:
-            module: with its settings, on the classifier's device.
-            pictures: to learn from.
-            validation: a loader, or None.
+            module: the decoder's module with its settings, on the classifier's device.
+            pictures: the pictures to learn from.
+            validation: a loader of validation batches, or None.
 
         Raises:
-            ValueError: no picture can be read; a checkpoint of another run.
+            ValueError: no picture can be read, or the checkpoint is of another run.
         """
-        device = next(module.classifier.parameters(), torch.empty(0)).device
-        module.order = Shuffled(len(pictures), self.seed)
+        module.order = SeededShuffle(len(pictures), self.seed)
         loader = DataLoader(
             pictures,
             self.batch_size,
@@ -146,16 +166,16 @@ class Fit:
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
-        with interruptible(), warnings.catch_warnings():
+        with keyboard_interrupt(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You defined a `validation_step`")
-            trainer, resumed = self._trainer(device)
-            trainer.fit(module, loader, validation, ckpt_path=resumed)
+            trainer, checkpoint = self._trainer(_device_of(module.classifier))
+            trainer.fit(module, loader, validation, ckpt_path=checkpoint)
         if len(module.unread) == len(pictures):
             raise ValueError(f"`data`: none of its {len(pictures)} pictures can be read.")
         pictures.warn_of(module.unread)
 
     def _trainer(self, device: torch.device) -> tuple[Trainer, Path | None]:
-        """With the file that it goes on from."""
+        """Lightning's trainer, and the checkpoint that it resumes from, if there is one."""
         settings = {
             "max_epochs": self.n_epochs,
             "accelerator": "cpu" if device.type == "cpu" else "gpu",
@@ -173,29 +193,42 @@ class Fit:
         saver = ModelCheckpoint(
             self.checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
         )
-        given = settings.get("callbacks") or []
-        settings["callbacks"] = [*(given if isinstance(given, list) else [given]), saver]
+        callbacks = settings.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        settings["callbacks"] = [*callbacks, saver]
         file = Path(self.checkpoints) / "last.ckpt"
         return Trainer(**settings), file if file.is_file() else None
 
 
+def _device_of(classifier: Module) -> torch.device:
+    return next(classifier.parameters(), torch.empty(0)).device
+
+
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt again: Lightning ends the process, and ignores the next one."""
+def keyboard_interrupt() -> Iterator[None]:
+    """A block in which Ctrl-C raises KeyboardInterrupt, as everywhere in Python.
+
+    Lightning would end the process instead, and leave a handler that ignores the next Ctrl-C.
+    """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit as ended:
-        if isinstance(ended.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from ended
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
         raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
 
 
-class Shuffled(Sampler[int]):
-    """A new order in each epoch, that depends on the seed and the epoch alone."""
+class SeededShuffle(Sampler[int]):
+    """Draws a new order in each epoch, which depends on the seed and the epoch alone.
+
+    Args:
+        n: the number of examples.
+        seed: the seed of all epochs.
+    """
 
     def __init__(self, n: int, seed: int) -> None:
         self.n, self.seed, self.epoch = n, seed, 0
@@ -204,9 +237,9 @@ class Shuffled(Sampler[int]):
         return self.n
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of each."""
+        """Set the epoch. Lightning calls this at the start of each one."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = Generator().manual_seed(hash_of(self.seed, self.epoch))
+        generator = Generator().manual_seed(derive_seed(self.seed, self.epoch))
         return iter(torch.randperm(self.n, generator=generator).tolist())

@@ -14,7 +14,7 @@ from torch import Tensor
 from captum_ext._checks import check_count, check_size, is_finite
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward
-from captum_ext._engine.outputs import Score, Scorer, score_of
+from captum_ext._engine.outputs import Score, Scorer, compute_scores
 from captum_ext._engine.state import preserve_state
 from captum_ext.imaging import blur, resize
 from captum_ext.metrics import masks_to_boxes
@@ -285,7 +285,7 @@ def _predicted(scorer: Scorer, pictures: Tensor, examples: list[int]) -> Tensor:
     """A row of scores for each of the pictures, which are of these images."""
     output = scorer.outputs((pictures,), torch.tensor(examples, device=pictures.device))
     _check_rows("`model` must give", output, len(pictures))
-    scores = score_of(output, scorer.score)
+    scores = compute_scores(output, scorer.score)
     _check_rows("`score` must leave", scores, len(pictures))
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("`model` gives predictions that are not finite.")

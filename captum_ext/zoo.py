@@ -54,14 +54,14 @@ def load_image(path: str | Path | None = None) -> "Image":
         InputError: a file that is missing, no image, or of more than 50 megapixels (checked before
             the image is decoded); None without scikit-image.
     """
-    from captum_ext._data.files import read_upright, unreadable
+    from captum_ext._data.files import read_upright, unreadable_message
 
     if path is None:
         return demo.coffee_photograph()
     try:
         return read_upright(path)
     except OSError as error:
-        message = str(error) if error.errno is None else unreadable(path, error)
+        message = str(error) if error.errno is None else unreadable_message(path, error)
         raise InputError(message) from error
 
 

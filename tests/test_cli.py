@@ -19,7 +19,6 @@ from captum.attr import LayerGradCam
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
-from torchvision.models.vision_transformer import VisionTransformer
 
 import captum_ext.attr
 from captum_ext import __version__, cli, demo, gallery, zoo
@@ -33,6 +32,7 @@ from captum_ext.attr import (
     tokens_to_grid,
 )
 from captum_ext.cli import explain, methods
+from tests.networks import DataDependentHead, FunctionBetweenConvAndLinear, vision_transformer
 
 torch.set_num_threads(1)
 
@@ -67,10 +67,7 @@ def explainable(module, name="net", n=10, crop=32, layer=None):
 
 
 def small_vit():
-    torch.manual_seed(0)
-    vit = VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=10)
-    nn.init.normal_(vit.heads.head.weight)
-    return explainable(vit, "vit")
+    return explainable(vision_transformer(width=16), "vit")
 
 
 @pytest.fixture(scope="module")
@@ -337,24 +334,11 @@ def test_smooth_grad_cam_is_repeatable():
     ],
 )
 def test_find_layer_follows_the_channels(function, transform):
-    class Layer(nn.Module):
-        def forward(self, x):
-            return function(x)
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.layer = nn.Conv2d(3, 8, 5), Layer()
-            self.head = nn.Linear(8 * 16, 10)
-
-        def forward(self, x):
-            return self.head(self.layer(self.conv(x)).flatten(1))
-
-    loaded = explainable(Net())
+    loaded = explainable(FunctionBetweenConvAndLinear(function, 8 * 16))
     x = torch.zeros(1, 3, 8, 8)
     assert zoo.find_layer(loaded, x) == ("conv", None)
     if transform == "not known":
-        with pytest.raises(zoo.InputError, match=r"`layer` Layer, .* not known"):
+        with pytest.raises(zoo.InputError, match=r"`layer` Lambda, .* not known"):
             zoo.find_layer(loaded, x, "layer")
     else:
         assert zoo.find_layer(loaded, x, "layer") == ("layer", transform)
@@ -395,19 +379,11 @@ def test_no_method_works(squeezenet, photo, here, capsys, monkeypatch):
 
 
 def test_warnings_of_the_library_are_notes():
-    class Branch(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
-
-        def forward(self, x):
-            y = self.conv(x).mean((2, 3))
-            return self.head(y if float(y.sum()) > 1e9 else 2 * y)
-
     method = methods.find_methods(["ablation-cam"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, notes = explain.run_methods(explainable(Branch()), torch.rand(1, 3, 8, 8), 1, method)
+        net = explainable(DataDependentHead())
+        _, notes = explain.run_methods(net, torch.rand(1, 3, 8, 8), 1, method)
     assert len(notes) == 1
     assert "`conv` cannot be run" in notes[0]
 

@@ -71,7 +71,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """So few steps teach nothing, of which there is no need to warn."""
-    monkeypatch.setattr(fit, "COLLAPSED", 100.0)
+    monkeypatch.setattr(fit, "COLLAPSED_LOSS", 100.0)
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_no_picture_can_be_read(here, command, capsys):
 
 
 def test_the_librarys_warnings_are_notes(here, command, capsys, monkeypatch):
-    monkeypatch.setattr(fit, "COLLAPSED", -1.0)
+    monkeypatch.setattr(fit, "COLLAPSED_LOSS", -1.0)
     assert run(*command) == 0
     assert "The decoder has learned nothing" in one_line(capsys, "note")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from captum_ext._data.pictures import scaled_boxes
+from captum_ext._data.pictures import scale_boxes
 from captum_ext._data.pixels import Normalize
 from captum_ext._data.sizes import height_width
 
@@ -55,15 +55,15 @@ def test_normalisation_and_its_inverse(channels):
     else:
         assert found.flatten().tolist() == [0.0, 0.0, 0.125]
         assert torch.equal(Normalize((mean, std)).inverse(found), pictures)
-    assert Normalize((np.array(mean), torch.tensor(std))).about() == [mean, std]
+    assert Normalize((np.array(mean), torch.tensor(std))).to_lists() == [mean, std]
     kept = type("Preprocess", (), {"mean": mean, "std": std})()
-    assert Normalize(kept).about() == [mean, std]
-    assert Normalize(torch.tensor([mean, std])).about() == [mean, std]
+    assert Normalize(kept).to_lists() == [mean, std]
+    assert Normalize(torch.tensor([mean, std])).to_lists() == [mean, std]
 
 
 def test_boxes_follow_pictures():
     boxes = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
-    assert scaled_boxes(boxes, (4, 6), (8, 3)).tolist() == [[0.5, 4, 1.5, 8]]
+    assert scale_boxes(boxes, (4, 6), (8, 3)).tolist() == [[0.5, 4, 1.5, 8]]
 
 
 def test_sizes_need_neither_pillow_nor_torchvision():

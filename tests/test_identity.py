@@ -24,7 +24,7 @@ from captum.attr._core.lime import get_exp_kernel_similarity_function
 from torch import nn
 
 from captum_ext import _identity
-from captum_ext._identity import function_name, model_digest, plain, whole_file
+from captum_ext._identity import atomic_write, json_value, model_digest, versioned_name
 from captum_ext.attr import (
     RISE,
     AugmentedSR,
@@ -34,9 +34,10 @@ from captum_ext.attr import (
     tokens_to_grid,
 )
 from captum_ext.evaluation import evaluate
-from captum_ext.evaluation.methods import Method, about
+from captum_ext.evaluation.methods import Method, method_fingerprint
 from captum_ext.infill import gaussian
-from tests.evaluation.subjects import Boxes, Of, network
+from tests.evaluation.subjects import Boxes, Of
+from tests.networks import tiny_net
 
 
 def sharpness(found, gain=1):
@@ -85,8 +86,8 @@ SHARPNESS = f"{__name__}.sharpness version 1"
     ],
 )
 def test_functions_are_known_by_name_and_version(function, known):
-    assert function_name("`f`", function) == known
-    assert json.loads(json.dumps(plain("`f`", {"f": [function]}))) == {"f": [known]}
+    assert versioned_name("`f`", function) == known
+    assert json.loads(json.dumps(json_value("`f`", {"f": [function]}))) == {"f": [known]}
 
 
 @pytest.mark.parametrize(
@@ -107,39 +108,39 @@ def test_functions_are_known_by_name_and_version(function, known):
 )  # fmt: skip
 def test_values_that_a_partial_fixes_are_told_apart(one, other, same):
     first, second, third = (
-        function_name("`f`", partial(sharpness, gain=value)) for value in (one, other, same)
+        versioned_name("`f`", partial(sharpness, gain=value)) for value in (one, other, same)
     )
     assert first == third != second
-    assert plain("`f`", one) == plain("`f`", same) != plain("`f`", other)
+    assert json_value("`f`", one) == json_value("`f`", same) != json_value("`f`", other)
     assert " at 0x" not in first
 
 
 def test_a_value_without_a_text_is_refused():
     for value in (object(), {object()}, np.array([object()])):
         with pytest.raises(ValueError, match=r"^`f` is a object, which stored work cannot know"):
-            function_name("`f`", partial(sharpness, gain=value))
+            versioned_name("`f`", partial(sharpness, gain=value))
 
 
 def test_functions_of_one_name_in_two_modules_are_two(monkeypatch):
-    before = function_name("`f`", sharpness)
+    before = versioned_name("`f`", sharpness)
     monkeypatch.setattr(sharpness, "__module__", "elsewhere")
-    assert function_name("`f`", sharpness) == "elsewhere.sharpness version 1" != before
+    assert versioned_name("`f`", sharpness) == "elsewhere.sharpness version 1" != before
 
 
 def test_tensors_that_a_partial_fixes_count():
     names = {
-        function_name("`f`", partial(sharpness, gain=torch.tensor([1.0] * 2000 + [last])))
+        versioned_name("`f`", partial(sharpness, gain=torch.tensor([1.0] * 2000 + [last])))
         for last in (0.0, 0.0, 1.0)
     }
     assert len(names) == 2
 
 
 def test_modules_and_their_methods_are_known_by_weights():
-    one, same, other = network(), network(), network()
+    one, same, other = tiny_net(), tiny_net(), tiny_net()
     with torch.no_grad():
         other[4].bias += 1
     for get in (lambda m: m, lambda m: m.forward, lambda m: partial(m.forward, 2)):
-        first, again, third = (function_name("`f`", get(m)) for m in (one, same, other))
+        first, again, third = (versioned_name("`f`", get(m)) for m in (one, same, other))
         assert first == again != third
         assert first.startswith("Sequential")
 
@@ -166,16 +167,16 @@ def made(gain):
 )
 def test_what_cannot_be_known_again_is_refused_with_the_line_to_write(function, line, tmp_path):
     with pytest.raises(ValueError, match=r"^`f` is ") as caught:
-        function_name("`f`", function)
+        versioned_name("`f`", function)
     assert line in str(caught.value)
     for options, where in (
         ({"metrics": {"mine": function}}, "`metrics`: mine is "),
         ({"metrics": {"infidelity": {"perturb_func": function}}}, "`metrics`: infidelity is "),
         ({"target": function}, "`target` is "),
         ({"methods": {"a": Saliency(function)}}, "`methods`: a: the model is "),
-        ({"methods": {"a": (Of(network()), {"gain": function})}}, "`methods`: a: gain is "),
+        ({"methods": {"a": (Of(tiny_net()), {"gain": function})}}, "`methods`: a: gain is "),
     ):
-        given = {"methods": {"a": Of(network())}, "data": Boxes(), "metrics": "energy"} | options
+        given = {"methods": {"a": Of(tiny_net())}, "data": Boxes(), "metrics": "energy"} | options
         with pytest.raises(ValueError, match=f"^{where}") as caught:
             evaluate(**given, output=tmp_path, show_progress=False)
         assert line in str(caught.value)
@@ -216,10 +217,10 @@ HOLDERS = {
 
 @pytest.mark.parametrize("name", HOLDERS)
 def test_what_a_method_was_made_with_is_known(name, monkeypatch):
-    model, where = network(), "`methods`: a: " + name.replace("of a layer", "reshape_transform")
+    model, where = tiny_net(), "`methods`: a: " + name.replace("of a layer", "reshape_transform")
 
     def known(f):
-        return about(Method("a", HOLDERS[name](model, f), {}), model_digest)
+        return method_fingerprint(Method("a", HOLDERS[name](model, f), {}), model_digest)
 
     monkeypatch.setattr("tests.evaluation.subjects.Known", lambda f: f)
     where = where.replace("within", "function")
@@ -238,14 +239,14 @@ def test_what_a_method_was_made_with_is_known(name, monkeypatch):
 
 
 def test_methods_of_captum_are_known_without_a_version_and_without_addresses():
-    model = network()
+    model = tiny_net()
     for method in (
         KernelShap(model), Lime(model), FeaturePermutation(model), ShapleyValueSampling(model),
         NeuronGradient(model, model[0]), IntegratedGradients(model), LayerGradCam(model, model[0]),
     ):  # fmt: skip
-        assert " at 0x" not in about(Method("a", method, {}), model_digest)
+        assert " at 0x" not in method_fingerprint(Method("a", method, {}), model_digest)
     one, other = (
-        about(Method("a", Lime(model, similarity_func=f), {}), model_digest)
+        method_fingerprint(Method("a", Lime(model, similarity_func=f), {}), model_digest)
         for f in (get_exp_kernel_similarity_function("cosine", w) for w in (1.0, 2.0))
     )
     assert one != other
@@ -255,7 +256,7 @@ def test_rows_and_maps_of_another_function_are_refused(tmp_path):
     pytest.importorskip("lightning")
     from captum_ext.fcam import fit_fcam
 
-    model = network()
+    model = tiny_net()
     rows = {"output": tmp_path / "rows", "show_progress": False, "batch_size": 3}
     maps = {"cache": tmp_path / "maps", "size": 8, "n_epochs": 1, "layers": ["1"], "widths": (4,)}
     data = [(Boxes()[i].image, i % 3) for i in range(4)]
@@ -306,7 +307,7 @@ mean.version = colour.version = "1"
 def test_another_version_is_another_run_and_a_docstring_is_not(tmp_path, monkeypatch):
     def run(metric):
         run = {"output": tmp_path, "show_progress": False, "batch_size": 3}
-        return evaluate({"a": Of(network())}, Boxes(), {"mine": metric}, **run)
+        return evaluate({"a": Of(tiny_net())}, Boxes(), {"mine": metric}, **run)
 
     first = run(sharpness)
     monkeypatch.setattr(sharpness, "__doc__", "Another text.")
@@ -321,11 +322,11 @@ def test_another_version_is_another_run_and_a_docstring_is_not(tmp_path, monkeyp
 
 def test_one_model_is_hashed_once_in_a_run_and_anew_in_the_next(tmp_path, monkeypatch):
     hashed = []
-    fingerprint = _identity.fingerprint
+    tensor_digests = _identity.tensor_digests
     monkeypatch.setattr(
-        _identity, "fingerprint", lambda model: hashed.append(model) or fingerprint(model)
+        _identity, "tensor_digests", lambda model: hashed.append(model) or tensor_digests(model)
     )
-    model, other = network(), network()
+    model, other = tiny_net(), tiny_net()
     methods = {
         "IG": IntegratedGradients(model),
         "noisy": NoiseTunnel(Saliency(model)),
@@ -351,9 +352,9 @@ def test_a_trained_classifier_is_hashed_once(tmp_path, monkeypatch):
     from captum_ext.fcam import fit_fcam
 
     hashed = []
-    fingerprint = _identity.fingerprint
+    tensor_digests = _identity.tensor_digests
     monkeypatch.setattr(
-        _identity, "fingerprint", lambda model: hashed.append(model) or fingerprint(model)
+        _identity, "tensor_digests", lambda model: hashed.append(model) or tensor_digests(model)
     )
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -376,14 +377,14 @@ def test_a_trained_classifier_is_hashed_once(tmp_path, monkeypatch):
 
 
 def write_half(file):
-    with whole_file(file) as unfinished:
+    with atomic_write(file) as unfinished:
         unfinished.write_text("sec")
         raise OSError("the disk is full")
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     file = tmp_path / "new" / "a.txt"
-    with whole_file(file) as unfinished:
+    with atomic_write(file) as unfinished:
         unfinished.write_text("first")
         assert not file.exists()
     with pytest.raises(OSError, match="full"):

@@ -1,5 +1,9 @@
-"""What the README prints works."""
+"""The README: its example runs, its table is that of the classes, its links lead somewhere.
 
+`python -m tests.test_readme` writes the table anew.
+"""
+
+import inspect
 import re
 from pathlib import Path
 
@@ -7,8 +11,11 @@ import matplotlib as mpl
 import pytest
 
 import captum_ext.attr
+from captum_ext.attr import BaseLayerCam
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+FILE = Path(__file__).parents[1] / "README.md"
+README = FILE.read_text()
+TABLE = re.compile(r"\| class in `captum_ext.attr` \|[^\n]*forward[^\n]*\n(\|[^\n]*\n)+")
 
 
 def test_the_example_runs() -> None:
@@ -23,12 +30,29 @@ def test_the_example_runs() -> None:
     assert maps.abs().max() > 0  # type: ignore[attr-defined]
 
 
-def test_the_table_names_every_method() -> None:
-    classes = set(re.findall(r"^\| `(Layer\w+)` \|", README, re.MULTILINE))
-    ours = {name for name in captum_ext.attr.__all__ if name.startswith("Layer")} - {"BaseLayerCam"}
-    assert classes == ours
+def methods_table() -> str:
+    """The table of the layer methods by year, from their docstrings and class attributes."""
+    public = (getattr(captum_ext.attr, name) for name in captum_ext.attr.__all__)
+    classes = [c for c in public if inspect.isclass(c) and issubclass(c, BaseLayerCam)]
+    methods = [cls for cls in classes if hasattr(cls, "title")]
+    header = "| class in `captum_ext.attr` | method | paper | family | forward passes |"
+    rows = [header, "|---|---|---|---|---|"]
+    for cls in sorted(methods, key=lambda cls: (cls.paper.year, cls.title)):
+        summary = str(inspect.getdoc(cls)).splitlines()[0].rstrip(".")
+        paper = f"[{cls.paper.authors} {cls.paper.year}]({cls.paper.url})"
+        passes = cls.passes + " + backward" * cls.needs_gradients
+        rows.append(f"| `{cls.__name__}` | {summary} | {paper} | {cls.family} | {passes} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_table_is_that_of_the_classes() -> None:
+    assert methods_table() == TABLE.search(README)[0], "run `python -m tests.test_readme`"
 
 
 def test_links_to_files_lead_somewhere() -> None:
     for link in re.findall(r"\]\((tutorials/[^)]+)\)", README):
         assert (Path(__file__).parents[1] / link).is_file(), link
+
+
+if __name__ == "__main__":
+    FILE.write_text(TABLE.sub(lambda _: methods_table(), README))

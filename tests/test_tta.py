@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import resized_crop
 
 from captum_ext.metrics import boxes_to_masks
 from captum_ext.tta import crop_tta, mask_boxes
+from tests.networks import RaisingLayer, quadrants_net
 
 D = torch.float64
 
@@ -146,7 +147,7 @@ def test_the_mean_of_two_predictions_by_hand() -> None:
 
 
 def test_without_a_box_the_image_alone_counts() -> None:
-    network, images = small_net(), torch.randn(3, 3, 12, 10, dtype=D)
+    network, images = quadrants_net(), torch.randn(3, 3, 12, 10, dtype=D)
     masks = at([1, 2, 5, 6], [0, 0, 0, 0], [3, 3, 9, 11])
     alone = network(images).softmax(1)
     found = crop_tta(network, images, masks)
@@ -159,7 +160,7 @@ def test_without_a_box_the_image_alone_counts() -> None:
     "box", [[0, 0, 3, 2], [6, 7, 10, 12], [9, 0, 10, 1], [0, 0, 10, 12], [2, 5, 9, 6]]
 )
 def test_the_crop_is_torchvisions(box: list[int]) -> None:
-    network, images = small_net(), torch.randn(1, 3, 12, 10, dtype=D)
+    network, images = quadrants_net(), torch.randn(1, 3, 12, 10, dtype=D)
     x1, y1, x2, y2 = box
     crop = resized_crop(images, y1, x1, y2 - y1, x2 - x1, [12, 10])
     expected = (network(images) + network(crop)) / 2
@@ -171,7 +172,7 @@ def test_the_crop_is_torchvisions(box: list[int]) -> None:
 
 
 def test_box_options_and_the_size_reach_the_crop() -> None:
-    network, images = small_net(), torch.randn(1, 3, 12, 10, dtype=D)
+    network, images = quadrants_net(), torch.randn(1, 3, 12, 10, dtype=D)
     crop = resized_crop(images, 3, 2, 5, 5, [7, 9])
     expected = (network(images) + network(crop)) / 2
     found = crop_tta(
@@ -188,7 +189,7 @@ def test_box_options_and_the_size_reach_the_crop() -> None:
 
 
 def test_it_crops_from_larger_originals() -> None:
-    network = small_net()
+    network = quadrants_net()
     originals = [torch.randn(3, 48, 30, dtype=D), torch.randn(3, 25, 7, dtype=D)]
     images = torch.cat([F.interpolate(o[None], (12, 10), mode="bilinear") for o in originals])
     masks = at([2, 3, 7, 6], [2, 3, 7, 6])
@@ -206,7 +207,7 @@ def test_it_crops_from_larger_originals() -> None:
 
 
 def test_a_view_says_which_part_of_the_original_the_image_shows() -> None:
-    network = small_net()
+    network = quadrants_net()
     original = torch.randn(1, 3, 60, 50, dtype=D)
     view = torch.tensor([[20, 10, 40, 34]])  # twice the image
     images = original[:, :, 10:34:2, 20:40:2]
@@ -229,7 +230,7 @@ def test_a_batch_equals_its_images_and_each_crop_has_the_arguments_of_its_image(
     masks = at([0, 0, 3, 2], [0, 0, 0, 0], [4, 4, 9, 9], [9, 11, 10, 12], [2, 0, 3, 12])
     scale = torch.rand(5, 1, dtype=D)
     shared = torch.rand(7, dtype=D)
-    network, sizes = small_net(), []
+    network, sizes = quadrants_net(), []
 
     def model(x: Tensor, scale: Tensor, shared: Tensor, sign: int) -> Tensor:
         sizes.append(len(x))
@@ -271,7 +272,7 @@ def test_models_with_one_logit(flat: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    network, images = small_net().to(dtype), torch.randn(2, 3, 12, 10).to(dtype)
+    network, images = quadrants_net().to(dtype), torch.randn(2, 3, 12, 10).to(dtype)
     masks = at([0, 0, 7, 8], [4, 4, 9, 9]).to(dtype)
     kinds = []
 
@@ -289,16 +290,9 @@ def test_half_precision(dtype: torch.dtype) -> None:
 # --- no trace ------------------------------------------------------------------------------------
 
 
-def small_net() -> nn.Sequential:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True)]
-    return (
-        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4)).eval().to(D)
-    )
-
-
 def test_nothing_is_left_behind(trace_free: Callable[..., Any]) -> None:
-    network, images = small_net().train(), torch.randn(2, 3, 12, 10, dtype=D, requires_grad=True)
+    network = quadrants_net().train()
+    images = torch.randn(2, 3, 12, 10, dtype=D, requires_grad=True)
     masks = at([0, 0, 3, 2], [4, 4, 9, 9])
     originals = torch.randn(2, 3, 24, 20, dtype=D)
     with (
@@ -308,25 +302,12 @@ def test_nothing_is_left_behind(trace_free: Callable[..., Any]) -> None:
         found = crop_tta(network, images, masks, originals=originals)
     assert not found.requires_grad
     network.eval()
-    network.add_module("broken", Broken(at_call=2))
+    network.add_module("broken", RaisingLayer(at_call=2))
     with (
         trace_free(network, images, masks, originals),
         pytest.raises(RuntimeError, match="in the middle"),
     ):
         crop_tta(network, images, masks, originals=originals)
-
-
-class Broken(nn.Module):
-    """Raises at the n-th call."""
-
-    def __init__(self, at_call: int) -> None:
-        super().__init__()
-        self.calls = iter(range(1, at_call))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if next(self.calls, None) is None:
-            raise RuntimeError("in the middle")
-        return x
 
 
 def test_a_model_that_works_in_place_does_not_reach_the_images() -> None:
@@ -405,7 +386,7 @@ def test_an_output_that_is_no_prediction_is_named() -> None:
 
 @pytest.mark.gpu
 def test_on_the_device() -> None:
-    network, images = small_net(), torch.randn(2, 3, 12, 10, dtype=D)
+    network, images = quadrants_net(), torch.randn(2, 3, 12, 10, dtype=D)
     masks, originals = at([0, 0, 3, 2], [4, 4, 9, 9]), torch.randn(2, 3, 48, 40, dtype=D)
     expected = crop_tta(network, images, masks, originals=originals)
     for source in (originals, originals.cuda()):

@@ -18,7 +18,7 @@ MAX_PIXELS = 50_000_000
 UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
-def is_the_machines(error: BaseException) -> bool:
+def is_resource_error(error: BaseException) -> bool:
     """Whether an error says nothing of a picture or a method: it would come again and again."""
     if isinstance(error, OSError):
         return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -55,10 +55,10 @@ def read_upright(path: str | Path) -> Image.Image:
         raise OSError(f"the image {str(path)!r} does not exist or is not a file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _read(path, _upright_rgb, lambda error: unreadable(path, error))
+        return _read(path, _to_upright_rgb, lambda error: unreadable_message(path, error))
 
 
-def unreadable(path: str | Path, error: BaseException) -> str:
+def unreadable_message(path: str | Path, error: BaseException) -> str:
     """The sentence for a file that is no picture, or too large a one."""
     if isinstance(error, Image.DecompressionBombError):
         size = f"{MAX_PIXELS // 10**6} megapixels"
@@ -85,7 +85,7 @@ def _read(
         raise OSError(said(error)) from error
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _to_upright_rgb(image: Image.Image) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
     upright = ImageOps.exif_transpose(image)

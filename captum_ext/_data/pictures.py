@@ -10,30 +10,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from captum_ext._checks import warn
-from captum_ext._data.files import UNREADABLE, is_the_machines
-from captum_ext._data.pixels import as_bytes, resized_to
+from captum_ext._data.files import UNREADABLE, is_resource_error
+from captum_ext._data.pixels import resize_pixels, to_byte_tensor
+from captum_ext._errors import ArgumentError
 from captum_ext._identity import digest
 
 N_PROBES = 16  # entries by which a set is known again
 
 
-class Item(NamedTuple):
-    """What `Pictures` gives.
+class PictureItem(NamedTuple):
+    """What `PictureDataset` gives.
 
     Attributes:
         pixels: (3, H, W), uint8.
         label: the class.
-        place: in the data.
+        data_index: the picture's index in the data set.
         is_read: False where the picture could not be decoded; `pixels` are zeros then.
     """
 
     pixels: Tensor
     label: int
-    place: int
+    data_index: int
     is_read: bool
 
 
-class Pictures(Dataset[Item]):
+class PictureDataset(Dataset[PictureItem]):
     """Labelled pictures of any size as bytes of one size.
 
     Args:
@@ -62,10 +63,10 @@ class Pictures(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> PictureItem:
         found = self.read(index)
         if found is None:
-            return Item(torch.zeros(3, *self.size, dtype=torch.uint8), 0, index, False)
+            return PictureItem(torch.zeros(3, *self.size, dtype=torch.uint8), 0, index, False)
         entry, pixels = found
         label = self._label(entry, index) if self.has_labels else 0
         if label < 0 or (self.n_classes is not None and label >= self.n_classes):
@@ -73,16 +74,16 @@ class Pictures(Dataset[Item]):
                 f"`{self.argument}`: the label of {self.name(index)} is {label}, and the "
                 f"classifier has {self.n_classes} classes."
             )
-        return Item(resized_to(pixels, self.size), label, index, True)
+        return PictureItem(resize_pixels(pixels, self.size), label, index, True)
 
     def read(self, index: int) -> tuple[Any, Tensor] | None:
         """An entry and its pixels, (3, H, W); None, and a warning, where it cannot be read."""
         try:
             entry = self.data[index]
             alone = isinstance(entry, Tensor | Image.Image)
-            return entry, as_bytes(entry if alone else self._part(entry, "image", 0))
+            return entry, to_byte_tensor(entry if alone else self._part(entry, "image", 0))
         except UNREADABLE as error:
-            if is_the_machines(error):
+            if is_resource_error(error):
                 raise
             warn(f"{self.name(index)} cannot be read and is left out: {error}")
             return None
@@ -95,8 +96,8 @@ class Pictures(Dataset[Item]):
         except (ValueError, TypeError) as error:
             raise type(error)(f"`{self.argument}`: {self.name(index)}: {error}") from error
 
-    def _part(self, entry: Any, name: str, place: int) -> Any:
-        found = part_of(entry, name, place=place)
+    def _part(self, entry: Any, name: str, index: int) -> Any:
+        found = entry_field(entry, name, index=index)
         if found is None:
             raise TypeError(
                 f"entries must be (picture, label, ...), with a PIL image or a tensor, got "
@@ -118,22 +119,24 @@ class Pictures(Dataset[Item]):
                 f"{some}{', ...' if len(unread) > 3 else ''}"
             )
 
-    def about(self) -> str:
+    def fingerprint(self) -> str:
         """By what the set is known again: names and labels of files, or some labels or pictures."""
         if not self.has_labels:
-            return self.about_pixels()
+            return self.pixel_fingerprint()
         samples = getattr(self.data, "samples", None)
         if samples:
             known = [(Path(name).parts[-2:], int(label)) for name, label in samples]
         else:
-            known = [((str(place),), self[place].label) for place in probes(len(self), N_PROBES)]
+            known = [
+                ((str(place),), self[place].label) for place in evenly_spaced(len(self), N_PROBES)
+            ]
         return f"{len(self)}, {digest(known)}"
 
-    def about_pixels(self) -> str:
-        """As `about`, by the names of files and the pixels of some, at their own size."""
+    def pixel_fingerprint(self) -> str:
+        """As `fingerprint`, by the names of files and the pixels of some, at their own size."""
         samples = getattr(self.data, "samples", None) or ()
         names = [Path(sample[0]).parts[-2:] for sample in samples]
-        found = [self.read(place) for place in probes(len(self), N_PROBES)]
+        found = [self.read(place) for place in evenly_spaced(len(self), N_PROBES)]
         pixels = [None if f is None else f[1].contiguous().numpy() for f in found]
         parts = [None if p is None else (p.shape, digest(p.tobytes())) for p in pixels]
         return f"{len(self)} pictures, {digest((names, parts))}"
@@ -142,26 +145,29 @@ class Pictures(Dataset[Item]):
 def check_data(argument: str, data: Any) -> None:
     """Raise a ValueError unless `data` is a data set that is not empty."""
     if isinstance(data, DataLoader):
-        raise ValueError(f"`{argument}` must be a data set, got a DataLoader: give its `dataset`.")
+        raise ArgumentError(
+            f"`{argument}` must be a data set, got a DataLoader: give its `dataset`.", argument
+        )
     if isinstance(data, str | Path):
-        raise ValueError(
+        raise ArgumentError(
             f"`{argument}` must be a data set, got a path: torchvision's "
-            f"ImageFolder({str(data)!r}) or captum_ext.datasets.ClassFolders makes one of it."
+            f"ImageFolder({str(data)!r}) or captum_ext.datasets.ClassFolders makes one of it.",
+            argument,
         )
     if not isinstance(data, Sized) or len(data) == 0:
-        raise ValueError(f"`{argument}` must have a length, and at least one picture.")
+        raise ArgumentError(f"`{argument}` must have a length, and at least one picture.", argument)
 
 
-def part_of(entry: Any, *names: str, place: int | None = None) -> Any:
+def entry_field(entry: Any, *names: str, index: int | None = None) -> Any:
     """The first of these attributes that is there, or that entry of a tuple; None without."""
     for name in names:
         if getattr(entry, name, None) is not None:
             return getattr(entry, name)
-    is_listed = isinstance(entry, tuple | list) and place is not None and place < len(entry)
-    return entry[place] if is_listed else None
+    is_listed = isinstance(entry, tuple | list) and index is not None and index < len(entry)
+    return entry[index] if is_listed else None
 
 
-def probes(n: int, count: int) -> range:
+def evenly_spaced(n: int, count: int) -> range:
     """About that many of n indices, evenly spaced."""
     return range(0, n, max(n // count, 1))
 
@@ -169,7 +175,7 @@ def probes(n: int, count: int) -> range:
 # --- boxes ---------------------------------------------------------------------------------------
 
 
-def as_boxes(boxes: Any) -> Tensor:
+def box_tensor(boxes: Any) -> Tensor:
     """One box or several as (n, 4), float64.
 
     Raises:
@@ -182,7 +188,7 @@ def as_boxes(boxes: Any) -> Tensor:
     return found
 
 
-def scaled_boxes(boxes: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+def scale_boxes(boxes: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
     """Boxes of a picture of one (H, W) in the picture at another."""
     old, new = (boxes.new_tensor([width, height] * 2) for height, width in (before, after))
     # Divided last: a corner that comes to a whole pixel is not a little less, or more.

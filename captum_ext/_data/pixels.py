@@ -9,10 +9,12 @@ from kornia.color import rgb_to_grayscale
 from PIL import Image
 from torch import Tensor
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+from captum_ext._errors import ArgumentError
+
+IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def as_bytes(picture: Any) -> Tensor:
+def to_byte_tensor(picture: Any) -> Tensor:
     """A PIL image, or a tensor of bytes or of floats in [0, 1], as bytes (3, H, W)."""
     if isinstance(picture, Tensor):
         if picture.dim() != 3 or picture.shape[0] not in (1, 3):
@@ -33,7 +35,7 @@ def as_bytes(picture: Any) -> Tensor:
     return pixels.permute(2, 0, 1)
 
 
-def resized_to(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_pixels(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Pixels (C, H, W) at another size, antialiased."""
     if tuple(pixels.shape[1:]) == size:
         return pixels.contiguous()
@@ -54,11 +56,14 @@ def mean_and_std(normalize: Any, dtype: torch.dtype = torch.float32) -> tuple[Te
     try:
         mean, std = (torch.as_tensor(values, dtype=dtype).clone() for values in normalize)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`normalize` must be (mean, std), got {normalize!r}.") from error
+        raise ArgumentError(
+            f"`normalize` must be (mean, std), got {normalize!r}.", "normalize"
+        ) from error
     if mean.dim() != 1 or mean.shape != std.shape or not mean.numel() or not bool((std > 0).all()):
-        raise ValueError(
+        raise ArgumentError(
             f"`normalize` must be means and standard deviations, greater than 0, one of each "
-            f"channel, got {normalize!r}."
+            f"channel, got {normalize!r}.",
+            "normalize",
         )
     return mean, std
 
@@ -80,7 +85,9 @@ class Normalize:
     def __init__(self, normalize: Any) -> None:
         mean, std = mean_and_std(normalize)
         if len(mean) not in (1, 3):
-            raise ValueError(f"`normalize` must be of three channels or of one, got {normalize!r}.")
+            raise ArgumentError(
+                f"`normalize` must be of three channels or of one, got {normalize!r}.", "normalize"
+            )
         self.mean, self.std = mean.reshape(-1, 1, 1), std.reshape(-1, 1, 1)
 
     def to(self, device: torch.device) -> Self:
@@ -93,7 +100,7 @@ class Normalize:
         """Those of the model's images, 3 or 1."""
         return len(self.mean)
 
-    def about(self) -> list[list[float]]:
+    def to_lists(self) -> list[list[float]]:
         """[mean, std], for files."""
         return [self.mean.flatten().tolist(), self.std.flatten().tolist()]
 

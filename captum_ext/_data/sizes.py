@@ -5,6 +5,7 @@ from operator import index
 from typing import Any
 
 from captum_ext._checks import check_count
+from captum_ext._errors import ArgumentError
 
 
 def height_width(name: str, value: Any) -> tuple[int, int]:
@@ -22,8 +23,8 @@ def height_width(name: str, value: Any) -> tuple[int, int]:
         given = (given, given)
     sides = [_as_int(side) for side in given]
     if len(sides) != 2 or any(isinstance(side, list | tuple) for side in sides):
-        raise ValueError(
-            f"`{name}` must be one or two numbers of pixels, (height, width), got {value!r}."
+        raise ArgumentError(
+            f"`{name}` must be one or two numbers of pixels, (height, width), got {value!r}.", name
         )
     for side in sides:
         check_count(name, side)

@@ -1,10 +1,16 @@
-"""How a model is run: the only place that sets hooks, modes or gradients.
+"""Running models: the only package that sets hooks, modes or gradients.
 
-- `hooks`: calls functions at modules, in one thread and inside one block.
-- `state`: leaves the model and the random numbers as they were found.
-- `outputs`: turns what a model returns into scores, of inputs made of a batch's examples.
-- `capture`: activations and gradients at layers.
-- `replay`: runs only what lies behind a layer, or only up to it.
+- `modules`: finds the module behind a forward function, and its layers.
+- `hooks`: registers hooks that act in one thread and inside one block.
+- `state`: restores the model, the random numbers and the modes after a call.
+- `outputs`: turns model outputs into scores; targets and arguments follow their examples.
+- `precision`: sums and gradients in half precision.
+- `capture`: records activations and gradients at layers, in one forward pass.
+- `replay`: runs the model behind a layer again, or only up to a layer.
 - `channels`: finds the dimension of the channels.
-- `receptive_field`: finds the part of the image that a unit sees.
+- `receptive_field`: computes the region of the image that a unit sees.
+
+A method calls `LayerCapture` (or `LayerReplay`, for many edits of one layer). These hook the layer
+with `edit_layers`, run the model through Captum's `_run_forward`, and return tensors. Nothing of
+them remains on the model.
 """

@@ -1,7 +1,9 @@
-"""What a model's layers put out or take in during one forward pass, and gradients there.
+"""Activations and gradients at layers of a model, from one forward pass.
 
-The layers are hooked for the length of the pass, and the hooks act in the thread that set them
-only, so that several threads may explain one model at once.
+`LayerCapture` hooks the layers for the length of the pass, with `edit_layers`. Each hook stores the
+layer's tensors and passes copies on to the model. For gradients, the stored tensors become leaves
+of the autograd graph, and the score is differentiated with respect to them. The hooks act only in
+the thread that set them, so several threads may explain one model at once.
 """
 
 from collections.abc import Sequence
@@ -18,28 +20,33 @@ from captum_ext._compat import (
     _run_forward,
     _sort_key_list,
 )
-from captum_ext._engine.channels import Dims, LayerTracer, check_channels_first
-from captum_ext._engine.hooks import intercepted
+from captum_ext._engine.channels import Dims, LayerChannelTracer, check_channels_first
+from captum_ext._engine.hooks import LayerEdit, edit_layers
 from captum_ext._engine.modules import Forward, Tensors, module_name, owner_module, root_module
-from captum_ext._engine.outputs import check_one_score_each
+from captum_ext._engine.outputs import check_one_score_per_example
+from captum_ext._errors import ArgumentError
 
 
-class ReachedError(BaseException):
-    """The layers have run, and nothing behind them is needed. No `except Exception` catches it."""
+class LayerReachedError(BaseException):
+    """Raised by a hook to end a forward pass: its layer has run, and the rest is not needed.
+
+    It is a BaseException, so that no `except Exception` in a model catches it.
+    """
 
 
 class LayerCapture:
-    """Captures the floating-point tensors of layers.
+    """Captures the floating-point tensors of layers, and gradients with respect to them.
 
     Args:
         forward_func: the model.
         layers: the modules. Each must run once.
-        at_input: the layers' inputs instead of their outputs.
-        device_ids: DataParallel's devices, where `forward_func` is a function around it.
-        traces_channels: whether to look where the channels are, for `check_channels`.
+        at_input: capture the layers' inputs instead of their outputs.
+        device_ids: DataParallel's devices, if `forward_func` is a function that calls it.
+        traces_channels: trace the dimension of the channels, for `check_channels`.
 
     Attributes:
-        channel_dims: if they are traced, where the channels of each layer's tensors are.
+        captured: for each layer, its tensors of the last pass on each device.
+        channel_dims: for each layer, the channels' dimensions of its tensors, if traced.
     """
 
     def __init__(
@@ -55,7 +62,7 @@ class LayerCapture:
         self.is_parallel = device_ids is not None or isinstance(owner, DataParallel)
         self.device_ids: Any = device_ids or getattr(owner, "device_ids", None)
         self.forward_func, self.layers, self.at_input = forward_func, layers, at_input
-        self.by_device: list[dict[torch.device, Tensors]] = [{} for _ in layers]
+        self.captured: list[dict[torch.device, Tensors]] = [{} for _ in layers]
         self.traces_channels = traces_channels
         self.channel_dims: list[list[Dims | None]] = [[] for _ in layers]
 
@@ -65,21 +72,22 @@ class LayerCapture:
         target: TargetType = None,
         additional_forward_args: Any = None,
     ) -> tuple[list[Tensors], Tensor]:
-        """Activations and the scores of the target, in one pass without a graph.
+        """Run the model without a graph, and return the layers' activations and the target's score.
 
         Returns:
-            One tuple of tensors for each layer, and what `target` selects of the output.
+            One tuple of tensors for each layer, and the entries of the output that `target`
+            selects.
         """
 
-        def keep(index: int, tensors: Tensors) -> Tensors:
-            # Both the kept and the passed-on tensor are copies: the model may go on in place, on
-            # the value it gets here as well as on an alias of it that it kept.
-            self.hold(index, tuple(t.detach().clone() for t in tensors))
-            return copies(tensors)
+        def record(index: int, tensors: Tensors) -> Tensors:
+            # Two copies: the model may write in place into the tensor that it gets from here, and
+            # into the original, if it kept a reference to it.
+            self.store(index, tuple(t.detach().clone() for t in tensors))
+            return clone_tensors(tensors)
 
         with torch.no_grad():
-            score = self.first_run(keep, copies(inputs), target, additional_forward_args)
-        return self.gathered(), score
+            score = self.run_traced(record, clone_tensors(inputs), target, additional_forward_args)
+        return self.gather(), score
 
     def gradients(
         self,
@@ -88,155 +96,173 @@ class LayerCapture:
         additional_forward_args: Any = None,
         grad_kwargs: dict[str, Any] | None = None,
     ) -> tuple[list[Tensors], list[Tensors]]:
-        """Activations, and the gradient of each example's target with respect to them.
+        """Activations of the layers, and the gradients of the target's scores with respect to them.
 
-        The layers' activations are made leaves of a graph that begins with them: what lies in front
-        runs as under `no_grad`, and gradients of parameters are never computed. Where the model
-        switches gradients off behind the layer (a frozen part under `no_grad`), the pass is run
-        once more with gradients on from the start. `grad_kwargs` goes to `torch.autograd.grad`;
-        with `create_graph=True` the caller's graph is kept all the way, so that the result can be
-        differentiated with respect to the inputs, the parameters and the activations.
+        The autograd graph starts at the layers: the model runs without gradients up to them, and
+        no gradients of parameters are computed. If the model switches gradients off between the
+        layer and the score, it runs once more with gradients on from the start.
+
+        Args:
+            inputs: the model's inputs.
+            target: as in Captum.
+            additional_forward_args: as in Captum.
+            grad_kwargs: further arguments of `torch.autograd.grad`. With `create_graph=True` the
+                graph starts at the inputs, so that the results can be differentiated with respect
+                to the inputs, the parameters and the activations.
+
+        Returns:
+            Two lists with one tuple of tensors for each layer: activations and gradients.
 
         Raises:
-            RuntimeError: inside `torch.inference_mode`, where no gradient exists.
+            RuntimeError: inside `torch.inference_mode`.
             AssertionError: `target` does not select one number for each example (as in Captum).
-            ValueError: a layer that does not run, runs twice, or that the target does not depend
-                on.
+            ValueError: a layer does not run, runs twice, or the target does not depend on it.
         """
         check_gradients_exist()
         grad_kwargs = grad_kwargs or {}
         keeps_graph = bool(grad_kwargs.get("create_graph"))
 
         def start_graph(index: int, tensors: Tensors) -> Tensors:
-            torch.set_grad_enabled(True)  # the context around the pass restores the caller's mode
+            torch.set_grad_enabled(True)  # until the context manager around the pass ends
             leaves = tuple(
                 t.clone() if t.requires_grad else t.detach().clone().requires_grad_()
                 for t in tensors
             )
-            self.hold(index, leaves)
-            return copies(leaves)
+            self.store(index, leaves)
+            return clone_tensors(leaves)
 
         for graph_in_front in [True] if keeps_graph or self.is_parallel else [False, True]:
             with torch.set_grad_enabled(graph_in_front):
-                score = self.first_run(start_graph, copies(inputs), target, additional_forward_args)
+                score = self.run_traced(
+                    start_graph, clone_tensors(inputs), target, additional_forward_args
+                )
             if score.requires_grad:
                 break
-        check_one_score_each(score)
+        check_one_score_per_example(score)
         devices = self.devices()
-        if keeps_graph and all(len(on) == 1 for on in devices):
-            # The leaves themselves: a copy would not lie on the gradients' way.
-            pairs = zip(self.by_device, devices, strict=True)
-            activations = [held[device] for held, (device,) in pairs]
+        if keeps_graph and all(len(layer_devices) == 1 for layer_devices in devices):
+            # The leaves themselves: copies would not be part of the graph.
+            pairs = zip(self.captured, devices, strict=True)
+            activations = [tensors_on[device] for tensors_on, (device,) in pairs]
         else:
-            activations = self.gathered()
+            activations = self.gather()
         self._differentiate(score, grad_kwargs)
         if not keeps_graph:
             activations = [tuple(t.detach() for t in tensors) for tensors in activations]
-        return activations, self.gathered()
+        return activations, self.gather()
 
     def _differentiate(self, score: Tensor, grad_kwargs: dict[str, Any]) -> None:
-        """Put the score's gradients in the place of the activations."""
-        keys = [(index, device) for index, on in enumerate(self.devices()) for device in on]
-        leaves = [self.by_device[index][device] for index, device in keys]
+        """Replace the captured activations by the gradients of the score."""
+        keys = [
+            (index, device)
+            for index, layer_devices in enumerate(self.devices())
+            for device in layer_devices
+        ]
+        leaves = [self.captured[index][device] for index, device in keys]
         flat = [tensor for tensors in leaves for tensor in tensors]
         gradients: Sequence[Tensor | None] = [None] * len(flat)
         if score.requires_grad:
             options = {"allow_unused": True, **grad_kwargs}
             with torch.enable_grad():
                 gradients = torch.autograd.grad(torch.unbind(score.flatten()), flat, **options)
-        following = iter(gradients)
+        remaining = iter(gradients)
         for (index, device), tensors in zip(keys, leaves, strict=True):
-            pieces = [next(following) for _ in tensors]
-            if all(piece is None for piece in pieces):
+            own_gradients = [next(remaining) for _ in tensors]
+            if all(gradient is None for gradient in own_gradients):
                 raise ValueError(
                     f"The target does not depend on `layer` "
                     f"{module_name(self.forward_func, self.layers[index])}: it has no gradient "
                     f"there."
                 )
-            self.by_device[index][device] = tuple(
+            self.captured[index][device] = tuple(
                 torch.zeros_like(t) if g is None else g
-                for t, g in zip(tensors, pieces, strict=True)
+                for t, g in zip(tensors, own_gradients, strict=True)
             )
 
     def run(
-        self, edit: Any, inputs: Tensors, target: TargetType, additional_forward_args: Any
+        self, edit: LayerEdit, inputs: Tensors, target: TargetType, additional_forward_args: Any
     ) -> Tensor:
-        """What `target` selects of the output, with `edit` at the layers (see `intercepted`).
+        """Run the model with `edit` at the layers (see `edit_layers`); return the target's score.
 
-        Empty where `edit` raises `ReachedError`.
+        The score is an empty tensor if `edit` raises `LayerReachedError`.
         """
         options: Any = {"at_input": self.at_input, "every_thread": self.is_parallel}
         try:
-            with intercepted(self.layers, edit, **options) as acting, acting:
+            with edit_layers(self.layers, edit, **options) as lock, lock:
                 score: Tensor = _run_forward(
                     self.forward_func, inputs, target, additional_forward_args
                 )
-        except ReachedError:
+        except LayerReachedError:
             return torch.empty(0)
         return score
 
-    def first_run(
-        self, edit: Any, inputs: Tensors, target: TargetType, additional_forward_args: Any
+    def run_traced(
+        self, edit: LayerEdit, inputs: Tensors, target: TargetType, additional_forward_args: Any
     ) -> Tensor:
-        """As `run`, with a look at where the channels of the layers' tensors are."""
+        """Like `run`, and trace the channels' dimensions, if `traces_channels`."""
         if not self.traces_channels:
             return self.run(edit, inputs, target, additional_forward_args)
         root = root_module(self.forward_func)
-        tracer = LayerTracer(self.layers, self.at_input, root, self.is_parallel)
+        tracer = LayerChannelTracer(self.layers, self.at_input, root, self.is_parallel)
         self.channel_dims = tracer.dims
 
-        def see_and_edit(index: int, tensors: Tensors) -> Tensors:
-            tracer.see(index, tensors)
-            edited: Tensors = edit(index, tensors)
-            return edited
+        def trace_and_edit(index: int, tensors: Tensors) -> Tensors:
+            tracer.record(index, tensors)
+            return edit(index, tensors)
 
-        with tracer.tracing(inputs) as acting, acting:
-            return self.run(see_and_edit, inputs, target, additional_forward_args)
+        with tracer.tracing(inputs) as lock, lock:
+            return self.run(trace_and_edit, inputs, target, additional_forward_args)
 
     def check_channels(self, inputs: Tensor | Tensors, additional_forward_args: Any = None) -> None:
-        """Raise a ValueError where channels are traced and not known to be in dimension 1.
+        """Raise a ValueError if the traced channels are not in dimension 1, or unknown.
 
-        Where a trace of the layers alone has lost them, another pass traces the whole way.
+        If a trace inside the layers did not determine them, another pass traces the whole model.
         """
         if self.traces_channels and any(None in dims or not dims for dims in self.channel_dims):
             root = root_module(self.forward_func)
-            tracer = LayerTracer(self.layers, self.at_input, root, self.is_parallel, is_whole=True)
+            tracer = LayerChannelTracer(
+                self.layers, self.at_input, root, self.is_parallel, from_input=True
+            )
 
-            def see(index: int, tensors: Tensors) -> Tensors:
-                tracer.see(index, tensors)
-                return copies(tensors)
+            def record(index: int, tensors: Tensors) -> Tensors:
+                tracer.record(index, tensors)
+                return clone_tensors(tensors)
 
-            images = copies(inputs)
-            with torch.no_grad(), tracer.tracing(images) as acting, acting:
-                self.run(see, images, None, additional_forward_args)
+            images = clone_tensors(inputs)
+            with torch.no_grad(), tracer.tracing(images) as lock, lock:
+                self.run(record, images, None, additional_forward_args)
             self.channel_dims = tracer.dims
-        for layer, held, dims in zip(self.layers, self.by_device, self.channel_dims, strict=True):
-            for i, tensor in enumerate(next(iter(held.values()), ())):
-                if self.traces_channels:
-                    check_channels_first(tensor, dims[i] if dims else None, layer)
+        triples = zip(self.layers, self.captured, self.channel_dims, strict=True)
+        for layer, tensors_on, dims in triples if self.traces_channels else ():
+            for i, tensor in enumerate(next(iter(tensors_on.values()), ())):
+                check_channels_first(tensor, dims[i] if dims else None, layer)
 
-    def hold(self, index: int, tensors: Tensors) -> None:
-        """Keep the tensors of one layer on one device."""
-        self.by_device[index][tensors[0].device] = tensors
+    def store(self, index: int, tensors: Tensors) -> None:
+        """Store the tensors of layer `index`, by their device."""
+        self.captured[index][tensors[0].device] = tensors
 
     def devices(self) -> list[list[torch.device]]:
-        """The devices of each layer, in the order of DataParallel's pieces of the batch."""
-        for layer, held in zip(self.layers, self.by_device, strict=True):
-            if not held:
-                raise ValueError(
+        """The devices of each layer's tensors, in the order of the batch's chunks."""
+        for layer, tensors_on in zip(self.layers, self.captured, strict=True):
+            if not tensors_on:
+                raise ArgumentError(
                     f"`layer` {module_name(self.forward_func, layer)} did not run in the forward "
-                    f"pass. Is it part of this model, eager and not compiled?"
+                    f"pass. Is it part of this model, eager and not compiled?",
+                    "layer",
                 )
-        return [_sort_key_list(list(held), self.device_ids) for held in self.by_device]
+        return [_sort_key_list(list(on), self.device_ids) for on in self.captured]
 
-    def gathered(self) -> list[Tensors]:
-        """The tensors of each layer, those of several devices joined."""
-        pairs = zip(self.by_device, self.devices(), strict=True)
-        return [_reduce_list([held[device] for device in devices]) for held, devices in pairs]
+    def gather(self) -> list[Tensors]:
+        """The tensors of each layer, concatenated over devices."""
+        pairs = zip(self.captured, self.devices(), strict=True)
+        return [
+            _reduce_list([tensors_on[device] for device in devices])
+            for tensors_on, devices in pairs
+        ]
 
 
-def copies(inputs: Tensor | Tensors) -> Tensors:
-    """Copies of `inputs`: a model whose first step works in place must not reach the caller's."""
+def clone_tensors(inputs: Tensor | Tensors) -> Tensors:
+    """Clone the inputs, so that a model that works in place does not write into the caller's."""
     return tuple(tensor.clone() for tensor in _format_tensor_into_tuples(inputs))
 
 
@@ -244,6 +270,6 @@ def check_gradients_exist() -> None:
     """Raise a RuntimeError inside `torch.inference_mode`."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
-            "Gradients do not exist inside torch.inference_mode(): use torch.no_grad() around a "
-            "gradient-based attribution, or none."
+            "There are no gradients inside torch.inference_mode(). Leave it for gradient-based "
+            "attributions; torch.no_grad() is no problem."
         )

@@ -1,12 +1,16 @@
-"""Call functions at modules, in one thread and inside one block.
+"""Forward hooks and torch function modes that act in one thread and inside one block only.
 
-    with hooked([layer], after=keep) as acting, acting:
+    with hooked([layer], after=record) as lock, lock:
         model(x)
 
-An interrupt (Ctrl-C) may come between any two steps of Python: after a hook is registered and
-before its handle is noted, say. Such a hook stays behind, and must not act. So hooks look at a lock
-first. `acting` is that lock. `with acting` takes it once all hooks stand. It is given back in C,
-hence at once, however the block is left. Torch function modes of ours do the same.
+`hooked` registers the hooks and yields a lock. Hooks do nothing unless the lock is held: `with
+lock` switches them on after all of them are registered. The end of the block releases the lock,
+which switches them off, and then removes them.
+
+The lock is needed because an interrupt (Ctrl-C) may come between any two steps of Python, for
+example after a hook is registered and before its handle is stored. Such a hook stays on the module,
+but it never acts. CPython releases the lock in one step, however the block ends. The package's
+torch function modes work in the same way.
 """
 
 import threading
@@ -22,43 +26,53 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_ext._engine.modules import Tensors
+from captum_ext._errors import ArgumentError
+
+LayerEdit = Callable[[int, Tensors], Tensors]  # the layer's index, its tensors -> new tensors
 
 
-class _Block:
-    """The block of code, in one thread or all, in which hooks act."""
+class _HookScope:
+    """The thread and the block of code in which hooks act."""
 
     def __init__(self, every_thread: bool) -> None:
         self.thread = None if every_thread else threading.get_ident()
-        self.acting = threading.Lock()
+        self.lock = threading.Lock()
 
-    def __bool__(self) -> bool:
-        return self.acting.locked() and self.thread in (None, threading.get_ident())
+    def is_active(self) -> bool:
+        """Return whether the lock is held, and this is the scope's thread."""
+        return self.lock.locked() and self.thread in (None, threading.get_ident())
 
 
-class Mode(TorchFunctionMode):
-    """A torch function mode that acts while a lock is held; else functions run as they are."""
+class LockedFunctionMode(TorchFunctionMode):
+    """A torch function mode that acts while its lock is held.
 
-    def __init__(self, acting: "threading.Lock | None" = None) -> None:
+    Subclasses override `call`. Without the lock, torch functions run unchanged.
+
+    Args:
+        lock: the lock; a new one if None.
+    """
+
+    def __init__(self, lock: "threading.Lock | None" = None) -> None:
         super().__init__()
-        self.acting = threading.Lock() if acting is None else acting
+        self.lock = threading.Lock() if lock is None else lock
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        return self.call(func, args, kwargs) if self.acting.locked() else func(*args, **kwargs)
+        return self.call(func, args, kwargs) if self.lock.locked() else func(*args, **kwargs)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run a function of torch."""
+        """Run the torch function `func`, and return its result."""
         raise NotImplementedError
 
     def leave(self) -> None:
-        """Take the mode off the stack, if it is on top."""
+        """Remove the mode from the stack of modes, if it is on top."""
         if _get_current_function_mode() is self:
             self.__exit__(None, None, None)
 
 
 @contextmanager
-def modes_restored() -> Iterator[None]:
-    """Take off the stack, at the end, the modes that were put on it and not taken off."""
+def preserve_modes() -> Iterator[None]:
+    """Remove, at the end, the function modes that the block added to the stack and left there."""
     depth = torch._C._len_torch_function_stack()
     try:
         yield
@@ -68,11 +82,11 @@ def modes_restored() -> Iterator[None]:
 
 
 @contextmanager
-def entered(mode: Mode) -> Iterator[threading.Lock]:
-    """Enter a mode, which acts while the lock that this gives is held."""
-    with modes_restored():
+def enter_mode(mode: LockedFunctionMode) -> Iterator[threading.Lock]:
+    """Enter a mode, and yield its lock. The mode acts while the lock is held."""
+    with preserve_modes():
         mode.__enter__()  # type: ignore[no-untyped-call]
-        yield mode.acting
+        yield mode.lock
 
 
 @contextmanager
@@ -83,24 +97,26 @@ def hooked(
     after: Callable[[int, Any, Any], Any] | None = None,
     every_thread: bool = False,
 ) -> Iterator[threading.Lock]:
-    """Hook modules. The hooks act while the lock that this gives is held.
+    """Register forward hooks on modules, and yield their lock. They act while the lock is held.
 
     Args:
         modules: the modules.
-        before: called as `before(index, args, kwargs)`; replaces both, unless it returns None.
-        after: called as `after(index, args, output)`; replaces the output, unless it returns None.
-        every_thread: whether to act in other threads too, as DataParallel's replicas need.
+        before: called as `before(index, args, kwargs)` before module `index` runs. It returns the
+            new `(args, kwargs)`, or None for no change.
+        after: called as `after(index, args, output)` after module `index` ran. It returns the new
+            output, or None for no change.
+        every_thread: act in all threads, as the replicas of DataParallel need.
     """
-    block = _Block(every_thread)
+    scope = _HookScope(every_thread)
 
     def hooks_of(index: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        # Another thread may meet a hook while it is removed, when the module no longer knows that
-        # the hook takes keywords: hence the default.
+        # A hook that is being removed may still run in another thread. The module has then
+        # forgotten that the hook takes keyword arguments: hence the default of `kwargs`.
         def call_before(module: Module, args: Any, kwargs: Any = None) -> Any:
-            return before(index, args, kwargs) if before is not None and block else None
+            return before(index, args, kwargs) if before is not None and scope.is_active() else None
 
         def call_after(module: Module, args: Any, output: Any) -> Any:
-            return after(index, args, output) if after is not None and block else None
+            return after(index, args, output) if after is not None and scope.is_active() else None
 
         return call_before, call_after
 
@@ -112,58 +128,71 @@ def hooked(
                 handles.callback(handle.remove)
             if after is not None:
                 handles.callback(module.register_forward_hook(call_after).remove)
-        yield block.acting
+        yield scope.lock
 
 
 @contextmanager
-def hooked_everywhere(before: Callable[[Module], None]) -> Iterator[threading.Lock]:
-    """As `hooked`, for every module that runs: `before(module)` is called in front of it."""
-    block = _Block(every_thread=False)
+def hooked_globally(before: Callable[[Module], None]) -> Iterator[threading.Lock]:
+    """Call `before(module)` before any module in this process runs, while the lock is held.
+
+    Like `hooked`, for functions whose modules are unknown. It acts in this thread only.
+    """
+    scope = _HookScope(every_thread=False)
 
     def call_before(module: Module, args: Any) -> None:
-        if block:
+        if scope.is_active():
             before(module)
 
     with ExitStack() as handles:
         handles.callback(register_module_forward_pre_hook(call_before).remove)
-        yield block.acting
+        yield scope.lock
 
 
 @contextmanager
-def intercepted(
+def edit_layers(
     layers: Sequence[Module],
-    edit: Callable[[int, Tensors], Tensors],
+    edit: LayerEdit,
     *,
     at_input: bool = False,
     every_thread: bool = False,
 ) -> Iterator[threading.Lock]:
-    """Let `edit(index of the layer, its tensors)` replace what the layers put out or take in.
+    """Replace the outputs (or inputs) of layers by `edit(index, tensors)`, and yield the lock.
 
     Args:
-        layers: the modules to hook; each of them may run once.
-        edit: takes and returns the floating-point tensors of a layer, wherever they stand in its
-            tuple, list or dict.
-        at_input: the layer's inputs, positional and by keyword, instead of its output.
+        layers: the modules to hook. Each may run once in a forward pass.
+        edit: takes the index of a layer and its floating-point tensors, collected from tuples,
+            lists and dicts, and returns as many tensors.
+        at_input: edit the layers' inputs, positional and keyword, instead of their outputs.
         every_thread: see `hooked`.
+
+    Raises:
+        ValueError: in the forward pass, for a layer without floating-point tensors, or one that
+            runs twice.
     """
     ran: set[tuple[int, torch.device]] = set()
 
     def edit_tree(index: int, value: Any) -> Any:
         leaves, spec = tree_flatten(value)
-        at = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
-        tensors = tuple(leaves[i] for i in at)
+        floats = [
+            i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()
+        ]
+        tensors = tuple(leaves[i] for i in floats)
         if not tensors:
-            what = "takes in" if at_input else "puts out"
-            raise ValueError(f"`layer` {type(layers[index]).__name__} {what} no float tensor.")
+            end = "input" if at_input else "output"
+            raise ArgumentError(
+                f"`layer` {type(layers[index]).__name__} has no float tensor in its {end}.",
+                "layer",
+            )
         key = (index, tensors[0].device)
         if key in ran:
-            raise ValueError(
+            raise ArgumentError(
                 f"`layer` {type(layers[index]).__name__} runs more than once in one forward pass, "
                 f"so it has no single activation: choose a module that runs once, or give each use "
-                f"a module of its own."
+                f"a module of its own.",
+                "layer",
             )
         ran.add(key)
-        for i, tensor in zip(at, edit(index, tensors), strict=True):
+        for i, tensor in zip(floats, edit(index, tensors), strict=True):
             leaves[i] = tensor
         return tree_unflatten(leaves, spec)
 
@@ -174,5 +203,5 @@ def intercepted(
         return edit_tree(index, output)
 
     hooks: Any = {"before": before} if at_input else {"after": after}
-    with hooked(layers, every_thread=every_thread, **hooks) as acting:
-        yield acting
+    with hooked(layers, every_thread=every_thread, **hooks) as lock:
+        yield lock

@@ -1,4 +1,4 @@
-"""Find a model and its layers."""
+"""Find the module behind a forward function, and its layers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn import DataParallel, Module
 
 from captum_ext._checks import closest
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 
 Tensors = tuple[Tensor, ...]
 Forward = Callable[..., Any]
 
 
 def owner_module(forward_func: object) -> Module | None:
-    """The module that `forward_func` is, or is a method, a part or a decoration of."""
+    """The module behind a module, a bound method, a `functools.partial` or a wrapped function."""
     while forward_func is not None and not isinstance(forward_func, Module):
         owner = getattr(forward_func, "__self__", None)
         if isinstance(owner, Module):
@@ -26,7 +27,7 @@ def owner_module(forward_func: object) -> Module | None:
 
 
 def root_module(forward_func: Forward) -> Module | None:
-    """The module behind `forward_func`, without DataParallel; None for a plain function."""
+    """The module behind `forward_func`, unwrapped from DataParallel; None for a plain function."""
     owner = owner_module(forward_func)
     if isinstance(owner, DataParallel):
         inner: Module = owner.module
@@ -34,47 +35,75 @@ def root_module(forward_func: Forward) -> Module | None:
     return owner
 
 
-def find_module(forward_func: Forward, module: Module | str, argument: str = "layer") -> Module:
-    """The module called `module`, or `module` itself.
+def require_module(forward_func: Forward, argument: str = "forward_func") -> Module:
+    """The module behind `forward_func`, unwrapped from DataParallel.
+
+    Args:
+        forward_func: the model.
+        argument: the name of `forward_func` in the error.
 
     Raises:
-        ValueError: an unknown name (the three closest are named), or a name for a plain function.
+        ValueError: `forward_func` is a plain function.
+    """
+    root = root_module(forward_func)
+    if root is None:
+        raise ArgumentError(
+            f"`{argument}` must be a torch.nn.Module, got {forward_func!r}.", argument
+        )
+    return root
+
+
+def find_module(forward_func: Forward, module: Module | str, argument: str = "layer") -> Module:
+    """The module of the model with the name `module`, or `module` itself.
+
+    Args:
+        forward_func: the model.
+        module: a module, or its dotted name.
+        argument: the name of `module` in errors.
+
+    Raises:
+        ValueError: an unknown name (the error lists the three closest); a name, but `forward_func`
+            is a plain function; a compiled model.
         TypeError: neither a module nor a name.
     """
     root = root_module(forward_func)
     if hasattr(root, "_orig_mod"):
-        raise ValueError(
+        raise ArgumentError(
             "`forward_func` is a compiled module, and compiled graphs ignore hooks: pass the eager "
-            "module (`model._orig_mod`)."
+            "module (`model._orig_mod`).",
+            "forward_func",
         )
     if isinstance(module, Module):
         return module
     if not isinstance(module, str):
-        raise TypeError(
-            f"`{argument}` must be a torch.nn.Module or its dotted name, got {type(module)}."
+        raise ArgumentTypeError(
+            f"`{argument}` must be a torch.nn.Module or its dotted name, got {type(module)}.",
+            argument,
         )
     if root is None:
-        raise ValueError(
-            f"`{argument}` is the name {module!r}, but `forward_func` is not a module that could "
-            f"be searched for it: pass the module itself."
+        raise ArgumentError(
+            f"`{argument}` is the name {module!r}, but `forward_func` is not a module, so the "
+            f"name cannot be looked up: pass the module itself.",
+            argument,
         )
     names = dict(root.named_modules())
     if module not in names or not module:
         known = [name for name in names if name]
-        raise ValueError(
-            f"`{argument}` {module!r} is not in the model. Closest: {closest(module, known)}."
+        raise ArgumentError(
+            f"`{argument}` {module!r} is not in the model. Closest: {closest(module, known)}.",
+            argument,
         )
     return names[module]
 
 
 def module_name(forward_func: Forward, module: Module) -> str:
-    """The dotted name of `module`, or its class where the model is not at hand."""
+    """The dotted name of `module` in backticks; its class name if `forward_func` lacks it."""
     root = root_module(forward_func)
     names = {} if root is None else {id(m): name for name, m in root.named_modules()}
     return f"`{names.get(id(module)) or type(module).__name__}`"
 
 
 def parameter_dtype(module: Module) -> torch.dtype:
-    """The dtype of the module's first parameter of floats; float32 without one."""
+    """The dtype of the module's first floating-point parameter; float32 without one."""
     dtypes = (weight.dtype for weight in module.parameters() if weight.is_floating_point())
     return next(dtypes, torch.float32)

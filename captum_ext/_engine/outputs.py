@@ -1,4 +1,9 @@
-"""What a model returns, as scores; chunks in which targets and arguments follow their examples."""
+"""Scores of model outputs, and inputs made from the examples of a batch.
+
+Methods that mask, crop or add noise run the model on many inputs made from each example. `Scorer`
+scores a chunk of such inputs: it picks the target and the additional arguments of the example that
+each input is made from, runs the model, and turns its output into one score for each input.
+"""
 
 import math
 from collections.abc import Callable
@@ -11,6 +16,7 @@ from torch.nn import functional as F
 from captum_ext._compat import TargetType, _format_additional_forward_args, _select_targets
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 
 Score = str | Callable[[Tensor], Tensor]
 SCORES = ("logit", "sigmoid", "softmax")
@@ -20,26 +26,31 @@ SCORES = ("logit", "sigmoid", "softmax")
 
 
 def check_score(score: Score) -> None:
-    """Raise a ValueError unless `score` is one of the names or a callable."""
+    """Raise a ValueError unless `score` is a name in `SCORES` or a callable."""
     if not callable(score) and score not in SCORES:
-        raise ValueError(f"`score` must be one of {SCORES} or a callable, got {score!r}.")
+        raise ArgumentError(
+            f"`score` must be one of {SCORES} or a callable, got {score!r}.", "score"
+        )
 
 
-def score_of(output: Tensor, score: Score) -> Tensor:
-    """The scores of a model's output, in float32 or better.
+def compute_scores(output: Tensor, score: Score) -> Tensor:
+    """Compute scores from a model's output, in float32 or better.
 
     Args:
-        output: logits, classes in dimension 1.
-        score: "logit" (the output as it is), "softmax" or "sigmoid" (probabilities), or a callable
-            of the whole output.
+        output: logits, with classes in dimension 1.
+        score: "logit" (the unchanged output), "softmax" or "sigmoid" (probabilities), or a callable
+            that takes the output and returns a tensor of scores.
 
     Raises:
-        ValueError: the softmax of a single logit, which is 1 whatever the model says.
+        ValueError: the softmax of a single logit, which is always 1; a callable that does not
+            return a tensor.
     """
     if callable(score):
         scores = score(output)
         if not isinstance(scores, Tensor):
-            raise ValueError(f"`score` must leave a tensor of scores, got {type(scores)}.")
+            raise ArgumentError(
+                f"`score` must return a tensor of scores, got {type(scores)}.", "score"
+            )
         return full_precision(scores)
     output = full_precision(output)
     if score == "softmax":
@@ -48,12 +59,12 @@ def score_of(output: Tensor, score: Score) -> Tensor:
     return output.sigmoid() if score == "sigmoid" else output
 
 
-def scored(forward_func: Forward, score: Score) -> Forward:
-    """`forward_func` with its output turned into scores; see `score_of`."""
+def scoring_forward(forward_func: Forward, score: Score) -> Forward:
+    """`forward_func` followed by `compute_scores`."""
     check_score(score)
 
     def forward(*args: Any) -> Tensor:
-        return score_of(forward_func(*args), score)
+        return compute_scores(forward_func(*args), score)
 
     forward.__wrapped__ = forward_func  # type: ignore[attr-defined]
     return forward
@@ -61,57 +72,67 @@ def scored(forward_func: Forward, score: Score) -> Forward:
 
 def _check_several_classes(output: Tensor) -> None:
     if output.dim() < 2 or output.shape[1] < 2:
-        raise ValueError(
+        raise ArgumentError(
             f"`score` 'softmax' needs two classes or more in dimension 1, got outputs of shape "
-            f"{tuple(output.shape)}: for one logit there are 'sigmoid' and 'logit'."
+            f"{tuple(output.shape)}. For a single logit, use 'sigmoid' or 'logit'.",
+            "score",
         )
 
 
-def check_one_score_each(score: Tensor) -> None:
-    """Raise the error that Captum raises where `target` leaves several numbers for one example."""
+def check_one_score_per_example(score: Tensor) -> None:
+    """Raise Captum's AssertionError if `score` has several numbers for one example."""
     assert score.dim() == 0 or score[0].numel() == 1, (
         "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
     )
 
 
-def check_output(output: Any, n: int, argument: str = "forward_func") -> None:
-    """Raise an error unless the output of `argument` holds floats for each of `n` examples."""
+def check_model_output(output: Any, n: int, argument: str = "forward_func") -> None:
+    """Raise an error unless `output` is a floating-point tensor with `n` entries.
+
+    Args:
+        output: the model's output.
+        n: the number of examples.
+        argument: the model's name in errors.
+    """
     if not isinstance(output, Tensor) or not output.is_floating_point():
-        shown = output.dtype if isinstance(output, Tensor) else type(output)
-        raise TypeError(f"`{argument}` must give a tensor of floats, got {shown}.")
+        received = output.dtype if isinstance(output, Tensor) else type(output)
+        raise ArgumentTypeError(
+            f"`{argument}` must give a tensor of floats, got {received}.", argument
+        )
     if output.dim() == 0 or len(output) != n:
-        raise ValueError(
-            f"`{argument}` must give scores for each of {n} examples, got {tuple(output.shape)}."
+        raise ArgumentError(
+            f"`{argument}` must give scores for each of {n} examples, got {tuple(output.shape)}.",
+            argument,
         )
 
 
-def log_scores(output: Tensor, score: Score) -> Tensor:
-    """The logarithms of the scores of an output, in float32 or better; -inf for what is below 0."""
+def compute_log_scores(output: Tensor, score: Score) -> Tensor:
+    """The logarithms of `compute_scores`, in float32 or better; -inf for scores of 0 and less."""
     if score == "sigmoid":
         return F.logsigmoid(full_precision(output))
     if score == "softmax":
         _check_several_classes(output)
         return full_precision(output).log_softmax(1)
-    return score_of(output, score).clamp(min=0).log()
+    return compute_scores(output, score).clamp(min=0).log()
 
 
-# --- arguments that follow their examples --------------------------------------------------------
+# --- targets and arguments of examples -----------------------------------------------------------
 
 
 class ExampleArguments:
-    """Target and additional arguments of the model, which follow their examples.
+    """The target and the additional arguments of each example of a batch.
 
-    A tensor or list with one entry for each example is picked by example; anything else is handed
-    on as it is.
+    A tensor with one entry for each example (for targets, a list too) is indexed by example. Other
+    values are passed on unchanged.
 
     Args:
         n_examples: B.
         target: in any of Captum's forms.
         additional_forward_args: as in Captum.
-        device: of the inputs.
+        device: the device of the inputs.
 
     Raises:
-        AssertionError: a target that is not one for each example.
+        AssertionError: `target` has several entries, but not one for each example.
     """
 
     def __init__(
@@ -122,43 +143,43 @@ class ExampleArguments:
         device: torch.device | None = None,
     ) -> None:
         self.n_examples = n_examples
-        self.target = one_target_each(target, n_examples, device)
+        self.target = target_per_example(target, n_examples, device)
         extra = _format_additional_forward_args(additional_forward_args) or ()
-        self.extra = tuple(outside_inference_mode(value) for value in extra)
+        self.extra_args = tuple(as_normal_tensor(value) for value in extra)
 
-    def target_of(self, examples: Tensor) -> TargetType:
-        """The target of each of m entries, which are made of `examples` (m,)."""
+    def targets_for(self, examples: Tensor) -> TargetType:
+        """The targets of m inputs, made from the examples with the indices `examples` (m,)."""
         target: Any = self.target
         if isinstance(target, Tensor):
             return target[examples.to(target.device)]
         return [target[i] for i in examples.tolist()] if isinstance(target, list) else target
 
-    def extra_of(self, examples: Tensor) -> tuple[Any, ...]:
-        """The additional arguments, likewise."""
+    def extra_args_for(self, examples: Tensor) -> tuple[Any, ...]:
+        """The additional arguments of m inputs, made from `examples` (m,)."""
 
-        def entries(value: Any) -> Any:
+        def select(value: Any) -> Any:
             is_tensor = isinstance(value, Tensor) and value.dim() > 0
-            is_each = is_tensor and len(value) == self.n_examples
-            return value[examples.to(value.device)] if is_each else value
+            has_examples = is_tensor and len(value) == self.n_examples
+            return value[examples.to(value.device)] if has_examples else value
 
-        return tuple(entries(value) for value in self.extra)
+        return tuple(select(value) for value in self.extra_args)
 
 
 class Scorer(ExampleArguments):
-    """The scores of inputs that are made of a batch's examples: masked, cropped or noisy.
+    """Scores inputs that are made from a batch's examples: masked, cropped or noisy ones.
 
     Args:
         forward_func: the model.
-        n_examples: see `ExampleArguments`, as for the next two.
+        n_examples: B.
         target: in any of Captum's forms.
         additional_forward_args: as in Captum.
-        score: see `scored`.
-        device: of the inputs.
+        score: see `compute_scores`.
+        device: the device of the inputs.
         argument: the name of `forward_func` in errors.
 
     Raises:
-        AssertionError: a target that is not one for each example.
-        ValueError: an unknown score.
+        AssertionError: `target` has several entries, but not one for each example.
+        ValueError: an unknown `score`.
     """
 
     def __init__(
@@ -176,34 +197,37 @@ class Scorer(ExampleArguments):
         self.forward_func, self.score, self.argument = forward_func, score, argument
 
     def outputs(self, inputs: Tensors, examples: Tensor) -> Tensor:
-        """What the model returns for inputs made of these examples, checked.
+        """Run the model on m inputs, and check its output.
 
         Args:
-            inputs: the model's inputs, m entries each.
-            examples: (m,), int64: the example of each entry.
+            inputs: the model's inputs, each (m, ...).
+            examples: (m,), int64: the index of the example that each input is made from.
         """
-        output = self.forward_func(*inputs, *self.extra_of(examples))
-        check_output(output, len(examples), self.argument)
+        output = self.forward_func(*inputs, *self.extra_args_for(examples))
+        check_model_output(output, len(examples), self.argument)
         checked: Tensor = output
         return checked
 
     def __call__(self, inputs: Tensors, examples: Tensor) -> Tensor:
-        """The scores (m,), in float32 or better; see `outputs`."""
+        """The scores (m,) of m inputs, in float32 or better; arguments as in `outputs`."""
         output = self.outputs(inputs, examples)
-        return select_scores(score_of(output, self.score), self.target_of(examples))
+        return select_target(compute_scores(output, self.score), self.targets_for(examples))
 
 
-def select_scores(scores: Tensor, target: TargetType) -> Tensor:
-    """What `target` selects of the scores (m, ...), one number for each entry: (m,)."""
+def select_target(scores: Tensor, target: TargetType) -> Tensor:
+    """Select the scores of the target, (m,), from scores (m, ...)."""
     if isinstance(target, Tensor):
         target = target.to(scores.device)
     selected: Tensor = _select_targets(scores, target)
-    check_one_score_each(selected)
+    check_one_score_per_example(selected)
     return selected.reshape(-1)
 
 
-def one_target_each(target: TargetType, n: int, device: torch.device | None = None) -> Any:
-    """The target as None, an int, a tuple, a tensor (n,) on the device or a list of n tuples."""
+def target_per_example(target: TargetType, n: int, device: torch.device | None = None) -> Any:
+    """Reduce Captum's forms of a target to five: None, int, tuple, tensor (n,), list of n tuples.
+
+    A tensor is moved to `device`.
+    """
     if isinstance(target, list):
         assert len(target) == n, f"Target list length {len(target)} is not that of inputs, {n}."
         if all(isinstance(t, int) for t in target):
@@ -216,8 +240,8 @@ def one_target_each(target: TargetType, n: int, device: torch.device | None = No
     return target
 
 
-def outside_inference_mode(value: Any) -> Any:
-    """`value`, or a copy of a tensor that inference mode made: no graph may hold that one."""
+def as_normal_tensor(value: Any) -> Any:
+    """Clone an inference tensor, which autograd cannot save; return other values unchanged."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
@@ -225,10 +249,10 @@ def outside_inference_mode(value: Any) -> Any:
 
 
 def default_batch_size(device: torch.device) -> int:
-    """How many inputs the model gets at once where nothing else is said."""
+    """The default number of inputs in one forward pass."""
     return 16 if device.type == "cpu" else 64
 
 
-def even_size(count: int, most: int) -> int:
-    """The size of as few chunks of at most `most` as there can be, about equal."""
-    return math.ceil(count / math.ceil(count / max(most, 1)))
+def even_chunk_size(count: int, max_size: int) -> int:
+    """The chunk size that splits `count` items into equal chunks, as few as `max_size` allows."""
+    return math.ceil(count / math.ceil(count / max(max_size, 1)))

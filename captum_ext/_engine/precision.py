@@ -1,20 +1,22 @@
-"""Half precision: where sums are accumulated, and gradients that would vanish in it."""
+"""Half precision: accumulation in float32, and gradients too small for float16."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-_LOSS_SCALE = 1024  # fp16 has no numbers for one pixel's share of a gradient
+from captum_ext._errors import ArgumentError
+
+_LOSS_SCALE = 1024  # the gradient at one pixel underflows in float16
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """`tensor` in float32 where it has half precision, else as it is."""
+    """Convert float16 and bfloat16 to float32; return other tensors unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    """A context in which autocast, if it is on, leaves computations on `tensor` alone."""
+    """A context manager that switches autocast off on the device of `tensor`."""
     device = tensor.device.type
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -24,16 +26,17 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
 def gradient_of_sum(scores: Tensor, leaf: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of the sum of the scores with respect to `leaf`.
 
-    Where the model computes in fp16, the scores are scaled by 1024 on the way back, and the
-    gradient is divided by it. The pass is repeated without the scale where that overflows.
+    If the model computes in float16, the sum is multiplied by 1024 before the backward pass, and
+    the gradient is divided by 1024 afterwards. If the gradient overflows, the backward pass is
+    repeated without this factor.
 
     Args:
-        scores: the scores.
+        scores: any shape.
         leaf: a tensor that requires a gradient.
         dtype: the dtype of the model's inputs.
 
     Raises:
-        ValueError: scores that do not depend on `leaf`.
+        ValueError: the scores do not depend on `leaf`.
     """
     device = leaf.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
@@ -48,7 +51,8 @@ def gradient_of_sum(scores: Tensor, leaf: Tensor, dtype: torch.dtype) -> Tensor:
             scale = 1
             (gradient,) = torch.autograd.grad(total, leaf)
     if gradient is None:
-        raise ValueError(
-            "`forward_func` gives scores that have no gradient with respect to its input."
+        raise ArgumentError(
+            "`forward_func` gives scores that have no gradient with respect to its input.",
+            "forward_func",
         )
     return gradient / scale

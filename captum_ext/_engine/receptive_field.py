@@ -1,12 +1,14 @@
-"""Where in the image the units of a convolutional layer look.
+"""The receptive fields of the units of a convolutional layer, in pixels of the image.
 
-Each axis of a convolution or pooling with kernel k, dilation d, stride s and padding p in front
-turns units of receptive field r, jump j and first centre c into
+A convolution or pooling with kernel k, dilation d, stride s and padding p (in front) turns units of
+receptive field r, jump j and first centre c, along each axis, into
 
     r' = r + (k - 1) d j,        j' = s j,        c' = c + ((k - 1) d / 2 - p) j
 
-(Araujo et al., "Computing receptive fields of convolutional neural networks", Distill 2019). The
-model is run once, and every function that it calls on the way to the layer is followed.
+(Araujo et al., "Computing receptive fields of convolutional neural networks", Distill 2019).
+
+`receptive_field` runs the model once. A torch function mode, `_FieldTracer`, sees each function on
+the way from the image to the layer, and computes the field of its results from those of its inputs.
 """
 
 from collections.abc import Callable
@@ -21,31 +23,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from captum_ext._compat import _run_forward
-from captum_ext._engine.channels import given, permutation, torch_function_name
-from captum_ext._engine.hooks import Mode, entered, hooked
+from captum_ext._engine.channels import call_argument, permutation, torch_function_name
+from captum_ext._engine.hooks import LockedFunctionMode, enter_mode, hooked
 from captum_ext._engine.modules import Forward, module_name
 
 
-class Axis(NamedTuple):
-    """The units along one axis, in pixels: unit i is centred at `start` + i `stride`."""
+class FieldAxis(NamedTuple):
+    """The receptive fields of the units along one axis, in pixels.
+
+    Unit i sees `size` pixels, centred at `start` + i `stride`.
+    """
 
     size: float
     stride: float
     start: float
 
 
-class Field(NamedTuple):
-    """The receptive fields of the units of a layer."""
+class ReceptiveField(NamedTuple):
+    """The receptive fields of the units of a layer, along both axes."""
 
-    rows: Axis
-    columns: Axis
+    rows: FieldAxis
+    columns: FieldAxis
 
 
-class _Spot(NamedTuple):
-    """A tensor that comes from the image, and where its height and width are."""
+class _TracedTensor(NamedTuple):
+    """A tensor computed from the image, its field, and its dimensions of height and width."""
 
     tensor: Tensor
-    field: Field
+    field: ReceptiveField
     dims: tuple[int, int]
 
 
@@ -57,67 +62,74 @@ def receptive_field(
     *,
     exact: bool = False,
     reshape_transform: Callable[[Tensor], Tensor] | None = None,
-) -> Field:
+) -> ReceptiveField:
     """The receptive fields of the units of `layer`, for images like `image`.
 
-    Where branches meet it is the union of theirs. What a branch gets by global pooling (squeeze and
-    excitation) or by functions that move values (attention) is left aside, unless it is `exact`.
+    Where branches meet, the field is the union of their fields. Global pooling (squeeze and
+    excitation) and functions that move values (attention) are ignored, unless `exact`.
 
-    The model runs as it stands: `preserve_state` is the caller's.
+    Callers preserve the model's state, with `preserve_state`.
 
     Args:
         forward_func: the model.
-        layer: a module that puts out (B, C, h, w) or (B, h, w, C).
+        layer: a module with the output (B, C, h, w) or (B, h, w, C).
         image: (1, C, H, W).
         additional_forward_args: as in Captum.
-        exact: whether nothing outside of its field may have any effect on a unit. Followed are
-            then only functions that are known to work unit by unit. (What is written into a view,
-            so as to change what it is a view of, is not seen.)
-        reshape_transform: turns what the layer puts out into (B, C, h, w), and is followed as well.
+        exact: require that pixels outside of its field have no effect on a unit. Then all
+            functions on the way must be known to work unit by unit. (Writes into a view of a tensor
+            are not detected.)
+        reshape_transform: turns the layer's output into (B, C, h, w). It is traced, too.
 
     Raises:
-        ValueError: the layer's output cannot be followed back to the image.
+        ValueError: the layer's output cannot be traced back to the image; with `exact`, a function
+            on the way may make units depend on more than their field.
     """
-    tracer = _Tracer(image)
-    found: list[tuple[_Spot | None, str | None]] = []
+    tracer = _FieldTracer(image)
+    results: list[tuple[_TracedTensor | None, str | None]] = []
 
-    def keep(index: int, args: Any, output: Any) -> None:
+    def record(index: int, args: Any, output: Any) -> None:
         for x in tree_leaves(output):
             if isinstance(x, Tensor):
                 y = x if reshape_transform is None else reshape_transform(x)
-                stray = tracer.strays.get(id(y), (y, tracer.was_read))[1]
-                found.append((tracer.spots.get(id(y)), stray))
+                leak = tracer.leaks.get(id(y), (y, tracer.number_source))[1]
+                results.append((tracer.traced.get(id(y)), leak))
 
     with ExitStack() as stack:
-        acting = stack.enter_context(hooked([layer], after=keep))
+        lock = stack.enter_context(hooked([layer], after=record))
         stack.enter_context(torch.no_grad())
-        follows = stack.enter_context(entered(tracer))
+        tracer_lock = stack.enter_context(enter_mode(tracer))
         if exact:
             unfused = torch.jit.optimized_execution  # type: ignore[attr-defined]
-            stack.enter_context(unfused(False))  # what is fused is not seen
-            stack.enter_context(_FromPython())  # type: ignore[no-untyped-call]
-        with acting, follows:
+            stack.enter_context(unfused(False))  # a function mode does not see into fused functions
+            stack.enter_context(_RedispatchFromPython())  # type: ignore[no-untyped-call]
+        with lock, tracer_lock:
             _run_forward(forward_func, tracer.image, None, additional_forward_args)
-    spot, stray = found[0] if found else (None, None)
-    if spot is None:
+    traced, leak = results[0] if results else (None, None)
+    if traced is None:
         raise ValueError(
-            f"Where the units of `layer` {module_name(forward_func, layer)} are centred is not "
-            f"known: there is more than convolution and pooling on the way from the image."
+            f"The receptive fields of `layer` {module_name(forward_func, layer)} are not known: "
+            f"there is more than convolution and pooling on the way from the image."
         )
-    if exact and stray is not None:
+    if exact and leak is not None:
         raise ValueError(
             f"The units of `layer` {module_name(forward_func, layer)} may see all of the image: "
-            f"`{stray}` is on the way, which is not known to work unit by unit."
+            f"`{leak}` is on the way, which is not known to work unit by unit."
         )
-    return spot.field
+    return traced.field
 
 
-def unit_offset(field: Field, size: tuple[int, int], cells: tuple[int, int]) -> tuple[float, float]:
-    """How far units stand off the centres of their cells (y, x), in pixels.
+def unit_offset(
+    field: ReceptiveField, size: tuple[int, int], cells: tuple[int, int]
+) -> tuple[float, float]:
+    """The offset (y, x) of the units' centres from the centres of a map's cells, in pixels.
 
-    A map of n cells over an image of S pixels is laid over it with cell i centred at
-    (i + 1/2) S / n - 1/2. The middle of the units' centres is that much below or right of the
-    middle of the image: 0 for VGG, -15.5 for layer4 of a ResNet.
+    An upsampled map of n cells over S pixels has cell i centred at (i + 1/2) S / n - 1/2. Positive
+    offsets mean that the units look further down or right: 0 for VGG, -15.5 for layer4 of a ResNet.
+
+    Args:
+        field: the receptive fields.
+        size: (H, W) of the image.
+        cells: (h, w) of the map.
     """
     y, x = (
         axis.start + axis.stride * (n - 1) / 2 - (side - 1) / 2
@@ -126,156 +138,157 @@ def unit_offset(field: Field, size: tuple[int, int], cells: tuple[int, int]) -> 
     return y, x
 
 
-class _Tracer(Mode):
-    """Follows what becomes of the image's pixels.
+class _Call(NamedTuple):
+    """A call of a torch function on traced tensors, with the shapes before and after it."""
+
+    name: str
+    args: Any
+    kwargs: dict[str, Any]
+    inputs: list[_TracedTensor]
+    input_shapes: list[torch.Size]
+    output_shape: torch.Size
+
+
+class _FieldTracer(LockedFunctionMode):
+    """Follows the image through the torch functions of a pass.
 
     Attributes:
-        spots: by identity, the tensors whose fields are known.
-        strays: those that also come from the image in a way that is left aside, and by what.
-        was_read: by what a number was made of the image that Python has, or None. All that follows
-            may depend on it.
+        traced: by id, the tensors whose units have a known receptive field.
+        leaks: by id, the tensors whose units may depend on more of the image than their field:
+            (tensor, name of the first function that is not known to work unit by unit).
+        number_source: the name of a function that turned values of the image into a Python number,
+            or None. Everything after it may depend on the number.
     """
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()
         self.image = image.clone()
-        first = Field(Axis(1, 1, 0), Axis(1, 1, 0))
-        # The tensors are kept, so that no other gets the identity of one that is gone.
-        self.spots = {id(self.image): _Spot(self.image, first, (2, 3))}
-        self.strays: dict[int, tuple[Any, str]] = {}
-        self.was_read: str | None = None
+        first = ReceptiveField(FieldAxis(1, 1, 0), FieldAxis(1, 1, 0))
+        # Both dicts hold their tensors: the id of a deleted tensor could be used again.
+        self.traced = {id(self.image): _TracedTensor(self.image, first, (2, 3))}
+        self.leaks: dict[int, tuple[Any, str]] = {}
+        self.number_source: str | None = None
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run a function, and follow its results."""
+        """Run a torch function, and trace its results."""
         leaves = tree_leaves((args, kwargs))
-        spots = [self.spots[id(x)] for x in leaves if id(x) in self.spots]
-        strays = [self.strays[id(x)][1] for x in leaves if id(x) in self.strays]
-        shapes = [spot.tensor.shape for spot in spots]
+        inputs = [self.traced[id(x)] for x in leaves if id(x) in self.traced]
+        leaks = [self.leaks[id(x)][1] for x in leaves if id(x) in self.leaks]
+        input_shapes = [x.tensor.shape for x in inputs]
         output = func(*args, **kwargs)
-        if spots or strays:
+        if inputs or leaks:
             name = torch_function_name(func)
-            if _is_number(name, output):
-                self.was_read = self.was_read or (strays or [name])[0]
+            if _reads_numbers(name, output):
+                self.number_source = self.number_source or (leaks or [name])[0]
             if name == "setitem":
-                self.strays[id(args[0])] = (args[0], name)
+                self.leaks[id(args[0])] = (args[0], name)
             for x in tree_leaves(output):
                 if isinstance(x, Tensor):
-                    self.spots.pop(id(x), None)
-                    self.strays.pop(id(x), None)
-                    call = (name, args, kwargs, spots, shapes, x.shape)
-                    after = _after(*call) if spots else None
-                    if after is not None:
-                        self.spots[id(x)] = _Spot(x, *after)
-                    if strays or after is None or not _is_local(*call):
-                        self.strays[id(x)] = (x, (strays or [name])[0])
+                    self.traced.pop(id(x), None)
+                    self.leaks.pop(id(x), None)
+                    call = _Call(name, args, kwargs, inputs, input_shapes, x.shape)
+                    field_and_dims = _output_field(call) if inputs else None
+                    if field_and_dims is not None:
+                        self.traced[id(x)] = _TracedTensor(x, *field_and_dims)
+                    if leaks or field_and_dims is None or not _is_local(call):
+                        self.leaks[id(x)] = (x, (leaks or [name])[0])
         return output
 
 
-class _FromPython(TorchDispatchMode):
-    """Calls from Python what scripts call from elsewhere, so that a tracer sees it."""
+class _RedispatchFromPython(TorchDispatchMode):
+    """Calls the functions of a TorchScript module from Python, where a function mode sees them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
-def _is_number(name: str, output: Any) -> bool:
-    """Whether a function has made numbers of values, and not of a shape, say."""
+def _reads_numbers(name: str, output: Any) -> bool:
+    """Return whether a function turned values of tensors (not only shapes) into numbers."""
     leaves = tree_leaves(output)
     if any(isinstance(x, Tensor) for x in leaves):
         return False
     return name in _READING or any(isinstance(x, float | complex | np.ndarray) for x in leaves)
 
 
-def _after(
-    name: str,
-    args: Any,
-    kwargs: dict[str, Any],
-    spots: list[_Spot],
-    shapes: list[torch.Size],
-    shape: torch.Size,
-) -> tuple[Field, tuple[int, int]] | None:
-    """The field of what a function gave of `spots`, and where height and width are; or None."""
-    field, dims = spots[0].field, spots[0].dims
-    if name in _ARGUMENTS:
+def _output_field(call: _Call) -> tuple[ReceptiveField, tuple[int, int]] | None:
+    """The field of a function's result, and its dimensions of height and width; None if unknown."""
+    name, args, kwargs, shape = call.name, call.args, call.kwargs, call.output_shape
+    _, field, dims = call.inputs[0]
+    if name in _WINDOW_OPTIONS:
         if dims != (2, 3) or len(shape) != 4:
             return None
-        return _slid(field, *_ARGUMENTS[name](args, kwargs)), dims
+        return _slide_window(field, *_WINDOW_OPTIONS[name](args, kwargs)), dims
     if name == "pad":
         sides = args[1] if len(args) > 1 else kwargs["pad"]
         left = {len(shape) - 1 - i: sides[2 * i] for i in range(len(sides) // 2)}
-        moved = (
+        rows, columns = (
             axis._replace(start=axis.start - left.get(dim, 0) * axis.stride)
             for axis, dim in zip(field, dims, strict=True)
         )
-        return Field(*moved), dims
+        return ReceptiveField(rows, columns), dims
     order = permutation(name, args, kwargs, len(shape))
     if order is not None:
         return field, (order.index(dims[0]), order.index(dims[1]))
     if name in ("view", "reshape") and len(shape) > 3:
-        # Where height and width are last and stay so, only what is in front is counted anew.
-        n = len(shapes[0])
-        if dims == (n - 2, n - 1) and shapes[0][-2:] == shape[-2:]:
+        # Height and width stay if they are the last two dimensions before and after.
+        n = len(call.input_shapes[0])
+        if dims == (n - 2, n - 1) and call.input_shapes[0][-2:] == shape[-2:]:
             return field, (len(shape) - 2, len(shape) - 1)
     if name in _MOVING:
         return None
-    # Whatever else keeps height and width is taken to work unit by unit.
-    kept = _kept(spots, shapes, shape)
-    if not kept:
+    # Assumption: any other function that keeps height and width works unit by unit.
+    fields = _aligned_fields(call)
+    if not fields:
         return None
-    return Field(_union([f.rows for f in kept]), _union([f.columns for f in kept])), dims
+    rows, columns = (_union(list(axes)) for axes in zip(*fields, strict=True))
+    return ReceptiveField(rows, columns), dims
 
 
-def _kept(spots: list[_Spot], shapes: list[torch.Size], shape: torch.Size) -> list[Field]:
-    """The fields of those spots that lie on the output unit by unit."""
-    field, dims = spots[0].field, spots[0].dims
+def _aligned_fields(call: _Call) -> list[ReceptiveField]:
+    """The fields of those inputs whose units correspond one to one to the units of the output."""
+    _, field, dims = call.inputs[0]
     return [
-        spot.field
-        for spot, before in zip(spots, shapes, strict=True)
-        if spot.dims == dims
-        and len(before) == len(shape)
-        and all(before[d] == shape[d] for d in dims)
-        and spot.field.rows.stride == field.rows.stride
-        and spot.field.columns.stride == field.columns.stride
+        x.field
+        for x, shape in zip(call.inputs, call.input_shapes, strict=True)
+        if x.dims == dims
+        and len(shape) == len(call.output_shape)
+        and all(shape[d] == call.output_shape[d] for d in dims)
+        and x.field.rows.stride == field.rows.stride
+        and x.field.columns.stride == field.columns.stride
     ]
 
 
-def _is_local(
-    name: str,
-    args: Any,
-    kwargs: dict[str, Any],
-    spots: list[_Spot],
-    shapes: list[torch.Size],
-    shape: torch.Size,
-) -> bool:
-    """Whether what `_after` says of a function is known to be all that a unit depends on."""
-    dims, n = spots[0].dims, len(shapes[0])
+def _is_local(call: _Call) -> bool:
+    """Return whether a unit of the result surely depends on nothing outside of its field."""
+    name, args, kwargs = call.name, call.args, call.kwargs
+    dims, n = call.inputs[0].dims, len(call.input_shapes[0])
 
-    if name in _ARGUMENTS or name in _REARRANGING:
-        return len(spots) == 1
-    if name == "pad":  # others repeat pixels from further away
-        return bool(given(args, kwargs, 2, "mode", "constant") == "constant")
+    if name in _WINDOW_OPTIONS or name in _REARRANGING:
+        return len(call.inputs) == 1
+    if name == "pad":  # other modes repeat pixels from elsewhere
+        return bool(call_argument(args, kwargs, 2, "mode", "constant") == "constant")
     if name == "batch_norm":
-        return not given(args, kwargs, 5, "training", False)
+        return not call_argument(args, kwargs, 5, "training", False)
     if name == "layer_norm":
-        return max(dims) < n - len(given(args, kwargs, 1, "normalized_shape", ()))
+        return max(dims) < n - len(call_argument(args, kwargs, 1, "normalized_shape", ()))
     if name == "linear":
-        return len(spots) == 1 and max(dims) < n - 1
+        return len(call.inputs) == 1 and max(dims) < n - 1
     if name in ("softmax", "log_softmax"):
-        dim = given(args, kwargs, 1, "dim", None)
+        dim = call_argument(args, kwargs, 1, "dim", None)
         return dim is not None and dim % n not in dims
     if name == "getitem":
-        # A slice that keeps its length keeps everything where it is.
+        # `_aligned_fields` checks lengths: a slice of the full length changes no positions.
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         if not all(isinstance(i, slice) or i is Ellipsis for i in index):
             return False
     elif name not in _UNIT_BY_UNIT:
         return False
-    return len(_kept(spots, shapes, shape)) == len(spots)
+    return len(_aligned_fields(call)) == len(call.inputs)
 
 
 _REARRANGING = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "mT", "view",
                 "reshape"}  # fmt: skip
-# With a reduction height and width stay only where it is over the channels.
+# `_aligned_fields` checks shapes: reductions over height or width do not pass.
 _UNIT_BY_UNIT = {
     "abs", "adaptive_avg_pool2d", "adaptive_max_pool2d", "add", "alpha_dropout", "amax", "amin",
     "bfloat16", "cat", "ceil", "celu", "chunk", "clamp", "clip", "clone", "concat", "contiguous",
@@ -303,58 +316,71 @@ _MOVING = {
 
 
 def _convolution(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """(kernel, stride, padding, dilation) of a call of a convolution."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    kernel, dilation = given["weight"].shape[2:], _two(given.get("dilation", 1))
-    padding = given.get("padding", 0)
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    kernel, dilation = arguments["weight"].shape[2:], _pair(arguments.get("dilation", 1))
+    padding = arguments.get("padding", 0)
     if padding == "valid":
         padding = 0
-    elif padding == "same":  # what is odd goes to the end
+    elif padding == "same":  # an odd number has one more at the end
         padding = [(k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True)]
-    return kernel, given.get("stride", 1), padding, dilation
+    return kernel, arguments.get("stride", 1), padding, dilation
 
 
 def _pooling(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """(kernel, stride, padding, dilation) of a call of a pooling."""
     names = ("input", "kernel_size", "stride", "padding", "dilation")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    stride = given.get("stride")
-    # A pooling that leaves its stride out has that of its kernel.
-    stride = given["kernel_size"] if stride is None or stride == [] else stride
-    return given["kernel_size"], stride, given.get("padding", 0), given.get("dilation", 1)
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    stride = arguments.get("stride")
+    # The default stride of a pooling is its kernel size.
+    stride = arguments["kernel_size"] if stride is None or stride == [] else stride
+    return (
+        arguments["kernel_size"],
+        stride,
+        arguments.get("padding", 0),
+        arguments.get("dilation", 1),
+    )
 
 
-def _average(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def _average_pooling(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Like `_pooling`: the fifth argument of an average pooling is no dilation."""
     return _pooling(args[:4], {k: v for k, v in kwargs.items() if k != "dilation"})
 
 
-_ARGUMENTS: dict[str, Callable[[Any, dict[str, Any]], tuple[Any, ...]]] = {
+_WINDOW_OPTIONS: dict[str, Callable[[Any, dict[str, Any]], tuple[Any, ...]]] = {
     "conv2d": _convolution,
     "max_pool2d": _pooling,
     "max_pool2d_with_indices": _pooling,
-    "avg_pool2d": _average,
+    "avg_pool2d": _average_pooling,
 }
 
 
-def _slid(field: Field, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Field:
-    options = (_two(option) for option in (kernel, stride, padding, dilation))
+def _slide_window(
+    field: ReceptiveField, kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> ReceptiveField:
+    """The receptive fields after a window slides over units with the receptive fields `field`."""
+    options = (_pair(option) for option in (kernel, stride, padding, dilation))
     rows, columns = (
-        Axis(
+        FieldAxis(
             axis.size + (k - 1) * d * axis.stride,
             axis.stride * s,
             axis.start + ((k - 1) * d / 2 - p) * axis.stride,
         )
         for axis, k, s, p, d in zip(field, *options, strict=True)
     )
-    return Field(rows, columns)
+    return ReceptiveField(rows, columns)
 
 
-def _two(option: Any) -> Any:
+def _pair(option: Any) -> Any:
+    """An option of two axes, from one or two numbers."""
     if isinstance(option, int):
         return option, option
     return tuple(option) * (2 // len(option))
 
 
-def _union(axes: list[Axis]) -> Axis:
+def _union(axes: list[FieldAxis]) -> FieldAxis:
+    """The smallest fields that contain those of several branches, along one axis."""
     low = min(axis.start - (axis.size - 1) / 2 for axis in axes)
     high = max(axis.start + (axis.size - 1) / 2 for axis in axes)
-    return Axis(high - low + 1, axes[0].stride, (low + high) / 2)
+    return FieldAxis(high - low + 1, axes[0].stride, (low + high) / 2)

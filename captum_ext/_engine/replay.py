@@ -1,4 +1,10 @@
-"""Run only what lies behind a layer, on edited activations; or only what leads up to it."""
+"""Runs a model only up to a layer, or again only behind it, on edited activations.
+
+`LayerReplay` serves methods that edit one layer many times, such as Ablation-CAM. Its first pass
+records on a `Tape` the result of every torch function in front of the layer. In later passes the
+model's code runs again, but the tape answers these functions, so nothing in front of the layer is
+computed twice. Behind the layer, functions run as usual, for many edits at once by `torch.vmap`.
+"""
 
 import gc
 import weakref
@@ -12,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from captum_ext._checks import warn
 from captum_ext._compat import TargetType
-from captum_ext._engine.capture import LayerCapture, ReachedError, copies
-from captum_ext._engine.hooks import Mode, entered
+from captum_ext._engine.capture import LayerCapture, LayerReachedError, clone_tensors
+from captum_ext._engine.hooks import LayerEdit, LockedFunctionMode, enter_mode
 from captum_ext._engine.modules import Forward, Tensors, module_name
-from captum_ext._engine.outputs import check_one_score_each
+from captum_ext._engine.outputs import check_one_score_per_example
 
 # --- up to a layer -------------------------------------------------------------------------------
 
@@ -28,43 +34,60 @@ def run_to_layer(
     *,
     traces_channels: bool = False,
 ) -> Tensors:
-    """The tensors that a layer puts out, with a graph to `inputs` where gradients are switched on.
+    """The output tensors of a layer, with a graph to `inputs` if gradients are enabled.
 
-    What lies behind the layer does not run, but for DataParallel, whose replicas run whole. Whether
-    the layer would run a second time is not seen.
+    The model stops at the layer, except with DataParallel, whose replicas run to their end. A
+    second run of the layer would therefore not be noticed.
+
+    Args:
+        forward_func: the model.
+        layer: the layer.
+        inputs: the model's inputs.
+        additional_forward_args: as in Captum.
+        traces_channels: check that the channels are in dimension 1.
 
     Raises:
-        ValueError: the layer did not run; channels that are traced and not in dimension 1.
+        ValueError: the layer did not run; the traced channels are not in dimension 1.
     """
     capture = LayerCapture(forward_func, [layer], traces_channels=traces_channels)
 
-    def keep(index: int, tensors: Tensors) -> Tensors:
-        capture.hold(index, tensors)
+    def stop(index: int, tensors: Tensors) -> Tensors:
+        capture.store(index, tensors)
         if not capture.is_parallel:
-            raise ReachedError
-        return copies(tensors)  # the model may go on in place
+            raise LayerReachedError
+        return clone_tensors(tensors)  # the model may write into them
 
-    capture.first_run(keep, copies(inputs), None, additional_forward_args)
+    capture.run_traced(stop, clone_tensors(inputs), None, additional_forward_args)
     capture.check_channels(inputs, additional_forward_args)
-    return capture.gathered()[0]
+    return capture.gather()[0]
 
 
 # --- behind a layer ------------------------------------------------------------------------------
 
 
 class TapeError(Exception):
-    """A pass cannot be answered from the tape."""
+    """A pass cannot be answered from the tape: it differs from the first pass."""
 
 
-class Tape(Mode):
-    """Record what every torch function in front of a layer gives, and answer from it later.
+class Tape(LockedFunctionMode):
+    """Records the results of the torch functions in front of a layer, and replays them later.
 
-    Torch functions of one thread pass through here one by one. Up to the layer, the first pass
-    writes down each result; later passes are handed the results and compute nothing. A function
-    without tensors (a switch of autocast, say) is run each time.
+    The mode sees all torch functions of one thread, in order. In the first pass, it records each
+    result up to the layer. In later passes, it returns these results, and computes nothing.
+    Functions without tensors (one that switches autocast, for example) run in each pass.
 
     Args:
-        inputs: the model's arguments, which must stay as they are, like the results.
+        inputs: the model's arguments. They and the results must not be written to.
+
+    Attributes:
+        results: (function, result, whether it has tensors as arguments or results), in order.
+        position: the index of the next result to replay.
+        is_recorded: the first pass has ended.
+        is_behind: the current pass has reached the layer.
+        versions: the recorded tensors, and how often each had been written to.
+        arguments: the tensors that functions behind the layer took in the first pass, by id.
+        dependents: if set, it sees the functions behind the layer.
+        has_failed: a function behind the layer has raised an error.
     """
 
     def __init__(self, inputs: Any) -> None:
@@ -74,42 +97,38 @@ class Tape(Mode):
         self.position = 0
         self.is_recorded = self.is_behind = False
         self.versions: list[tuple[Tensor, int]] = []
-        # The tensors that functions behind the layer were called with in the first pass.
         self.arguments: dict[int, weakref.ref[Tensor]] = {}
-        self.watch: Dependents | None = None
+        self.dependents: Dependents | None = None
         self.has_failed = False
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run a function, or answer from the tape."""
+        """Run a torch function, or return its recorded result."""
         if self.is_behind:
             if not self.is_recorded:
-                given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-                self.arguments |= {id(x): weakref.ref(x) for x in given}
+                self.arguments |= {id(x): weakref.ref(x) for x in _tensor_leaves((args, kwargs))}
             try:
-                if self.watch is not None:
-                    return self.watch.call(func, args, kwargs)
+                if self.dependents is not None:
+                    return self.dependents.call(func, args, kwargs)
                 return func(*args, **kwargs)
             except Exception:
                 self.has_failed = True
                 raise
         if not self.is_recorded:
             result = func(*args, **kwargs)
-            on_tensors = any(isinstance(x, Tensor) for x in tree_leaves((args, kwargs, result)))
-            self.results.append((func, result, on_tensors))
+            self.results.append((func, result, bool(_tensor_leaves((args, kwargs, result)))))
             return result
         if self.position == len(self.results) or self.results[self.position][0] != func:
             raise TapeError("its second pass took another path than its first")
-        _, result, on_tensors = self.results[self.position]
+        _, result, has_tensors = self.results[self.position]
         self.position += 1
-        return result if on_tensors else func(*args, **kwargs)
+        return result if has_tensors else func(*args, **kwargs)
 
     def tensors(self) -> list[Tensor]:
-        """The arguments and all results."""
-        leaves = tree_leaves((self.inputs, [result for _, result, _ in self.results]))
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        """The tensors among the model's arguments and the recorded results."""
+        return _tensor_leaves((self.inputs, [result for _, result, _ in self.results]))
 
     def reach_layer(self) -> None:
-        """From here on functions are run, and all that were taped have been answered."""
+        """Note that the pass has reached the layer: functions are computed from here on."""
         self.is_behind = True
         if self.is_recorded:
             self._check_versions()
@@ -117,81 +136,82 @@ class Tape(Mode):
             self.versions = [(tensor, _version(tensor)) for tensor in self.tensors()]
 
     def rewind(self) -> None:
-        """Begin another pass."""
+        """Prepare for another pass."""
         self._check_versions()
         self.is_recorded, self.is_behind, self.position = True, False, 0
 
     def _check_versions(self) -> None:
         if any(_version(tensor) != version for tensor, version in self.versions):
-            raise TapeError("it writes in place into what comes from in front of the layer")
+            raise TapeError("it writes in place into tensors from in front of the layer")
 
 
 class Dependents:
-    """The tensors that a pass makes of a layer's activations: does one of them outlive the pass?
+    """Collects the tensors that a pass computes from a layer's activations.
+
+    `outlive_pass` then tells whether the model or a hook keeps one of them.
 
     Args:
-        activations: these, which are held anyway.
-        constants: tensors that do not depend on them. (Parameters never do.)
+        activations: the layer's activations.
+        constants: tensors that do not depend on the activations, by id. (Parameters never do.)
     """
 
     def __init__(self, activations: Tensors, constants: dict[int, weakref.ref[Tensor]]) -> None:
         self.activations, self.constants = {id(x) for x in activations}, constants
-        self.dependents: list[weakref.ref[Tensor]] = []
+        self.references: list[weakref.ref[Tensor]] = []
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run a function, and note what may depend on the activations.
+        """Run a torch function, and note the tensors that may depend on the activations.
 
-        That is its results, unless all of its arguments are constants, and arguments that are
-        unknown: what a script gives is not seen before.
+        These are its results, unless all of its arguments are constants, and its arguments of
+        unknown origin: the functions inside a script are not seen.
         """
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        constants = {id(x): _version(x) for x in given if self._is_constant(x)}
-        unknown = [x for x in given if id(x) not in self.activations | constants.keys()]
-        self.dependents += map(weakref.ref, unknown)
+        arguments = _tensor_leaves((args, kwargs))
+        constants = {id(x): _version(x) for x in arguments if self._is_constant(x)}
+        unknown = [x for x in arguments if id(x) not in self.activations | constants.keys()]
+        self.references += map(weakref.ref, unknown)
         del unknown
         result = func(*args, **kwargs)
-        is_constant = bool(given) and len(constants) == len({id(x) for x in given})
-        for x in tree_leaves(result):
-            if not isinstance(x, Tensor) or constants.get(id(x)) == _version(x):
-                continue  # as it was, `weight.to(x)` say
+        is_constant = bool(arguments) and len(constants) == len({id(x) for x in arguments})
+        for x in _tensor_leaves(result):
+            if constants.get(id(x)) == _version(x):
+                continue  # an unchanged constant, like `weight.to(x)`
             if is_constant:
                 self.constants[id(x)] = weakref.ref(x)
             else:
                 self.constants.pop(id(x), None)
-                self.dependents.append(weakref.ref(x))
+                self.references.append(weakref.ref(x))
         return result
 
     def _is_constant(self, tensor: Tensor) -> bool:
         known = self.constants.get(id(tensor))
         return isinstance(tensor, Parameter) or (known is not None and known() is tensor)
 
-    def are_kept(self) -> bool:
-        """Whether somebody still holds one of them."""
-        for collect in (lambda: None, gc.collect):
+    def outlive_pass(self) -> bool:
+        """Return whether one of the collected tensors still exists."""
+        for collect in (lambda: None, gc.collect):  # garbage collection takes long
             collect()
-            if all(reference() is None for reference in self.dependents):
+            if all(reference() is None for reference in self.references):
                 return False
         return True
 
 
 class LayerReplay:
-    """Run again only what lies behind a layer, on edited activations.
+    """Runs the model again behind a layer, on edited activations of the layer.
 
-    The first pass writes down everything in front of the layer; each later pass is answered from
-    that up to the layer and computes only what is behind it. Skips around the layer and the model's
-    own Python code, shapes included, are as in the first pass, because it *is* the model's code
-    that runs, on the same batch. Kept in memory: the intermediate results in front of the layer,
-    once.
+    The first pass records all results in front of the layer on a tape. Each later pass runs the
+    model's code on the same batch, takes the results in front of the layer from the tape, and
+    computes only behind it. Connections that skip the layer work, because the model's own code
+    runs. Memory: all intermediate results in front of the layer.
 
-    There are three ways, from fast to slow, and a warning on leaving the first:
+    There are three ways, from fast to slow. A warning tells that the first is not possible:
 
-    1. all edits of a chunk at once, by `torch.vmap`;
-    2. one edit after the other, for models that `vmap` cannot follow behind the layer (control flow
-       that depends on the activations, numpy, custom functions), or where something that a pass
-       makes of the activations outlives it (in an attribute, by a hook): there, `vmap`'s internal
-       tensors must not get to;
-    3. the whole model for each edit, where a second pass, without any edit, does not give what the
-       first gave (in-place writes of any kind, counters, dropout); and for DataParallel.
+    1. All edits of a chunk at once, by `torch.vmap`.
+    2. One edit after the other. This is for models that `vmap` cannot run behind the layer (control
+       flow that depends on the activations, NumPy, custom functions). It is also for models that
+       keep a result of a pass (in an attribute, by a hook), which must not be one of `vmap`'s
+       internal tensors.
+    3. The whole model for each edit. This is for models that give another score in a second pass
+       without an edit (in-place writes, counters, dropout), and for DataParallel.
 
     Args:
         forward_func: the model.
@@ -202,8 +222,9 @@ class LayerReplay:
         **options: those of `LayerCapture`.
 
     Attributes:
-        activations: the layer's tensors.
-        score: (B,), what `target` selects for the unedited activations.
+        activations: the layer's tensors, unedited.
+        score: (B,), the target's score for the unedited activations.
+        at_once: all edits of a chunk run at once.
     """
 
     def __init__(
@@ -221,31 +242,32 @@ class LayerReplay:
         self.tape: Tape | None = None
         self.at_once = not self.capture.is_parallel
 
-        def keep(index: int, tensors: Tensors) -> Tensors:
+        def record(index: int, tensors: Tensors) -> Tensors:
             if self.tape is not None:
                 self.tape.reach_layer()
-            # vmap has no rule for some operations on channels-last tensors: contiguous copies.
-            kept = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
-            self.capture.hold(0, kept)
-            return copies(tensors)
+            # Contiguous copies: vmap has no rule for some operations on channels-last tensors.
+            contiguous = torch.contiguous_format
+            activations = tuple(t.detach().clone(memory_format=contiguous) for t in tensors)
+            self.capture.store(0, activations)
+            return clone_tensors(tensors)
 
-        # Tensors made in inference mode cannot tell whether they were written to: hence its end.
+        # Inference tensors do not count writes, which the tape must detect: leave inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            self.inputs, self.taped_inputs = copies(inputs), copies(inputs)
+            self.inputs, self.taped_inputs = clone_tensors(inputs), clone_tensors(inputs)
             if not self.capture.is_parallel:
                 self.tape = Tape((self.taped_inputs, additional_forward_args))
-            score = self._run(self.capture.first_run, keep)
-            self.activations: Tensors = self.capture.gathered()[0]
-            check_one_score_each(score)
+            score = self._run(self.capture.run_traced, record)
+            self.activations: Tensors = self.capture.gather()[0]
+            check_one_score_per_example(score)
             self.score: Tensor = score.reshape(-1)
             if self.tape is not None:
-                self._rehearse(self.tape)
+                self._check_second_pass(self.tape)
 
-    def _rehearse(self, tape: Tape) -> None:
-        """Run once more without an edit: does it give the same, and keep nothing?"""
-        # What functions were called with before, and again, nobody has made in between.
+    def _check_second_pass(self, tape: Tape) -> None:
+        """Replay without an edit, to see whether the tape and `vmap` may be used."""
+        # An argument of the first pass that is also one of the second was not made in either.
         constants = {id(x): weakref.ref(x) for x in tape.tensors()}
-        tape.watch = watch = Dependents(self.activations, tape.arguments | constants)
+        tape.dependents = dependents = Dependents(self.activations, tape.arguments | constants)
         reason = ""
         try:
             again = self._replay(self.activations)
@@ -255,17 +277,18 @@ class LayerReplay:
             del again
         except Exception as error:
             self.tape, reason = None, _first_sentence(error)
-        tape.watch = None
-        if not reason and watch.are_kept():
-            reason = "the model or a hook keeps what it computes"
+        tape.dependents = None
+        if not reason and dependents.outlive_pass():
+            reason = "the model or a hook keeps a result"
         if reason:
-            self._leave_the_fast_way(reason)
+            self._disable_vmap(reason)
 
-    def _leave_the_fast_way(self, reason: str) -> None:
+    def _disable_vmap(self, reason: str) -> None:
+        """Run the edits one after the other from now on, and warn."""
         self.at_once = False
         name = module_name(self.forward_func, self.layer)
         warn(
-            f"What lies behind {name} cannot be run for several edits at once ({reason}): running "
+            f"The model behind {name} cannot be run for several edits at once ({reason}): running "
             f"one edit after the other."
         )
 
@@ -275,15 +298,15 @@ class LayerReplay:
         """Scores after each of `len(chunk)` edits, (len(chunk), B).
 
         Args:
-            edit: gives the new activation (B, ...) from the old one and one element of `chunk`,
-                with operations that `torch.vmap` can follow.
-            chunk: the edits to make, along dimension 0.
-            which: the tensor to edit, for a layer with several.
+            edit: takes the activation (B, ...) and one entry of `chunk`, and returns the new
+                activation, by operations that `torch.vmap` supports.
+            chunk: the parameters of the edits, along dimension 0.
+            which: the index of the tensor to edit, for a layer with several.
         """
 
-        def score_after(step: Tensor) -> Tensor:
+        def score_after(entry: Tensor) -> Tensor:
             edited = list(self.activations)
-            edited[which] = edit(edited[which], step)
+            edited[which] = edit(edited[which], entry)
             return self._replay(tuple(edited))
 
         depth = torch._C._functorch.get_dynamic_layer_stack_depth()
@@ -293,56 +316,64 @@ class LayerReplay:
                     scores: Tensor = torch.vmap(score_after, randomness="different")(chunk)
                     if self.tape is None or not self.tape.has_failed:
                         return scores
-                    self._leave_the_fast_way("the model catches an error, perhaps of vmap")
+                    self._disable_vmap("the model catches an error, perhaps of vmap")
                 except torch.OutOfMemoryError:
                     raise
-                except Exception as error:  # a real error is raised again below
-                    self._leave_the_fast_way(_first_sentence(error))
-                finally:  # an interrupt may keep vmap from ending
+                except Exception as error:  # an error of the model itself is raised again below
+                    self._disable_vmap(_first_sentence(error))
+                finally:  # an interrupt can keep vmap from ending
                     torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
-            return torch.stack([score_after(step) for step in chunk])
+            return torch.stack([score_after(entry) for entry in chunk])
 
     def _replay(self, edited: Tensors) -> Tensor:
-        """The score (B,) with the layer's tensors replaced."""
+        """The score (B,) with the layer's tensors replaced by `edited`."""
         if self.tape is not None:
             try:
                 self.tape.rewind()
-                return self._run(self.capture.run, lambda *_: self._behind(edited)).reshape(-1)
+                return self._run(self.capture.run, lambda *_: self._reach_layer(edited)).reshape(-1)
             except TapeError:
                 self.tape = None
                 if self.at_once:
                     raise
-        score = self._run(self.capture.run, lambda _, tensors: self._piece_of(edited, tensors))
+        score = self._run(self.capture.run, lambda _, tensors: self._chunk_for(tensors, edited))
         return score.reshape(-1)
 
-    def _behind(self, edited: Tensors) -> Tensors:
+    def _reach_layer(self, edited: Tensors) -> Tensors:
+        """Tell the tape that the pass has reached the layer, and copy the edited activations."""
         assert self.tape is not None
         self.tape.reach_layer()
-        return copies(edited)
+        return clone_tensors(edited)
 
-    def _piece_of(self, edited: Tensors, tensors: Tensors) -> Tensors:
-        """The part of the edited activations that DataParallel gives to the device of `tensors`."""
+    def _chunk_for(self, tensors: Tensors, edited: Tensors) -> Tensors:
+        """The chunk of the edited activations for the device of `tensors`, with DataParallel."""
         start = 0
         for device in self.capture.devices()[0]:
             if device == tensors[0].device:
                 break
-            start += len(self.capture.by_device[0][device][0])
+            start += len(self.capture.captured[0][device][0])
         return tuple(
             t[start : start + len(old)].to(old.device, copy=True)
             for t, old in zip(edited, tensors, strict=True)
         )
 
-    def _run(self, run: Callable[..., Tensor], edit: Callable[[int, Tensors], Tensors]) -> Tensor:
+    def _run(self, run: Callable[..., Tensor], edit: LayerEdit) -> Tensor:
+        """Call `run`, a method of the capture, with the tape's mode if there is a tape."""
         if self.tape is None:
-            return run(edit, copies(self.inputs), self.target, self.additional_forward_args)
-        with entered(self.tape) as acting, acting:
+            return run(edit, clone_tensors(self.inputs), self.target, self.additional_forward_args)
+        with enter_mode(self.tape) as lock, lock:
             return run(edit, self.taped_inputs, self.target, self.additional_forward_args)
 
 
+def _tensor_leaves(tree: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; 0 for those of inference mode, which do not count."""
+    """The number of writes to a tensor; 0 for inference tensors, which do not count them."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _first_sentence(error: Exception) -> str:
+    """The first sentence of an error's message, or the name of its class."""
     return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Leave the model and the random numbers as they were found."""
+"""Context managers that restore buffers, random states and train/eval modes at their end."""
 
 import threading
 from collections.abc import Iterator
@@ -11,19 +11,20 @@ from torch.jit import ScriptModule
 from torch.nn import Module
 
 from captum_ext._checks import warn
-from captum_ext._engine.hooks import hooked_everywhere
+from captum_ext._engine.hooks import hooked_globally
 from captum_ext._engine.modules import Forward, root_module
 
 
-class _Buffers:
-    """The buffers of a module as they are now."""
+class _BufferSnapshot:
+    """A copy of the buffers of one module, to restore them later."""
 
     def __init__(self, module: Module) -> None:
         self.module, self.named = module, dict(module._buffers)
         self.values = {n: b.detach().clone() for n, b in self.named.items() if b is not None}
 
-    def put_back(self) -> None:
-        if not isinstance(self.module, ScriptModule):  # whose names are fixed
+    def restore(self) -> None:
+        """Give the module its buffers of before, with their values."""
+        if not isinstance(self.module, ScriptModule):  # scripted modules cannot lose or gain names
             for name in self.module._buffers.keys() - self.named.keys():
                 del self.module._buffers[name]
             self.module._buffers.update(self.named)
@@ -33,119 +34,125 @@ class _Buffers:
             with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                 try:
                     buffer.copy_(value)
-                except RuntimeError:  # an expanded buffer cannot be written to, nor was it
+                except RuntimeError:  # expanded buffers are not writable, and did not change
                     if not torch.equal(buffer, value):
                         raise
 
 
-class _Call:
-    """One call that keeps buffers."""
+class _PreservingCall:
+    """A call of `preserve_state` that has not ended, and its thread."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
 
 
-_keeping = threading.Lock()
-# By module: its buffers before any call that is under way, and these calls, as long as they live:
-# an interrupt may keep one from letting go.
-_kept: dict[int, tuple[_Buffers, WeakSet[_Call]]] = {}
+_buffers_lock = threading.Lock()
+# By the module's id: its buffers before the first of the calls in progress, and these calls. The
+# set is weak, because an interrupt may keep a call from removing itself.
+_buffers_of_modules: dict[int, tuple[_BufferSnapshot, WeakSet[_PreservingCall]]] = {}
 
 
 @contextmanager
 def preserve_state(forward_func: Forward) -> Iterator[None]:
-    """Put buffers back at the end, and warn once if the model is in train mode.
+    """Restore the model's buffers at the end, and warn once if the model is in train mode.
 
-    Kept are the buffers of modules in train mode, and of modules that are not torch's own. For a
-    plain function, whose modules are not known, they are found while they run. Where several
-    threads explain one model, the last that goes puts back what the first found.
+    This covers modules in train mode, and modules of classes outside torch.nn. For a plain
+    function, the modules are unknown until they run: a hook snapshots each one just before.
+
+    If several threads use one model at once, the last call to end restores the buffers of before
+    the first call. Each thread's nested calls restore their own.
     """
-    call, had_gradients = _Call(), torch.is_grad_enabled()
-    mine: dict[int, _Buffers | None] = {}  # None: another thread was here before
+    call, had_gradients = _PreservingCall(), torch.is_grad_enabled()
+    # This call's snapshots. None: another thread had started before, and has the snapshot.
+    snapshots: dict[int, _BufferSnapshot | None] = {}
     warned = False
 
-    def keep(module: Module) -> None:
+    def snapshot(module: Module) -> None:
         nonlocal warned
-        if id(module) in mine:
+        if id(module) in snapshots:
             return
         if _depends_on_mode(module) and not warned:
             warned = True
             warn(
-                f"The model is in train mode ({type(module).__name__} is): it is explained as it "
-                f"stands, with batch statistics and dropout. Call .eval() to explain what it "
-                f"predicts in use."
+                f"The model is in train mode (its {type(module).__name__} is), so it is explained "
+                f"with batch statistics and dropout. Call .eval() to explain its predictions in "
+                f"use."
             )
         if module.training or not type(module).__module__.startswith("torch.nn."):
-            with _keeping:
-                first, calls = _kept.get(id(module), (None, WeakSet()))
+            with _buffers_lock:
+                first, calls = _buffers_of_modules.get(id(module), (None, WeakSet()))
                 now = None
                 if all(other.thread == call.thread for other in calls):
-                    now = _Buffers(module)
-                # First what lets go of it, for an interrupt may come in between.
-                mine[id(module)] = now
+                    now = _BufferSnapshot(module)
+                # Before `_buffers_of_modules`: an interrupt may come in between, and `_release`
+                # must know of every module that is in there.
+                snapshots[id(module)] = now
                 if first is None or not calls:
-                    first = now or _Buffers(module)
-                _kept[id(module)] = (first, calls)
+                    first = now or _BufferSnapshot(module)
+                _buffers_of_modules[id(module)] = (first, calls)
                 calls.add(call)
 
     root = root_module(forward_func)
     try:
         if root is None:
-            with hooked_everywhere(keep) as acting, acting:
+            with hooked_globally(snapshot) as lock, lock:
                 yield
         else:
             for module in root.modules():
-                keep(module)
+                snapshot(module)
             yield
     finally:
-        with ExitStack() as each:  # also where one of them raises
-            each.callback(torch._C._set_grad_enabled, had_gradients)  # an interrupt may lose it
-            for key, own in mine.items():
-                each.callback(_let_go, key, call, own)
+        with ExitStack() as stack:  # runs all of them, even if one raises
+            # An interrupt can keep torch.no_grad from ending: restore the grad mode, too.
+            stack.callback(torch._C._set_grad_enabled, had_gradients)
+            for key, own_snapshot in snapshots.items():
+                stack.callback(_release, key, call, own_snapshot)
 
 
-def _let_go(key: int, call: _Call, own: _Buffers | None) -> None:
-    with _keeping:
-        if key not in _kept:
+def _release(key: int, call: _PreservingCall, own_snapshot: _BufferSnapshot | None) -> None:
+    """End a call's interest in the module with id `key`; restore the buffers if it is time to."""
+    with _buffers_lock:
+        if key not in _buffers_of_modules:
             return
-        first, calls = _kept[key]
+        first, calls = _buffers_of_modules[key]
         calls.discard(call)
         if calls:
-            if own is not None and all(other.thread == call.thread for other in calls):
-                own.put_back()
+            if own_snapshot is not None and all(other.thread == call.thread for other in calls):
+                own_snapshot.restore()
         else:
-            del _kept[key]
-            first.put_back()
+            del _buffers_of_modules[key]
+            first.restore()
 
 
 def _depends_on_mode(module: Module) -> bool:
-    """Whether `module` is in train mode, and by its looks does something else than in eval mode."""
+    """Return whether `module` is in train mode and, by its class or buffers, depends on it."""
     is_random = any(word in type(module).__name__ for word in ("Drop", "Stochastic", "RReLU"))
     return module.training and not module._modules and (is_random or bool(module._buffers))
 
 
 @contextmanager
 def seeded_random(device: torch.device, seed: int) -> Iterator[None]:
-    """Torch's global random numbers, of the CPU and this device, from a seed; then as they were.
+    """Seed the global random states of torch (CPU and `device`) and NumPy; restore them at the end.
 
-    NumPy's too: Captum's GradientShap draws these.
+    Captum's GradientShap draws from NumPy.
     """
-    cuda = [device] if device.type == "cuda" else []
-    numpys = np.random.get_state()
-    with torch.random.fork_rng(cuda):
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach other devices
-        for one in cuda:
-            with torch.cuda.device(one):
+    devices = [device] if device.type == "cuda" else []
+    numpy_state = np.random.get_state()
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` seeds all devices
+        for cuda_device in devices:
+            with torch.cuda.device(cuda_device):
                 torch.cuda.manual_seed(seed)
         np.random.seed(seed % 2**32)
         try:
             yield
         finally:
-            np.random.set_state(numpys)
+            np.random.set_state(numpy_state)
 
 
 @contextmanager
 def eval_mode(module: Module) -> Iterator[None]:
-    """The module in eval mode, and then each part as it was."""
+    """Set all parts of a module to eval mode; restore their modes at the end."""
     training = [part for part in module.modules() if part.training]
     for part in training:
         part.training = False

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from captum_ext._compat import TargetType, _select_targets
-from captum_ext._engine.outputs import check_one_score_each
+from captum_ext._engine.outputs import check_one_score_per_example
 from captum_ext._engine.precision import full_precision
 
 OUTPUTS = ("logits", "probabilities")
@@ -38,7 +38,7 @@ def log_odds(output: Tensor, target: TargetType, outputs: str = "logits") -> Ten
     # Where Captum finds the target of each example.
     numbers = torch.arange(classes * places, device=values.device)
     chosen = _select_targets(numbers.reshape(1, *values.shape[1:]).expand_as(values), target)
-    check_one_score_each(chosen)
+    check_one_score_per_example(chosen)
     at_class, at_place = chosen.reshape(-1) // places, chosen.reshape(-1) % places
     every = torch.arange(n, device=values.device)
     logits = values.reshape(n, classes, places)[every, :, at_place]
@@ -56,9 +56,9 @@ def _of_one(values: Tensor, target: TargetType, outputs: str) -> Tensor:
         tiny = torch.finfo(values.dtype).tiny
         values = values.clamp(min=tiny).log() - (1 - values).clamp(min=tiny).log()
     if target is None:
-        check_one_score_each(values)
+        check_one_score_per_example(values)
         return values.reshape(-1)
     both = torch.cat((-values, values), 1)  # class 0 is the other one
     selected: Tensor = _select_targets(both, target)
-    check_one_score_each(selected)
+    check_one_score_per_example(selected)
     return selected.reshape(-1)

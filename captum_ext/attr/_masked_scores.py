@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from captum_ext._checks import warn
 from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward
-from captum_ext._engine.outputs import Scorer, even_size
+from captum_ext._engine.outputs import Scorer, even_chunk_size
 from captum_ext._engine.precision import full_precision, gradient_of_sum, without_autocast
 from captum_ext.attr._concrete_dropout import draw_uniform
 from captum_ext.attr._log_odds import log_odds
@@ -62,7 +62,7 @@ class LogOddsScorer:
             flat = flat.contiguous(memory_format=torch.channels_last)
         output = self.scorer.outputs((flat,), rows)
         with without_autocast(output):
-            odds = log_odds(output, self.scorer.target_of(rows), self.outputs)
+            odds = log_odds(output, self.scorer.targets_for(rows), self.outputs)
         if not self.is_checked:
             self._check(output.detach(), odds.detach())
         return odds.reshape(n, p)
@@ -112,8 +112,8 @@ class MaskedScores:
         self.score, self.images, self.infill, self.sample = score, images, infill, sample
         self.rows, self.n_masks = rows, n_masks
         n_planes = n_masks * len(rows)
-        self.images_at_once = even_size(len(images), internal_batch_size)
-        self.planes_at_once = even_size(n_planes, internal_batch_size // len(images))
+        self.images_at_once = even_chunk_size(len(images), internal_batch_size)
+        self.planes_at_once = even_chunk_size(n_planes, internal_batch_size // len(images))
         kind = full_precision(images).dtype
         signs = torch.tensor([-1.0 if row == SSR else 1.0 for row in rows], dtype=kind)
         self.signs = signs.repeat(n_masks).to(images.device)

@@ -14,8 +14,8 @@ from captum_ext._checks import (
     check_choice,
     check_count,
     check_generator,
+    check_images,
     check_size,
-    one_batch_of_images,
 )
 from captum_ext._compat import (
     TargetType,
@@ -294,7 +294,7 @@ class FIDO(Named, PerturbationAttribution):
             TypeError: an infill or a generator of another type.
             AssertionError: a target that does not select one class for each image, as in Captum.
         """
-        images = one_batch_of_images(inputs)
+        images = check_images(inputs)
         _check_choices(objective=objective, dropout=dropout, tv_norm=tv_norm)
         _check_numbers(n_steps, n_masks, temperature=temperature, lr=lr, eps=eps)
         for name, value in (("l1", l1), ("tv", tv), ("warmup", warmup)):

@@ -21,7 +21,7 @@ from captum_ext._compat import (
     with_progress,
 )
 from captum_ext._engine.modules import Forward, Tensors
-from captum_ext._engine.outputs import Score, Scorer, check_score, score_of, select_scores
+from captum_ext._engine.outputs import Score, Scorer, check_score, compute_scores, select_target
 from captum_ext._engine.state import preserve_state
 from captum_ext.attr._grid_masks import BLOCK, GridMasks, chunks_of
 from captum_ext.attr._masked_means import MaskedMeans
@@ -281,8 +281,8 @@ class RISE(Named, PerturbationAttribution):
                 for x, b, masked in zip(inputs, fills, is_masked, strict=True)
             )
             rows = every.repeat(n)
-            scores = score_of(scorers[0].outputs(composites, rows), self.score)
-            chosen = [select_scores(scores, scorer.target_of(rows)) for scorer in scorers]
+            scores = compute_scores(scorers[0].outputs(composites, rows), self.score)
+            chosen = [select_target(scores, scorer.targets_for(rows)) for scorer in scorers]
             return torch.stack([score.reshape(n, n_examples) for score in chosen], 1).flatten(1)
 
         chunks = chunks_of(n_masks, perturbations_per_eval)

@@ -194,18 +194,18 @@ def evaluate(
 
 def _write_summary(summary: "Summary", output: Path) -> int:
     """Print and write a summary; the exit code."""
-    from captum_ext._identity import whole_file
+    from captum_ext._identity import atomic_write
 
     failed = sum(summary.failures.values())
     if failed:
         rows = failed + sum(summary.images.values())
         say("note", f"{failed} of {rows} rows failed; their reasons are in {output}")
-    with whole_file(output / "summary.md") as unfinished:
+    with atomic_write(output / "summary.md") as unfinished:
         unfinished.write_bytes(summary.markdown().encode())
-    with whole_file(output / "figure.png") as unfinished:
+    with atomic_write(output / "figure.png") as unfinished:
         summary.figure().savefig(unfinished, format="png")
     if any(summary.curves.values()):
-        with whole_file(output / "curves.png") as unfinished:
+        with atomic_write(output / "curves.png") as unfinished:
             summary.curves_figure().savefig(unfinished, format="png")
     print(summary.markdown())
     print(f"written to {output}")

@@ -79,7 +79,7 @@ def explain(arguments: argparse.Namespace) -> None:
     at_layer = any(method.at_layer for method in methods)
     _check_methods(methods, arguments.layer)
     from captum_ext import zoo
-    from captum_ext._identity import whole_file
+    from captum_ext._identity import atomic_write
 
     image = zoo.load_image(arguments.image)
     device = find_device(arguments.device)
@@ -99,7 +99,7 @@ def explain(arguments: argparse.Namespace) -> None:
     for note in notes:
         say("note", note)
     figure = draw(loaded, image, explanations, probabilities, target, layer)
-    with whole_file(output) as unfinished:
+    with atomic_write(output) as unfinished:
         figure.savefig(unfinished, format="png")
     print(report(loaded, explanations, probabilities, target, layer))
     print(f"\nwritten to {output}")

@@ -229,13 +229,13 @@ def _guide(
     import torch
 
     from captum_ext._errors import ArgumentError, InputError
-    from captum_ext.fcam.guides import guidance
+    from captum_ext.fcam.guides import guide_maps
 
     arguments = method.batching()
     try:
         guide = method.attribution(loaded, layer, reshape_transform)
         target = torch.zeros(1, dtype=torch.int64, device=x.device)
-        guidance(guide, x, target, **arguments)
+        guide_maps(guide, x, target, **arguments)
     except method.refusals as error:
         if isinstance(error, ArgumentError) and error.code == "single_cell":
             raise InputError(

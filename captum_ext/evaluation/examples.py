@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from captum_ext._data.files import is_the_machines
-from captum_ext._data.pictures import as_boxes, check_data, part_of, probes, scaled_boxes
-from captum_ext._data.pixels import Normalize, as_bytes, resized_to
+from captum_ext._data.files import is_resource_error
+from captum_ext._data.pictures import (
+    box_tensor,
+    check_data,
+    entry_field,
+    evenly_spaced,
+    scale_boxes,
+)
+from captum_ext._data.pixels import Normalize, resize_pixels, to_byte_tensor
 from captum_ext._identity import digest
 from captum_ext.imaging import resize
 from captum_ext.metrics import boxes_to_masks
@@ -104,16 +110,16 @@ class Blocks(Dataset[list[Prepared | Failure]]):
         name = "/".join(Path(samples[index][0]).parts[-2:]) if samples else str(index)
         try:
             entry = self.data[index]
-            name = str(part_of(entry, "name") or name)
+            name = str(entry_field(entry, "name") or name)
             return self._example(entry, index, name)
         except Exception as error:
-            if is_the_machines(error):
+            if is_resource_error(error):
                 raise
             return Failure(index, name, reason(error))
 
     def _example(self, entry: Any, index: int, name: str) -> Prepared:
-        pixels = self._pixels(part_of(entry, "image", place=0))
-        label = part_of(entry, "target", place=1)
+        pixels = self._pixels(entry_field(entry, "image", index=0))
+        label = entry_field(entry, "target", index=1)
         if pixels is None or label is None:
             raise TypeError(
                 f"examples must have `image` and `target`, or be (picture, label, ...), got "
@@ -121,12 +127,14 @@ class Blocks(Dataset[list[Prepared | Failure]]):
             )
         before = (pixels.shape[1], pixels.shape[2])
         after = before if self.size is None else self.size
-        pixels = resized_to(pixels, after)
+        pixels = resize_pixels(pixels, after)
         if self.normalize is not None:
             pixels = self.normalize(pixels)
         if not bool(torch.isfinite(pixels).all()):
             raise ValueError("the image has values that are not finite.")
-        boxes = part_of(entry, "boxes", "box", place=2 if type(entry) in (tuple, list) else None)
+        boxes = entry_field(
+            entry, "boxes", "box", index=2 if type(entry) in (tuple, list) else None
+        )
         boxes = None if boxes is not None and len(boxes) == 0 else boxes  # known to have none
         return Prepared(
             index,
@@ -134,8 +142,8 @@ class Blocks(Dataset[list[Prepared | Failure]]):
             pixels,
             _class(label),
             None if boxes is None else _boxes(boxes, before, after),
-            _mask("mask", part_of(entry, "mask", "part"), before, after),
-            _mask("ignored", part_of(entry, "ignored"), before, after),
+            _mask("mask", entry_field(entry, "mask", "part"), before, after),
+            _mask("ignored", entry_field(entry, "ignored"), before, after),
         )
 
     def _pixels(self, picture: Any) -> Tensor | None:
@@ -143,7 +151,7 @@ class Blocks(Dataset[list[Prepared | Failure]]):
         if picture is None:
             return None
         if not isinstance(picture, Tensor) or not picture.is_floating_point():
-            pixels = as_bytes(picture) / 255
+            pixels = to_byte_tensor(picture) / 255
         elif picture.dim() != 3 or 0 in picture.shape:
             raise ValueError(f"tensors must be (C, H, W), got {tuple(picture.shape)}.")
         else:
@@ -157,11 +165,11 @@ class Blocks(Dataset[list[Prepared | Failure]]):
             )
         return self.normalize.grey(pixels)
 
-    def about(self) -> str:
+    def fingerprint(self) -> str:
         """By what the data set is known again: its length, its names, and some of its entries."""
         samples = getattr(self.data, "samples", None)
         known: list[Any] = [("/".join(Path(n).parts[-2:]), int(y)) for n, y in samples or ()]
-        for index in probes(len(self.data), N_PROBES):
+        for index in evenly_spaced(len(self.data), N_PROBES):
             example = self.example(index)
             if isinstance(example, Failure):
                 known.append((example.name, example.reason))
@@ -186,7 +194,7 @@ def _class(label: Any) -> int:
 
 def _boxes(boxes: Any, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
     """(n, 4), in pixels of the image; each has some of them."""
-    found = as_boxes(boxes)
+    found = box_tensor(boxes)
     height, width = before
     inside = (found[:, 2:].clamp(max=found.new_tensor([width, height])) > 0).all(1)
     inside &= (found[:, :2] < found.new_tensor([width, height])).all(1)
@@ -195,7 +203,7 @@ def _boxes(boxes: Any, before: tuple[int, int], after: tuple[int, int]) -> Tenso
             f"boxes must be (x1, y1, x2, y2) with x1 < x2 and y1 < y2, and not outside of an image "
             f"of {width} x {height}, got {found.tolist()}."
         )
-    return scaled_boxes(
+    return scale_boxes(
         found.clamp(min=0).minimum(found.new_tensor([width, height] * 2)), before, after
     )
 

@@ -12,10 +12,10 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
 
 from captum_ext._engine.modules import Forward, parameter_dtype, root_module
-from captum_ext._identity import function_name, plain
+from captum_ext._identity import json_value, versioned_name
 from captum_ext.attr import UpsampleWrapper
 from captum_ext.attr._chain import chain, innermost, keywords_of
-from captum_ext.fcam.stored import described
+from captum_ext.attr._fingerprint import attribution_fingerprint
 
 
 class Method(NamedTuple):
@@ -125,7 +125,7 @@ def _there(device: torch.device, value: Any) -> Any:
 # --- in words ------------------------------------------------------------------------------------
 
 
-def about(method: Method, digest_of: Callable[[Module], str]) -> str:
+def method_fingerprint(method: Method, digest_of: Callable[[Module], str]) -> str:
     """A method, its options, its arguments and its model, as far as they can be known.
 
     Args:
@@ -146,7 +146,7 @@ def about(method: Method, digest_of: Callable[[Module], str]) -> str:
         for name, value in attributes:
             for leaf in tree_leaves(value):
                 if isinstance(leaf, Tensor):
-                    found.append(f"{name}={plain(where, leaf)}")
+                    found.append(f"{name}={json_value(where, leaf)}")
                 elif isinstance(leaf, Module) and leaf not in own:
                     found.append(f"{name}={in_digits(leaf)}")
         return found
@@ -155,11 +155,14 @@ def about(method: Method, digest_of: Callable[[Module], str]) -> str:
     root = root_module(method.forward_func)
     own = set() if root is None else set(root.modules())
     if root is None:
-        model = function_name(f"{where}: the model", method.forward_func)
+        model = versioned_name(f"{where}: the model", method.forward_func)
     else:
         model = in_digits(root)
-    made = ", ".join([described(where, method.attribution, root or Module()), *held()])
+    made = ", ".join(
+        [attribution_fingerprint(where, method.attribution, root or Module()), *held()]
+    )
     arguments = [
-        f"{key}={plain(f'{where}: {key}', value)!r}" for key, value in sorted(method.kwargs.items())
+        f"{key}={json_value(f'{where}: {key}', value)!r}"
+        for key, value in sorted(method.kwargs.items())
     ]
     return f"{made}, of {model}, called with ({', '.join(arguments)})"

@@ -13,17 +13,17 @@ import torch.distributed as dist
 from captum.attr import Attribution
 
 from captum_ext._checks import check_choice, check_count, check_seed, warn
-from captum_ext._data.pixels import IMAGENET, mean_and_std
+from captum_ext._data.pixels import IMAGENET_MEAN_STD, mean_and_std
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import AllFailedError
-from captum_ext._identity import function_name, model_digest, plain
+from captum_ext._identity import json_value, model_digest, versioned_name
 from captum_ext.evaluation.examples import Blocks, Prepared
 from captum_ext.evaluation.measures import Measure, make_measures
 from captum_ext.evaluation.methods import (
     Method,
-    about,
     checked_methods,
+    method_fingerprint,
     on_device,
 )
 from captum_ext.evaluation.records import Record
@@ -43,7 +43,7 @@ def evaluate(
     *,
     output: str | Path,
     size: int | tuple[int, int] | None = None,
-    normalize: Any = IMAGENET,
+    normalize: Any = IMAGENET_MEAN_STD,
     target: Target = "label",
     batch_size: int = 16,
     seed: int = 0,
@@ -152,13 +152,13 @@ def evaluate(
         "format": FORMAT,
         "examples": len(data),
         "batch_size": batch_size,
-        "data": blocks.about(),
+        "data": blocks.fingerprint(),
         "size": sides,
         "normalize": None if normalize is None else _exact(normalize),
-        "target": function_name("`target`", target) if callable(target) else str(target),
+        "target": versioned_name("`target`", target) if callable(target) else str(target),
         "seed": seed,
-        "methods": {method.name: about(method, digest_of) for method in every},
-        "metrics": {m.name: plain(f"`metrics`: {m.name}", m.options) for m in measures},
+        "methods": {method.name: method_fingerprint(method, digest_of) for method in every},
+        "metrics": {m.name: json_value(f"`metrics`: {m.name}", m.options) for m in measures},
         "columns": {m.name: m.columns() for m in measures},
     }
     if target == "label" and some:

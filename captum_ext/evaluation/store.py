@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captum_ext._identity import changes, check_same_run, whole_file
+from captum_ext._identity import atomic_write, check_same_run, describe_changes
 
 try:
     import fcntl
@@ -63,7 +63,7 @@ class Store:
             before = json.loads(file.read_text())
             saved, found = _flat(before), _flat(self.settings)
             found |= dict.fromkeys(saved.keys() - found.keys())
-            if changes(saved, found):
+            if describe_changes(saved, found):
                 if not self._is_empty(before):
                     stored = f"`output` {self.folder} has the rows of another run"
                     check_same_run(stored, saved, found)
@@ -85,7 +85,7 @@ class Store:
         return (*COLUMNS, *dict.fromkeys(own))
 
     def _write_settings(self) -> None:
-        with whole_file(self.folder / SETTINGS) as unfinished:
+        with atomic_write(self.folder / SETTINGS) as unfinished:
             unfinished.write_text(json.dumps(self.settings, indent=1) + "\n")
 
     def _is_empty(self, settings: Mapping[str, Any]) -> bool:

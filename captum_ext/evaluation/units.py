@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captum_ext._compat import _run_forward
-from captum_ext._data.files import is_the_machines
+from captum_ext._data.files import is_resource_error
 from captum_ext._engine.state import preserve_state, seeded_random
-from captum_ext._identity import digest, hash_of
+from captum_ext._identity import derive_seed, digest
 from captum_ext.evaluation.examples import Blocks, Failure, Prepared, reason
 from captum_ext.evaluation.methods import Method, seeded
 from captum_ext.evaluation.records import Explained, Record
@@ -94,14 +94,14 @@ def _unit(
         try:
             found = _explained(work, method, group, seconds)
         except Exception as error:
-            if is_the_machines(error):
+            if is_resource_error(error):
                 raise
             found = []
             for example in group:
                 try:
                     found += _explained(work, method, [example], seconds)
                 except Exception as own:
-                    if is_the_machines(own):
+                    if is_resource_error(own):
                         raise
                     found.append(_row(method, example) | {"failure": reason(own)})
         rows |= {row["index"]: row for row in found}
@@ -121,7 +121,7 @@ def _explained(
     with ExitStack() as kept:
         kept.enter_context(torch.enable_grad())
         kept.enter_context(preserve_state(method.forward_func))
-        number = hash_of(work.seed, examples[0].index, int(digest(method.name), 16))
+        number = derive_seed(work.seed, examples[0].index, int(digest(method.name), 16))
         kept.enter_context(seeded_random(device, number))
         kept.enter_context(seeded(method, number))
         begin = _now(device)
@@ -158,7 +158,7 @@ def _explained(
                 served = [i for i, e in enumerate(found.examples) if record.serves(e)]
                 if served:
                     # Of its own: metrics may come in another order, and others be left out.
-                    own = hash_of(number, int(digest(record.columns), 16))
+                    own = derive_seed(number, int(digest(record.columns), 16))
                     with seeded_random(device, own), seeded(method, own):
                         cells = record.cells(found.only(served))
                     for i, each in zip(served, cells, strict=True):

@@ -5,7 +5,7 @@ Training needs Lightning, which the extra `train` installs: `pip install "captum
 
 from typing import TYPE_CHECKING, Any
 
-from captum_ext._lazy import from_training
+from captum_ext._lazy import import_lazily
 from captum_ext.fcam.attribution import FCAM
 from captum_ext.fcam.crf import DenseCRFLoss, LocalCRFLoss, dense_crf_loss, local_crf_loss
 from captum_ext.fcam.decoder import FCAMDecoder, find_taps
@@ -45,4 +45,4 @@ __all__ = [
 if not TYPE_CHECKING:  # for a type checker, unknown names stay errors
 
     def __getattr__(name: str) -> Any:
-        return from_training(__name__, _LAZY, name)
+        return import_lazily(__name__, _LAZY, name)

@@ -1,4 +1,4 @@
-"""F-CAM (Belharbi et al., WACV 2022): the foreground at full resolution, in one forward pass."""
+"""F-CAM (Belharbi et al., WACV 2022): a foreground map at full resolution, in one pass."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,43 +9,44 @@ from captum.attr import Attribution
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._checks import one_batch_of_images
+from captum_ext._checks import check_images
 from captum_ext._compat import TargetType, TensorOrTupleOfTensors, _format_output, log_usage
 from captum_ext._engine.capture import LayerCapture
-from captum_ext._engine.modules import Forward, find_module
+from captum_ext._engine.modules import Forward, find_module, require_module
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
-from captum_ext._identity import SavedDecoder, known_root
+from captum_ext._identity import SavedDecoder
 from captum_ext.attr._method_info import Paper
 from captum_ext.attr._named import Named
 from captum_ext.fcam.decoder import FCAMDecoder
 
-_FILE = SavedDecoder("F-CAM", ("channels", "widths", "center", "layers"))
+_DECODER_FILE = SavedDecoder("F-CAM", ("channels", "widths", "center", "layers"))
 
 
 class FCAM(Named, Attribution):
-    r"""F-CAM: a decoder on the features of a frozen classifier says what is foreground.
+    r"""F-CAM: the foreground map of a decoder on the features of a frozen classifier.
 
     .. math:: M = \operatorname{softmax}(D(f_1(x), ..., f_L(x)))_1
 
-    with the features f of the classifier's layers and the decoder D, which `captum_ext.fcam`
-    trains: values are probabilities in [0, 1], at the image's own resolution, from one forward pass
-    and without a gradient. They are taken as they are, without min-max, ReLU or smoothing.
+    (Sec. 3 of the paper) with the features f of the classifier's layers and the decoder D, which
+    `captum_ext.fcam.fit_fcam` trains. Values are probabilities in [0, 1], at the image's own
+    resolution. They take one forward pass and no gradient, and are returned without min-max, ReLU
+    or smoothing.
 
     **There is one map for each image, and it belongs to no class.** The decoder learned from maps
-    of the true labels, of images with one kind of object: `target` is checked as in Captum, and
-    changes nothing. For an image with objects of several classes the map is not defined.
+    of the true labels, on images with objects of one class. So `target` is checked as in Captum,
+    but changes nothing. For an image with objects of several classes the map is not defined.
 
     Args:
         forward_func: the classifier that the decoder was trained with: a module, or its bound
-            method. It is run as it stands; in train mode that is warned of.
+            method. It runs in the mode that it is in; train mode gives a warning.
         decoder: the decoder, in eval mode.
-        layers: whose features it reads, as modules or names, from the shallowest to the deepest.
-            None is what the decoder was made for.
+        layers: the layers with the features that the decoder reads, as modules or names, from the
+            shallowest to the deepest. None takes the layers that the decoder was made for.
 
     Raises:
-        ValueError: layers that are unknown, or other in number than the decoder reads.
-        TypeError: another decoder.
+        ValueError: a layer is unknown, or the decoder reads another number of layers.
+        TypeError: `decoder` is not an `FCAMDecoder`.
 
     Reference:
         Belharbi et al., "F-CAM: Full Resolution Class Activation Maps via Guided Parametric
@@ -75,14 +76,14 @@ class FCAM(Named, Attribution):
         super().__init__(forward_func)
         if not isinstance(decoder, FCAMDecoder):
             raise TypeError(f"`decoder` must be an FCAMDecoder, got {type(decoder)}.")
-        named = decoder.layers if layers is None else layers
-        if named is None or len(named) != len(decoder.channels):
+        layers = decoder.layers if layers is None else layers
+        if layers is None or len(layers) != len(decoder.channels):
             raise ValueError(
                 f"`layers` must be {len(decoder.channels)}, as many as the decoder reads, got "
-                f"{named!r}."
+                f"{layers!r}."
             )
         self.decoder = decoder
-        self.layers = [find_module(forward_func, layer, "layers") for layer in named]
+        self.layers = [find_module(forward_func, layer, "layers") for layer in layers]
 
     @log_usage()
     def attribute(
@@ -95,7 +96,7 @@ class FCAM(Named, Attribution):
 
         Args:
             inputs: images (N, C, H, W), as the classifier takes them, or a tuple of one such
-                tensor. Sizes other than those of the training are possible.
+                tensor. The size may differ from that of the training.
             target: checked as in Captum, and otherwise without effect; see above.
             additional_forward_args: as in Captum.
 
@@ -103,38 +104,41 @@ class FCAM(Named, Attribution):
             A map of the inputs' shape and dtype.
 
         Raises:
-            ValueError: inputs that are not images, not of floats or not finite.
-            AssertionError: a target that does not select one class for each image.
+            ValueError: `inputs` are not images, not floats or not finite.
+            AssertionError: `target` does not select one class for each image.
         """
-        images = one_batch_of_images(inputs)
+        images = check_images(inputs)
         maps = self.foreground(images, target, additional_forward_args).to(images.dtype)
-        whole = maps.repeat(1, images.shape[1], 1, 1)
-        formatted: TensorOrTupleOfTensors = _format_output(isinstance(inputs, tuple), (whole,))
+        repeated = maps.repeat(1, images.shape[1], 1, 1)
+        formatted: TensorOrTupleOfTensors = _format_output(isinstance(inputs, tuple), (repeated,))
         return formatted
 
     def foreground(
         self, images: Tensor, target: TargetType = None, additional_forward_args: Any = None
     ) -> Tensor:
-        """The map in one channel: (N, 1, H, W), in float32 or better."""
+        """The map with one channel, (N, 1, H, W), in float32 or float64; see `attribute`."""
         with torch.no_grad(), preserve_state(self.forward_func), preserve_state(self.decoder):
             capture = LayerCapture(self.forward_func, self.layers)
-            found, _ = capture.activations(images, target, additional_forward_args)
-            kind = next(self.decoder.parameters()).dtype
-            features = [tensors[0].to(kind) for tensors in found]
+            activations, _ = capture.activations(images, target, additional_forward_args)
+            dtype = next(self.decoder.parameters()).dtype
+            features = [tensors[0].to(dtype) for tensors in activations]
             logits = self.decoder(features, (images.shape[2], images.shape[3]))
             return full_precision(logits).softmax(1)[:, 1:]
 
     def save(self, path: str | Path) -> None:
-        """Write the decoder to a file, with the classifier's fingerprint, not the classifier.
+        """Write the decoder to a file, with a fingerprint of the classifier.
 
-        The folder is made where there is none.
+        The classifier itself is not stored. A missing folder is created.
+
+        Args:
+            path: the file.
 
         Raises:
-            ValueError: the classifier is a plain function, see `fingerprint`.
+            ValueError: the classifier is a plain function, whose weights are not known.
         """
-        decoder, root = self.decoder, known_root(self.forward_func)
+        decoder, root = self.decoder, require_module(self.forward_func)
         names = {module: name for name, module in root.named_modules()}
-        _FILE.save(
+        _DECODER_FILE.save(
             path,
             decoder,
             root,
@@ -146,18 +150,22 @@ class FCAM(Named, Attribution):
 
     @classmethod
     def load(cls, path: str | Path, forward_func: Forward) -> Self:
-        """What `save` wrote, on the classifier that it was trained with and on its device.
+        """Load a file of `save`, for the classifier that the decoder was trained with.
 
         Only tensors and plain values are read (`weights_only`).
 
+        Args:
+            path: the file.
+            forward_func: the classifier. The decoder is moved to its device.
+
         Raises:
-            ValueError: the classifier is another one, or has other weights, or these in another
-                dtype: convert it after loading. The file is no decoder.
-            FileNotFoundError: there is no such file.
+            ValueError: the file does not contain such a decoder; or the classifier is another one,
+                has other weights, or has them in another dtype (convert it after loading).
+            FileNotFoundError: the file does not exist.
         """
 
         def make(saved: dict[str, Any]) -> FCAMDecoder:
             sizes = (saved[name] for name in ("channels", "widths", "center"))
             return FCAMDecoder(*sizes, layers=saved["layers"])
 
-        return cls(forward_func, _FILE.load(path, forward_func, make))
+        return cls(forward_func, _DECODER_FILE.load(path, forward_func, make))

@@ -1,4 +1,4 @@
-"""What colour teaches an F-CAM decoder: pixels that are alike and near are of one kind."""
+"""CRF losses of an F-CAM decoder: near pixels of similar colour shall have similar values."""
 
 import math
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from torch.nn import functional as F
 from captum_ext._checks import check_count, check_generator, check_size, warn
 from captum_ext._engine.precision import full_precision, without_autocast
 
-# Elements of the matrix of affinities that are in memory at once: in float32 32 MiB on a GPU, and
-# on a CPU 4 MiB, which its caches hold.
+# Elements of the affinity matrix that are in memory at once: in float32 32 MiB on a GPU, and 4 MiB
+# on a CPU, which fit into its caches.
 CHUNK, CPU_CHUNK = 2**23, 2**20
 
 
 class _Potts(torch.autograd.Function):
-    """2 p'(A1 - Ap) of each image, for symmetric A, of which A1 and Ap are at hand."""
+    """2 p'(A1 - Ap) of each image, from the products A1 and Ap with a symmetric A."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, of_ones: Tensor, of_p: Tensor) -> Tensor:
-        ctx.save_for_backward(of_ones - 2 * of_p)
-        return 2 * (p * (of_ones - of_p)).sum(1)
+    def forward(ctx: Any, p: Tensor, a_ones: Tensor, a_p: Tensor) -> Tensor:
+        ctx.save_for_backward(a_ones - 2 * a_p)
+        return 2 * (p * (a_ones - a_p)).sum(1)
 
     @staticmethod
     @once_differentiable
@@ -31,10 +31,11 @@ class _Potts(torch.autograd.Function):
         return 2 * gradient[:, None] * ctx.saved_tensors[0], None, None
 
 
-def _potts(p: Tensor, smooth: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+def _potts(p: Tensor, multiply: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """The Potts energy of each image, with a function that gives A1 and Ap."""
     with torch.no_grad():
-        of_ones, of_p = smooth(p)
-    energy: Tensor = _Potts.apply(p, of_ones, of_p)
+        a_ones, a_p = multiply(p)
+    energy: Tensor = _Potts.apply(p, a_ones, a_p)
     return energy
 
 
@@ -48,39 +49,43 @@ def dense_crf_loss(
     n_anchors: int | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
-    r"""Pixels that are near and alike in colour shall agree: the relaxed Potts energy, by pairs.
+    r"""The relaxed Potts energy: near pixels of similar colour shall have similar values.
 
     .. math::
         E(p) = \frac2{P^2} p^T A (1 - p), \quad A_{ij} = \exp\left(
             -\frac{|x_i - x_j|^2}{2 \sigma_{xy}^2} - \frac{|I_i - I_j|^2}{2 \sigma_{rgb}^2}\right)
 
-    averaged over the images. With S = (1 - p, p) it is -sum_k S_k' A S_k / P^2, the form of the
-    papers, plus a constant of the image: the gradient is the same, and E is never negative. Means
-    over pairs, unlike the sums of the official code, keep their weight at any number of pixels: its
-    2e-9 at 224 x 224 is a weight of 5.04 here.
+    averaged over the images, with P pixels at positions x with colours I. With S = (1 - p, p) it
+    equals -sum_k S_k' A S_k / P^2, the form of the papers, plus a constant of the image. So the
+    gradient is the same, and E is never negative. The official code sums over pairs; the mean used
+    here keeps its weight at any number of pixels. The code's weight of 2e-9 at 224 x 224 is a
+    weight of 5.04 here.
 
-    **Cost.** A has P^2 elements, and is never whole in memory. Images and maps are reduced by
-    averaging of areas to a longer side of `side` pixels, where the energy is exact. With
-    `n_anchors`, A is multiplied with that many pixels, drawn anew at each call, instead of with
-    all (but each with itself): value and gradient are then unbiased estimates of the exact ones
-    (the gradient is 2 (A1 - 2Ap) / P^2 with both products estimated), whose error falls as
-    1 / sqrt(n_anchors): on three photographs at 56 pixels, 512 anchors were off by 13% (gradient,
-    in length) and 2% (value) on average.
+    **Cost.** A has P^2 elements, and is never in memory as a whole. Images and maps are first
+    reduced, by averaging areas, to a longer side of `side` pixels. There the energy is exact,
+    unless `n_anchors` is given: then A is multiplied with that many random pixels, drawn at each
+    call, instead of with all. Value and gradient are unbiased estimates of the exact ones, and
+    their errors fall as 1 / sqrt(n_anchors). On three photographs at 56 pixels, 512 anchors had
+    mean errors of 13% (of the gradient's length) and 2% (of the value).
 
     Args:
         foreground: p, (N, 1, H, W), in [0, 1].
-        images: I, (N, 3, H, W), in 0 to 255, not normalised; also bytes. Any number of channels.
-        sigma_rgb: in levels of 255. 15 (paper).
-        sigma_xy: in shares of the image's longer side. 100/224 (paper: 100 pixels).
-        side: of the reduced images, in pixels; None, or a `side` beyond theirs, is their own.
-        n_anchors: how many pixels stand for all. None is exact.
-        generator: of the anchors; None takes torch's global one.
+        images: I, (N, C, H, W), floats or bytes in 0 to 255, not normalised.
+        sigma_rgb: standard deviation of colours, in levels of 255. 15 (paper).
+        sigma_xy: standard deviation of positions, as a share of the image's longer side. 100/224
+            (paper: 100 pixels).
+        side: longer side of the reduced images, in pixels. None keeps the size; smaller images keep
+            theirs, too.
+        n_anchors: number of random pixels that A is multiplied with. None takes all pixels.
+        generator: the generator of the anchors. None takes torch's global one.
 
     Returns:
-        A scalar, in [0, 1/2]. It has no second derivative, and no gradient by the images.
+        A scalar in [0, 1/2]. It has no second derivative, and no gradient with respect to the
+        images.
 
     Raises:
-        ValueError: shapes that do not fit; an argument out of range.
+        ValueError: the shapes do not fit each other, or an argument is out of range.
+        TypeError: `generator` is not a torch.Generator.
 
     Reference:
         Tang et al., "On Regularized Losses for Weakly-supervised CNN Segmentation", ECCV 2018,
@@ -88,11 +93,11 @@ def dense_crf_loss(
 
     Example:
         >>> half = torch.full((1, 1, 2, 2), 0.5)
-        >>> dense_crf_loss(half, torch.full((1, 3, 2, 2), 200.0), sigma_xy=1e6)  # all A are 1
+        >>> dense_crf_loss(half, torch.full((1, 3, 2, 2), 200.0), sigma_xy=1e6)  # A_ij = 1
         tensor(0.5000)
     """
     _check_settings(sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, side=side, n_anchors=n_anchors)
-    foreground, images = _checked(foreground, images)
+    foreground, images = _validated(foreground, images)
     check_generator(generator, foreground.device)
     longer = max(foreground.shape[2:])
     if side is not None and side < longer:
@@ -105,45 +110,45 @@ def dense_crf_loss(
         anchors = torch.randperm(n_pixels, generator=generator, device=p.device)[:n_anchors]
     features = _features(images, sigma_rgb, sigma_xy)
 
-    def smooth(p: Tensor) -> tuple[Tensor, Tensor]:
+    def multiply(p: Tensor) -> tuple[Tensor, Tensor]:
         return _products(features, p, anchors)
 
     with without_autocast(p):
-        return _potts(p, smooth).mean() / n_pixels**2
+        return _potts(p, multiply).mean() / n_pixels**2
 
 
 def _features(images: Tensor, sigma_rgb: float, sigma_xy: float) -> Tensor:
-    """(N, P, C + 2): A_ij = 2^(-|f_i - f_j|^2 / 2), a power of 2 for the sake of `_products`."""
+    """Features f (N, P, C + 2) with A_ij = 2^(-|f_i - f_j|^2 / 2); `_products` has fast exp2."""
     height, width = images.shape[2:]
     lines = [torch.arange(n, device=images.device, dtype=images.dtype) for n in (height, width)]
-    where = torch.stack(torch.meshgrid(*lines, indexing="ij")) / (sigma_xy * max(height, width))
-    parts = (images / sigma_rgb, where.expand(len(images), -1, -1, -1))
+    positions = torch.stack(torch.meshgrid(*lines, indexing="ij")) / (sigma_xy * max(height, width))
+    parts = (images / sigma_rgb, positions.expand(len(images), -1, -1, -1))
     features = torch.cat(parts, 1).flatten(2).transpose(1, 2)
     return (features - features.mean(1, keepdim=True)) * math.sqrt(math.log2(math.e))
 
 
 def _products(features: Tensor, p: Tensor, anchors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A 1 and A p, (N, P), some rows of A at a time."""
+    """The products A1 and Ap, (N, P) each, a chunk of A's rows at a time."""
     columns = torch.stack((torch.ones_like(p), p), 2)
     others = features
     if anchors is not None:
         others, columns = features[:, anchors], columns[:, anchors]
     half_squares = others.square().sum(2)[:, None] / 2
-    found = []
+    chunks = []
     chunk = CPU_CHUNK if p.device.type == "cpu" else CHUNK
     for rows in features.split(max(chunk // (len(p) * others.shape[1]), 1), 1):
         exponents = torch.baddbmm(half_squares, rows, others.transpose(1, 2), beta=-1)
         exponents -= rows.square().sum(2, keepdim=True) / 2
-        # exp2, since on a CPU exp (MKL's) takes several times as long where it underflows.
-        found.append(exponents.clamp_(max=0).exp2_() @ columns)
-        del exponents  # before the next are made
-    products = torch.cat(found, 1)
-    if anchors is not None:  # what a pixel has in common with itself is 1, and needs no estimate
+        # On a CPU exp (MKL's) takes several times as long where it underflows, exp2 does not.
+        chunks.append(exponents.clamp_(max=0).exp2_() @ columns)
+        del exponents  # frees the memory before the next chunk needs it
+    products = torch.cat(chunks, 1)
+    if anchors is not None:  # the diagonal, A_ii = 1, is known and not estimated
         products[:, anchors] -= columns
         products *= p.shape[1] / len(anchors)
         products += torch.stack((torch.ones_like(p), p), 2)
-    of_ones, of_p = products.unbind(2)
-    return of_ones, of_p
+    a_ones, a_p = products.unbind(2)
+    return a_ones, a_p
 
 
 def local_crf_loss(
@@ -154,26 +159,31 @@ def local_crf_loss(
     sigma_rgb: float = 25.5,
     sigma_xy: float = 6.0,
 ) -> Tensor:
-    r"""Neighbours that are alike in colour shall agree: the Potts energy in windows.
+    r"""The Potts energy in windows: neighbours of similar colour shall have similar values.
 
     .. math:: E(p) = \frac2P \sum_i \sum_{j \ne i, |x_i - x_j|_\infty \le r} A_{ij} p_i (1 - p_j)
 
     averaged over the images, with A as in `dense_crf_loss`. This is another prior than the dense
-    one, not a fast form of it: it moves edges, and has nothing to say about pixels that are far
-    apart. Its windows and widths are those of the gated CRF loss (Obukhov et al. 2019).
+    one, not an approximation of it: it moves edges, and ignores pairs of distant pixels. Windows
+    and standard deviations are those of the gated CRF loss.
 
     Args:
         foreground: p, (N, 1, H, W), in [0, 1].
-        images: (N, 3, H, W), in 0 to 255.
-        radius: r, in pixels. The time grows with its square, memory does not.
-        sigma_rgb: in levels of 255.
-        sigma_xy: in pixels.
+        images: (N, C, H, W), floats or bytes in 0 to 255, not normalised.
+        radius: r, in pixels. 5. The time grows with its square, the memory does not.
+        sigma_rgb: standard deviation of colours, in levels of 255. 25.5.
+        sigma_xy: standard deviation of positions, in pixels. 6.
 
     Returns:
-        A scalar, 0 or more.
+        A scalar, 0 or more. It has no second derivative, and no gradient with respect to the
+        images.
 
     Raises:
-        ValueError: shapes that do not fit; an argument out of range.
+        ValueError: the shapes do not fit each other, or an argument is out of range.
+
+    Reference:
+        Obukhov et al., "Gated CRF Loss for Weakly Supervised Semantic Image Segmentation",
+        https://arxiv.org/abs/1906.04651
 
     Example:
         >>> step = torch.tensor([[[[0.0, 1.0]]]])
@@ -181,33 +191,33 @@ def local_crf_loss(
         tensor(1.)
     """
     _check_settings(radius=radius, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy)
-    foreground, images = _checked(foreground, images)
+    foreground, images = _validated(foreground, images)
     height, width = images.shape[2:]
     colours = images / (sigma_rgb * math.sqrt(2))
 
-    def smooth(p: Tensor) -> tuple[Tensor, Tensor]:
+    def multiply(p: Tensor) -> tuple[Tensor, Tensor]:
         planes = p.reshape(-1, height, width)
-        of_ones, of_p = torch.zeros_like(planes), torch.zeros_like(planes)
+        a_ones, a_p = torch.zeros_like(planes), torch.zeros_like(planes)
         for dy in range(min(radius, height - 1) + 1):
             for dx in range(-radius, radius + 1):
                 if (dy == 0 and dx <= 0) or abs(dx) >= width:
-                    continue  # each pair once
-                here = (slice(None), slice(0, height - dy), slice(max(-dx, 0), width - max(dx, 0)))
-                there = (slice(None), slice(dy, height), slice(max(dx, 0), width + min(dx, 0)))
-                apart = (colours[:, :, *here[1:]] - colours[:, :, *there[1:]]).square().sum(1)
-                a = torch.exp(-apart - (dy * dy + dx * dx) / (2 * sigma_xy**2))
-                of_ones[here] += a
-                of_ones[there] += a
-                of_p[here] += a * planes[there]
-                of_p[there] += a * planes[here]
-        return of_ones.flatten(1), of_p.flatten(1)
+                    continue  # visits each pair once
+                i = (slice(None), slice(0, height - dy), slice(max(-dx, 0), width - max(dx, 0)))
+                j = (slice(None), slice(dy, height), slice(max(dx, 0), width + min(dx, 0)))
+                distances = (colours[:, :, *i[1:]] - colours[:, :, *j[1:]]).square().sum(1)
+                a = torch.exp(-distances - (dy * dy + dx * dx) / (2 * sigma_xy**2))
+                a_ones[i] += a
+                a_ones[j] += a
+                a_p[i] += a * planes[j]
+                a_p[j] += a * planes[i]
+        return a_ones.flatten(1), a_p.flatten(1)
 
     p = foreground.flatten(1)
-    return _potts(p, smooth).mean() / (height * width)
+    return _potts(p, multiply).mean() / (height * width)
 
 
 class DenseCRFLoss(nn.Module):
-    """`dense_crf_loss` with its settings, which are checked at once.
+    """`dense_crf_loss` as a module, which validates its settings when it is made.
 
     Example:
         >>> loss = DenseCRFLoss(side=16)
@@ -249,7 +259,7 @@ class DenseCRFLoss(nn.Module):
 
 
 class LocalCRFLoss(nn.Module):
-    """`local_crf_loss` with its settings, which are checked at once.
+    """`local_crf_loss` as a module, which validates its settings when it is made.
 
     Example:
         >>> loss = LocalCRFLoss(radius=2)
@@ -278,16 +288,16 @@ class LocalCRFLoss(nn.Module):
 
 
 def _check_settings(*, sigma_rgb: Any, sigma_xy: Any, **counts: Any) -> None:
-    """Raise a ValueError unless both widths are above 0 and all else counts pixels."""
+    """Raise a ValueError unless both sigmas are positive and the rest are counts of pixels."""
     for name, value in (("sigma_rgb", sigma_rgb), ("sigma_xy", sigma_xy)):
         check_size(name, value, positive=True)
     for name, value in counts.items():
-        if value is not None or name == "radius":  # None, as `side` or `n_anchors`, is all
+        if value is not None or name == "radius":  # `side` and `n_anchors` may be None
             check_count(name, value)
 
 
-def _checked(foreground: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32 or better, of one dtype."""
+def _validated(foreground: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors, validated, in one dtype, which is float32 or float64."""
     fits = foreground.dim() == images.dim() == 4 and foreground.shape[1] == 1
     fits = fits and foreground.shape[2:] == images.shape[2:] and len(foreground) == len(images)
     if not fits or not foreground.numel() or not foreground.is_floating_point():
@@ -302,6 +312,6 @@ def _checked(foreground: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         if bool((low < 0) | ((high <= 1) & (high > 0))):
             warn(
                 f"`images` are in {low:.3g} to {high:.3g}: they must be in 0 to 255, not "
-                f"normalised, or all colours count as alike."
+                f"normalised, or all colours count as similar."
             )
     return foreground, colours

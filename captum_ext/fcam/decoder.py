@@ -11,37 +11,43 @@ from torch.nn import functional as F
 
 from captum_ext._checks import check_count
 from captum_ext._compat import _run_forward
-from captum_ext._engine.capture import LayerCapture, copies
+from captum_ext._engine.capture import LayerCapture, clone_tensors
 from captum_ext._engine.hooks import hooked
-from captum_ext._engine.modules import Forward, find_module, root_module
+from captum_ext._engine.modules import Forward, find_module, require_module
 from captum_ext._engine.state import preserve_state
 
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 class FCAMDecoder(nn.Module):
-    """From features at several resolutions to two logits for each pixel: background, foreground.
+    """Decodes features of several resolutions to two logits per pixel: background, foreground.
 
-    The deepest features are brought to the size of the next, joined with them, and convolved twice;
-    and so on to the shallowest. One more block doubles the size, a last convolution gives the
-    logits, and these are resized to the image, bilinearly. Nothing must be divisible by anything.
+    The first block resizes the deepest features to the size of the next ones, joins both, and
+    convolves them twice. The further blocks go on to the shallowest features. One more block
+    doubles the size, a last convolution gives the logits, and these are resized bilinearly to the
+    image. Images and features of any size will do.
 
-    A block is: nearest x 2; where the skip is not of that size, bilinearly to it (of equal sizes:
-    nothing); then two times a convolution 3 x 3, batch normalisation, ReLU. Convolutions start as
-    Kaiming-uniform, the last one as Xavier-uniform.
+    A block upsamples by 2 (nearest), then bilinearly to the size of the skip connection, if that
+    differs. (Features that have this size already are not resized.) Then follow two times a
+    convolution 3 x 3, batch normalisation and ReLU. Convolutions are initialised Kaiming-uniform,
+    the last one Xavier-uniform.
 
     Args:
-        channels: of the features, from the shallowest to the deepest, as `find_taps` lists them.
-        widths: of the blocks, from the deepest, one for each of the features: the last of too few
-            is repeated, too many are cut. (256, 128, 64, 32, 16) (official code).
-        center: whether two more convolutions come before the first block (official code: for VGG).
-        layers: the names of the classifier's layers with these features; not needed to decode.
+        channels: channels of the features, from the shallowest to the deepest, in the order of
+            `find_taps`.
+        widths: channels of each block, from the deepest, one for each of the features. If there are
+            too few, the last is repeated; if too many, the rest is dropped.
+            (256, 128, 64, 32, 16) (official code).
+        center: whether two more convolutions come before the first block. False (official code:
+            True for VGG).
+        layers: names of the classifier's layers with these features, which `FCAM` looks up.
 
     Raises:
-        ValueError: no channels, no widths, a number below 1.
+        ValueError: `channels` or `widths` are empty or have a number below 1, or `layers` has
+            another length than `channels`.
 
     Shape:
-        - features: for each of `channels` (N, channels, h, w).
+        - features: one tensor (N, channels, h, w) for each of `channels`.
         - logits: (N, 2, H, W).
 
     Example:
@@ -74,10 +80,10 @@ class FCAMDecoder(nn.Module):
         deepest = channels[-1]
         self.center = _convolutions(deepest, deepest) if center else nn.Identity()
         skips = [*channels[-2::-1], 0]
-        above = [deepest, *widths[:-1]]
+        inputs = [deepest, *widths[:-1]]
         self.blocks = nn.ModuleList(
-            _convolutions(inputs + skip, width)
-            for inputs, skip, width in zip(above, skips, widths, strict=True)
+            _convolutions(n_inputs + skip, width)
+            for n_inputs, skip, width in zip(inputs, skips, widths, strict=True)
         )
         self.head = nn.Conv2d(widths[-1], 2, 3, padding=1)
         for module in self.modules():
@@ -96,46 +102,51 @@ class FCAMDecoder(nn.Module):
         widths: Sequence[int] = (256, 128, 64, 32, 16),
         center: bool = False,
     ) -> Self:
-        """A decoder for the features of a classifier, of which one pass tells the channels.
+        """A decoder for a classifier's features. One forward pass counts their channels.
 
         Args:
             classifier: the module, or its bound method.
-            images: (N, C, H, W), some that it takes, of the size that will be explained.
-            layers: names; None is `find_taps`.
-            widths: of the blocks.
-            center: see above.
+            images: example inputs (N, C, H, W), of the size that will be explained.
+            layers: names of the layers to read, from the shallowest to the deepest. None takes
+                those of `find_taps`.
+            widths: channels of each block; see `FCAMDecoder`.
+            center: whether there is a centre block; see `FCAMDecoder`.
 
         Raises:
-            ValueError: layers that are unknown, or put out no maps.
+            ValueError: a layer is unknown, or its output is no map.
         """
-        named = find_taps(classifier, images) if layers is None else list(layers)
-        modules = [find_module(classifier, name, "layers") for name in named]
+        names = find_taps(classifier, images) if layers is None else list(layers)
+        modules = [find_module(classifier, name, "layers") for name in names]
         with preserve_state(classifier):
-            per_layer, _ = LayerCapture(classifier, modules).activations(images)
-            found = [tensors[0] for tensors in per_layer]
-        for name, features in zip(named, found, strict=True):
-            if features.dim() != 4:
+            activations, _ = LayerCapture(classifier, modules).activations(images)
+        features = [tensors[0] for tensors in activations]
+        for name, maps in zip(names, features, strict=True):
+            if maps.dim() != 4:
                 raise ValueError(
-                    f"`layers` must put out maps (N, C, h, w), and {name} gives "
-                    f"{tuple(features.shape)}."
+                    f"`layers` must put out maps (N, C, h, w), but {name} puts out "
+                    f"{tuple(maps.shape)}."
                 )
-        return cls([f.shape[1] for f in found], widths, center, layers=named)
+        return cls([maps.shape[1] for maps in features], widths, center, layers=names)
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Logits (N, 2, *size).
 
+        Args:
+            features: from the shallowest to the deepest, (N, channels, h, w) each.
+            size: (H, W) of the image.
+
         Raises:
-            ValueError: other features than `channels` says.
+            ValueError: the numbers of channels are not `channels`.
         """
-        found = [f.shape[1] if f.dim() == 4 else f.shape for f in features]
-        if found != self.channels:
-            raise ValueError(f"`features` must have {self.channels} channels, got {found}.")
+        channels = [f.shape[1] if f.dim() == 4 else f.shape for f in features]
+        if channels != self.channels:
+            raise ValueError(f"`features` must have {self.channels} channels, got {channels}.")
         *skips, x = features
         x = self.center(x)
         for block, skip in zip(self.blocks, [*reversed(skips), None], strict=True):
-            x = _enlarged(x, skip)
+            x = _upsample(x, skip)
             x = block(x if skip is None else torch.cat((x, skip), 1))
-        return _resized(self.head(x), size)
+        return _resize_bilinear(self.head(x), size)
 
 
 def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
@@ -146,55 +157,55 @@ def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _enlarged(x: Tensor, skip: Tensor | None) -> Tensor:
+def _upsample(x: Tensor, skip: Tensor | None) -> Tensor:
     if skip is not None and skip.shape[2:] == x.shape[2:]:
         return x
     x = F.interpolate(x, scale_factor=2, mode="nearest")
-    return x if skip is None else _resized(x, (skip.shape[2], skip.shape[3]))
+    return x if skip is None else _resize_bilinear(x, (skip.shape[2], skip.shape[3]))
 
 
-def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(x.shape[2:]) == tuple(size):
         return x
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
 
 
 def find_taps(classifier: Forward, images: Tensor) -> list[str]:
-    """The layers whose features a decoder may use: the last one of each resolution.
+    """The layers that a decoder reads: the last layer of each resolution.
 
-    The classifier runs once. Of the modules that put out maps, those are left out that run several
-    times (one ReLU for all) and so have no output of their own, those that are part of a block
-    whose own output has another size, those of another aspect ratio than the image (maps with their
-    channels last), and adaptive pooling. Of each size that remains, the last module to run is
-    taken; not the image's own size, not single pixels, and, from the deepest on, only sizes that
-    are at least 1.5 times the one before.
+    The classifier runs once. A layer is a candidate if it puts out maps, unless
+
+    - it runs several times (one ReLU for all), so that it has no output of its own;
+    - it is part of a block whose own output has another size;
+    - its maps have another aspect ratio than the image, as maps with their channels last have;
+    - it is adaptive pooling;
+    - its maps have the image's own size, or are a single pixel.
+
+    The last candidate of each size is taken. From the deepest on, sizes that are less than 1.5
+    times the size before are skipped.
 
     Args:
         classifier: the module, or its bound method.
-        images: (N, C, H, W), of the size that will be explained.
+        images: example inputs (N, C, H, W), of the size that will be explained.
 
     Returns:
-        Names, from the shallowest to the deepest.
+        The layers' names, from the shallowest to the deepest.
 
     Raises:
-        ValueError: not a module, or fewer than two such layers.
+        ValueError: `classifier` is no module, or has fewer than two such layers.
 
     Example:
         >>> from torchvision.models import resnet18
         >>> find_taps(resnet18().eval(), torch.zeros(1, 3, 64, 64))
         ['relu', 'layer1', 'layer2', 'layer3', 'layer4']
     """
-    root = root_module(classifier)
-    if root is None:
-        raise ValueError(
-            f"`classifier` must be a torch.nn.Module, got {classifier!r}: name the `layers`."
-        )
+    root = require_module(classifier, "classifier")
     names, modules = zip(*root.named_modules(), strict=True)
     runs: Counter[str] = Counter()
     ran: list[tuple[str, tuple[int, int]]] = []
     sizes: dict[str, tuple[int, int] | None] = {}
 
-    def see(index: int, args: Any, output: Any) -> None:
+    def record(index: int, args: Any, output: Any) -> None:
         name = names[index]
         runs[name] += 1
         is_map = isinstance(output, Tensor) and output.dim() == 4
@@ -203,37 +214,38 @@ def find_taps(classifier: Forward, images: Tensor) -> list[str]:
         if size is not None and not isinstance(modules[index], _POOLS):
             ran.append((name, size))
 
-    with torch.no_grad(), preserve_state(classifier), hooked(modules, after=see) as acting, acting:
-        _run_forward(classifier, copies((images,)))
+    hooks = hooked(modules, after=record)
+    with torch.no_grad(), preserve_state(classifier), hooks as lock, lock:
+        _run_forward(classifier, clone_tensors((images,)))
 
-    def in_other_block(name: str, size: tuple[int, int]) -> bool:
-        """Whether a module around it, not just a sequence of modules, puts out another size."""
+    def is_resized_by_parent(name: str, size: tuple[int, int]) -> bool:
+        """Whether a block that contains the layer, and is no Sequential, has another size."""
         parts = name.split(".")
-        around = (".".join(parts[:i]) for i in range(1, len(parts)))
+        parents = (".".join(parts[:i]) for i in range(1, len(parts)))
         return any(
-            sizes.get(outer, size) != size
-            and not isinstance(root.get_submodule(outer), nn.Sequential)
-            for outer in around
+            sizes.get(parent, size) != size
+            and not isinstance(root.get_submodule(parent), nn.Sequential)
+            for parent in parents
         )
 
     height, width = images.shape[2:]
     last: dict[tuple[int, int], str] = {}
     for name, size in ran:
-        is_plain = size not in ((1, 1), (height, width))
-        is_plain &= abs(size[0] * width - size[1] * height) <= 2 * max(height, width)
-        if name and runs[name] == 1 and is_plain and not in_other_block(name, size):
-            last.pop(size, None)
+        is_map = size not in ((1, 1), (height, width))
+        is_map &= abs(size[0] * width - size[1] * height) <= 2 * max(height, width)
+        if name and runs[name] == 1 and is_map and not is_resized_by_parent(name, size):
+            last.pop(size, None)  # keeps the order in which layers ran
             last[size] = name
     taps: list[str] = []
-    beneath = 0
+    deeper_side = 0
     for (h, w), name in reversed(last.items()):
-        if min(h, w) >= 1.5 * beneath:
+        if min(h, w) >= 1.5 * deeper_side:
             taps.insert(0, name)
-            beneath = min(h, w)
+            deeper_side = min(h, w)
     if len(taps) < 2:
         raise ValueError(
-            f"`classifier` {type(root).__name__} has {len(taps)} layers of a resolution of their "
-            f"own at {height} x {width} pixels ({taps}), and a decoder needs two: name them as "
+            f"`classifier` {type(root).__name__} has {len(taps)} layers of different resolutions "
+            f"at {height} x {width} pixels ({taps}), and a decoder needs two: name them as "
             f"`layers`."
         )
     return taps

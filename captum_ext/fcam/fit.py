@@ -11,24 +11,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from captum_ext._checks import warn
-from captum_ext._data.pictures import Pictures
-from captum_ext._data.pixels import IMAGENET, Normalize
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward, parameter_dtype, root_module
-from captum_ext._training import Fit
+from captum_ext._training import TrainingRun
 from captum_ext.fcam.attribution import FCAM
 from captum_ext.fcam.crf import DenseCRFLoss
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide
+from captum_ext.fcam.map_cache import cached_maps, maps_fingerprint, run_fingerprint
 from captum_ext.fcam.seeding import SeedSampler
-from captum_ext.fcam.stored import about_maps, about_run, cached_maps
 from captum_ext.fcam.training import FCAMModule
-from captum_ext.fcam.views import Boxed, as_batch
+from captum_ext.fcam.views import BoxedPictures, collate_boxed
 
-COLLAPSED = 0.6  # ln 2 is the loss of a decoder that says 1/2 everywhere
+COLLAPSED_LOSS = 0.6  # a decoder that gives 1/2 everywhere has a loss of ln 2
 
-# The paper's settings, for `fit_fcam(..., **PAPER)`: 5.04 is the weight of 2e-9 that its code gives
-# to the sum over all pairs of 224 x 224 pixels.
+# The paper's settings, for `fit_fcam(..., **PAPER)`. Its code weights the CRF loss, a sum over all
+# pairs of 224 x 224 pixels, by 2e-9: that is 5.04 for the mean over pairs.
 PAPER: Mapping[str, Any] = MappingProxyType(
     {
         "size": 224,
@@ -63,58 +63,62 @@ def fit_fcam(
     trainer: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> FCAM:
-    """Train a decoder for the classifier's maps; the classifier does not move by a bit.
+    """Train an F-CAM decoder for a classifier. The classifier stays as it is, to the bit.
 
-    Labels of whole images are all it needs. It goes through the pictures `n_epochs` times, as
-    `FCAMModule` describes; the last epoch's decoder is what it returns. Nothing is chosen by how
-    well anything is localised, unless there is a `validation` set with boxes, as published figures
-    are made with: it selects the epoch, and then more than labels was needed.
+    Labels of whole images are all it needs. The pictures are seen `n_epochs` times; `FCAMModule`
+    describes the training steps. The decoder of the last epoch is returned. With a `validation` set
+    that has boxes, the decoder of the best epoch on it is returned instead, as in published
+    results. That needs more than labels; nothing else is chosen by boxes.
 
     Args:
         classifier: the module.
         data: labelled pictures: torchvision's `ImageFolder`, a data set of this package, or any
             other whose entry i is (picture, label, ...). Pictures are PIL images or tensors
-            (3, H, W) or (1, H, W) of bytes or of floats in [0, 1], not normalised. Those that do
-            not decode are left out, named and counted.
-        guide: what teaches: any Captum attribution of this classifier that gives maps.
-        size: (H, W) of what the classifier sees, or one number for both.
-        resize: (H, W) that pictures are brought to, and views cropped out of. None is `size`.
-        n_epochs: how often each picture is seen.
-        batch_size: pictures in a step, of each device.
-        layers: see `FCAMDecoder.reading`, as for the next two.
-        widths: of the decoder's blocks.
-        center: whether it has a centre block.
-        cache: a folder in which the guide's maps of the whole pictures are stored, once; the views
-            are cropped out of them, so `data` must give the same pictures each time. In training
-            they are all in memory, at the guide's own resolution. None explains each view anew.
-        checkpoints: a folder. Each epoch is stored in it, and a run that was killed goes on from
-            the last one, to the weights that it would have come to; one that is finished may go on
-            to more epochs. Of the settings, only those of `trainer` may change. (A `generator` that
-            the guide was made with is not stored.) None stores nothing.
-        validation: pictures with boxes: a data set of this package, or entry i is (picture, label,
-            boxes), boxes being (n, 4) in the picture's own pixels, (x1, y1, x2, y2). The decoder of
-            the epoch with the best `MaxBoxAcc` (IoU 0.5, as published) on them, brought to `size`
-            whole, is what is returned. None returns that of the last.
-        seed: of all random numbers. Global random state stays as it was.
-        num_workers: processes that read pictures. 0 where several devices train and a run that was
-            killed must go on to the same weights: read ahead, its first epoch has another order.
+            (3, H, W) or (1, H, W) of bytes or of floats in [0, 1], not normalised. Pictures that
+            do not decode are left out, named and counted.
+        guide: the teacher: any Captum attribution of this classifier that gives maps.
+        size: (H, W) of the classifier's images in pixels, or one number for both. 224.
+        resize: (H, W) that pictures are resized to before crops of `size` are taken, or one number
+            for both. None is `size`.
+        n_epochs: how often each picture is seen. 5.
+        batch_size: pictures in a step, on each device. 32.
+        layers: names of the layers that the decoder reads. None takes those of `find_taps`.
+        widths: channels of the decoder's blocks; see `FCAMDecoder`.
+        center: whether the decoder has a centre block; see `FCAMDecoder`.
+        cache: a folder for the guide's maps of the whole pictures, which are computed once. Maps of
+            crops are cropped out of them, so `data` must give the same pictures each time. During
+            the training all maps are in memory, at the guide's own resolution. None explains each
+            crop instead.
+        checkpoints: a folder that each epoch is stored in. A run that was killed goes on from the
+            last epoch, and arrives at the same weights as without the interruption. A finished run
+            may go on to more epochs. Of the settings, only those of `trainer` may change. (The
+            state of a `generator` of the guide is not stored.) None stores nothing.
+        validation: pictures with boxes: a data set of this package, or any other whose entry i is
+            (picture, label, boxes), with boxes (n, 4) in the picture's own pixels, (x1, y1, x2,
+            y2). Pictures are resized to `size` as a whole. They select the epoch with the best
+            `MaxBoxAcc` (at IoU 0.5, as published). None selects the last epoch.
+        seed: the seed of all random numbers. 0. Global random state stays as it was.
+        num_workers: processes that read pictures. 0. Use 0 with several devices if a run that was
+            killed must arrive at the same weights: workers read ahead, so that its first epoch
+            would have another order.
         show_progress: whether to draw progress bars.
-        trainer: arguments of Lightning's `Trainer`, such as ``{"devices": 2}``. As it comes, the
-            device is the classifier's.
-        **options: of `FCAMModule`; `crf` is `DenseCRFLoss` at a quarter of `size`, but at
-            least 16 pixels, unless it is given.
+        trainer: arguments of Lightning's `Trainer`, such as ``{"devices": 2}``. By default it
+            trains on the classifier's device.
+        **options: options of `FCAMModule`. The default of `crf` is `DenseCRFLoss` with a `side` of
+            a quarter of `size`, but at least 16 pixels.
 
     Returns:
-        An `FCAM` of the classifier.
+        An `FCAM` of the classifier with the decoder, in eval mode.
 
     Raises:
-        TypeError, ValueError: an argument of another kind or out of range; a guide of another
-            model, or one that gives no seeds; a label that is no class; stored maps or a checkpoint
-            of another run; with `cache` or `checkpoints`, a function (of the guide, its arguments,
-            or `crf`) without a `version`, see `evaluate`.
-        RuntimeError: inside `torch.inference_mode`.
-        FloatingPointError: a loss that is not finite, with its epoch and batch. What was stored
-            stays.
+        TypeError: an argument has the wrong type.
+        ValueError: a number is out of range; the guide is of another model, or gives no seeds; a
+            label is no class; `cache` or `checkpoints` are of another run; or a function (an option
+            of the guide, its arguments, or `crf`) has no `version`, which `cache` and `checkpoints`
+            need, see `evaluate`.
+        RuntimeError: it is called inside `torch.inference_mode`.
+        FloatingPointError: the loss is not finite; the epoch and the batch are named. Stored epochs
+            stay.
 
     Example:
         >>> from captum.attr import LayerGradCam
@@ -126,51 +130,52 @@ def fit_fcam(
     root = root_module(classifier)
     if root is None:
         raise TypeError(f"`classifier` must be a torch.nn.Module, got {type(classifier)}.")
-    run = Fit(n_epochs, batch_size, checkpoints, seed, num_workers, show_progress, trainer)
+    run = TrainingRun(n_epochs, batch_size, checkpoints, seed, num_workers, show_progress, trainer)
     check_guide(guide, classifier)
-    view = height_width("size", size)
-    whole = view if resize is None else height_width("resize", resize)
-    if whole[0] < view[0] or whole[1] < view[1]:
-        raise ValueError(f"`resize` must be at least `size`, {view}, got {whole}.")
-    boxed = None if validation is None else Boxed(validation, view)
-    options = {"crf": DenseCRFLoss(side=crf_side(view))} | options
-    n_channels = Normalize(options.get("normalize", IMAGENET)).channels
-    with run.around(root) as device:
+    crop_size = height_width("size", size)
+    picture_size = crop_size if resize is None else height_width("resize", resize)
+    if picture_size[0] < crop_size[0] or picture_size[1] < crop_size[1]:
+        raise ValueError(f"`resize` must be at least `size`, {crop_size}, got {picture_size}.")
+    boxed = None if validation is None else BoxedPictures(validation, crop_size)
+    options = {"crf": DenseCRFLoss(side=crf_side(crop_size))} | options
+    n_channels = Normalize(options.get("normalize", IMAGENET_MEAN_STD)).channels
+    with run.prepared(root) as device:
+        dtype = parameter_dtype(root)
         with torch.no_grad():
-            blank = torch.zeros(1, n_channels, *view, device=device, dtype=parameter_dtype(root))
-            n_classes = _n_classes(root(blank))
+            blank = torch.zeros(1, n_channels, *crop_size, device=device, dtype=dtype)
+            n_classes = _count_classes(root(blank))
             decoder = FCAMDecoder.reading(root, blank, layers, widths, center).to(device)
-        pictures = Pictures(data, whole, n_classes)
-        module = FCAMModule(root, decoder, guide, view, seed=seed, **options).to(device)
+        pictures = PictureDataset(data, picture_size, n_classes)
+        module = FCAMModule(root, decoder, guide, crop_size, seed=seed, **options).to(device)
         stores = cache is not None or checkpoints is not None
-        about = about_maps(module, pictures) if stores else {}
+        fingerprint = maps_fingerprint(module, pictures) if stores else {}
         if cache is not None:
             module.maps = cached_maps(
-                module, pictures, about, Path(cache), batch_size, num_workers, show_progress
+                module, pictures, fingerprint, Path(cache), batch_size, num_workers, show_progress
             )
         if checkpoints is not None:
-            module.settings = about | about_run(module, batch_size)
-            module.settings["validation"] = 0 if boxed is None else len(boxed)
-        judged = boxed and DataLoader(
-            boxed, batch_size, collate_fn=as_batch, num_workers=num_workers
+            module.fingerprint = fingerprint | run_fingerprint(module, batch_size)
+            module.fingerprint["validation"] = 0 if boxed is None else len(boxed)
+        validation_loader = boxed and DataLoader(
+            boxed, batch_size, collate_fn=collate_boxed, num_workers=num_workers
         )
-        run.fit(module, pictures, judged)
-    if module.seed_loss > COLLAPSED:
+        run.fit(module, pictures, validation_loader)
+    if module.seed_loss > COLLAPSED_LOSS:
         warn(
             f"The decoder has learned nothing, or has collapsed: in the last epoch its loss at the "
-            f"seeds was {module.seed_loss:.2f} (ln 2 is that of no knowledge). More epochs, a "
-            f"longer `warmup`, a lower `crf_weight` or another `seed` may help."
+            f"seeds was {module.seed_loss:.2f} (a constant map has ln 2). More epochs, a longer "
+            f"`warmup`, a lower `crf_weight` or another `seed` may help."
         )
     return FCAM(classifier, decoder.to(device).eval())
 
 
 def crf_side(size: tuple[int, int]) -> int:
-    """To how many pixels a side the CRF reduces views of this size: a quarter, but at least 16."""
+    """The default `side` of the CRF loss for crops of this size: a quarter, but at least 16."""
     return max(max(size) // 4, 16)
 
 
-def _n_classes(output: Any) -> int:
+def _count_classes(output: Any) -> int:
     if not isinstance(output, Tensor) or output.dim() != 2:
-        shown = tuple(output.shape) if isinstance(output, Tensor) else type(output)
-        raise ValueError(f"`classifier` must give logits (N, classes), got {shown}.")
+        result = tuple(output.shape) if isinstance(output, Tensor) else type(output)
+        raise ValueError(f"`classifier` must give logits (N, classes), got {result}.")
     return output.shape[1]

@@ -1,4 +1,4 @@
-"""Coarse maps from any attribution, as an F-CAM decoder is taught by."""
+"""Coarse maps of an attribution, the teacher of an F-CAM decoder."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from captum_ext.attr._chain import wrapped
 from captum_ext.imaging import min_max, one_channel, resize
 
 
-def guidance(
+def guide_maps(
     guide: Attribution,
     images: Tensor,
     target: Tensor,
@@ -21,40 +21,40 @@ def guidance(
     rectify: bool = True,
     **kwargs: Any,
 ) -> Tensor:
-    """The map of each image's own label, in [0, 1].
+    """The guide's map of each image for its own label, in [0, 1].
 
-    Channels are summed (of equal ones, as the wrappers give them, one is taken), negative values
-    are set to 0, and the map is brought to [0, 1] at its own resolution and then resized
-    bilinearly. What is flat or not finite becomes zeros, and teaches nothing.
+    Channels are summed (if all are equal, as in the maps of wrappers, one is taken). Negative
+    values are set to 0, and the map is scaled to [0, 1] at its own resolution, then resized
+    bilinearly. Flat and non-finite maps become zeros, which give no seeds.
 
     Args:
-        guide: gives (N, C, h, w), or a tuple whose first entry is that.
+        guide: an attribution that gives (N, C, h, w), or a tuple with that as its first entry.
         images: (N, C, H, W), as the classifier takes them.
-        target: (N,), int64.
-        size: (H, W) of the maps; None leaves them as they are.
-        rectify: whether negative values become 0. The authors do that for all methods but CAM.
-        **kwargs: of the guide's `attribute`.
+        target: labels (N,), int64.
+        size: (H, W) of the maps. None keeps the guide's own resolution.
+        rectify: whether negative values become 0. The authors do so for all methods but CAM.
+        **kwargs: arguments of the guide's `attribute`.
 
     Returns:
-        (N, 1, H, W), without a graph.
+        Maps (N, 1, H, W), without a graph.
 
     Raises:
-        ValueError: a guide whose maps do not have two spatial dimensions, or are of one pixel.
+        ValueError: the guide's maps do not have two spatial dimensions, or are a single pixel.
     """
-    found = guide.attribute(images, target=target, **kwargs)
-    found = found[0] if isinstance(found, tuple) else found
-    if not isinstance(found, Tensor) or found.dim() != 4 or len(found) != len(images):
-        shown = tuple(found.shape) if isinstance(found, Tensor) else type(found)
+    maps = guide.attribute(images, target=target, **kwargs)
+    maps = maps[0] if isinstance(maps, tuple) else maps
+    if not isinstance(maps, Tensor) or maps.dim() != 4 or len(maps) != len(images):
+        result = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps)
         raise ValueError(
             f"`guide` must give a map (N, C, h, w) of each image, and {guide.get_name()} gives "
-            f"{shown}: choose a layer with maps, or a `reshape_transform`."
+            f"{result}: choose a layer with maps, or a `reshape_transform`."
         )
-    if found.shape[2:].numel() == 1:
+    if maps.shape[2:].numel() == 1:
         raise ValueError(
             f"`guide` {guide.get_name()} gives maps of a single pixel: choose a layer in front of "
             f"it, or larger pictures."
         )
-    maps = one_channel(found.detach())
+    maps = one_channel(maps.detach())
     maps = torch.where(torch.isfinite(maps).flatten(1).all(1)[:, None, None, None], maps, 0)
     maps = min_max(maps.clamp(min=0) if rectify else maps)
     return maps if size is None else resize(maps, size)
@@ -64,8 +64,8 @@ def check_guide(guide: Any, classifier: Forward) -> None:
     """Raise an error unless `guide` is an attribution of the classifier.
 
     Raises:
-        TypeError: no attribution.
-        ValueError: one of another model, or at another model's layer.
+        TypeError: `guide` is no attribution.
+        ValueError: `guide` explains another model, or a layer of another model.
     """
     if not isinstance(guide, Attribution):
         raise TypeError(f"`guide` must be a Captum Attribution, got {type(guide)}.")
@@ -81,9 +81,9 @@ def check_guide(guide: Any, classifier: Forward) -> None:
         )
     layers = getattr(guide, "layer", None)
     layers = layers if isinstance(layers, list | tuple) else [layers]
-    own = set() if root is None else set(root.modules())
+    modules = set() if root is None else set(root.modules())
     for layer in layers:
-        if isinstance(layer, Module) and root is not None and layer not in own:
+        if isinstance(layer, Module) and root is not None and layer not in modules:
             raise ValueError(
                 f"`guide` {guide.get_name()} is at a layer ({type(layer).__name__}) that is not in "
                 f"the `classifier`: take the layer of this one."

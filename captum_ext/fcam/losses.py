@@ -1,6 +1,6 @@
-"""What teaches an F-CAM decoder: seeds and size, and in `crf` colour (F-CAM, Sec. 3; Eq. 3).
+"""Losses of an F-CAM decoder on seeds and size (F-CAM, Sec. 3, Eq. 3); `crf` has that on colour.
 
-Each loss is a function, and a module that keeps its settings. All add up in float32 or better.
+All sums are in float32 or float64.
 """
 
 import torch
@@ -15,16 +15,22 @@ from captum_ext.fcam.seeding import IGNORED
 
 
 def partial_cross_entropy(logits: Tensor, seeds: Tensor) -> Tensor:
-    """The mean of -log softmax(logits)[seed] over the labelled pixels of the whole batch.
+    r"""Cross-entropy at the seeds: the mean over all labelled pixels of the batch.
 
-    What is ignored has no part in value or gradient. Without any label the loss is 0.
+    .. math:: L = -\frac{1}{|\Omega|} \sum_{p \in \Omega} \log \operatorname{softmax}(z_p)_{y_p}
+
+    with the seeds y at the labelled pixels :math:`\Omega`. (Eq. 3 of F-CAM has the sum, its code
+    the mean.) Ignored pixels affect neither value nor gradient. Without seeds the loss is 0.
 
     Args:
-        logits: (N, K, H, W).
-        seeds: (N, H, W), int64, classes in [0, K) or -255.
+        logits: z, (N, K, H, W).
+        seeds: y, (N, H, W), int64: classes in [0, K), or -255 for ignored pixels.
 
     Returns:
         A scalar.
+
+    Raises:
+        IndexError: a seed is neither a class nor -255.
 
     Example:
         >>> seeds = torch.tensor([[[1, -255]]])
@@ -39,7 +45,7 @@ def partial_cross_entropy(logits: Tensor, seeds: Tensor) -> Tensor:
 
 
 def log_barrier(z: Tensor, t: float | Tensor) -> Tensor:
-    r"""The log-barrier extension of the constraint z <= 0 (Kervadec et al. 2019).
+    r"""The log-barrier extension, a smooth penalty for the constraint z <= 0.
 
     .. math::
         \psi_t(z) = \begin{cases} -\frac1t \log(-z) & z \le -1/t^2 \\
@@ -48,8 +54,11 @@ def log_barrier(z: Tensor, t: float | Tensor) -> Tensor:
     Value and slope are continuous at -1/t^2.
 
     Args:
-        z: of any shape.
-        t: greater than 0; the larger, the nearer to a step.
+        z: a tensor of any shape.
+        t: the sharpness, greater than 0. As t grows, the penalty comes near to a step.
+
+    Returns:
+        The penalty of each element, in the shape of `z`.
 
     Reference:
         Kervadec et al., "Constrained Deep Networks: Lagrangian Optimization via Log-Barrier
@@ -61,21 +70,25 @@ def log_barrier(z: Tensor, t: float | Tensor) -> Tensor:
     """
     t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
     joint = -1 / t**2
-    holds = z <= joint
-    inside = -torch.log(-torch.where(holds, z, joint)) / t
-    outside = t * z - torch.log(-joint) / t + 1 / t
-    return torch.where(holds, inside, outside)
+    is_log = z <= joint
+    logarithm = -torch.log(-torch.where(is_log, z, joint)) / t
+    line = t * z - torch.log(-joint) / t + 1 / t
+    return torch.where(is_log, logarithm, line)
 
 
 def size_loss(probabilities: Tensor, t: float | Tensor = 1.0) -> Tensor:
-    r"""Both regions shall be large: 1/2 sum_r mean_n psi_t(-a_nr), a = sum of the pixels of S_nr.
+    r"""The size loss: background and foreground shall both be large.
 
-    Areas are sums over pixels, not means: the barrier's logarithm, which makes the gradient
-    independent of the image's size, needs them beyond 1.
+    .. math:: L = \frac12 \sum_{r=0}^1 \frac1N \sum_n \psi_t(-a_{nr}), \quad
+        a_{nr} = \sum_p S_{nr}(p)
+
+    with the log barrier psi and the areas a of both regions (F-CAM's Eq. 3, with the factors of its
+    official code). Areas are sums over pixels, not means: above 1 the barrier is a logarithm, whose
+    gradient does not depend on the image's size.
 
     Args:
-        probabilities: S, (N, 2, H, W): softmax of the decoder's logits.
-        t: of the barrier.
+        probabilities: S, (N, 2, H, W): the softmax of the decoder's logits.
+        t: the sharpness of the barrier. 1 (official code, at the start).
 
     Returns:
         A scalar.
@@ -89,17 +102,17 @@ def size_loss(probabilities: Tensor, t: float | Tensor = 1.0) -> Tensor:
 
 
 class SizeLoss(nn.Module):
-    """`size_loss` with its schedule: t is 1 at first, and 1.01 times as large after each epoch.
+    """`size_loss` with a schedule: `step` multiplies t by `growth` after each epoch.
 
     `t` is a buffer, and so part of a checkpoint.
 
     Args:
-        t: at the start.
-        growth: the factor of `step`. 1.01 (official code).
-        t_max: the largest t. 10 (official code).
+        t: the sharpness of the barrier in the first epoch. 1 (official code).
+        growth: the factor of each `step`. 1.01 (official code).
+        t_max: the upper bound of t. 10 (official code).
 
     Raises:
-        ValueError: a number that is not above 0; a `t_max` below `t`.
+        ValueError: a number is not positive, or `t_max` is below `t`.
 
     Example:
         >>> loss = SizeLoss()
@@ -126,5 +139,5 @@ class SizeLoss(nn.Module):
         return size_loss(probabilities, self.t)
 
     def step(self) -> None:
-        """After each epoch."""
+        """Sharpen the barrier, after an epoch."""
         self.t.mul_(self.growth).clamp_(max=self.t_max)

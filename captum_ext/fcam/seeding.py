@@ -11,18 +11,22 @@ LEVELS = 256
 
 
 def otsu(levels: Tensor) -> Tensor:
-    r"""Otsu's threshold of each image: the level that best parts its dark pixels from its bright.
+    r"""Otsu's threshold of each image, which separates its dark from its bright pixels best.
 
     .. math:: T = \arg\max_t w_0(t) w_1(t) (m_0(t) - m_1(t))^2
 
-    with the shares and means of the pixels at or below t and of those above; of several maxima, the
-    first. It is computed from sums of integers, so that equal values are equal.
+    with the share w_0 and the mean m_0 of the pixels at or below t, and w_1 and m_1 of the pixels
+    above t. The first of several maxima is taken. Sums are of integers, so that ties are exact.
 
     Args:
         levels: (N, P), int64, in [0, 255].
 
     Returns:
-        (N,), int64. Of an image of one level, 0.
+        Thresholds (N,), int64; 0 for an image of a single level.
+
+    Reference:
+        Otsu, "A Threshold Selection Method from Gray-Level Histograms", IEEE Transactions on
+        Systems, Man, and Cybernetics 9(1), 1979
 
     Example:
         >>> otsu(torch.tensor([[10, 12, 200, 210]]))
@@ -32,14 +36,16 @@ def otsu(levels: Tensor) -> Tensor:
     counts.scatter_add_(1, levels, torch.ones_like(levels))
     below, mass = counts.cumsum(1), (counts * torch.arange(LEVELS, device=levels.device)).cumsum(1)
     above, all_mass = below[:, -1:] - below, mass[:, -1:]
-    # n m_0 - w_0 n m = w_0 w_1 (m_0 - m_1), up to factors of n: exact, and then squared.
-    apart = (below[:, -1:] * mass - below * all_mass).double()
-    between = apart.square() / (below * above).clamp(min=1)
-    return between.argmax(1)
+    # w_0 w_1 (m_0 - m_1) up to factors of n, as an exact integer that is squared afterwards.
+    difference = (below[:, -1:] * mass - below * all_mass).double()
+    variance = difference.square() / (below * above).clamp(min=1)
+    return variance.argmax(1)
 
 
 def erosion_size(side: int) -> int:
-    """The kernel of the erosion: 11 at a side of 224 pixels (official code), odd, in proportion.
+    """The erosion's kernel size for images of this side: odd, in proportion to 11 at 224 pixels.
+
+    11 at 224 pixels is that of the official code.
 
     Example:
         >>> erosion_size(224), erosion_size(64), erosion_size(8)
@@ -49,26 +55,27 @@ def erosion_size(side: int) -> int:
 
 
 class SeedSampler:
-    """Draws seeds from coarse maps: a few pixels each of what looks like object, and like none.
+    """Draws seeds from coarse maps: a few pixels of each image, labelled as object or background.
 
-    Foreground pixels are drawn from those above Otsu's threshold, after an erosion of that region;
-    background pixels from the share `n_minus` with the lowest values, where ties are broken at
-    random. All of a region are equally likely. Both are then dilated, and what belongs to both is
-    ignored. A map that is flat, or not finite, gives no seeds; nor does what a region lacks.
+    The foreground region is the map above Otsu's threshold, eroded. The background region is the
+    share `n_minus` of pixels with the lowest values; ties are broken at random. Some pixels of each
+    region are drawn, all with equal probability, and dilated. Pixels in both results are ignored.
+    A map that is flat or not finite gives no seeds. A region with fewer pixels than are to be drawn
+    gives all of them.
 
-    Kornia's `erosion` and `dilation` with a flat kernel are max-pooling, which is used here: it is
-    two orders of magnitude faster.
+    Kornia's `erosion` and `dilation` with a flat kernel equal max-pooling, which is used here
+    because it is two orders of magnitude faster.
 
     Args:
-        n_foreground: pixels of each image. 10 (1 in the paper).
-        n_background: the same.
-        n_minus: which share of the pixels may be background. 0.3 (paper: chosen from 0.1 to 0.7).
-        kernel_size: of the dilation, odd, in pixels. 3 (official code).
-        erosion: size of the erosion's kernel, odd, in pixels. None is `erosion_size` of the shorter
-            side: 11 at 224 pixels (official code). A region that it would empty stays whole.
+        n_foreground: number of foreground pixels to draw in each image. 10 (paper: 1).
+        n_background: number of background pixels to draw in each image. 10 (paper: 1).
+        n_minus: the share of pixels in the background region. 0.3 (paper: chosen in 0.1 to 0.7).
+        kernel_size: kernel of the dilation in pixels, odd. 3 (official code).
+        erosion: kernel of the erosion in pixels, odd. None scales 11 at 224 pixels (official code)
+            to the image's shorter side. A region that would vanish is not eroded.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
     Shape:
         - maps: (N, 1, H, W), in [0, 1].
@@ -109,7 +116,12 @@ class SeedSampler:
 
         Args:
             maps: (N, 1, H, W), in [0, 1].
-            generator: of the random numbers; None takes torch's global one.
+            generator: the generator of the random numbers. None takes torch's global one.
+
+        Raises:
+            ValueError: `maps` have another shape or are no floats, or `generator` is on another
+                device.
+            TypeError: `generator` is not a torch.Generator.
         """
         is_map = maps.dim() == 4 and maps.shape[1] == 1 and maps.numel()
         if not is_map or not maps.is_floating_point():
@@ -119,20 +131,15 @@ class SeedSampler:
         check_generator(generator, maps.device)
         noise = torch.rand((3, len(maps), maps[0].numel()), generator=generator, device=maps.device)
         foreground, background = self.regions(maps, noise[0])
-        chosen = [
-            self._dilated(_draw(region, n, keys), maps)
-            for region, n, keys in (
-                (foreground, self.n_foreground, noise[1]),
-                (background, self.n_background, noise[2]),
-            )
-        ]
-        seeds = torch.full_like(chosen[0], IGNORED, dtype=torch.int64)
-        seeds[chosen[0] & ~chosen[1]] = FOREGROUND
-        seeds[chosen[1] & ~chosen[0]] = BACKGROUND
+        is_object = self._dilate(_draw(foreground, self.n_foreground, noise[1]), maps)
+        is_background = self._dilate(_draw(background, self.n_background, noise[2]), maps)
+        seeds = torch.full_like(is_object, IGNORED, dtype=torch.int64)
+        seeds[is_object & ~is_background] = FOREGROUND
+        seeds[is_background & ~is_object] = BACKGROUND
         return seeds
 
     def regions(self, maps: Tensor, ties: Tensor) -> tuple[Tensor, Tensor]:
-        """What may be foreground and what may be background: (N, H * W), bool.
+        """The foreground and the background region of each map, (N, H * W) each, bool.
 
         Args:
             maps: (N, 1, H, W), in [0, 1].
@@ -144,27 +151,25 @@ class SeedSampler:
         levels = (255 * flat).floor().long()
         usable = usable & (levels.amin(1, keepdim=True) < levels.amax(1, keepdim=True))
         above = levels > otsu(levels).clamp(1, LEVELS - 2)[:, None]
-        foreground = self._eroded(above.reshape(maps.shape)).flatten(1)
+        foreground = self._erode(above.reshape(maps.shape)).flatten(1)
         n_lowest = int(self.n_minus * flat.shape[1])
         order = ties.argsort(1)
         order = order.gather(1, flat.gather(1, order).argsort(stable=True, dim=1))
         background = torch.zeros_like(foreground).scatter_(1, order[:, :n_lowest], True)
         return foreground & usable, background & usable
 
-    def _eroded(self, region: Tensor) -> Tensor:
+    def _erode(self, region: Tensor) -> Tensor:
         size = erosion_size(min(region.shape[2:])) if self.erosion is None else self.erosion
-        left = max_pool2d((~region).float(), size, 1, size // 2) == 0
-        return torch.where(left.flatten(1).any(1)[:, None, None, None], left, region)
+        eroded = max_pool2d((~region).float(), size, 1, size // 2) == 0
+        return torch.where(eroded.flatten(1).any(1)[:, None, None, None], eroded, region)
 
-    def _dilated(self, pixels: Tensor, maps: Tensor) -> Tensor:
-        grown = max_pool2d(
-            pixels.reshape(maps.shape).float(), self.kernel_size, 1, self.kernel_size // 2
-        )
-        return grown[:, 0] > 0
+    def _dilate(self, pixels: Tensor, maps: Tensor) -> Tensor:
+        size = self.kernel_size
+        return max_pool2d(pixels.reshape(maps.shape).float(), size, 1, size // 2)[:, 0] > 0
 
 
 def _draw(region: Tensor, n: int, keys: Tensor) -> Tensor:
-    """`n` pixels of each region (N, P), or all that there are, by the largest of their keys."""
+    """The `n` pixels of each region (N, P) with the largest keys; all pixels of smaller regions."""
     keys = torch.where(region, keys, -1)
     largest = keys.topk(min(n, keys.shape[1]), dim=1)
     return torch.zeros_like(region).scatter_(1, largest.indices, largest.values >= 0)

@@ -10,64 +10,81 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from captum_ext._checks import check_size
-from captum_ext._data.pixels import IMAGENET, Normalize
+from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module, parameter_dtype
 from captum_ext._engine.state import eval_mode, seeded_random
-from captum_ext._identity import hash_of
+from captum_ext._identity import derive_seed
 from captum_ext._training import DecoderModule
 from captum_ext.fcam.decoder import FCAMDecoder
-from captum_ext.fcam.guides import check_guide, guidance
+from captum_ext.fcam.guides import check_guide, guide_maps
 from captum_ext.fcam.losses import SizeLoss, partial_cross_entropy
 from captum_ext.fcam.seeding import IGNORED, SeedSampler
-from captum_ext.fcam.views import View, random_view
+from captum_ext.fcam.views import Crops, draw_crops
 from captum_ext.imaging import resize
 from captum_ext.metrics import MaxBoxAcc
 
 
 class FCAMModule(DecoderModule):
-    r"""What Lightning trains: the decoder, by seeds, colour and size.
+    r"""The LightningModule that trains an F-CAM decoder on seeds, colour and size.
 
     .. math:: L = L_{seeds} + w_{crf} E_{crf}(S_1) + w_{size} L_{size}(S)
 
-    In each step the pictures are cropped and mirrored, the guide explains the label of each view
-    (or its stored map is cropped and mirrored likewise), seeds are drawn from that map, and the
-    decoder learns; the classifier does not, and is in eval mode for the length of the step. All
-    random numbers of a step, torch's global ones too, come from the seed, the epoch, the number of
-    the batch and of the process.
+    (Eq. 3 of F-CAM, for a frozen classifier) with the decoder's softmax S, the partial
+    cross-entropy at the seeds, the CRF loss of the foreground S_1 and the size loss.
 
-    Where the trainer is given pictures with boxes, `Boxed`, the decoder of the epoch with the best
-    MaxBoxAcc on them (of equal ones, the first) is what is left in the end. Nothing else is chosen
-    by them.
+    A training step crops and mirrors the pictures. The guide, which is the teacher, explains the
+    label of each crop; or its stored map is cropped and mirrored likewise. Seeds are drawn from
+    that map, and the decoder learns from them. The classifier does not learn, and is in eval mode
+    during the step. All random numbers of a step, torch's global ones included, depend only on the
+    seed, the epoch, the number of the batch and that of the process.
 
-    The classifier and the guide are not submodules: they are in no checkpoint.
+    With validation pictures that have boxes, the decoder is that of the epoch with the best
+    MaxBoxAcc on them (the first of several). They are used for nothing else.
+
+    The classifier and the guide are not submodules, so no checkpoint contains them.
 
     Args:
-        classifier: the module.
-        decoder: made for it, see `FCAMDecoder.reading`.
+        classifier: the frozen module.
+        decoder: a decoder that was made for it; see `FCAMDecoder.reading`.
         guide: any Captum attribution of this classifier that gives maps.
-        size: (H, W) of the views.
-        normalize: mean and standard deviation of each channel, as the classifier expects pictures;
-            of one channel where it takes grey ones.
-        flip: whether views are mirrored every other time.
-        seeds: how seeds are drawn.
-        crf: a loss of the foreground (N, 1, H, W) and the pictures in 0 to 255; None is none. One
-            of your own needs an `extra_repr`, by which a run that goes on knows its settings, or,
-            if it is no module, a `version`.
-        crf_weight: its weight.
-        size_weight: the weight of the size loss. 0 is none.
-        warmup: epochs without `crf`, in which it may win before the seeds are learned.
-        lr: of SGD with Nesterov's momentum of 0.9 and a decay of 1e-4 (official code).
-        seed: of all random numbers.
-        rectify: see `guidance`.
-        guide_kwargs: of the guide's `attribute`.
-        maps: stored maps of all pictures, (n, 1, h, w); None makes them of each view.
+        size: (H, W) of the crops.
+        normalize: (mean, std) of each channel, as the classifier expects pictures; of one channel
+            for models of grey pictures. ImageNet's.
+        flip: whether to mirror crops, with probability 1/2. True.
+        seeds: the sampler of seeds. None is `SeedSampler()`.
+        crf: a loss of the foreground (N, 1, H, W) and the pictures in 0 to 255. None leaves this
+            term out. A module of your own needs an `extra_repr`, and another callable a `version`:
+            they identify its settings in a checkpoint.
+        crf_weight: the weight of `crf`. 50.
+        size_weight: the weight of the size loss. 0.1 (official code). 0 leaves this term out.
+        warmup: number of first epochs without `crf`. 1: from the start, it may collapse the maps
+            before the seeds are learned.
+        lr: learning rate of SGD with Nesterov's momentum 0.9 and weight decay 1e-4 (official code).
+            0.01.
+        seed: the seed of all random numbers. 0.
+        rectify: whether negative values of the guide's maps become 0. True; the authors do so for
+            all methods but CAM.
+        guide_kwargs: arguments of the guide's `attribute`.
+        maps: stored maps of all pictures, (n, 1, h, w). None explains each crop.
 
     Raises:
-        TypeError, ValueError: an argument of another kind or out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: a number is out of range, or `guide` is of another model.
+
+    Example:
+        >>> from captum.attr import LayerGradCam
+        >>> from torchvision.models import resnet18
+        >>> from captum_ext.fcam import FCAMDecoder, FCAMModule
+        >>> model = resnet18().eval()
+        >>> decoder = FCAMDecoder.reading(model, torch.rand(1, 3, 64, 64))
+        >>> module = FCAMModule(model, decoder, LayerGradCam(model, model.layer4), (64, 64))
+        >>> module(torch.rand(2, 3, 64, 64)).shape  # logits; Trainer.fit(module, loader) trains it
+        torch.Size([2, 2, 64, 64])
     """
 
-    seeded: Tensor  # in this epoch: the sum of the seeds' losses, and how many batches had any
+    # In this epoch: the sum of the losses at seeds, and the number of batches that had seeds.
+    seed_losses: Tensor
 
     def __init__(
         self,
@@ -76,7 +93,7 @@ class FCAMModule(DecoderModule):
         guide: Attribution,
         size: tuple[int, int],
         *,
-        normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET,
+        normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET_MEAN_STD,
         flip: bool = True,
         seeds: SeedSampler | None = None,
         crf: Module | None = None,
@@ -109,7 +126,7 @@ class FCAMModule(DecoderModule):
         self.crf_weight, self.size_weight, self.warmup = crf_weight, size_weight, warmup
         self.rectify, self.guide_kwargs, self.maps = rectify, dict(guide_kwargs or {}), maps
         self.normalize = Normalize(normalize)
-        self.register_buffer("seeded", torch.zeros(2))
+        self.register_buffer("seed_losses", torch.zeros(2))
         assert decoder.layers is not None
         self._layers = (tuple(find_module(classifier, name) for name in decoder.layers),)
         self.localisation = MaxBoxAcc(convention="wsolevaluation")
@@ -117,55 +134,63 @@ class FCAMModule(DecoderModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, 2, H, W) of images as the classifier takes them."""
-        found, _ = LayerCapture(self.classifier, self._layers[0]).activations(images)
-        kind = next(self.decoder.parameters()).dtype
-        features = [tensors[0].to(kind) for tensors in found]
+        activations, _ = LayerCapture(self.classifier, self._layers[0]).activations(images)
+        dtype = next(self.decoder.parameters()).dtype
+        features = [tensors[0].to(dtype) for tensors in activations]
         logits: Tensor = self.decoder(features, (images.shape[2], images.shape[3]))
         return logits
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Bytes (N, 3, H, W) as the classifier takes them."""
+        """Images as the classifier takes them, of pictures (N, 3, H, W) in bytes."""
         return self.normalize(pixels / 255).to(parameter_dtype(self.classifier))
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch of `Item`."""
-        seed = hash_of(self.seed, self.current_epoch, self.global_rank, batch_idx)
+        """The loss of a batch of pictures: pixels, labels, indices, and which could be read."""
+        seed = derive_seed(self.seed, self.current_epoch, self.global_rank, batch_idx)
         with seeded_random(self.device, seed), eval_mode(self.classifier):
             return self._loss(batch, batch_idx, Generator(self.device).manual_seed(seed))
 
     def _loss(self, batch: Sequence[Tensor], batch_idx: int, generator: Generator) -> Tensor:
-        pixels, labels, places, read = batch
-        whole = (pixels.shape[2], pixels.shape[3])
-        view = random_view(len(pixels), whole, self.size, self.flip, generator)
-        colors = view.of(pixels)
+        pixels, labels, indices, is_read = batch
+        picture_size = (pixels.shape[2], pixels.shape[3])
+        crops = draw_crops(len(pixels), picture_size, self.size, self.flip, generator)
+        colors = crops.crop(pixels)
         images = self.images(colors)
-        maps = self.guidance(images, labels, places, view, whole)
+        maps = self.guide_maps(images, labels, indices, crops, picture_size)
         logits = self(images)
-        seeds = self.seeds(torch.where(read[:, None, None, None], maps, 0), generator)
+        seeds = self.seeds(torch.where(is_read[:, None, None, None], maps, 0), generator)
         parts = {"seeds": partial_cross_entropy(logits, seeds)}
-        kept = logits[read].softmax(1)
-        if self.crf is not None and self.current_epoch >= self.warmup and len(kept):
-            parts["crf"] = self.crf_weight * self.crf(kept[:, 1:], colors[read])
-        if self.size_weight and len(kept):
-            parts["size"] = self.size_weight * self.size_loss(kept)
-        total = self.total(parts, batch_idx)
+        probabilities = logits[is_read].softmax(1)
+        if self.crf is not None and self.current_epoch >= self.warmup and len(probabilities):
+            parts["crf"] = self.crf_weight * self.crf(probabilities[:, 1:], colors[is_read])
+        if self.size_weight and len(probabilities):
+            parts["size"] = self.size_weight * self.size_loss(probabilities)
+        total = self.total_loss(parts, batch_idx)
         with torch.no_grad():
             any_seeds = (seeds != IGNORED).any()
-            self.seeded += torch.stack((parts["seeds"].float(), any_seeds.float()))
-        self.unread.update(places[~read].tolist())
+            self.seed_losses += torch.stack((parts["seeds"].float(), any_seeds.float()))
+        self.unread.update(indices[~is_read].tolist())
         return total
 
-    def guidance(
+    def guide_maps(
         self,
         images: Tensor,
         labels: Tensor,
-        places: Tensor,
-        view: View,
-        whole: tuple[int, int],
+        indices: Tensor,
+        crops: Crops,
+        picture_size: tuple[int, int],
     ) -> Tensor:
-        """The coarse maps of a batch of views."""
+        """The guide's maps of a batch of crops, (N, 1, H, W), or their stored maps.
+
+        Args:
+            images: the crops (N, C, H, W), as the classifier takes them.
+            labels: (N,), int64.
+            indices: (N,), int64, of the pictures in the data set.
+            crops: where the images are in their pictures.
+            picture_size: (H, W) of the whole pictures.
+        """
         if self.maps is None:
-            return guidance(
+            return guide_maps(
                 self.guide,
                 images,
                 labels,
@@ -173,44 +198,48 @@ class FCAMModule(DecoderModule):
                 rectify=self.rectify,
                 **self.guide_kwargs,
             )
-        stored = self.maps[places.to(self.maps.device)].to(images.device, torch.float32)
-        return view.of(resize(stored, whole))
+        maps = self.maps[indices.to(self.maps.device)].to(images.device, torch.float32)
+        return crops.crop(resize(maps, picture_size))
 
     @property
     def seed_loss(self) -> float:
-        """The mean of the last epoch; NaN before the first."""
-        return (self.seeded[0] / self.seeded[1]).item()
+        """The mean loss at the seeds in the last epoch; NaN before the first epoch."""
+        return (self.seed_losses[0] / self.seed_losses[1]).item()
 
     def on_train_epoch_start(self) -> None:
-        self.seeded.zero_()
+        self.seed_losses.zero_()
 
     def on_train_epoch_end(self) -> None:
-        """Before the checkpoint is written.
+        """Check the decoder before the checkpoint is written, and sharpen the size loss.
 
         Raises:
-            FloatingPointError: the last step has spoiled the decoder.
-            ValueError: there was not one seed.
+            FloatingPointError: weights of the decoder are not finite after the last step.
+            ValueError: no seed was drawn in the epoch.
         """
         if not all(bool(torch.isfinite(weight).all()) for weight in self.decoder.parameters()):
-            self.stop("after its last batch: weights are not finite")
-        if self.seeded[1] == 0:
+            self.raise_not_finite("after its last batch: weights are not finite")
+        if self.seed_losses[1] == 0:
             raise ValueError(
-                f"`guide` {self.guide.get_name()} gave no seed in epoch {self.current_epoch}: its "
+                f"`guide` {self.guide.get_name()} gave no seeds in epoch {self.current_epoch}: its "
                 f"maps are flat or not finite, or no picture could be read."
             )
         self.size_loss.step()
 
     def validation_step(self, batch: tuple[Tensor, list[Tensor]], batch_idx: int) -> None:
-        """Of whole pictures with boxes."""
+        """Score the maps of a batch of `BoxedPictures`; those without boxes could not be read."""
         pixels, boxes = batch
-        read = [i for i, found in enumerate(boxes) if len(found)]
-        if read:
+        readable = [i for i in range(len(boxes)) if len(boxes[i])]
+        if readable:
             with eval_mode(self.classifier):
-                maps = self(self.images(pixels[read])).softmax(1)[:, 1]
-            self.localisation.update(maps, [boxes[i] for i in read])
+                maps = self(self.images(pixels[readable])).softmax(1)[:, 1]
+            self.localisation.update(maps, [boxes[i] for i in readable])
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the decoder if it is the best so far."""
+        """Keep a copy of the decoder if it is the best so far.
+
+        Raises:
+            ValueError: no validation picture can be read.
+        """
         score = self.localisation.compute().item()
         self.localisation.reset()
         if math.isnan(score):

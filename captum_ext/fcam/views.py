@@ -1,4 +1,4 @@
-"""Pictures with boxes, and crops and flips that maps follow."""
+"""Validation pictures with boxes; random crops and flips of pictures and their maps."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,77 +7,86 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from captum_ext._data.pictures import Pictures, as_boxes, part_of, scaled_boxes
-from captum_ext._data.pixels import resized_to
+from captum_ext._data.pictures import PictureDataset, box_tensor, entry_field, scale_boxes
+from captum_ext._data.pixels import resize_pixels
 
 
-class Boxed(Dataset[tuple[Tensor, Tensor]]):
-    """Pictures as bytes of one size, (3, H, W), and the boxes of their objects in it, (n, 4).
+class BoxedPictures(Dataset[tuple[Tensor, Tensor]]):
+    """Pictures (3, H, W) as bytes of one size, and the boxes (n, 4) of their objects.
 
-    Where a picture cannot be read there are no boxes.
+    A picture that cannot be read is black and has no boxes.
 
     Args:
-        data: what it has at i is (picture, label, boxes), or has attributes `image` and `boxes`.
-            Boxes are (x1, y1, x2, y2) in the picture's own pixels, one or (n, 4).
-        size: (H, W).
+        data: entry i is (picture, label, boxes), or has the attributes `image` and `boxes`. Boxes
+            are (x1, y1, x2, y2) in the picture's own pixels, (4,) or (n, 4).
+        size: (H, W) that pictures are resized to, with their boxes.
+
+    Raises:
+        ValueError: `data` is no data set, or is empty. Reading an entry without valid boxes raises
+            one, too.
     """
 
     def __init__(self, data: Any, size: tuple[int, int]) -> None:
-        self.pictures = Pictures(data, size, argument="validation")
+        self.pictures = PictureDataset(data, size, argument="validation")
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         height, width = self.pictures.size
-        found = self.pictures.read(index)
-        if found is None:
+        entry_and_pixels = self.pictures.read(index)
+        if entry_and_pixels is None:
             return torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4)
-        entry, pixels = found
+        entry, pixels = entry_and_pixels
         name = f"`validation`: {self.pictures.name(index)}"
-        given = part_of(entry, "boxes", place=2)
-        if given is None:
+        boxes = entry_field(entry, "boxes", index=2)
+        if boxes is None:
             raise ValueError(f"{name} has no boxes: entries must be (picture, label, boxes).")
         try:
-            boxes = as_boxes(given)
+            boxes = box_tensor(boxes)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         size = self.pictures.size
-        boxes = scaled_boxes(boxes, (pixels.shape[1], pixels.shape[2]), size)
-        return resized_to(pixels, size), boxes.floor()
+        boxes = scale_boxes(boxes, (pixels.shape[1], pixels.shape[2]), size)
+        return resize_pixels(pixels, size), boxes.floor()
 
 
-def as_batch(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
-    """Of `Boxed`: numbers of boxes differ."""
+def collate_boxed(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    """A batch of `BoxedPictures`; the boxes stay a list, because their numbers differ."""
     return torch.stack([pixels for pixels, _ in items]), [boxes for _, boxes in items]
 
 
-class View(NamedTuple):
-    """A crop of each picture of a batch, mirrored or not: its rows and columns, (N, H), (N, W)."""
+class Crops(NamedTuple):
+    """A crop of each picture of a batch, which may be mirrored.
+
+    Attributes:
+        rows: (N, h), int64: the rows of each crop.
+        columns: (N, w), int64: its columns, in decreasing order in a mirrored crop.
+    """
 
     rows: Tensor
     columns: Tensor
 
-    def of(self, pictures: Tensor) -> Tensor:
-        """The same of pictures and maps, (N, C, H, W) of the pictures' size."""
+    def crop(self, pictures: Tensor) -> Tensor:
+        """The crops (N, C, h, w) of pictures, or of maps of their size, (N, C, H, W)."""
         n = torch.arange(len(pictures), device=pictures.device)[:, None, None, None]
         channels = torch.arange(pictures.shape[1], device=pictures.device)[:, None, None]
         return pictures[n, channels, self.rows[:, None, :, None], self.columns[:, None, None]]
 
 
-def random_view(
+def draw_crops(
     n: int,
-    whole: Sequence[int],
-    size: tuple[int, int],
+    picture_size: tuple[int, int],
+    crop_size: tuple[int, int],
     flip: bool,
     generator: Generator,
-) -> View:
-    """A random crop of `size` out of `whole`, each picture's own, mirrored every other time."""
+) -> Crops:
+    """Random crops of n pictures, mirrored with probability 1/2 if `flip`."""
     lines = []
-    for side, part in zip(whole, size, strict=True):
+    for side, part in zip(picture_size, crop_size, strict=True):
         first = torch.randint(side - part + 1, (n, 1), generator=generator, device=generator.device)
         lines.append(first + torch.arange(part, device=generator.device))
-    coins = torch.rand((n, 1), generator=generator, device=generator.device) < 0.5
+    is_mirrored = torch.rand((n, 1), generator=generator, device=generator.device) < 0.5
     if flip:
-        lines[1] = torch.where(coins, lines[1].flip(1), lines[1])
-    return View(*lines)
+        lines[1] = torch.where(is_mirrored, lines[1].flip(1), lines[1])
+    return Crops(*lines)

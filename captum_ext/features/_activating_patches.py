@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from captum_ext._data.pictures import Pictures
-from captum_ext._engine.receptive_field import Field
-from captum_ext._identity import changes
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._engine.receptive_field import ReceptiveField
+from captum_ext._identity import describe_changes
 from captum_ext.features._fields import field_boxes
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class ActivatingPatches:
     boxes: Tensor
     size: tuple[int, int]
     n: int
-    field: Field | None
+    field: ReceptiveField | None
     reason: str | None
     unread: tuple[str, ...]
 
@@ -73,7 +73,7 @@ class ActivatingPatches:
         """
         parts = (self, *others)
         for other in others:
-            changed = changes(self._about(), other._about())
+            changed = describe_changes(self._fingerprint(), other._fingerprint())
             if changed:
                 raise ValueError(f"`others` are of another run: {changed}.")
         places = [set(part.places.flatten().tolist()) for part in parts]
@@ -97,7 +97,7 @@ class ActivatingPatches:
             unread=sum((part.unread for part in parts), ()),
         )
 
-    def _about(self) -> dict[str, Any]:
+    def _fingerprint(self) -> dict[str, Any]:
         names = ("layer", "units", "size", "n", "field", "reason")
         return {name: getattr(self, name) for name in names}
 
@@ -174,7 +174,7 @@ class ActivatingPatches:
     def _pictures(self, data: Any, unit: int) -> Iterator[tuple[Tensor, Tensor]]:
         """A unit's pictures at their own size, (3, h, w), and its box in each."""
         row = self.row(unit)
-        pictures, (height, width) = Pictures(data, self.size), self.size
+        pictures, (height, width) = PictureDataset(data, self.size), self.size
         for place, box in zip(self.places[row].tolist(), self.boxes[row], strict=True):
             found = pictures.read(place) if place < len(pictures) else None
             if found is None:

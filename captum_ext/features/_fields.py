@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from captum_ext._data.pictures import Pictures
-from captum_ext._engine.receptive_field import Field
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._engine.receptive_field import ReceptiveField
 from captum_ext.features._layer_maps import LayerMaps
 
 
-def field_boxes(field: Field, positions: Tensor) -> Tensor:
+def field_boxes(field: ReceptiveField, positions: Tensor) -> Tensor:
     """The receptive fields of units, also beyond the image.
 
     Args:
@@ -23,9 +23,9 @@ def field_boxes(field: Field, positions: Tensor) -> Tensor:
         (..., 4), int64: (x1, y1, x2, y2), half-open.
 
     Example:
-        >>> from captum_ext._engine.receptive_field import Axis
-        >>> axis = Axis(size=5, stride=2, start=1)
-        >>> field_boxes(Field(axis, axis), torch.tensor([0, 3])).tolist()
+        >>> from captum_ext._engine.receptive_field import FieldAxis
+        >>> axis = FieldAxis(size=5, stride=2, start=1)
+        >>> field_boxes(ReceptiveField(axis, axis), torch.tensor([0, 3])).tolist()
         [5, -1, 10, 4]
     """
     lows, highs = [], []
@@ -79,7 +79,7 @@ def energy_boxes(energy: Tensor, share: float) -> Tensor:
 
 def effective_boxes(
     maps: LayerMaps,
-    pictures: Pictures,
+    pictures: PictureDataset,
     channels: Sequence[int],
     places: Tensor,
     positions: Tensor,

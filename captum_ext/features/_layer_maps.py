@@ -18,7 +18,7 @@ from captum_ext._engine.modules import (
     root_module,
 )
 from captum_ext._engine.replay import run_to_layer
-from captum_ext._identity import function_name
+from captum_ext._identity import versioned_name
 
 ReshapeTransform = Callable[[Tensor], Tensor]
 
@@ -85,10 +85,10 @@ class LayerMaps:
             )
         return maps
 
-    def about(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """How a run that goes on knows that it is the same; not the model's weights."""
         return {
             "layer": self.name,
-            "normalize": self.normalize.about(),
-            "reshape_transform": function_name("`reshape_transform`", self.reshape_transform),
+            "normalize": self.normalize.to_lists(),
+            "reshape_transform": versioned_name("`reshape_transform`", self.reshape_transform),
         }

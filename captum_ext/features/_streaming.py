@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from captum_ext._data.pictures import Pictures
-from captum_ext._identity import check_same_run, whole_file
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._identity import atomic_write, check_same_run
 from captum_ext.features._layer_maps import LayerMaps
 from captum_ext.features._top_activations import TopActivations
 
@@ -16,28 +16,33 @@ from captum_ext.features._top_activations import TopActivations
 class Store:
     """The file of a run, and what it must be the same in."""
 
-    def __init__(self, path: Path, about: dict[str, Any], every: int) -> None:
-        self.path, self.about, self.every = path, about, every
+    def __init__(self, path: Path, fingerprint: dict[str, Any], every: int) -> None:
+        self.path, self.fingerprint, self.every = path, fingerprint, every
         self.saved: dict[str, Any] | None = None
         if not path.exists():
             return
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            found = saved["about"]
+            found = saved["fingerprint"]
         except Exception as error:  # torch has many kinds of them for what it did not write
             raise ValueError(f"`checkpoint` {path} is no checkpoint of patches.") from error
-        check_same_run(f"`checkpoint` {path} is of another run", found, about, "file")
+        check_same_run(f"`checkpoint` {path} is of another run", found, fingerprint, "file")
         self.saved = saved
 
     def write(self, top: TopActivations, done: int, unread: list[int]) -> None:
-        content = {"about": self.about, "top": top.state_dict(), "done": done, "unread": unread}
-        with whole_file(self.path) as unfinished:
+        content = {
+            "fingerprint": self.fingerprint,
+            "top": top.state_dict(),
+            "done": done,
+            "unread": unread,
+        }
+        with atomic_write(self.path) as unfinished:
             torch.save(content, unfinished)
 
 
 def streamed(
     maps: LayerMaps,
-    pictures: Pictures,
+    pictures: PictureDataset,
     shard: range,
     units: tuple[int, ...] | None,
     top: TopActivations,

@@ -15,10 +15,10 @@ from captum_ext._compat import (
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import (
-    check_one_score_each,
-    one_target_each,
-    outside_inference_mode,
-    scored,
+    as_normal_tensor,
+    check_one_score_per_example,
+    scoring_forward,
+    target_per_example,
 )
 from captum_ext._engine.precision import full_precision, gradient_of_sum, without_autocast
 from captum_ext._engine.replay import run_to_layer
@@ -50,9 +50,9 @@ class UnitScores:
         self.forward_func, self.layer, self.kind = forward_func, layer, kind
         self.reshape_transform = reshape_transform
         self.target = (
-            target if callable(target) else one_target_each(target, len(images), images.device)
+            target if callable(target) else target_per_example(target, len(images), images.device)
         )
-        self.target = outside_inference_mode(self.target)
+        self.target = as_normal_tensor(self.target)
         if layer is not None and isinstance(self.target, Tensor):
             self.target = self.target.tolist()
         if layer is not None and isinstance(self.target, list):
@@ -60,7 +60,7 @@ class UnitScores:
             for t in self.target:
                 assert isinstance(t, tuple), f"Target element type {type(t)} in list is not valid."
         extra = _format_additional_forward_args(additional_forward_args)
-        self.extra = None if extra is None else tuple(map(outside_inference_mode, extra))
+        self.extra = None if extra is None else tuple(map(as_normal_tensor, extra))
 
     def whole_pass(self, images: Tensor) -> Tensor:
         """What a call gives, without a graph; the layer is seen to run, and to run once."""
@@ -79,8 +79,10 @@ class UnitScores:
             found = run_to_layer(self.forward_func, self.layer, inputs, self.extra)
             return self._of_layer(found, len(images))
         x = images.to(self.kind, copy=True)  # the model's first step may work in place
-        output = _run_forward(scored(self.forward_func, "logit"), (x,), self.target, self.extra)
-        check_one_score_each(output)
+        output = _run_forward(
+            scoring_forward(self.forward_func, "logit"), (x,), self.target, self.extra
+        )
+        check_one_score_per_example(output)
         return _one_each(output.flatten(), len(images))
 
     def with_gradient(self, images: Tensor, transform: Any) -> tuple[Tensor, Tensor]:
@@ -103,7 +105,7 @@ class UnitScores:
                 score = torch.stack([unit.mean() for unit in units])
             else:
                 if target is None:  # of a layer with one channel
-                    check_one_score_each(a.flatten(2)[..., 0] if a.dim() > 2 else a)
+                    check_one_score_per_example(a.flatten(2)[..., 0] if a.dim() > 2 else a)
                 score = full_precision(_select_targets(a, target)).reshape(len(a), -1).mean(1)
         return _one_each(score, n)
 

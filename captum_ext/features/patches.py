@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from captum_ext._checks import check_choice, check_count, check_range
-from captum_ext._data.pictures import Pictures
-from captum_ext._data.pixels import IMAGENET
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward
-from captum_ext._engine.receptive_field import Field, receptive_field
+from captum_ext._engine.receptive_field import ReceptiveField, receptive_field
 from captum_ext._engine.state import preserve_state
 from captum_ext._identity import model_digest
 from captum_ext.features._activating_patches import ActivatingPatches
@@ -34,7 +34,7 @@ def maximally_activating_patches(
     units: Sequence[int] | None = None,
     per_image: int = 1,
     size: int | tuple[int, int] = 224,
-    normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET,
+    normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET_MEAN_STD,
     receptive_field: str = "analytic",
     energy: float = 0.95,
     reshape_transform: ReshapeTransform | None = None,
@@ -129,7 +129,7 @@ def maximally_activating_patches(
     check_choice("receptive_field", receptive_field, RECEPTIVE_FIELDS)
     check_range("energy", energy, 0, 1)
     chosen = None if units is None else _checked_units(units)
-    pictures = Pictures(data, height_width("size", size), has_labels=False)
+    pictures = PictureDataset(data, height_width("size", size), has_labels=False)
     places = _checked_shard(shard, len(pictures))
     maps = LayerMaps(forward_func, layer, normalize, reshape_transform)
     if receptive_field == "effective" and torch.is_inference_mode_enabled():
@@ -140,7 +140,8 @@ def maximally_activating_patches(
     store = None
     if checkpoint is not None:
         run = {
-            "model": model_digest(forward_func), **maps.about(), "data": pictures.about(),
+            "model": model_digest(forward_func), **maps.fingerprint(),
+            "data": pictures.fingerprint(),
             "n": n, "per_image": per_image, "units": None if chosen is None else list(chosen),
             "size": list(pictures.size), "shard": list(shard),
         }  # fmt: skip
@@ -172,7 +173,7 @@ def maximally_activating_patches(
     )  # fmt: skip
 
 
-def _field(maps: LayerMaps, image: Tensor) -> tuple[Field | None, str | None]:
+def _field(maps: LayerMaps, image: Tensor) -> tuple[ReceptiveField | None, str | None]:
     """The layer's receptive field; or None, and the reason for it."""
     transform = maps.reshape_transform
     try:

@@ -1,21 +1,23 @@
 """Metrics of attributions: plain functions, and torchmetrics classes over them.
 
-Functions give figures of each image, and keep the curves; the classes average them over batches and
-processes, and torchmetrics is imported where one of them is asked for.
+Functions return figures of each image. Classes average them over batches and processes; their first
+use imports torchmetrics.
 
-**Is a map on the object?** Maps and masks, or boxes, are compared: `pointing_game`,
-`energy_pointing_game`, `box_ious`, `pixel_counts` and what is made of these.
+**Is a map on the object?** `pointing_game`, `energy_pointing_game`, `box_ious`, `pixel_counts` and
+their classes compare maps with masks or boxes.
 
-**Does the model heed what a map marks?** Pixels are shown or hidden in the order of a map, and the
-model is asked again: in `insertion` and `deletion` for each share of the pixels, in `average_drop`
-and `increase_in_confidence` once, in `road` with what is hidden interpolated. Attributions are
-(B, C, H, W) or (B, H, W), of the images' height and width; channels that are all equal count as one
-map, others are summed. Insertion, deletion and ROAD see nothing of a map but the order of its
-pixels. **Pixels of equal value** come in a random order, the same for all images of a size and for
-every call, unless a `generator` draws another: a flat map is a random one, and not one that reads
-from the upper left.
+**Does the model use the pixels that a map marks?** These metrics hide pixels by their rank in the
+map and run the model again. `insertion` and `deletion` do so for many shares of the pixels,
+`average_drop` and `increase_in_confidence` once, and `road` imputes the hidden pixels from their
+neighbours. Attributions are (B, C, H, W) or (B, H, W), of the images' height and width. Channels
+that are all equal count as one map, others are summed. Insertion, deletion and ROAD depend on
+nothing but the order of a map's pixels.
+
+**Pixels of equal value** come in a random order, the same for all images of a size and for every
+call, unless a `generator` draws another. A flat map thus counts as a random map, and not as one
+that starts at the upper left.
 """
-# ruff: noqa: F403 (each file says in `__all__` what is public: a new metric needs no line here)
+# ruff: noqa: F403 (each file lists its public names in `__all__`; a new file needs one line here)
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""Definitions of metrics: what the torchmetrics classes and `evaluate` have in common."""
+"""Definitions of metrics, which the torchmetrics classes and `evaluate` share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 
-def one_value(found: Tensor) -> Tensor:
+def as_column(values: Tensor) -> Tensor:
     """Numbers (B,) as (B, 1)."""
-    return found[:, None]
+    return values[:, None]
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,13 @@ class Definition:
     """A metric that is the mean of numbers of single images.
 
     Attributes:
-        name: by which `evaluate` knows it.
-        function: the public function. After what it takes come its options.
-        takes: a "model", images and maps; a map and a "region"; or a "map" alone, scaled to [0, 1].
-        class_name: of the torchmetrics class in `captum_ext.metrics`, if there is one.
-        higher_is_better: or lower.
-        values: turns what `function` returns into numbers (B, n); the first is `evaluate`'s.
+        name: the metric's name in `evaluate`.
+        function: the public function. Its options follow the arguments that `takes` stands for.
+        takes: "model" for a model, images and maps; "region" for maps and masks; "map" for maps
+            alone, scaled to [0, 1].
+        class_name: the torchmetrics class in `captum_ext.metrics`, if there is one.
+        higher_is_better: False where a lower number is the better one.
+        values: turns a result of `function` into numbers (B, n); `evaluate` takes the first.
         check: raises an error for options that are out of range.
     """
 
@@ -31,7 +32,7 @@ class Definition:
     takes: Literal["model", "region", "map"]
     class_name: str | None = None
     higher_is_better: bool = True
-    values: Callable[[Any], Tensor] = one_value
+    values: Callable[[Any], Tensor] = as_column
     check: Callable[..., None] | None = None
 
 
@@ -45,6 +46,6 @@ def define(
     class_name: str | None = None,
     **others: Any,
 ) -> Definition:
-    """Make a `Definition`, and enter it among `DEFINITIONS`."""
+    """Make a `Definition` and enter it in `DEFINITIONS`, where `evaluate` finds it."""
     DEFINITIONS[name] = Definition(name, function, takes, class_name, **others)
     return DEFINITIONS[name]

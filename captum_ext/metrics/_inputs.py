@@ -1,4 +1,4 @@
-"""Maps, masks and boxes in one form, or a clear error."""
+"""Checks of maps, masks and boxes, which bring them to one form or raise an error."""
 
 from collections.abc import Sequence
 
@@ -22,18 +22,18 @@ def checked_maps(maps: Tensor, name: str = "attributions") -> Tensor:
 
 
 def checked_unit_maps(maps: Tensor) -> Tensor:
-    """Maps in [0, 1], as `checked_maps`."""
+    """Maps (B, H, W) in [0, 1], checked as by `checked_maps`."""
     values = checked_maps(maps, "maps")
     if bool((values < 0).any() | (values > 1).any()):
-        raise ValueError("`maps` must be in [0, 1]: bring them there by `imaging.min_max`.")
+        raise ValueError("`maps` must be in [0, 1]: scale them by `imaging.min_max`.")
     return values
 
 
 def checked_masks(masks: Tensor, name: str = "masks") -> Tensor:
-    """Masks as (B, H, W)."""
+    """Masks (B, H, W), bool."""
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
-        shown = masks.dtype if isinstance(masks, Tensor) else type(masks)
-        raise TypeError(f"`{name}` must be bool, got {shown}.")
+        got = masks.dtype if isinstance(masks, Tensor) else type(masks)
+        raise TypeError(f"`{name}` must be bool, got {got}.")
     if masks.dim() == 4 and masks.shape[1] == 1:
         masks = masks[:, 0]
     if masks.dim() != 3 or 0 in masks.shape[1:]:
@@ -51,6 +51,6 @@ def check_boxes(boxes: Sequence[Tensor], n: int, name: str = "boxes") -> None:
 
 
 def check_corners(boxes: Tensor, name: str = "boxes") -> None:
-    """Raise a ValueError unless boxes (n, 4) are finite and the right way round."""
+    """Raise a ValueError unless boxes (n, 4) are finite, with x1 <= x2 and y1 <= y2."""
     if not bool((boxes[:, 2:] >= boxes[:, :2]).all() & torch.isfinite(boxes).all()):
         raise ValueError(f"`{name}` must be finite and have x1 <= x2 and y1 <= y2.")

@@ -1,6 +1,6 @@
-"""Scores of perturbed images: what insertion, deletion, drop and ROAD share.
+"""Scores of perturbed images, for insertion, deletion, average drop and ROAD.
 
-Only `Faithfulness.scores` runs a model.
+Only `PerturbationScorer.score_perturbed` runs the model.
 """
 
 import inspect
@@ -12,36 +12,30 @@ from typing import Any, TypedDict, TypeVar, cast
 import torch
 from torch import Generator, Tensor
 
-from captum_ext._checks import check_count, check_generator, closest, one_batch_of_images
-from captum_ext._compat import (
-    TargetType,
-    with_progress,
-)
+from captum_ext._checks import check_count, check_generator, check_images, closest
+from captum_ext._compat import TargetType, with_progress
 from captum_ext._engine.modules import Forward
-from captum_ext._engine.outputs import (
-    Score,
-    Scorer,
-    default_batch_size,
-)
+from captum_ext._engine.outputs import Score, Scorer, default_batch_size
 from captum_ext._engine.state import preserve_state
 from captum_ext.imaging import min_max
 from captum_ext.infill import Baselines, Infill
 from captum_ext.metrics._inputs import checked_maps
 
-SEED = 0  # of the order of equal pixels, and of ROAD's noise
+SEED = 0  # for the order of equal pixels, random infill and ROAD's noise
 
+# Makes perturbed images (m, C, H, W) from the indices of their examples and of their perturbations.
 Perturb = Callable[[Tensor, Tensor], Tensor]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Scoring(TypedDict, total=False):
-    """Keywords that all metrics of faithfulness take.
+class ScoringOptions(TypedDict, total=False):
+    """Options of all metrics that run the model.
 
     Attributes:
-        score: "softmax" (default; RISE), "sigmoid", "logit" (the output as it is) or a callable of
-            the output.
-        generator: of the order of equal pixels and of random infill; on the images' device. None
-            is a fixed order and fixed noise, and touches no global random state.
+        score: "softmax" (default; RISE), "sigmoid", "logit" (the bare output) or a callable of the
+            output.
+        generator: draws the order of equal pixels and random infill, on the images' device. None
+            fixes the order and the noise, and touches no global random state.
         internal_batch_size: images in one pass of the model, and in memory. None is 16 on a CPU and
             64 elsewhere.
         show_progress: whether to draw a progress bar.
@@ -53,16 +47,16 @@ class Scoring(TypedDict, total=False):
     show_progress: bool
 
 
-def with_scoring(function: Function) -> Function:
-    """`function`, with a signature that names the keywords in its `**scoring`, and no other.
+def with_scoring_options(function: Function) -> Function:
+    """Give `function` a signature that lists the `ScoringOptions` in place of its `**scoring`.
 
-    Calls with another one raise a TypeError that names the function and the closest keywords.
+    Calls with another keyword raise a TypeError that names the function and the closest keywords.
     """
     signature = inspect.signature(function)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    keywords = inspect.signature(Faithfulness).parameters
-    shared = [keywords[name] for name in Scoring.__annotations__]
-    full = signature.replace(parameters=own + shared)
+    explicit = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    keywords = inspect.signature(PerturbationScorer).parameters
+    shared = [keywords[name] for name in ScoringOptions.__annotations__]
+    full = signature.replace(parameters=explicit + shared)
 
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -78,8 +72,24 @@ def with_scoring(function: Function) -> Function:
     return cast(Function, checked)
 
 
-class Faithfulness:
-    """A model, images, and the model's scores of what is made of the images, in chunks."""
+class PerturbationScorer:
+    """A model's scores of perturbed images, in chunks.
+
+    Args:
+        forward_func: the model.
+        inputs: images (B, C, H, W), or a tuple of one such tensor.
+        target: as in Captum.
+        additional_forward_args: as in Captum.
+        score: see `ScoringOptions`, as for the rest.
+        generator: draws the order of equal pixels and random infill.
+        internal_batch_size: images in one pass of the model.
+        show_progress: whether to draw a progress bar.
+
+    Raises:
+        ValueError: images or an option that do not fit.
+        TypeError: a generator of another type.
+        AssertionError: a target that is not one for each image.
+    """
 
     def __init__(
         self,
@@ -93,7 +103,7 @@ class Faithfulness:
         internal_batch_size: int | None = None,
         show_progress: bool = False,
     ) -> None:
-        self.images = one_batch_of_images(inputs)
+        self.images = check_images(inputs)
         if internal_batch_size is None:
             internal_batch_size = default_batch_size(self.images.device)
         check_count("internal_batch_size", internal_batch_size)
@@ -106,12 +116,12 @@ class Faithfulness:
         self.score, self.generator, self.show_progress = score, generator, show_progress
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """The block in which scores are taken: without gradients, and with the model put back."""
+    def preserved(self) -> Iterator[None]:
+        """Block without gradients that leaves the model as it was found."""
         with torch.no_grad(), preserve_state(self.forward_func):
             yield
 
-    def maps(self, attributions: Any) -> Tensor:
+    def checked_maps(self, attributions: Any) -> Tensor:
         """One map for each image, (B, H, W)."""
         if isinstance(attributions, tuple) and len(attributions) == 1:
             attributions = attributions[0]
@@ -120,14 +130,14 @@ class Faithfulness:
         if maps.shape != shape:
             raise ValueError(
                 f"`attributions` are {len(maps)} maps of {maps.shape[1]} x {maps.shape[2]} and "
-                f"`inputs` {shape[0]} images of {shape[1]} x {shape[2]}: they must agree. Maps of "
-                f"a layer are brought to the images' size by `UpsampleWrapper`."
+                f"`inputs` {shape[0]} images of {shape[1]} x {shape[2]}: they must agree. "
+                f"`UpsampleWrapper` brings a layer's maps to the images' size."
             )
         return maps
 
-    def ranks(self, attributions: Any) -> Tensor:
-        """Each pixel's rank, (B, H, W), from 0, the most relevant; equal ones in random order."""
-        maps = self.maps(attributions)
+    def rank_pixels(self, attributions: Any) -> Tensor:
+        """Rank pixels (B, H, W) from 0, the most relevant; equal pixels in random order."""
+        maps = self.checked_maps(attributions)
         flat = maps.flatten(1)
         draws = self.generator or Generator().manual_seed(SEED)
         shuffled = torch.randperm(flat.shape[1], generator=draws, device=draws.device)
@@ -136,48 +146,48 @@ class Faithfulness:
         ranks = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
         return torch.empty_like(order).scatter_(1, order, ranks).view_as(maps)
 
-    def infill(self, baselines: Baselines) -> Infill:
-        """What takes the place of hidden pixels."""
+    def make_infill(self, baselines: Baselines) -> Infill:
+        """Make the infill of hidden pixels."""
         infill = Infill(self.images, baselines)
         infill.draw(self.generator or Generator(self.images.device).manual_seed(SEED))
         return infill
 
-    def scores(self, perturb: Perturb, n: int) -> Tensor:
-        """The scores (B, n) of `perturb(examples, which of the n)`, indices in two tensors."""
+    def score_perturbed(self, perturb: Perturb, n: int) -> Tensor:
+        """Score n perturbations of each image: (B, n)."""
         total, chunks = len(self.images) * n, []
         starts = range(0, total, self.internal_batch_size)
         for start in with_progress(starts, self.show_progress, "Faithfulness"):
             stop = min(start + self.internal_batch_size, total)
-            numbers = torch.arange(start, stop, device=self.images.device)
-            examples = numbers // n
-            chunks.append(self.scorer((perturb(examples, numbers % n),), examples))
+            pairs = torch.arange(start, stop, device=self.images.device)
+            examples = pairs // n
+            chunks.append(self.scorer((perturb(examples, pairs % n),), examples))
         scores = torch.cat(chunks).reshape(-1, n).to(self.images.device)
         if not bool(torch.isfinite(scores).all()):
             raise ValueError("`forward_func` gives scores that are not finite.")
         return scores
 
-    def shown(self, ranks: Tensor, infill: Infill, counts: Sequence[int]) -> Tensor:
-        """The scores (B, n) while only the first so many pixels of `ranks` show."""
-        cuts = torch.tensor(counts, device=ranks.device)[:, None, None]
+    def score_first_pixels(self, ranks: Tensor, infill: Infill, counts: Sequence[int]) -> Tensor:
+        """Score the images with all but the first `count` pixels hidden, for n counts: (B, n)."""
+        limits = torch.tensor(counts, device=ranks.device)[:, None, None]
 
-        def perturb(examples: Tensor, which: Tensor) -> Tensor:
-            show = (ranks[examples] < cuts[which])[:, None]
-            fill = infill(examples, show[:, None].to(self.images.dtype))[:, 0]
-            return torch.where(show, self.images[examples], fill)
+        def perturb(examples: Tensor, indices: Tensor) -> Tensor:
+            keep = (ranks[examples] < limits[indices])[:, None]
+            fill = infill(examples, keep[:, None].to(self.images.dtype))[:, 0]
+            return torch.where(keep, self.images[examples], fill)
 
-        return self.scores(perturb, len(counts))
+        return self.score_perturbed(perturb, len(counts))
 
-    def confidences(self, attributions: Any, baselines: Baselines) -> tuple[Tensor, Tensor]:
-        """The scores (B,) of the images, and of what their maps, scaled to [0, 1], let through."""
-        infill = self.infill(baselines)
-        weights = min_max(self.maps(attributions)[:, None])
+    def score_masked(self, attributions: Any, baselines: Baselines) -> tuple[Tensor, Tensor]:
+        """Score the images, bare and masked by their maps, scaled to [0, 1]: (B,) each."""
+        infill = self.make_infill(baselines)
+        weights = min_max(self.checked_maps(attributions)[:, None])
 
-        def perturb(examples: Tensor, which: Tensor) -> Tensor:
-            keep = torch.where(which[:, None, None, None] == 0, 1, weights[examples])
+        def perturb(examples: Tensor, indices: Tensor) -> Tensor:
+            keep = torch.where(indices[:, None, None, None] == 0, 1, weights[examples])
             keep = keep.to(self.images.dtype)
             fill = infill(examples, keep[:, None])[:, 0]
             return torch.lerp(fill, self.images[examples], keep)
 
-        with self.running():
-            original, masked = self.scores(perturb, 2).unbind(1)
+        with self.preserved():
+            original, masked = self.score_perturbed(perturb, 2).unbind(1)
         return original, masked

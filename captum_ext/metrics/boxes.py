@@ -1,7 +1,7 @@
-"""Boxes: out of maps, by the rule of the first papers; whether they are right; masks of them.
+"""Boxes of maps at a fixed threshold, their overlap with true boxes, and masks of boxes.
 
-`box_from_map`, then `best_box_iou` with 0.5 and more as a hit, is localisation with the class known
-(GT-known). Together with `in_top_k` it is top-1 and top-5 localisation:
+Localisation with the class known (GT-known) takes the `box_from_map`, and its `best_box_iou` of 0.5
+or more as a hit. Together with `in_top_k` it becomes top-1 and top-5 localisation:
 
 >>> maps = torch.zeros(2, 8, 8)
 >>> maps[:, 2:5, 2:6] = 1
@@ -13,7 +13,7 @@ tensor([ True, False])
 >>> [(hits & in_top_k(logits, target, k)).float().mean().item() for k in (1, 2)]
 [0.0, 0.5]
 
-`MaxBoxAcc` sweeps the threshold instead of fixing it, and takes `in_top_k` as its `counted`.
+`MaxBoxAcc` sweeps the threshold, and takes the `in_top_k` of its images as `counted`.
 """
 
 from collections.abc import Sequence
@@ -40,29 +40,36 @@ __all__ = [
     "masks_to_boxes",
 ]
 
-_IN_PLANE = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # eight neighbours
+# Eight neighbours in a map, and none in the next map.
+_NEIGHBOURS = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])
 
 
 def box_from_map(maps: Tensor, threshold: float = 0.2) -> Tensor:
     """The box of the largest region of each map: (B, 4), int64, (x1, y1, x2, y2), half-open.
 
-    Regions are of pixels above `threshold` times the map's maximum, with eight neighbours (Zhou et
-    al., "Learning Deep Features for Discriminative Localization", 2016: 20%, the largest component,
-    its tight box). The largest has the most pixels; of equal ones it is that whose first pixel in
-    row-major order comes first. A map without a positive value points nowhere: its box is the whole
-    image, and there is a warning. So it is, without one, for a constant positive map.
+    A region consists of pixels above `threshold` times the map's maximum, with eight neighbours
+    (Zhou et al., "Learning Deep Features for Discriminative Localization", 2016: 20%, the largest
+    component, its tight box). The largest region has the most pixels; of equal ones, the one whose
+    first pixel in row-major order comes first is taken. A map without a positive value points
+    nowhere: its box is the whole image, and there is a warning. A constant positive map has the
+    same box, without a warning.
 
-    Bring maps to the size of the image first. Regions are found on the CPU, by SciPy, for all maps
-    in one call: on one thread that takes 0.5 ms of a smooth map of 224 x 224 and 0.9 ms of noise,
-    where pixels that take their neighbours' largest label until nothing changes take 114 and 390.
+    Resize maps to the image's size first. SciPy finds the regions of all maps in one call, on the
+    CPU. On one thread, that takes 0.5 ms for a smooth map of 224 x 224 and 0.9 ms for noise. Label
+    propagation in torch, where pixels take their neighbours' largest label until nothing changes,
+    takes 114 ms and 390 ms.
 
     Args:
         maps: (B, C, H, W) or (B, H, W). Channels that are all equal count as one map, others are
             summed.
-        threshold: at least 0 and below 1.
+        threshold: a share of the map's maximum, at least 0 and below 1. 0.2 (paper).
 
     Raises:
         ValueError: another shape, values that are not finite, a threshold out of range.
+        TypeError: maps that are no tensor.
+
+    Reference:
+        Zhou et al., https://arxiv.org/abs/1512.04150
 
     Example:
         >>> maps = torch.zeros(1, 6, 8)
@@ -79,30 +86,31 @@ def box_from_map(maps: Tensor, threshold: float = 0.2) -> Tensor:
     nowhere = top <= 0
     if bool(nowhere.any()):
         warn("some maps have no positive value: their box is the whole image.")
-    labels, n_regions = ndimage.label((values > threshold * top).cpu().numpy(), _IN_PLANE)
+    labels, n_regions = ndimage.label((values > threshold * top).cpu().numpy(), _NEIGHBOURS)
     areas = np.bincount(labels.ravel())
     image = np.empty(n_regions + 1, dtype=np.int64)
     image[labels] = np.arange(len(values))[:, None, None]
-    # Of each map the region with the most pixels; SciPy counts regions by their first pixels.
+    # Take the region with the most pixels of each map. SciPy numbers regions by their first pixels.
     regions = np.arange(1, n_regions + 1)
     regions = regions[np.lexsort((-areas[1:], image[1:]))]
-    found, first = np.unique(image[regions], return_index=True)
+    with_region, first = np.unique(image[regions], return_index=True)
     largest = np.full((len(values), 1, 1), -1)
-    largest[found, 0, 0] = regions[first]
+    largest[with_region, 0, 0] = regions[first]
     masks = torch.from_numpy(labels == largest).to(maps.device)
     return masks_to_boxes(masks | nowhere)
 
 
 def best_box_iou(predicted: Tensor, true: Sequence[Tensor]) -> Tensor:
-    """The IoU of each box with that of the image's true ones which fits best: (B,), in [0, 1].
+    r"""The IoU of each box with the best fitting true box of its image: (B,), in [0, 1].
 
-    Areas are x2 - x1 times y2 - y1, as half-open boxes have them; the published evaluators, whose
-    boxes include both ends, are followed by `MaxBoxAcc`.
+    .. math:: \max_t \frac{|p \cap t|}{|p| + |t| - |p \cap t|}
+
+    over the true boxes t, with areas :math:`|b| = (x_2 - x_1) (y_2 - y_1)` of half-open boxes.
+    `MaxBoxAcc` can follow the published evaluators instead, whose boxes include both ends.
 
     Args:
         predicted: (B, 4), (x1, y1, x2, y2).
-        true: for each image (n, 4), n at least 1. Images have no size here: what of a box is
-            outside counts as not found.
+        true: for each image (n, 4), n at least 1. Boxes keep their area outside the image.
 
     Raises:
         ValueError: another shape or number, no true box, boxes that are not finite or have x2 < x1
@@ -120,7 +128,7 @@ def best_box_iou(predicted: Tensor, true: Sequence[Tensor]) -> Tensor:
         return torch.zeros(0, device=device)
     counts = torch.tensor([len(boxes) for boxes in true], device=device)
     image = torch.arange(len(true), device=device).repeat_interleave(counts)
-    # Sides of pictures are whole numbers that float32 has exactly, and their products need not be.
+    # In float64, since float32 holds the sides of pictures exactly, but not all of their products.
     mine, theirs = predicted.double()[image], torch.cat(list(true)).to(device).double()
     check_corners(mine, "predicted")
     check_corners(theirs, "true")
@@ -134,10 +142,10 @@ def best_box_iou(predicted: Tensor, true: Sequence[Tensor]) -> Tensor:
 
 
 def in_top_k(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
-    """Whether the class of each image is among the classifier's first k answers: (B,), bool.
+    """True for each image whose class has one of the k largest logits: (B,), bool.
 
-    Of classes with equal values the one with the smaller index comes first, so that a classifier
-    that says the same of all classes is not always right.
+    Of classes with equal logits the one with the smaller index comes first, so that a classifier
+    with the same logit for all classes is not always right.
 
     Args:
         logits: (B, K): logits, probabilities or any other score.
@@ -164,11 +172,11 @@ def in_top_k(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
         raise ValueError(f"`target` must be in [0, {n_classes}), the classes of `logits`.")
     if bool(logits.isnan().any()):
         raise ValueError("`logits` has values that are NaN.")
-    place = target.to(logits.device, torch.int64)[:, None]
-    own = logits.gather(1, place)
-    earlier = torch.arange(n_classes, device=logits.device) < place
-    first: Tensor = ((logits > own) | ((logits == own) & earlier)).sum(1) < k
-    return first
+    index = target.to(logits.device, torch.int64)[:, None]
+    logit = logits.gather(1, index)
+    is_earlier = torch.arange(n_classes, device=logits.device) < index
+    hits: Tensor = ((logits > logit) | ((logits == logit) & is_earlier)).sum(1) < k
+    return hits
 
 
 def center_gaussian(
@@ -178,23 +186,26 @@ def center_gaussian(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    r"""A map that looks at nothing and says "the middle": (H, W), in (0, 1].
+    r"""A Gaussian around the centre of the image, the baseline of localisation: (H, W), in (0, 1].
 
     .. math:: \exp\left(-\frac{(y / H - 1/2)^2 + (x / W - 1/2)^2}{2 \sigma^2}\right)
 
-    at the centres of the pixels. Photographers put objects in the middle, so that this is the
-    baseline that a method of localisation has to beat (Choe et al., "Evaluating Weakly Supervised
-    Object Localization Methods Right", 2020). Where a threshold is swept, as by `MaxBoxAcc` and
-    `PxAP`, its width hardly matters; at a fixed one it does.
+    at the centres of the pixels. Photographers put objects in the middle, so that a method of
+    localisation has to beat this map (Choe et al., "Evaluating Weakly Supervised Object
+    Localization Methods Right", 2020). The width hardly matters where a threshold is swept, as by
+    `MaxBoxAcc` and `PxAP`. It does matter at a fixed threshold.
 
     Args:
         size: (H, W).
-        sigma: in sides of the image, greater than 0.
+        sigma: the standard deviation in sides of the image, greater than 0.
         dtype: of the map.
         device: of the map.
 
     Raises:
         ValueError: an argument out of range.
+
+    Reference:
+        Choe et al., https://arxiv.org/abs/2001.07437
 
     Example:
         >>> box_from_map(center_gaussian((100, 200))[None], threshold=0.5)
@@ -233,18 +244,19 @@ def boxes_to_masks(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         shapes = [tuple(b.shape) for b in boxes]
         raise ValueError(f"`boxes` must be a tensor (n, 4) for each image, got {shapes}.")
     height, width = size
-    every = full_precision(torch.cat(list(boxes)))
-    check_corners(every)
+    corners = full_precision(torch.cat(list(boxes)))
+    device = corners.device
+    check_corners(corners)
     x1, y1, x2, y2 = (
-        every[:, i].ceil().clamp(0, side).long() for i, side in enumerate((width, height) * 2)
+        corners[:, i].ceil().clamp(0, side).long() for i, side in enumerate((width, height) * 2)
     )
-    counts = torch.tensor([len(b) for b in boxes], device=every.device)
-    image = torch.arange(len(boxes), device=every.device).repeat_interleave(counts)
-    # Summed along both axes, +1 and -1 at the corners of a box are 1 in it and 0 outside.
-    edges = torch.zeros(len(boxes), height + 1, width + 1, dtype=torch.int32, device=every.device)
-    one = edges.new_ones(len(every))
-    for y, x, sign in ((y1, x1, one), (y1, x2, -one), (y2, x1, -one), (y2, x2, one)):
-        edges.index_put_((image, y, x), sign, accumulate=True)
+    counts = torch.tensor([len(b) for b in boxes], device=device)
+    image = torch.arange(len(boxes), device=device).repeat_interleave(counts)
+    # The sums of +1 and -1 at a box's corners along both axes are 1 in the box and 0 outside.
+    edges = torch.zeros(len(boxes), height + 1, width + 1, dtype=torch.int32, device=device)
+    ones = edges.new_ones(len(corners))
+    for y, x, signs in ((y1, x1, ones), (y1, x2, -ones), (y2, x1, -ones), (y2, x2, ones)):
+        edges.index_put_((image, y, x), signs, accumulate=True)
     return edges.cumsum(1).cumsum(2)[:, :height, :width] > 0
 
 
@@ -252,7 +264,7 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     """The smallest box around each mask: (B, 4), int64, (x1, y1, x2, y2) in pixels, half-open.
 
     Args:
-        masks: (B, H, W) or (B, 1, H, W), bool. Of an empty one the box is (0, 0, 0, 0).
+        masks: (B, H, W) or (B, 1, H, W), bool. An empty mask has the box (0, 0, 0, 0).
 
     Raises:
         ValueError: another shape.
@@ -268,7 +280,7 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
 
 
 def _ends(occupied: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of (B, n), the first true cell and the one after the last; 0 and 0 if none is."""
-    cells = occupied.int()
-    last = cells.shape[1] - cells.flip(1).argmax(1)
-    return cells.argmax(1), last * cells.amax(1)
+    """Start and stop of the true entries in each row of (B, n); 0 and 0 for a row without any."""
+    entries = occupied.int()
+    stop = entries.shape[1] - entries.flip(1).argmax(1)
+    return entries.argmax(1), stop * entries.amax(1)

@@ -1,4 +1,4 @@
-"""Does an attribution lie on the object? The pointing game, by point and by mass.
+"""The pointing game, by the map's maximum and by its mass: does a map lie on the object?
 
 Attributions are (B, C, H, W) or (B, H, W). Channels that are all equal count as one map, others are
 summed. Regions are masks, (B, H, W) or (B, 1, H, W), bool; `boxes_to_masks` makes them from boxes.
@@ -18,26 +18,33 @@ __all__ = ["energy_pointing_game", "pointing_game"]
 AVERAGES = ("micro", "macro", "none")
 
 
-# --- of each example -----------------------------------------------------------------------------
+# --- figures of each example ---------------------------------------------------------------------
 
 
 def pointing_game(attributions: Tensor, masks: Tensor, tolerance: float = 15) -> Tensor:
-    """Whether the largest value of each map is on the object, or nearly: (B,), bool.
+    r"""True for each map whose maximum is on the object or near it: (B,), bool.
 
-    A hit is a pixel of the mask at a distance of less than `tolerance` from the map's maximum
-    (Zhang et al., "Top-down Neural Attention by Excitation Backprop", 2016; so counted by
-    TorchRay). Of several maxima the first in row-major order is taken. A flat map, which points
-    nowhere, is a miss.
+    With p the pixel of the map's maximum, a map is a hit if a pixel q of the mask is nearer than
+    the tolerance t,
+
+    .. math:: \min_q \lVert p - q \rVert < t,
+
+    as TorchRay counts hits (Zhang et al., "Top-down Neural Attention by Excitation Backprop",
+    2016). The first of several maxima in row-major order is taken. A flat map points nowhere and is
+    a miss.
 
     Args:
         attributions: (B, C, H, W) or (B, H, W), of any scale and sign.
         masks: (B, H, W) or (B, 1, H, W), bool, none of them empty.
-        tolerance: in pixels; 15 is the authors'. At 0 the maximum must be in the mask.
+        tolerance: in pixels. 15 (authors). At 0 the maximum must be in the mask.
 
     Raises:
         ValueError: shapes that do not fit, values that are not finite, an empty mask, a negative
             tolerance.
         TypeError: masks that are not bool.
+
+    Reference:
+        Zhang et al., https://arxiv.org/abs/1608.00507
 
     Example:
         >>> from captum_ext.metrics import boxes_to_masks
@@ -56,18 +63,21 @@ def pointing_game(attributions: Tensor, masks: Tensor, tolerance: float = 15) ->
     first = flat.argmax(1)[:, None, None]
     rows = torch.arange(maps.shape[1], device=maps.device)[:, None] - first // width
     columns = torch.arange(width, device=maps.device) - first % width
-    # Below 1 there is only the maximum itself.
+    # Nearer than 1 is only the maximum itself.
     near = rows**2 + columns**2 < max(tolerance**2, 1)
     hits: Tensor = (near & masks).flatten(1).any(1) & (flat.amax(1) > flat.amin(1))
     return hits
 
 
 def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
-    """The share of each map's positive mass that lies in the region: (B,), in [0, 1].
+    r"""The share of each map's positive mass that lies in the region: (B,), in [0, 1].
 
-    sum_p [p in mask] max(a_p, 0) / sum_p max(a_p, 0) (Wang et al., "Score-CAM", 2020, who take the
-    object's box). A map without a positive value has 0. Expected of a constant positive map is the
-    region's share of the area.
+    Of a map a and the pixels M of the mask,
+
+    .. math:: \frac{\sum_{p \in M} \max(a_p, 0)}{\sum_p \max(a_p, 0)}
+
+    (Wang et al., "Score-CAM", 2020, whose region is the object's box). A map without a positive
+    value has 0. A constant positive map has the region's share of the area.
 
     Args:
         attributions: (B, C, H, W) or (B, H, W).
@@ -77,6 +87,9 @@ def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
         ValueError: shapes that do not fit, values that are not finite, an empty mask.
         TypeError: masks that are not bool.
 
+    Reference:
+        Wang et al., https://arxiv.org/abs/1910.01279
+
     Example:
         >>> attributions = torch.tensor([[[3.0, 1.0], [-5.0, 0.0]]])
         >>> masks = torch.tensor([[[True, False], [True, True]]])
@@ -84,7 +97,7 @@ def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
         tensor([0.7500])
     """
     maps, masks = _maps_and_masks(attributions, masks)
-    # Divided by its maximum first, a map of any scale has a sum that is finite and no subnormal.
+    # Dividing by the maximum first keeps the sum of a map of any scale finite and not subnormal.
     positive = maps.flatten(1).clamp(min=0)
     largest = positive.amax(1, keepdim=True)
     positive = positive / torch.where(largest > 0, largest, 1)
@@ -93,7 +106,7 @@ def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
 
 
 def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as (B, H, W), the maps in float32 or better."""
+    """Maps and masks (B, H, W), the maps in float32 or better."""
     masks = checked_masks(masks)
     maps = checked_maps(attributions)
     if maps.shape != masks.shape:
@@ -104,8 +117,8 @@ def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
     filled = masks.flatten(1).any(1)
     if not bool(filled.all()):
         empty = (~filled).nonzero().flatten().tolist()
-        shown = str(empty) if len(empty) <= 8 else f"{empty[:8]} and {len(empty) - 8} more"
-        raise ValueError(f"`masks` {shown} are empty: there is nothing to point at.")
+        listed = str(empty) if len(empty) <= 8 else f"{empty[:8]} and {len(empty) - 8} more"
+        raise ValueError(f"`masks` {listed} are empty: there is nothing to point at.")
     return maps, masks
 
 
@@ -124,12 +137,12 @@ POINTING_GAME = define(
 ENERGY = define("energy", energy_pointing_game, "region", "EnergyPointingGame")
 
 
-# --- of all examples -----------------------------------------------------------------------------
+# --- means over examples -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RegionOptions:
-    """How the scores of examples are averaged; see `PointingGame`."""
+    """The options of `PointingGame` for the mean over examples."""
 
     num_classes: int | None = None
     average: str = "micro"
@@ -145,15 +158,9 @@ class RegionOptions:
             raise ValueError(f"`num_classes` must be positive, a whole number, got {n!r}.")
 
 
-def zeros(options: RegionOptions) -> tuple[Tensor, Tensor]:
-    """Sums and numbers of scores, of all and of difficult examples, by class: (2, classes)."""
-    cells = (2, options.num_classes or 1)
-    # A float32 that counts hits stays at 2**24, and one that sums shares is off before.
-    return torch.zeros(cells, dtype=torch.float64), torch.zeros(cells, dtype=torch.int64)
-
-
-def update(
-    state: tuple[Tensor, Tensor],
+def add_scores(
+    total: Tensor,
+    count: Tensor,
     score: Callable[[Tensor, Tensor], Tensor],
     attributions: Tensor,
     masks: Tensor,
@@ -161,10 +168,25 @@ def update(
     difficult: Tensor | None,
     options: RegionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Sums and numbers of scores, with those of a batch."""
-    total, count = state
+    """Add the scores of a batch to their sums and numbers, by class.
+
+    Args:
+        total: (2, classes), float64: the sums over all and over the difficult examples.
+        count: (2, classes), int64: the numbers of these examples.
+        score: gives the scores (B,) of maps and masks.
+        attributions: see `PointingGame.update`, as for the next three.
+        masks: the regions.
+        target: the class of each example.
+        difficult: the difficult examples.
+        options: for the mean.
+
+    Returns:
+        The new `total` and `count`.
+    """
     n = len(attributions)
-    target, difficult = _labels(n, target, difficult, attributions.device, options.num_classes)
+    target, difficult = _checked_labels(
+        n, target, difficult, attributions.device, options.num_classes
+    )
     if options.ignore_empty:
         kept = checked_masks(masks).flatten(1).any(1)
         if len(kept) != n:
@@ -172,16 +194,16 @@ def update(
         attributions, masks = attributions[kept], masks[kept]
         target, difficult = target[kept], difficult[kept]
     scores = score(attributions, masks).to(total)
-    chosen = torch.stack((torch.ones_like(difficult), difficult)).to(scores.device)
+    included = torch.stack((torch.ones_like(difficult), difficult)).to(scores.device)
     target = target.to(scores.device)
     return (
-        total.index_add(1, target, scores * chosen),
-        count.index_add(1, target, chosen.long()),
+        total.index_add(1, target, scores * included),
+        count.index_add(1, target, included.long()),
     )
 
 
-def compute(total: Tensor, count: Tensor, options: RegionOptions) -> dict[str, Tensor]:
-    """The means, of all and of difficult examples; NaN where there was none."""
+def mean_scores(total: Tensor, count: Tensor, options: RegionOptions) -> dict[str, Tensor]:
+    """The means over all and over the difficult examples; NaN without an example."""
     if options.average == "micro":
         total, count = total.sum(1), count.sum(1)
     shares = torch.where(count > 0, total / count, torch.nan).float()
@@ -190,7 +212,7 @@ def compute(total: Tensor, count: Tensor, options: RegionOptions) -> dict[str, T
     return {"all": shares[0], "difficult": shares[1]}
 
 
-def _labels(
+def _checked_labels(
     n: int,
     target: Tensor | None,
     difficult: Tensor | None,

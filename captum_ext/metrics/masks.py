@@ -1,6 +1,6 @@
-"""Metrics of masks that mark what matters: their overlap with the truth, and how ragged they are.
+"""Metrics of masks: their overlap with true masks, and the total variation of soft masks.
 
-Nothing is thresholded here: `mask_iou(masks.joint > 0.5, parts)` says itself what it counts.
+Masks are thresholded by the caller, as in `mask_iou(masks.joint > 0.5, parts)`.
 """
 
 import torch
@@ -16,15 +16,18 @@ NORMS = ("squared", "absolute")
 
 
 def mask_iou(predicted: Tensor, true: Tensor) -> Tensor:
-    """The intersection of two masks over their union, in pixels, for each image: (B,), in [0, 1].
+    r"""The intersection of two masks over their union, in pixels, for each image: (B,), in [0, 1].
 
-    |predicted and true| / |predicted or true|; 0 where both masks are empty. The mean over images
-    is the figure of Korsch et al., "Simplified Concrete Dropout", 2023, section 4.1, whose
-    predicted mask is a map > 0.5.
+    Of the pixels P of the predicted mask and T of the true one,
+
+    .. math:: \operatorname{IoU} = |P \cap T| / |P \cup T|,
+
+    and 0 where both masks are empty. The mean over images is the figure of Korsch et al.,
+    "Simplified Concrete Dropout", 2023, section 4.1, whose predicted mask is a map > 0.5.
 
     Args:
         predicted: (B, H, W) or (B, 1, H, W), bool.
-        true: likewise.
+        true: (B, H, W) or (B, 1, H, W), bool.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -42,25 +45,28 @@ def mask_iou(predicted: Tensor, true: Tensor) -> Tensor:
             f"`predicted` {tuple(predicted.shape)} and `true` {tuple(true.shape)} must agree in "
             f"their number and in height and width."
         )
-    both = (predicted & true).flatten(1).sum(1)
-    either = (predicted | true).flatten(1).sum(1)
-    return both / either.clamp(min=1)
+    intersection = (predicted & true).flatten(1).sum(1)
+    union = (predicted | true).flatten(1).sum(1)
+    return intersection / union.clamp(min=1)
 
 
 def total_variation(maps: Tensor, norm: str = "squared") -> Tensor:
-    """How much each map changes from pixel to pixel: (B,).
+    r"""The total variation of each map, from pixel to pixel: (B,).
 
-    sum_yx (m[y+1, x] - m[y, x])^2 + (m[y, x+1] - m[y, x])^2, each pair of neighbours once (Korsch
-    et al., "Simplified Concrete Dropout", 2023, Eq. 10), or the absolute differences. It is a plain
-    sum: it grows with the map, so that figures of maps of different sizes do not compare.
+    .. math:: \sum_{y, x} (m_{y+1, x} - m_{y, x})^2 + (m_{y, x+1} - m_{y, x})^2
+
+    takes each pair of neighbours once (Korsch et al., "Simplified Concrete Dropout", 2023, Eq. 10).
+    "absolute" sums the absolute differences instead. The sum grows with the size of the map, so
+    that maps of different sizes do not compare.
 
     Args:
         maps: (B, C, H, W) or (B, H, W). Channels that are all equal count as one map, others are
             summed.
-        norm: "squared", or "absolute" as in `kornia.losses` and torchmetrics.
+        norm: "squared" (paper), or "absolute" as in `kornia.losses` and torchmetrics.
 
     Raises:
         ValueError: another shape, values that are not finite, an unknown norm.
+        TypeError: maps that are no tensor.
 
     Example:
         >>> maps = torch.tensor([[[0.0, 3.0], [0.0, 1.0]]])

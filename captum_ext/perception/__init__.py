@@ -5,7 +5,7 @@ Training needs Lightning, which the extra `train` installs: `pip install "captum
 
 from typing import TYPE_CHECKING, Any
 
-from captum_ext._lazy import from_training
+from captum_ext._lazy import import_lazily
 from captum_ext.perception.decoder import PerceptionDecoder
 from captum_ext.perception.encoder import LayerEncoder
 from captum_ext.perception.losses import deep_similarity, perception_loss, structural_similarity
@@ -36,4 +36,4 @@ __all__ = [
 if not TYPE_CHECKING:  # for a type checker, unknown names stay errors
 
     def __getattr__(name: str) -> Any:
-        return from_training(__name__, _LAZY, name)
+        return import_lazily(__name__, _LAZY, name)

@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from captum_ext._checks import check_count
 from captum_ext._engine.state import preserve_state
-from captum_ext._identity import SavedDecoder, changes
+from captum_ext._identity import SavedDecoder, describe_changes
 from captum_ext.imaging import resize
 from captum_ext.perception.encoder import LayerEncoder, fits, stride_of
 
@@ -105,7 +105,7 @@ class PerceptionDecoder(nn.Module):
         with preserve_state(encoder.forward_func):
             channels, stride = stride_of(encoder, images)
         decoder = cls(channels, stride, widths, convolutions, colors=encoder.channels)
-        decoder.made_for = encoder.about()
+        decoder.made_for = encoder.fingerprint()
         return decoder
 
     def check_encoder(self, encoder: LayerEncoder) -> None:
@@ -117,8 +117,9 @@ class PerceptionDecoder(nn.Module):
         """
         if not isinstance(encoder, LayerEncoder):
             raise TypeError(f"`encoder` must be a LayerEncoder, got {type(encoder)}.")
-        found = encoder.about()
-        changed = changes(self.made_for, {k: v for k, v in found.items() if k in self.made_for})
+        found = encoder.fingerprint()
+        shared = {k: v for k, v in found.items() if k in self.made_for}
+        changed = describe_changes(self.made_for, shared)
         if changed:
             raise ValueError(f"`encoder` is not the one that the decoder was made for: {changed}.")
 
@@ -165,7 +166,7 @@ class PerceptionDecoder(nn.Module):
             widths=self.widths,
             convolutions=self.convolutions,
             colors=self.colors,
-            encoder=encoder.about(),
+            encoder=encoder.fingerprint(),
         )
 
     @classmethod

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, is_tensor
 from torch.nn import Module
 
-from captum_ext._data.pixels import IMAGENET, Normalize
+from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._engine.modules import (
     Forward,
     find_module,
     module_name,
     parameter_dtype,
-    root_module,
+    require_module,
 )
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.replay import run_to_layer
-from captum_ext._identity import digest, function_name
+from captum_ext._identity import digest, versioned_name
 
 
 class LayerEncoder:
@@ -60,13 +60,10 @@ class LayerEncoder:
         forward_func: Forward,
         layer: Module | str,
         *,
-        normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET,
+        normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET_MEAN_STD,
         reshape_transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        root = root_module(forward_func)
-        if root is None:
-            raise ValueError(f"`forward_func` must be a torch.nn.Module, got {forward_func!r}.")
-        self.forward_func, self.root = forward_func, root
+        self.forward_func, self.root = forward_func, require_module(forward_func)
         self.layer = find_module(forward_func, layer)
         self.normalize = Normalize(normalize)
         self.reshape_transform = reshape_transform
@@ -81,14 +78,14 @@ class LayerEncoder:
         """Of the layer."""
         return module_name(self.forward_func, self.layer).strip("`")
 
-    def about(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """By what a decoder knows the encoder that it was made for, without the weights' values."""
         shapes = [(k, tuple(v.shape)) for k, v in self.root.state_dict().items() if is_tensor(v)]
         return {
             "architecture": digest(shapes),
             "layer": self.name,
-            "normalize": self.normalize.about(),
-            "reshape_transform": function_name("`reshape_transform`", self.reshape_transform),
+            "normalize": self.normalize.to_lists(),
+            "reshape_transform": versioned_name("`reshape_transform`", self.reshape_transform),
         }
 
     def images(self, pictures: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import check_size
-from captum_ext._data.pictures import Pictures
+from captum_ext._data.pictures import PictureDataset
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import parameter_dtype
 from captum_ext._engine.state import eval_mode
 from captum_ext._identity import model_digest
-from captum_ext._training import DecoderModule, Fit
+from captum_ext._training import DecoderModule, TrainingRun
 from captum_ext.perception.decoder import PerceptionDecoder
 from captum_ext.perception.encoder import LayerEncoder
 from captum_ext.perception.losses import perception_loss
@@ -63,7 +63,7 @@ class PerceptionModule(DecoderModule):
         return pictures
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch of `Item`: of those that could be read."""
+        """The loss of a batch of `PictureItem`: of those that could be read."""
         pixels, _, places, read = batch
         self.unread.update(places[~read].tolist())
         if not bool(read.any()):  # other processes wait for a gradient
@@ -76,7 +76,7 @@ class PerceptionModule(DecoderModule):
             found = self._decoded(latents, images)
             again = self.encoder(self.encoder.images(found)) if self.weights[1] else latents
         parts = perception_loss(pictures, found, latents, again, self.weights)
-        return self.total(parts, batch_idx)
+        return self.total_loss(parts, batch_idx)
 
     def pictures(self, pictures: Tensor) -> Tensor:
         """As the decoder gives them: grey where the classifier takes grey ones."""
@@ -154,28 +154,28 @@ def fit_perception(
     """
     if not isinstance(encoder, LayerEncoder):
         raise TypeError(f"`encoder` must be a LayerEncoder, got {type(encoder)}.")
-    run = Fit(n_epochs, batch_size, checkpoints, seed, num_workers, show_progress, trainer)
+    run = TrainingRun(n_epochs, batch_size, checkpoints, seed, num_workers, show_progress, trainer)
     view, root = height_width("size", size), encoder.root
-    pictures = Pictures(data, view, has_labels=False)
-    with run.around(root) as device:
+    pictures = PictureDataset(data, view, has_labels=False)
+    with run.prepared(root) as device:
         blank = torch.zeros(1, encoder.channels, *view, device=device, dtype=parameter_dtype(root))
         decoder = PerceptionDecoder.reading(encoder, blank, widths, convolutions).to(device)
         module = PerceptionModule(encoder, decoder, **options)
         if checkpoints is not None:
-            module.settings = _about(module, pictures, batch_size, seed)
+            module.fingerprint = _fingerprint(module, pictures, batch_size, seed)
         run.fit(module, pictures)
     return decoder.to(device).eval()
 
 
-def _about(
-    module: PerceptionModule, pictures: Pictures, batch_size: int, seed: int
+def _fingerprint(
+    module: PerceptionModule, pictures: PictureDataset, batch_size: int, seed: int
 ) -> dict[str, Any]:
     """What a run that goes on must have in common with the one that was killed."""
     encoder, decoder = module.encoder, module.decoder
     return {
         "classifier": model_digest(encoder.root),
-        **encoder.about(),
-        "pictures": pictures.about(),
+        **encoder.fingerprint(),
+        "pictures": pictures.fingerprint(),
         "size": list(pictures.size),
         "channels": decoder.channels,
         "stride": decoder.stride,

@@ -7,7 +7,7 @@ from captum.attr import Attribution
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._checks import check_choice, check_range, check_size, one_batch_of_images
+from captum_ext._checks import check_choice, check_images, check_range, check_size
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext.imaging import min_max, one_channel, resize
@@ -131,7 +131,7 @@ class PerceptionVisualization:
             ValueError: inputs that are not images, or not finite; an attribution that gives no map;
                 a decoder that does not fit the latents.
         """
-        images = one_batch_of_images(inputs)
+        images = check_images(inputs)
         reconstruction = self.reconstruct(images)
         mask = self.mask(images, **kwargs)
         image = composite(reconstruction, mask, self.background)
@@ -140,7 +140,7 @@ class PerceptionVisualization:
     @torch.no_grad()
     def reconstruct(self, inputs: Tensor) -> Tensor:
         """D(E(x)), (N, C, H, W), in [0, 1]."""
-        images = one_batch_of_images(inputs)
+        images = check_images(inputs)
         size = (images.shape[2], images.shape[3])
         with preserve_state(self.encoder.forward_func), preserve_state(self.decoder):
             latents = self.encoder(images)
@@ -186,7 +186,7 @@ class PerceptionVisualization:
         The SSIM is the mean over channels, 1 where nothing is lost; the second is
         `deep_similarity`, 0 where the classifier sees no difference.
         """
-        images = one_batch_of_images(inputs)
+        images = check_images(inputs)
         found = self.reconstruct(images)
         pictures = self.encoder.pictures(images)
         with preserve_state(self.encoder.forward_func):

@@ -20,7 +20,8 @@ from captum_ext.attr import (
     LayerSmoothGradCamPlusPlus,
 )
 from captum_ext.attr._method_info import Family
-from tests.methods import EVERY, small_net
+from tests.methods import EVERY
+from tests.networks import small_net
 
 PUBLIC = {name: getattr(captum_ext.attr, name) for name in captum_ext.attr.__all__}
 CLASSES = {

@@ -16,24 +16,11 @@ from torch import Tensor, nn
 from captum_ext.attr import FCAM, SESSWrapper, UpsampleWrapper
 from captum_ext.fcam import FCAMDecoder
 from tests.captures import layer_activations
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(inplace=True)),
-        nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 4),
-    )
-    with torch.no_grad():
-        model(torch.rand(16, 3, 32, 32))  # statistics
-    return model.eval()
+from tests.networks import two_stage_net
 
 
 def fcam(model=None):
-    model = network() if model is None else model
+    model = two_stage_net() if model is None else model
     torch.manual_seed(1)
     decoder = FCAMDecoder.reading(model, torch.rand(1, 3, 32, 32), widths=(8, 4))
     for _ in range(3):
@@ -283,7 +270,7 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_of_a_function_nothing_is_saved(tmp_path):
-    model, one = network(), fcam()
+    model, one = two_stage_net(), fcam()
     of_a_function = FCAM(lambda x: model(x), one.decoder, [model[0], model[1]])
     assert of_a_function.attribute(images()).shape == (3, 3, 32, 32)
     with pytest.raises(ValueError, match=r"`forward_func` must be a torch\.nn\.Module"):
@@ -340,7 +327,7 @@ def test_wrong_inputs(inputs, named):
 
 
 def test_wrong_decoders_and_layers():
-    model = network()
+    model = two_stage_net()
     with pytest.raises(TypeError, match="decoder"):
         FCAM(model, nn.Conv2d(3, 2, 1))
     nameless = FCAMDecoder([6, 8], [4, 4]).eval()

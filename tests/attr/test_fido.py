@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from captum_ext.attr import FIDO, AugmentedSR, FIDOMasks, SESSWrapper
 from captum_ext.attr._masked_scores import SDR, SSR, regulariser
 from captum_ext.infill import Infill
-from tests.methods import SmallNet, small_net
+from tests.networks import PatchMeans, SmallNet, small_net
 
 TraceFree = Callable[..., AbstractContextManager[None]]
 FEW: dict[str, Any] = {"n_steps": 3, "n_masks": 2}
@@ -151,16 +151,6 @@ def test_the_loss_of_the_first_step() -> None:
 # --- signs ---------------------------------------------------------------------------------------
 
 
-class Planted(nn.Module):
-    """Logit of class k: 8 times the mean of patch k."""
-
-    patches = ((slice(8, 16), slice(8, 16)), (slice(20, 28), slice(18, 26)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        means = [x[:, :, rows, columns].mean((1, 2, 3)) for rows, columns in self.patches]
-        return 8 * torch.stack([*means, 0.2 * torch.ones_like(means[0])], 1)
-
-
 def planted() -> Tensor:
     x = 0.1 * torch.rand(2, 3, 32, 32, generator=seeded(1))
     x[0, :, 8:16, 8:16] += 1
@@ -170,12 +160,12 @@ def planted() -> Tensor:
 
 @pytest.mark.parametrize("dropout", ["scd", "cd"])
 def test_both_regions_light_up_where_the_class_is(dropout: str) -> None:
-    x, net = planted(), Planted()
+    x, net = planted(), PatchMeans()
     _, masks = fido(
         x, net, target=[0, 1], baselines="zeros", n_steps=60, n_masks=4, dropout=dropout,
         return_masks=True,
     )  # fmt: skip
-    for i, (rows, columns) in enumerate(Planted.patches):
+    for i, (rows, columns) in enumerate(PatchMeans.patches):
         inside = torch.zeros(32, 32, dtype=torch.bool)
         inside[rows, columns] = True
         for name in ("ssr", "sdr", "joint"):
@@ -193,8 +183,9 @@ def test_both_regions_light_up_where_the_class_is(dropout: str) -> None:
 
 def test_another_target_moves_the_mask() -> None:
     x = planted().amax(0, keepdim=True)  # both patches
-    maps = [fido(x, Planted(), target=k, baselines=0, n_steps=60, n_masks=4)[0, 0] for k in (0, 1)]
-    for k, (rows, columns) in enumerate(Planted.patches):
+    options: Any = {"baselines": 0, "n_steps": 60, "n_masks": 4}
+    maps = [fido(x, PatchMeans(), target=k, **options)[0, 0] for k in (0, 1)]
+    for k, (rows, columns) in enumerate(PatchMeans.patches):
         assert maps[k][rows, columns].mean() > 0.6
         assert maps[1 - k][rows, columns].mean() < 0.2, "the other class's patch speaks against it"
 
@@ -212,7 +203,7 @@ def test_where_nothing_matters_maps_shrink_below_a_half() -> None:
 
 def test_weights_do_what_they_say() -> None:
     """At a learning rate at which differences, whose slopes do not shrink, come to rest."""
-    x, net = planted()[:1], Planted()
+    x, net = planted()[:1], PatchMeans()
     common = {"target": 0, "baselines": 0, "n_steps": 100, "n_masks": 4, "lr": 1.0}
 
     def of(**options: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from captum_ext.attr import RISE, AugmentedSR, SESSWrapper, UpsampleWrapper
 from captum_ext.attr._grid_masks import BLOCK, GridMasks, chunks_of
 from captum_ext.imaging import blur
-from tests.methods import SmallNet, small_net
+from tests.networks import SmallNet, small_net
 
 TraceFree = Callable[..., AbstractContextManager[None]]
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}

@@ -31,7 +31,7 @@ from torch import nn
 from torchvision.models import resnet50
 
 from captum_ext import attr
-from captum_ext._data.pixels import IMAGENET
+from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext.cli.methods import METHODS, Method
 from captum_ext.datasets import TexturedEllipses
 from captum_ext.evaluation import Explained, Prepared, evaluate, summary
@@ -226,7 +226,7 @@ def counted(model: nn.Module) -> Iterator[list[int]]:
 
 def examples() -> list[Prepared]:
     scenes = TexturedEllipses(BATCH, seed=0, size=(SIDE, SIDE))
-    return [e for e in Blocks(scenes, BATCH, None, IMAGENET)[0] if isinstance(e, Prepared)]
+    return [e for e in Blocks(scenes, BATCH, None, IMAGENET_MEAN_STD)[0] if isinstance(e, Prepared)]
 
 
 def evaluate_tables(device: torch.device, repeats: int) -> dict[str, Any]:

@@ -62,7 +62,7 @@ from captum_ext.datasets import TexturedEllipses, TinyCNN, train_classifier
 from captum_ext.datasets.fine_grained import MEAN, STD, normalized
 from captum_ext.datasets.textured_ellipses import EllipseBatch
 from captum_ext.fcam import PAPER, DenseCRFLoss, SeedSampler, fit_fcam
-from captum_ext.fcam.guides import guidance
+from captum_ext.fcam.guides import guide_maps
 from captum_ext.metrics import MaxBoxAcc, PxAP
 from tests.benchmarks.fido_ablation import resume, versions
 
@@ -186,7 +186,7 @@ def run(name: str, seed: int, n_train: int, n_test: int, n_epochs: int) -> Row:
 
     def guides(pictures: EllipseBatch) -> Tensor:
         batches = zip(pictures.pixels.split(BATCH), pictures.targets.split(BATCH), strict=True)
-        found = [guidance(guide, normalized(x), y, SIZE, rectify=rectify) for x, y in batches]
+        found = [guide_maps(guide, normalized(x), y, SIZE, rectify=rectify) for x, y in batches]
         return torch.cat(found)[:, 0]
 
     row["guide"] = measured(guides, test, held)

@@ -41,14 +41,14 @@ from torch.nn import functional as F
 from torchvision import models
 
 from captum_ext._engine.state import eval_mode
-from captum_ext._identity import hash_of
+from captum_ext._identity import derive_seed
 from captum_ext.attr import FCAM
 from captum_ext.fcam import DenseCRFLoss, FCAMDecoder, FCAMModule, dense_crf_loss, local_crf_loss
 from captum_ext.fcam.crf import CHUNK, CPU_CHUNK, _features, _products
 from captum_ext.fcam.fit import crf_side
-from captum_ext.fcam.guides import guidance
+from captum_ext.fcam.guides import guide_maps
 from captum_ext.fcam.losses import partial_cross_entropy
-from captum_ext.fcam.views import View, random_view
+from captum_ext.fcam.views import Crops, draw_crops
 from tests.benchmarks.measuring import (
     MEBI,
     Calls,
@@ -292,7 +292,7 @@ def module_of(
         warmup=0,
     ).to(pixels.device)
     if cached:
-        module.maps = guidance(module.guide, module.images(pixels), labels).half()
+        module.maps = guide_maps(module.guide, module.images(pixels), labels).half()
     return module.train()
 
 
@@ -319,7 +319,7 @@ class Parts:
 
     def __init__(self, module: FCAMModule, batch: Any) -> None:
         self.module, self.batch = module, batch
-        self.generator = Generator(batch[0].device).manual_seed(hash_of(module.seed, 0, 0, 0))
+        self.generator = Generator(batch[0].device).manual_seed(derive_seed(module.seed, 0, 0, 0))
         self.optimiser = module.configure_optimizers()
         for group in self.optimiser.param_groups:
             group["lr"] = 0.0  # as much work, and the gradients of the parts lead nowhere
@@ -331,16 +331,18 @@ class Parts:
         self.labelled = self.seeds()
         self.probabilities = self.logits.detach()[batch[3]].softmax(1)
 
-    def views(self) -> tuple[View, Tensor, Tensor]:
+    def views(self) -> tuple[Crops, Tensor, Tensor]:
         module, pixels = self.module, self.batch[0]
-        view = random_view(len(pixels), self.whole, module.size, module.flip, self.generator)
-        colors = view.of(pixels)
+        view = draw_crops(len(pixels), self.whole, module.size, module.flip, self.generator)
+        colors = view.crop(pixels)
         return view, colors, module.normalize(colors / 255)
 
     def guide(self) -> Tensor:
         _, labels, places, _ = self.batch
         with eval_mode(self.module.classifier):
-            maps: Tensor = self.module.guidance(self.images, labels, places, self.view, self.whole)
+            maps: Tensor = self.module.guide_maps(
+                self.images, labels, places, self.view, self.whole
+            )
         return maps
 
     def classifier(self) -> list[Tensor]:

@@ -44,7 +44,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import get_model
 
@@ -59,6 +59,7 @@ from tests.benchmarks.measuring import (
     peaks,
     speed_up,
 )
+from tests.networks import Lambda
 
 TARGET = 7
 SIDE = 224
@@ -78,11 +79,8 @@ def images(device: torch.device, n: int = IMAGES, side: int = SIDE) -> Tensor:
     return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device)
 
 
-class Means(nn.Module):
-    """Scores of next to no cost: logits are the means of the channels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))
+# Scores of next to no cost: logits are the means of the channels.
+channel_means = Lambda(lambda x: x.mean((2, 3)))
 
 
 # --- the loops -----------------------------------------------------------------------------------
@@ -142,10 +140,10 @@ def compare(device: torch.device) -> None:
         (like_xplique, "softmax", "self-normalized", 1),
         (like_torchray, "sigmoid", "standard", 1 / P),
     ):
-        ours = RISE(Means(), score).estimate(
+        ours = RISE(channel_means, score).estimate(
             x, [1], n_masks=n, grid=GRID, p=P, estimator=estimator, perturbations_per_eval=256
         )
-        difference = (factor * loop(Means(), x, 1, n) - ours.maps[0, :, 0]).abs()
+        difference = (factor * loop(channel_means, x, 1, n) - ours.maps[0, :, 0]).abs()
         worst = float((difference / ours.standard_errors[0, :, 0]).max())
         # Two independent maps: sqrt(2); places shared by a batch of masks: somewhat more.
         assert worst < 8, f"{loop.__name__} differs by {worst:.1f} standard errors."
@@ -184,7 +182,7 @@ def time_calls(network: str, n_masks: int, device: torch.device) -> Calls:
 
 
 def memory_calls(device: torch.device) -> Calls:
-    x, rise = images(device, 1), RISE(Means())
+    x, rise = images(device, 1), RISE(channel_means)
 
     def call(n: int) -> Callable[[], Tensor]:
         options = {"n_masks": n, "grid": GRID, "perturbations_per_eval": BATCH}

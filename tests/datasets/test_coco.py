@@ -11,7 +11,8 @@ from captum_ext.cli import layouts
 from captum_ext.datasets import Coco
 from captum_ext.datasets import coco as module
 from captum_ext.evaluation import evaluate, summary
-from tests.evaluation.subjects import Of, network
+from tests.evaluation.subjects import Of
+from tests.networks import tiny_net
 from tests.test_cli_evaluate_layouts import evaluated, weights
 
 evaluated, weights = evaluated, weights  # fixtures
@@ -240,7 +241,11 @@ def test_segmentations_that_cannot_be_understood(segmentation, said, coco):
 
 def test_evaluate_takes_it(coco, tmp_path):
     found = evaluate(
-        {"a": Of(network())}, Coco(coco), output=tmp_path / "run", batch_size=2, show_progress=False
+        {"a": Of(tiny_net())},
+        Coco(coco),
+        output=tmp_path / "run",
+        batch_size=2,
+        show_progress=False,
     )
     assert found.failures == {"a": 0}
     assert found.figures["a"]["energy"].images == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from captum_ext._data.pictures import Pictures
+from captum_ext._data.pictures import PictureDataset
 from captum_ext.datasets import (
     Example,
     FineGrainedParts,
@@ -14,7 +14,7 @@ from captum_ext.datasets import (
     TexturedEllipses,
     is_difficult,
 )
-from captum_ext.fcam.views import Boxed
+from captum_ext.fcam.views import BoxedPictures
 
 SETS = {
     "pasted": PastedScenes(6, seed=3, size=(160, 200)),
@@ -90,18 +90,18 @@ def test_a_variant_has_a_name_of_its_own():
 
 @pytest.mark.parametrize("data", SETS.values(), ids=SETS)
 def test_training_takes_the_seeded_sets(data):
-    item = Pictures(data, (20, 24))[1]
+    item = PictureDataset(data, (20, 24))[1]
     assert (item.label, item.is_read, item.pixels.shape) == (data[1].target, True, (3, 20, 24))
-    pixels, boxes = Boxed(data, data.size)[1]
+    pixels, boxes = BoxedPictures(data, data.size)[1]
     assert pixels.shape == (3, *data.size)
     assert boxes.tolist() == data[1].boxes.tolist()
 
 
 def test_training_wants_boxes_only_where_it_is_judged_by_them():
     bare = [example(image=Image.new("RGB", (6, 4), (9, 9, 9)))]
-    assert Pictures(bare, (4, 6))[0].pixels.unique().tolist() == [9]
+    assert PictureDataset(bare, (4, 6))[0].pixels.unique().tolist() == [9]
     with pytest.raises(ValueError, match=r"validation.*no boxes"):
-        Boxed(bare, (4, 6))[0]
+        BoxedPictures(bare, (4, 6))[0]
 
 
 def test_difficult_is_small_and_not_alone():

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from captum_ext._data.pictures import Pictures
+from captum_ext._data.pictures import PictureDataset
 from captum_ext.datasets import VOC_CLASSES, ClassFolders, Cub, Example, Voc, WsolFolder
-from captum_ext.fcam.views import Boxed
+from captum_ext.fcam.views import BoxedPictures
 from captum_ext.metrics import PointingGame, boxes_to_masks
 
 
@@ -98,8 +98,8 @@ def test_pictures_that_do_not_decode_are_named_and_left_out_of_training(photogra
         with pytest.raises(OSError, match=name):
             data[i]
         with pytest.warns(UserWarning, match=name):
-            assert not Pictures(data, (8, 8))[i].is_read
-    assert Pictures(data, (8, 8))[0].is_read
+            assert not PictureDataset(data, (8, 8))[i].is_read
+    assert PictureDataset(data, (8, 8))[0].is_read
     (photographs / "dog" / "2.png").unlink()
     with pytest.raises(OSError, match=r"2\.png"):
         data[3]
@@ -450,13 +450,13 @@ def test_wsol_files_that_do_not_fit_together(wsol, name, lines, said):
 
 def test_training_takes_folders(cub, wsol, voc):
     for data in (Cub(cub), Voc(voc), WsolFolder(*wsol)):
-        pixels, boxes = Boxed(data, (30, 40))[0]
+        pixels, boxes = BoxedPictures(data, (30, 40))[0]
         assert pixels.shape == (3, 30, 40)
         assert boxes.tolist() == data[0].boxes.tolist()
-        pictures = Pictures(data, (30, 40))
+        pictures = PictureDataset(data, (30, 40))
         assert pictures[1].label == data.target(1)
         assert pictures.name(1) == data.samples[1][0]
-        assert pictures.about() == Pictures(data, (30, 40)).about()
+        assert pictures.fingerprint() == PictureDataset(data, (30, 40)).fingerprint()
 
 
 def test_pictures_of_layouts_that_do_not_decode_are_named(cub, monkeypatch):
@@ -479,7 +479,7 @@ def test_pictures_of_layouts_that_do_not_decode_are_named(cub, monkeypatch):
         data[1]
     assert raised.value.errno == errno.EMFILE
     with pytest.raises(OSError, match="Too many"):
-        Pictures(data, (8, 8))[1]
+        PictureDataset(data, (8, 8))[1]
 
 
 def test_class_folders_tell_the_machines_fault(photographs, monkeypatch):

@@ -3,7 +3,6 @@
 import functools
 import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,33 +11,24 @@ from torch import Tensor, nn
 from torchvision.models import densenet121, resnet18
 
 from captum_ext._checks import warn
-from captum_ext._engine.hooks import intercepted
+from captum_ext._engine.hooks import edit_layers
 from captum_ext._engine.modules import find_module, root_module
-from captum_ext._engine.outputs import scored
-from captum_ext._engine.state import _kept, preserve_state
+from captum_ext._engine.outputs import scoring_forward
+from captum_ext._engine.state import _buffers_of_modules, preserve_state
 from tests.captures import layer_activations, layer_gradients
-from tests.methods import small_net
+from tests.networks import (
+    FunctionsAroundLayer,
+    Lambda,
+    LinearProbe,
+    NoGradConv,
+    ReluTwiceNet,
+    StatefulNet,
+    small_net,
+)
 
 
-class Pipe(nn.Module):
-    """A layer between two functions, for every odd way to feed or read a layer."""
-
-    def __init__(self, layer: nn.Module, before: Callable[..., Any], after: Callable[..., Any]):
-        super().__init__()
-        self.layer, self.before, self.after = layer, before, after
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.before(self.layer, x))
-
-
-class Quiet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Conv2d(3, 2, 1)
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
+def sums(x: Tensor) -> Tensor:
+    return x.sum((2, 3))
 
 
 def autograd_reference(model: nn.Module, layer: nn.Module, x: Tensor, target: Any) -> Any:
@@ -110,17 +100,7 @@ def test_the_part_in_front_builds_no_graph() -> None:
 
 
 def test_a_backbone_that_the_model_runs_without_gradients() -> None:
-    class Probe(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                x = self.backbone(x).mean((2, 3))
-            return self.head(x)
-
-    net = Probe()
+    net = LinearProbe()
     (_,), (g,) = layer_gradients(net, [net.backbone], (torch.randn(2, 3, 6, 6),), 2)
     expected = (net.head.weight[2].detach() / 16)[None, :, None, None].expand_as(g[0])
     torch.testing.assert_close(g[0], expected)
@@ -161,11 +141,8 @@ def test_create_graph_gives_the_hessian_at_the_activations() -> None:
     ],
 )
 def test_layers_with_several_tensors(give: Any, take: Any) -> None:
-    class Several(nn.Module):
-        def forward(self, x: Tensor) -> Any:
-            return give(x + 1)
-
-    net = Pipe(Several(), lambda layer, x: take(layer(x)), lambda y: (y**2).sum((2, 3)))
+    layer = Lambda(lambda x: give(x + 1))
+    net = FunctionsAroundLayer(lambda y: sums(y**2), lambda layer, x: take(layer(x)), layer)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     (a,), (g,) = layer_gradients(net, [net.layer], (x,), 0)
     first = torch.zeros_like(x)
@@ -175,22 +152,16 @@ def test_layers_with_several_tensors(give: Any, take: Any) -> None:
 
 
 def test_a_tensor_that_the_target_ignores_has_zero_gradient() -> None:
-    class Two(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x * 2, x * 3
-
-    net = Pipe(Two(), lambda layer, x: layer(x)[1], lambda y: y.sum((2, 3)))
+    layer = Lambda(lambda x: (x * 2, x * 3))
+    net = FunctionsAroundLayer(sums, lambda layer, x: layer(x)[1], layer)
     _, (g,) = layer_gradients(net, [net.layer], (torch.randn(1, 2, 3, 3),), 0)
     assert g[0].abs().sum() == 0
     assert g[1].sum() == 9
 
 
 def test_inputs_of_a_layer_positional_and_by_keyword() -> None:
-    class Join(nn.Module):
-        def forward(self, x: Tensor, *, y: Tensor, scale: int) -> Tensor:
-            return scale * x * y
-
-    net = Pipe(Join(), lambda layer, x: layer(x, y=x + 1, scale=2), lambda y: y.sum((2, 3)))
+    layer = Lambda(lambda x, *, y, scale: scale * x * y)
+    net = FunctionsAroundLayer(sums, lambda layer, x: layer(x, y=x + 1, scale=2), layer)
     x = torch.randn(2, 1, 3, 3)
     (a,), (g,) = layer_gradients(net, [net.layer], (x,), 0, at_input=True)
     torch.testing.assert_close(a, (x, x + 1))
@@ -198,7 +169,7 @@ def test_inputs_of_a_layer_positional_and_by_keyword() -> None:
 
 
 def test_an_alias_that_is_written_to_later_does_not_reach_the_capture() -> None:
-    net = Pipe(nn.Identity(), lambda layer, x: (x, layer(x)), lambda xy: xy[0].mul_(0) + xy[1])
+    net = FunctionsAroundLayer(lambda xy: xy[0].mul_(0) + xy[1], lambda layer, x: (x, layer(x)))
     x = torch.randn(2, 3)
     ((a,),), _ = layer_activations(net, [net.layer], (x,), 0)
     torch.testing.assert_close(a, x, rtol=0, atol=0)
@@ -245,15 +216,7 @@ def test_eval_mode_and_stateless_train_mode_do_not_warn(no_warnings: None) -> No
 
 
 def test_a_layer_that_runs_twice_is_an_error(trace_free: Any) -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.relu(self.conv(self.relu(x))).sum((2, 3))
-
-    net, x = Twice(), torch.randn(1, 3, 4, 4)
+    net, x = ReluTwiceNet(), torch.randn(1, 3, 4, 4)
     with trace_free(net, x), pytest.raises(ValueError, match="ReLU runs more than once"):
         layer_gradients(net, [net.relu], (x,), 0)
 
@@ -262,7 +225,7 @@ def test_layers_that_do_not_run_or_do_not_matter() -> None:
     net, x = small_net(), torch.randn(1, 3, 8, 8)
     with pytest.raises(ValueError, match="`Conv2d` did not run"):
         layer_gradients(net, [nn.Conv2d(1, 1, 1)], (x,), 0)
-    side = Pipe(nn.Conv2d(3, 1, 1), lambda layer, x: (layer(x), x)[1], lambda x: x.sum((2, 3)))
+    side = FunctionsAroundLayer(sums, lambda layer, x: (layer(x), x)[1], nn.Conv2d(3, 1, 1))
     with pytest.raises(ValueError, match="does not depend on `layer` `layer`"):
         layer_gradients(side, [side.layer], (x,), 0)
 
@@ -284,10 +247,10 @@ def test_names_modules_and_what_is_neither() -> None:
     assert find_module(net, "layer4.1.conv2") is net.layer4[1].conv2
     assert find_module(net.forward, "layer4") is net.layer4
     assert find_module(nn.DataParallel(net), "layer4") is net.layer4
-    assert root_module(scored(net, "softmax")) is net
+    assert root_module(scoring_forward(net, "softmax")) is net
     assert root_module(functools.partial(net.forward)) is net
-    quiet = Quiet()
-    assert find_module(quiet.forward, "inner") is quiet.inner
+    wrapped = NoGradConv(1)
+    assert find_module(wrapped.forward, "conv") is wrapped.conv
     with pytest.raises(ValueError, match=r"'layer5' is not in the model\. Closest: layer4, layer"):
         find_module(net, "layer5")
     with pytest.raises(ValueError, match="pass the module itself"):
@@ -300,13 +263,13 @@ def test_names_modules_and_what_is_neither() -> None:
 
 def test_scores() -> None:
     logits = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.bfloat16)
-    forward = {s: scored(lambda x: x, s)(logits) for s in ("logit", "softmax", "sigmoid")}
+    forward = {s: scoring_forward(lambda x: x, s)(logits) for s in ("logit", "softmax", "sigmoid")}
     assert all(value.dtype == torch.float32 for value in forward.values())
     torch.testing.assert_close(forward["softmax"], logits.float().softmax(1))
     torch.testing.assert_close(forward["sigmoid"], logits.float().sigmoid())
-    assert scored(lambda x: x, lambda y: y[:, 1:])(logits).tolist() == [[1.0, 3.0]]
+    assert scoring_forward(lambda x: x, lambda y: y[:, 1:])(logits).tolist() == [[1.0, 3.0]]
     with pytest.raises(ValueError, match="`score` must be one of"):
-        scored(lambda x: x, "probability")
+        scoring_forward(lambda x: x, "probability")
 
 
 def test_eight_threads_on_one_model_give_exactly_the_serial_answers() -> None:
@@ -343,7 +306,7 @@ def test_hooks_of_other_threads_are_passed_by() -> None:
 
     seen = []
     for at_input in (False, True):
-        with intercepted([net.conv2], ruin, at_input=at_input) as acting, acting:
+        with edit_layers([net.conv2], ruin, at_input=at_input) as lock, lock:
             thread = threading.Thread(target=lambda: seen.append(net(x)))
             thread.start()
             thread.join()
@@ -367,26 +330,8 @@ def test_data_parallel_gathers_in_the_order_of_the_batch() -> None:
 # --- leaving no trace, all the same --------------------------------------------------------------
 
 
-class Stateful(nn.Module):
-    """Its output depends on how often it has run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-        self.norm = nn.BatchNorm1d(2)
-        self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("cache", None)
-        self.register_buffer("wide", torch.ones(()).expand(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.cache = torch.ones(1)
-        self.register_buffer("new", torch.ones(1))
-        return self.norm(self.linear(x)) * self.calls
-
-
 def test_buffers_that_come_and_go(trace_free: Any) -> None:
-    net, x = Stateful().eval(), torch.rand(2, 3)
+    net, x = StatefulNet().eval(), torch.rand(2, 3)
     with trace_free(net), preserve_state(net):
         net(x)
     assert net.cache is None
@@ -394,7 +339,7 @@ def test_buffers_that_come_and_go(trace_free: Any) -> None:
 
 
 def test_a_call_within_a_call_puts_back_its_own() -> None:
-    net, x = Stateful().eval(), torch.rand(2, 3)
+    net, x = StatefulNet().eval(), torch.rand(2, 3)
     with preserve_state(net):
         net(x)
         with preserve_state(net):
@@ -405,13 +350,13 @@ def test_a_call_within_a_call_puts_back_its_own() -> None:
 
 
 def test_nothing_is_held_when_the_warning_is_an_error() -> None:
-    net = Stateful().train()
+    net = StatefulNet().train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for forward in (net, lambda x: net(x)):
             with pytest.raises(UserWarning, match="train mode"), preserve_state(forward):
                 forward(torch.rand(2, 3))
-    assert not _kept
+    assert not _buffers_of_modules
     net.eval()
     with preserve_state(net):
         net(torch.rand(2, 3))
@@ -419,7 +364,7 @@ def test_nothing_is_held_when_the_warning_is_an_error() -> None:
 
 
 def test_the_last_thread_puts_back_what_the_first_found() -> None:
-    net, x = Stateful().eval(), torch.rand(2, 3)
+    net, x = StatefulNet().eval(), torch.rand(2, 3)
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -437,7 +382,7 @@ def test_the_last_thread_puts_back_what_the_first_found() -> None:
     leave.set()
     thread.join()
     assert net.calls == 0
-    assert not _kept
+    assert not _buffers_of_modules
 
 
 def test_a_warning_from_code_without_a_module() -> None:

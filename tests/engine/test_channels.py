@@ -18,16 +18,17 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.channels import ChannelTracer
-from captum_ext._engine.hooks import entered
+from captum_ext._engine.hooks import enter_mode
 from captum_ext.attr import LayerAblationCam, LayerEigenCam, LayerHiResCam
-from tests.methods import EVERY, SmallNet, small_net
+from tests.methods import EVERY
+from tests.networks import ChannelsLastNet, Lambda, ScriptedNet, SmallNet, TwoTensorNet, small_net
 
 
 def traced(function: Any, x: Tensor) -> set[int] | None:
     """Where the channels are after `function`, of x (B, C, H, W)."""
     tracer = ChannelTracer()
-    tracer.begin_at((x,))
-    with torch.no_grad(), entered(tracer) as acting, acting:
+    tracer.mark_inputs((x,))
+    with torch.no_grad(), enter_mode(tracer) as lock, lock:
         result = function(x)
     dims = tracer.dims_of(result)
     return None if dims is None else set(dims)
@@ -123,19 +124,9 @@ def test_widths_that_mislead() -> None:
     for layer in ("0", "1"):
         assert LayerHiResCam(net, layer).attribute(x, target=1).shape == (1, 1, 3, 3)
 
-    class Square(nn.Module):
-        """Channels last, as many as rows and columns: no width can tell."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.LayerNorm(4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.norm(self.conv(x).permute(0, 2, 3, 1)).mean((1, 2))
-
-    square = Square()
+    net = ChannelsLastNet()
     with pytest.raises(ValueError, match=r"channels last, of shape .*channels_last_to_first"):
-        LayerHiResCam(square, "norm").attribute(torch.rand(1, 3, 4, 4), target=1)
+        LayerHiResCam(net, "norm").attribute(torch.rand(1, 3, 4, 4), target=1)
 
 
 def test_layers_whose_channels_only_the_way_to_them_tells() -> None:
@@ -153,20 +144,8 @@ def test_layers_whose_channels_only_the_way_to_them_tells() -> None:
     assert found.shape == (2, 1, 16, 16)
 
 
-class Script(nn.Module):
-    """A scripted part hides the operations that made its output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.part = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
-        self.identity, self.fc = nn.Identity(), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.identity(self.part(x).transpose(2, 3).relu()).mean((2, 3)))
-
-
 def test_where_the_channels_are_lost_an_error_says_what_to_pass() -> None:
-    net, x = Script().eval(), torch.rand(1, 3, 6, 6)
+    net, x = ScriptedNet().eval(), torch.rand(1, 3, 6, 6)
     with pytest.raises(ValueError, match=r"not known .* `reshape_transform=torch.nn.Identity\(\)`"):
         LayerHiResCam(net, "identity").attribute(x, target=1)
     method = LayerHiResCam(net, "identity", reshape_transform=nn.Identity())
@@ -175,20 +154,11 @@ def test_where_the_channels_are_lost_an_error_says_what_to_pass() -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_method_asks(name: str) -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), Permuted(), nn.Linear(4, 4), Mean())
+    permute, mean = Lambda(lambda x: x.permute(0, 2, 3, 1)), Lambda(lambda x: x.mean((1, 2)))
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), permute, nn.Linear(4, 4), mean)
     options = {"head": net[2]} if name == "CAM" else {}
     with pytest.raises(ValueError, match="tokens or channels last"):
         EVERY[name](net, net[2], **options).attribute(torch.rand(2, 3, 4, 4), target=[1, 2])
-
-
-class Permuted(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 1)
-
-
-class Mean(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((1, 2))
 
 
 def test_no_mode_stays_behind(trace_free: Any) -> None:
@@ -229,24 +199,7 @@ def test_layers_that_run_in_threads_of_their_own() -> None:
 
 
 def test_what_passes_through_a_layer_is_traced_from_the_image() -> None:
-    class Down(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.pool = nn.MaxPool2d(2)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.pool(x), x
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.down, self.fc = nn.Conv2d(3, 4, 3), Down(), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            small, large = self.down(self.conv(x))
-            return self.fc(small.mean((2, 3)) + large.square().mean((2, 3)))
-
-    net, x = Net().eval(), torch.rand(2, 3, 6, 6)
+    net, x = TwoTensorNet().eval(), torch.rand(2, 3, 6, 6)
     for name in ("HiResCAM", "Ablation-CAM", "Eigen-CAM"):
         small, large = EVERY[name](net, "down").attribute(x, target=[0, 1])
         assert (small.shape, large.shape) == ((2, 1, 2, 2), (2, 1, 4, 4))

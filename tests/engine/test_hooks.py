@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from captum_ext._engine.hooks import Mode, hooked, hooked_everywhere
+from captum_ext._engine.hooks import LockedFunctionMode, hooked, hooked_globally
 from captum_ext._engine.receptive_field import receptive_field
 from captum_ext._engine.replay import LayerReplay, run_to_layer
 from captum_ext.attr import LayerHiResCam
 from tests.captures import layer_activations, layer_gradients
-from tests.methods import small_net
+from tests.networks import small_net
 
 
 def test_hooks_act_while_their_lock_is_held() -> None:
@@ -32,17 +32,17 @@ def test_hooks_act_while_their_lock_is_held() -> None:
         seen.append((index, args[0].item()))
         return output * 10
 
-    with hooked([net[1], net[0]], before=before, after=after) as acting:
+    with hooked([net[1], net[0]], before=before, after=after) as lock:
         assert net(x).item() == 1, "not yet"
-        with acting:
+        with lock:
             assert net(x).item() == 210
         assert net(x).item() == 1, "no longer"
     assert seen == [(1, 2.0), (0, 21.0)]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net)
     modules: list[nn.Module] = []
-    with hooked_everywhere(modules.append) as acting:
+    with hooked_globally(modules.append) as lock:
         net(x)
-        with acting:
+        with lock:
             net(x)
     assert modules == [net, net[0], net[1]]
 
@@ -87,8 +87,10 @@ def interrupted_at(place: int, run: Callable[..., Any], net: Any, x: Tensor) -> 
         sys.settrace(None)
     torch.set_grad_enabled(True)
     hooks = [m for m in net.modules() if m._forward_hooks or m._forward_pre_hooks]
-    modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Mode)]
-    assert not any(mode.acting.locked() for mode in modes), place
+    modes = [
+        mode for mode in _get_current_function_mode_stack() if isinstance(mode, LockedFunctionMode)
+    ]
+    assert not any(mode.lock.locked() for mode in modes), place
     for _ in range(2):
         assert torch.equal(net(x), expected), place
     for module in hooks:  # more of them would be more places for the next interrupt

@@ -1,26 +1,22 @@
 """Receptive fields against published tables, and against where gradients end."""
 
-import warnings
-from collections.abc import Callable
-
 import pytest
 import torch
-import torchvision.models as zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_ext._engine.receptive_field import Field, receptive_field, unit_offset
+from captum_ext._engine.receptive_field import ReceptiveField, receptive_field, unit_offset
 from captum_ext._engine.state import preserve_state
 from captum_ext.attr import channels_last_to_first
-from tests.attr.layer.test_reshape_and_suggest import VIT_LAYER, small_vit
-from tests.methods import small_net
-
-
-def built(name: str) -> nn.Module:
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return getattr(zoo, name)(weights=None, **options).eval()
+from tests.networks import (
+    VIT_LAYER,
+    BranchedNet,
+    FunctionBetweenConvs,
+    Lambda,
+    small_net,
+    small_vit,
+    torchvision_net,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +38,7 @@ def built(name: str) -> nn.Module:
     ],
 )
 def test_published_fields(name: str, layer: str, size: int, stride: int, start: float) -> None:
-    model = built(name)
+    model = torchvision_net(name)
     module = model.get_submodule(layer)
     field = receptive_field(model, module, torch.zeros(1, 3, 224, 224), exact=True)
     assert field.rows == field.columns == (size, stride, start)
@@ -62,7 +58,7 @@ def test_published_fields(name: str, layer: str, size: int, stride: int, start: 
     ],
 )
 def test_offsets(name: str, layer: str, offset: float | None) -> None:
-    model = getattr(zoo, name)(weights=None).eval()
+    model = torchvision_net(name)
     module, x = model.get_submodule(layer), torch.zeros(1, 3, 224, 224)
     shapes: list[torch.Size] = []
     handle = module.register_forward_hook(lambda m, i, o: shapes.append(o.shape))
@@ -73,25 +69,6 @@ def test_offsets(name: str, layer: str, offset: float | None) -> None:
     assert found[0] == found[1]
     if offset is not None:
         assert found == (offset, offset)
-
-
-class Branches(nn.Module):
-    """Two branches, padding on one side, a dilated convolution, and a gate."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide = nn.Conv2d(3, 4, (5, 3), stride=(2, 1), padding=(2, 0), dilation=(1, 2))
-        self.thin = nn.Conv2d(3, 4, 1, stride=(2, 1))
-        self.down = nn.Conv2d(8, 4, 2, stride=2)
-        self.layer = nn.AvgPool2d(3, 1, padding=1)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (3, 0, 1, 0))
-        x = torch.cat([self.wide(F.pad(x, (2, 2, 0, 0))), self.thin(x)], 1)
-        x = self.down(x * torch.sigmoid(x.mean((2, 3), keepdim=True).detach()))
-        x = self.layer(x.permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2))
-        return self.head(x.mean((2, 3)))
 
 
 class StopError(Exception):
@@ -118,7 +95,7 @@ def reached(net: nn.Module, layer: nn.Module, size: tuple[int, int], unit: tuple
     return [int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])]
 
 
-def expected(field: Field, unit: tuple[int, int]) -> list:
+def expected(field: ReceptiveField, unit: tuple[int, int]) -> list:
     ends = []
     for axis, i in zip(field, unit, strict=True):
         centre = axis.start + i * axis.stride
@@ -128,7 +105,7 @@ def expected(field: Field, unit: tuple[int, int]) -> list:
 
 def test_gradients_end_where_fields_do() -> None:
     torch.manual_seed(0)
-    net = Branches().double().eval()
+    net = BranchedNet().double().eval()
     for parameter in net.parameters():
         nn.init.uniform_(parameter, 0.1, 1.0)  # nothing cancels, and no ReLU is shut
     size = (60, 50)
@@ -170,7 +147,7 @@ def linear_copy(net: nn.Module) -> nn.Module:
     ],
 )
 def test_gradients_of_real_nets_end_where_fields_do(name: str, layer: str, side: int) -> None:
-    net = built(name)
+    net = torchvision_net(name)
     image = torch.zeros(1, 3, 224, 224)
     field = receptive_field(net, net.get_submodule(layer), image, exact=True)
     copy = linear_copy(net).double()
@@ -201,23 +178,11 @@ def test_gradients_of_real_nets_end_where_fields_do(name: str, layer: str, side:
 def test_squeeze_and_excitation_is_aside_unless_it_is_exact(
     name: str, layer: str, what: str
 ) -> None:
-    net, x = built(name), torch.zeros(1, 3, 64, 64)
+    net, x = torchvision_net(name), torch.zeros(1, 3, 64, 64)
     module = net.get_submodule(layer)
     assert receptive_field(net, module, x).rows.stride > 1
     with pytest.raises(ValueError, match=f"`{what}` is on the way"):
         receptive_field(net, module, x, exact=True)
-
-
-class Between(nn.Module):
-    """A function between two convolutions."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.function(self.first(x)))
 
 
 def gated_in_place(x: Tensor) -> Tensor:
@@ -257,7 +222,7 @@ MIXING = {
 @pytest.mark.parametrize("name", [*LOCAL, *MIXING])
 def test_which_functions_work_unit_by_unit(name: str) -> None:
     function = (LOCAL | MIXING)[name]
-    net, x = Between(function), torch.rand(1, 3, 12, 12, requires_grad=True)
+    net, x = FunctionBetweenConvs(function), torch.rand(1, 3, 12, 12, requires_grad=True)
     # What the tracer says, and what gradients say, of a unit whose field is 5 x 5.
     (gradient,) = torch.autograd.grad(net(x)[0, :, 6, 6].sum(), x)
     beyond = gradient.abs().sum((0, 1))
@@ -289,7 +254,7 @@ HIDDEN = {
 def test_what_is_added_out_of_sight_is_seen(name: str) -> None:
     """Beside a branch that can be followed: it alone would give a field that is too small."""
     hidden = HIDDEN[name]
-    net, x = Between(lambda y: y + hidden(y)), torch.rand(1, 3, 12, 12)
+    net, x = FunctionBetweenConvs(lambda y: y + hidden(y)), torch.rand(1, 3, 12, 12)
     with pytest.raises(ValueError, match="`second` may see all of the image"):
         receptive_field(net, net.second, x, exact=True)
     with torch.no_grad():
@@ -303,17 +268,13 @@ def test_numbers_of_shapes_are_none_of_the_image() -> None:
         assert x.is_floating_point()
         return x / x.shape[1] ** 0.5 + float(x.dim()) * torch.ones(()).item()
 
-    net = Between(scaled)
+    net = FunctionBetweenConvs(scaled)
     found = receptive_field(net, net.second, torch.rand(1, 3, 12, 12), exact=True)
     assert found.rows == (5, 1, 0)
 
 
 def test_what_the_layer_puts_out_is_reshaped() -> None:
-    class Last(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.permute(0, 2, 3, 1)
-
-    net = nn.Sequential(nn.Conv2d(3, 2, (3, 5)), Last())
+    net = nn.Sequential(nn.Conv2d(3, 2, (3, 5)), Lambda(lambda x: x.permute(0, 2, 3, 1)))
     field = receptive_field(
         net, net[1], torch.rand(1, 3, 9, 9), exact=True, reshape_transform=channels_last_to_first
     )
@@ -322,10 +283,10 @@ def test_what_the_layer_puts_out_is_reshaped() -> None:
 
 def test_what_cannot_be_followed() -> None:
     vit = small_vit()
-    with pytest.raises(ValueError, match="is not known"):
+    with pytest.raises(ValueError, match="are not known"):
         receptive_field(vit, vit.get_submodule(VIT_LAYER), torch.zeros(1, 3, 24, 24))
     net = small_net()
-    with pytest.raises(ValueError, match="`fc` are centred is not known"):
+    with pytest.raises(ValueError, match="of `layer` `fc` are not known"):
         receptive_field(net, net.fc, torch.zeros(1, 3, 9, 9))
 
 

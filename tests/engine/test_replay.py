@@ -18,10 +18,9 @@ from torchvision.models import (
     swin_t,
     vgg11_bn,
 )
-from torchvision.models.vision_transformer import VisionTransformer
 
 from captum_ext._engine.replay import LayerReplay
-from tests.methods import small_net
+from tests.networks import AutocastNet, DataDependentNet, TwoConvNet, small_net, vision_transformer
 
 
 def drop_channel(a: Tensor, channel: Tensor) -> Tensor:
@@ -50,12 +49,6 @@ def leaving_the_fast_way() -> Iterator[list[str]]:
     messages += [str(w.message) for w in caught if "several edits at once" in str(w.message)]
 
 
-def small_vit() -> nn.Module:
-    model = VisionTransformer(32, 8, 2, 4, 32, 64)
-    nn.init.normal_(model.heads.head.weight)  # torchvision begins with zeros
-    return model
-
-
 CASES: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "ResNet, last stage": (resnet18, "layer4", 64),
     "ResNet, inside a skip": (resnet18, "layer4.1.conv1", 64),
@@ -64,7 +57,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "DenseNet, between concatenations": (densenet121, "features.denseblock4.denselayer3", 64),
     "MobileNet, with squeeze and excitation": (mobilenet_v3_small, "features.9.block.0", 64),
     "ShuffleNet, with channel shuffles": (shufflenet_v2_x0_5, "stage4.1", 64),
-    "ViT": (small_vit, "encoder.layers.encoder_layer_0", 32),
+    "ViT": (vision_transformer, "encoder.layers.encoder_layer_0", 32),
     "Swin": (swin_t, "features.5.5", 64),
 }
 
@@ -109,33 +102,10 @@ def test_only_what_lies_behind_is_computed_again() -> None:
     assert executed.convolutions == 22 + 2 * 2, "layer4[1] has two convolutions; two chunks"
 
 
-class Dynamic(nn.Module):
-    """Control flow that depends on the data, in front of or behind the layer."""
-
-    def __init__(self, where: str) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
-        self.fc, self.where = nn.Linear(4, 3), where
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        if self.where == "in front" and x.mean().item() < 1e9:
-            x = x * 2
-        y = self.conv2(x)
-        if self.where == "behind" and y[:, 0].abs().sum() > 0:
-            y = y * 3
-        if self.where == "in place":
-            x.add_(1)
-            return self.fc((y + x[:, :, 1:-1, 1:-1]).mean((2, 3)))
-        if self.where == "numpy":
-            return self.fc(torch.as_tensor(y.numpy()).mean((2, 3)))
-        return self.fc(y.mean((2, 3)))
-
-
 @pytest.mark.parametrize("where", ["in front", "behind", "in place", "numpy"])
 def test_dynamic_models_are_right_and_say_when_they_are_slow(where: str) -> None:
     torch.manual_seed(0)
-    model, x = Dynamic(where).eval().double(), torch.randn(1, 3, 8, 8).double()
+    model, x = DataDependentNet(where).eval().double(), torch.randn(1, 3, 8, 8).double()
     expected = torch.cat([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
     with leaving_the_fast_way() as messages:
         behind = LayerReplay(model, model.conv2, (x,), 1)
@@ -193,16 +163,6 @@ def count_calls(model: Any, x: Tensor) -> Tensor:
     return model.fc(model.conv2(model.conv1(x)).mean((2, 3))) * (1 if model.calls % 2 else 2)
 
 
-class Toy(nn.Module):
-    def __init__(self, body: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
-        self.fc, self.body = nn.Linear(4, 3), body
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(self, x)
-
-
 @pytest.mark.parametrize(
     "body",
     [
@@ -216,7 +176,7 @@ class Toy(nn.Module):
 )
 def test_what_spoils_a_second_pass_is_noticed(body: Any) -> None:
     torch.manual_seed(0)
-    model, x = Toy(body).eval().double(), torch.randn(1, 3, 8, 8).double()
+    model, x = TwoConvNet(body).eval().double(), torch.randn(1, 3, 8, 8).double()
     before = x.clone()
     run = lambda y: model(y.clone())  # noqa: E731
     expected = torch.stack([full_forward(run, model.conv2, x, [1], k) for k in range(4)])
@@ -229,7 +189,7 @@ def test_what_spoils_a_second_pass_is_noticed(body: Any) -> None:
 
 
 def test_a_model_whose_passes_differ_takes_full_passes() -> None:
-    model, x = Toy(count_calls).eval(), torch.randn(1, 3, 8, 8)
+    model, x = TwoConvNet(count_calls).eval(), torch.randn(1, 3, 8, 8)
     with leaving_the_fast_way() as messages:
         behind = LayerReplay(model, model.conv2, (x,), 1)
     assert behind.tape is None
@@ -283,7 +243,7 @@ def test_tensors_of_vmap_get_to_nobody(where: str, root: str) -> None:
     bodies = {"attribute": keep_in_an_attribute, "list": keep_in_a_list}
     bodies["script"] = keep_what_a_script_gave
     plain = lambda m, x: m.fc(m.conv2(m.conv1(x)).mean((2, 3)))  # noqa: E731
-    model, x = Toy(bodies.get(where, plain)).eval(), torch.randn(1, 3, 8, 8)
+    model, x = TwoConvNet(bodies.get(where, plain)).eval(), torch.randn(1, 3, 8, 8)
     model.scale = torch.tensor(1.0)  # a tensor without a length
     forward = model if root == "module" else lambda y: model(y)
     kept: list[Tensor] = []
@@ -308,7 +268,7 @@ def test_errors_that_a_model_catches_and_constants_that_it_casts(
     body: Any, n_messages: int
 ) -> None:
     torch.manual_seed(0)
-    model, x = Toy(body).eval().double(), torch.randn(1, 3, 8, 8).double()
+    model, x = TwoConvNet(body).eval().double(), torch.randn(1, 3, 8, 8).double()
     with leaving_the_fast_way() as messages:
         found = LayerReplay(model, model.conv2, (x,), 1)(drop_channel, torch.arange(4))
     expected = torch.stack([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
@@ -320,7 +280,7 @@ def test_what_nobody_keeps_does_not_matter() -> None:
     """A hook that only looks; and weights that old-style modules make anew in every pass."""
     torch.manual_seed(0)
     model, x = (
-        Toy(lambda m, x: m.fc(m.conv2(m.conv1(x)).mean((2, 3)))).eval(),
+        TwoConvNet(lambda m, x: m.fc(m.conv2(m.conv1(x)).mean((2, 3)))).eval(),
         torch.randn(1, 3, 8, 8),
     )
     with warnings.catch_warnings():
@@ -347,17 +307,12 @@ def add_in_place(x: Tensor) -> Tensor:
 def test_writes_that_no_torch_function_shows_are_noticed() -> None:
     """Compiled code runs in every pass: adding in place twice would spoil the skip."""
 
-    class Scripted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = add_in_place(self.conv1(x))
-            return (self.conv2(x) * x).mean((2, 3))
+    def body(model: Any, x: Tensor) -> Tensor:
+        x = add_in_place(model.conv1(x))
+        return (model.conv2(x) * x).mean((2, 3))
 
     torch.manual_seed(0)
-    model, x = Scripted().eval().double(), torch.randn(1, 3, 8, 8).double()
+    model, x = TwoConvNet(body, padding=1).eval().double(), torch.randn(1, 3, 8, 8).double()
     expected = torch.stack([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
     with leaving_the_fast_way() as messages:
         behind = LayerReplay(model, model.conv2, (x,), 1)
@@ -367,7 +322,7 @@ def test_writes_that_no_torch_function_shows_are_noticed() -> None:
 
 
 def test_per_example_arguments_follow_their_image() -> None:
-    class Scaled(Dynamic):
+    class Scaled(DataDependentNet):
         def forward(self, x: Tensor, scale: Tensor) -> Tensor:
             return super().forward(x) * scale[:, None]
 
@@ -398,16 +353,7 @@ def test_errors_of_the_model_are_not_swallowed(trace_free: Any) -> None:
 
 
 def test_autocast_inside_the_model_reaches_the_part_behind() -> None:
-    class Cast(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = small_net()
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return self.net(x).float()
-
-    model, x = Cast().eval(), torch.randn(1, 3, 8, 8)
+    model, x = AutocastNet().eval(), torch.randn(1, 3, 8, 8)
     found = LayerReplay(model, model.net.conv2, (x,), 1)(drop_channel, torch.arange(6))
     for k in range(6):
         expected = full_forward(model, model.net.conv2, x, [1], k)
@@ -445,7 +391,7 @@ def test_a_model_that_was_made_in_inference_mode() -> None:
     """Its tensors do not count how often they are written to."""
     torch.manual_seed(0)
     with torch.inference_mode():
-        model, x = Toy(cast_constants).eval(), torch.randn(1, 3, 8, 8)
+        model, x = TwoConvNet(cast_constants).eval(), torch.randn(1, 3, 8, 8)
     with leaving_the_fast_way() as messages:
         found = LayerReplay(model, model.conv2, (x,), 1)(drop_channel, torch.arange(4))
     expected = [full_forward(model, model.conv2, x, [1], k) for k in range(4)]

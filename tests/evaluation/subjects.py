@@ -1,22 +1,12 @@
-"""A tiny model, tiny pictures and attributions whose maps are known; they pickle."""
+"""Tiny pictures and attributions whose maps are known; they pickle."""
 
 import time
 from types import SimpleNamespace
 
 import torch
 from captum.attr import Attribution, IntegratedGradients, LayerGradCam, NoiseTunnel, Saliency
-from torch import nn
 
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1, stride=2),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 3),
-    ).eval()
+from tests.networks import tiny_net
 
 
 class Boxes:
@@ -77,7 +67,7 @@ class Of(Attribution):
 
 
 def three_methods():
-    model = network()
+    model = tiny_net()
     return {
         "Grad-CAM": LayerGradCam(model, model[0]),
         "IG": (IntegratedGradients(model), {"n_steps": 4}),

@@ -22,7 +22,7 @@ from captum.attr import (
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from captum_ext._data.pixels import IMAGENET
+from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext.attr import FCAM, FIDO, UpsampleWrapper
 from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
 from captum_ext.evaluation import Prepared, evaluate, summary
@@ -30,7 +30,7 @@ from captum_ext.evaluation.examples import Blocks
 from captum_ext.evaluation.methods import Method, on_device
 from captum_ext.evaluation.store import Store, Writer
 from captum_ext.fcam import FCAMDecoder
-from captum_ext.fcam.views import Boxed
+from captum_ext.fcam.views import BoxedPictures
 from captum_ext.imaging import min_max
 from captum_ext.metrics import (
     MaxBoxAcc,
@@ -44,7 +44,8 @@ from captum_ext.metrics import (
     insertion,
     total_variation,
 )
-from tests.evaluation.subjects import Boxes, Of, lines, network, three_methods
+from tests.evaluation.subjects import Boxes, Of, lines, three_methods
+from tests.networks import WeightedSum, linear_net, tiny_net
 
 QUIET = {"show_progress": False, "normalize": None, "batch_size": 3}
 CHEAP = ["pointing_game", "energy", "pxap"]
@@ -59,7 +60,7 @@ def rows(folder):
 
 
 def test_figures_are_those_of_the_metrics(tmp_path):
-    data, model = Boxes(), network()
+    data, model = Boxes(), tiny_net()
     metrics = {"localization": {}, "insertion": {"step": 0.25}}
     found = evaluate({"first": Of(model)}, data, metrics, output=tmp_path / "new" / "run", **QUIET)
     figures = {name: each.value for name, each in found.figures["first"].items()}
@@ -126,7 +127,7 @@ def test_top_1_and_top_5_count_boxes_where_the_model_is_right(tmp_path):
 
 
 def test_the_overall_score_is_read_out_of_insertion_and_deletion(tmp_path):
-    model, data = network(), Boxes()
+    model, data = tiny_net(), Boxes()
     options = {"insertion": {"step": 0.5}, "overall_score": {}}
     found = evaluate({"a": Of(model)}, data, options, output=tmp_path / "a", **QUIET)
     images = torch.stack([e.image for e in data])
@@ -149,25 +150,13 @@ def first_class(example):
     return 0
 
 
-class Weights(torch.nn.Module):
-    """The sum of the images' products with random weights."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.register_buffer("weights", torch.randn(3, 8, 8))
-
-    def forward(self, x):
-        return (x * self.weights).sum((1, 2, 3))[:, None]
-
-
 whole_image.version = first_class.version = "1"
 
 
 def test_infidelity_and_sensitivity_are_captums(tmp_path):
     """Of a linear model, weights explain noise exactly, and are the same beside it."""
-    linear = Weights()
-    weights = linear.weights
+    weights = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    linear = WeightedSum(weights, column=True)
     methods = {
         "weights": Of(linear, lambda x: weights.expand_as(x)),
         "twice": Of(linear, lambda x: 2 * weights.expand_as(x)),
@@ -216,7 +205,7 @@ def test_infidelity_and_sensitivity_are_captums(tmp_path):
 
 def test_maps_without_a_channel_are_those_of_one(tmp_path):
     """As many as the images have channels, which the batch could be taken for."""
-    model, found = network(), []
+    model, found = tiny_net(), []
     for name, function in (("a", lambda x: x[:, 0]), ("b", lambda x: x[:, :1])):
         evaluate(
             {"m": Of(model, function)}, Boxes(6), "infidelity", output=tmp_path / name, **QUIET
@@ -227,12 +216,12 @@ def test_maps_without_a_channel_are_those_of_one(tmp_path):
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
 def test_models_of_any_precision_and_of_channels_last(kind, tmp_path):
-    model = network().to(kind, memory_format=torch.channels_last)
+    model = tiny_net().to(kind, memory_format=torch.channels_last)
     methods = {"s": Saliency(model), "first": Of(model, lambda x: x[:, :1].expand_as(x))}
     metrics = ["localization", "insertion", "road", "infidelity", "sensitivity_max"]
     found = evaluate(methods, Boxes(), metrics, output=tmp_path / "a", **QUIET)
     assert found.failures == {"s": 0, "first": 0}, found.reasons
-    singles = {"s": Saliency(network()), "first": Of(network())}
+    singles = {"s": Saliency(tiny_net()), "first": Of(tiny_net())}
     wanted = evaluate(singles, Boxes(), metrics[:3], output=tmp_path / "b", **QUIET)
     for name, figures in wanted.figures.items():
         for metric in ("energy", "insertion", "pxap"):
@@ -243,7 +232,7 @@ def test_models_of_any_precision_and_of_channels_last(kind, tmp_path):
 
 
 def test_curves_are_those_of_the_metrics(tmp_path):
-    model, data = network(), Boxes()
+    model, data = tiny_net(), Boxes()
     metrics = {"insertion": {"step": 0.25}, "deletion": {"step": 5}}
     metrics |= {"max_box_acc": {"iou_thresholds": [0.1]}, "max_box_acc_v2": {}}
     metrics |= {"pxap": {}, "px_iou": {}, "energy": {}}
@@ -288,7 +277,7 @@ def test_intervals_are_those_of_resampled_data_sets(tmp_path):
     """Each resample is a data set of its own: MaxBoxAcc chooses its threshold anew."""
     data = Boxes(9)
     evaluate(
-        {"a": Of(network()), "b": Of(network(), lambda x: x[:, 1:2].expand_as(x))},
+        {"a": Of(tiny_net()), "b": Of(tiny_net(), lambda x: x[:, 1:2].expand_as(x))},
         data,
         {"energy": {}, "max_box_acc": {"iou_thresholds": [0.35, 0.45]}, "pxap": {}},
         output=tmp_path,
@@ -332,7 +321,7 @@ def test_differences_are_of_the_images_that_both_have(tmp_path):
             x[0] = torch.nan
         return x[:, :1].expand_as(x)
 
-    model = network()
+    model = tiny_net()
     methods = {"half": Of(model, fails_on_three), "whole": Of(model)}
     with pytest.warns(UserWarning, match="failed: {'half': 1, 'whole': 0}"):
         found = evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
@@ -349,8 +338,8 @@ def test_differences_are_of_the_images_that_both_have(tmp_path):
 def test_the_table_says_of_how_many_images_and_what_is_sure(tmp_path):
     data = [Boxes(12)[i] for i in range(12)]
     data[3].boxes = None
-    methods = {"a": Of(network()), "b": Of(network(), lambda x: x[:, 1:2].expand_as(x))}
-    methods |= {"worse": Of(network(), lambda x: -x[:, :1].expand_as(x))}
+    methods = {"a": Of(tiny_net()), "b": Of(tiny_net(), lambda x: x[:, 1:2].expand_as(x))}
+    methods |= {"worse": Of(tiny_net(), lambda x: -x[:, :1].expand_as(x))}
     metrics = {"max_box_acc": {"iou_thresholds": [0.1]}, "pxap": {}, "energy": {}}
     found = evaluate(methods, data, metrics, output=tmp_path, **QUIET)
     text = str(found).splitlines()
@@ -362,7 +351,7 @@ def test_the_table_says_of_how_many_images_and_what_is_sure(tmp_path):
 
 
 def test_the_tables_and_the_picture(tmp_path):
-    model = network()
+    model = tiny_net()
     methods = {"a|b": Of(model), "worse": Of(model, lambda x: 1 - x[:, :1].expand_as(x))}
     found = evaluate(
         methods, Boxes(), ["energy", "deletion"], output=tmp_path, **QUIET, target="predicted"
@@ -391,7 +380,7 @@ def test_the_tables_and_the_picture(tmp_path):
     assert [axis.get_title() for axis in one.curves_figure().axes] == ["deletion"]
     with pytest.raises(ValueError, match="`metrics` must be one of"):
         found.only("deletions")
-    targets = network()(torch.stack([e.image for e in Boxes()])).argmax(1)
+    targets = tiny_net()(torch.stack([e.image for e in Boxes()])).argmax(1)
     assert [int(row["target"]) for row in rows(tmp_path)] == targets.repeat(2).tolist()
     assert [row["label"] for row in rows(tmp_path)] == list("0120120") * 2
 
@@ -401,7 +390,7 @@ def test_no_asterisk_where_nothing_is_known(tmp_path):
     data = [Boxes()[i] for i in range(3)]
     for entry in data:
         entry.mask = torch.zeros_like(entry.mask)
-    methods = {"a": Of(network()), "b": Of(network(), lambda x: -x)}
+    methods = {"a": Of(tiny_net()), "b": Of(tiny_net(), lambda x: -x)}
     text = evaluate(methods, data, "pxap", output=tmp_path, **QUIET).markdown()
     assert text.count("nan [nan, nan]") == 3
     assert "*" not in text
@@ -411,7 +400,7 @@ def test_no_asterisk_where_nothing_is_known(tmp_path):
 
 
 def test_cut_off_at_any_byte_it_ends_with_the_same_rows(tmp_path):
-    methods = {"a": Of(network()), "b": Of(network(), lambda x: -x)}
+    methods = {"a": Of(tiny_net()), "b": Of(tiny_net(), lambda x: -x)}
     evaluate(methods, Boxes(4), "energy", output=tmp_path, **QUIET)
     file = tmp_path / "rows.csv"
     whole, wanted = file.read_bytes(), lines(tmp_path)
@@ -431,7 +420,7 @@ def test_cells_longer_than_the_csv_module_takes_by_itself(tmp_path):
     before = csv.field_size_limit(64)
     try:
         metrics = {"deletion": {"step": 1}}
-        found = evaluate({"a": Of(network())}, Boxes(), metrics, output=tmp_path, **QUIET)
+        found = evaluate({"a": Of(tiny_net())}, Boxes(), metrics, output=tmp_path, **QUIET)
         assert csv.field_size_limit() == 64
     finally:
         csv.field_size_limit(before)
@@ -447,7 +436,7 @@ def test_a_line_lost_in_the_middle_loses_its_batch_alone(tmp_path):
         calls.append(len(x))
         return x
 
-    methods = {"a": Of(network(), counted)}
+    methods = {"a": Of(tiny_net(), counted)}
     evaluate(methods, Boxes(9), "energy", output=tmp_path, **QUIET)
     file = tmp_path / "rows.csv"
     whole = file.read_bytes().splitlines(keepends=True)
@@ -495,7 +484,7 @@ def test_two_runs_at_once_in_one_folder_are_an_error(tmp_path):
     options = {"output": tmp_path, **QUIET, "batch_size": 1}
     other = start.Process(
         target=evaluate,
-        args=({"a": Of(network())}, Boxes(200, pause=0.05), "energy"),
+        args=({"a": Of(tiny_net())}, Boxes(200, pause=0.05), "energy"),
         kwargs=options,
     )
     other.start()
@@ -503,11 +492,12 @@ def test_two_runs_at_once_in_one_folder_are_an_error(tmp_path):
         while not list(tmp_path.glob("rows.csv")):
             time.sleep(0.05)
         with pytest.raises(RuntimeError, match="`output`: another process is writing"):
-            evaluate({"a": Of(network())}, Boxes(200), "energy", **options)
+            evaluate({"a": Of(tiny_net())}, Boxes(200), "energy", **options)
     finally:
         other.kill()
         other.join()
-    found = evaluate({"a": Of(network())}, Boxes(200), "energy", **options)  # as soon as it is gone
+    # As soon as it is gone.
+    found = evaluate({"a": Of(tiny_net())}, Boxes(200), "energy", **options)
     assert found.images == {"a": 200}
 
 
@@ -521,7 +511,7 @@ def refused(folder, told):
 
 
 def test_a_process_that_reads_what_it_writes_keeps_its_files(tmp_path):
-    evaluate({"a": Of(network())}, Boxes(), "energy", output=tmp_path, **QUIET)
+    evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=tmp_path, **QUIET)
     start = multiprocessing.get_context("spawn")
     told = start.Queue()
     writer = Writer(Store.read(tmp_path), 0)
@@ -540,10 +530,10 @@ def test_settings_may_change_while_nothing_is_finished(tmp_path):
     def out_of_memory(x):
         raise MemoryError
 
-    methods = {"a": Of(network(), out_of_memory)}
+    methods = {"a": Of(tiny_net(), out_of_memory)}
     with pytest.raises(MemoryError):
         evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
-    methods = {"a": Of(network())}
+    methods = {"a": Of(tiny_net())}
     found = evaluate(
         methods, Boxes(), ["energy", "pxap"], output=tmp_path, **QUIET | {"batch_size": 1}
     )
@@ -565,22 +555,22 @@ largest.version = smallest.version = "1"
 
 
 def test_another_function_under_one_name_is_another_run(tmp_path):
-    evaluate({"a": Of(network())}, Boxes(), {"mine": largest}, output=tmp_path, **QUIET)
+    evaluate({"a": Of(tiny_net())}, Boxes(), {"mine": largest}, output=tmp_path, **QUIET)
     with pytest.raises(ValueError, match="rows of another run: metrics: mine"):
-        evaluate({"a": Of(network())}, Boxes(), {"mine": smallest}, output=tmp_path, **QUIET)
+        evaluate({"a": Of(tiny_net())}, Boxes(), {"mine": smallest}, output=tmp_path, **QUIET)
 
 
 def test_boxes_known_to_be_none_are_no_boxes(tmp_path):
     data = [Boxes()[i] for i in range(3)]
     data[1].boxes = torch.zeros(0, 4)
-    found = evaluate({"a": Of(network())}, data, output=tmp_path, **QUIET)
+    found = evaluate({"a": Of(tiny_net())}, data, output=tmp_path, **QUIET)
     assert found.failures == {"a": 0}
     assert found.figures["a"]["max_box_acc"].images == 2
     assert found.figures["a"]["energy"].images == 3  # by its mask
 
 
 def test_images_go_where_a_functions_layer_is():
-    model = network().double()
+    model = tiny_net().double()
     cam = LayerGradCam(lambda x: model(x), model[0])
     assert Method("a", UpsampleWrapper(cam), {}).where == (torch.device("cpu"), torch.float64)
     assert Method("b", Of(lambda x: model(x)), {}).where[1] == torch.float32
@@ -600,7 +590,7 @@ def test_one_output_has_no_predicted_class(tmp_path):
 
 
 def test_rows_of_another_run_are_an_error(tmp_path):
-    model, data = network(), Boxes()
+    model, data = tiny_net(), Boxes()
     good = {"methods": {"a": Of(model)}, "data": data, "metrics": ["energy"], **QUIET}
 
     def run(**changed):
@@ -609,7 +599,7 @@ def test_rows_of_another_run_are_an_error(tmp_path):
 
     run()
     whole = (tmp_path / "rows.csv").read_bytes()
-    other, trained = network(), network().train()
+    other, trained = tiny_net(), tiny_net().train()
     with torch.no_grad():
         other[4].bias += 1
     for changed, said in (
@@ -639,7 +629,7 @@ def test_rows_of_another_run_are_an_error(tmp_path):
 
 def test_a_method_that_was_called_before_is_the_same_method(tmp_path):
     """Captum's Occlusion notes in itself that it has been called."""
-    method = Occlusion(network())
+    method = Occlusion(tiny_net())
     options = {"sliding_window_shapes": (3, 4, 4), "strides": (3, 2, 2)}
     methods = {"occlusion": (method, options)}
     first = evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
@@ -650,7 +640,7 @@ def test_a_method_that_was_called_before_is_the_same_method(tmp_path):
 
 
 def test_a_decoder_that_was_trained_again_is_another_method(tmp_path):
-    model = network()
+    model = tiny_net()
     decoder = FCAMDecoder.reading(model, torch.rand(1, 3, 8, 8), ["0"], widths=(4,)).eval()
     methods = {"F-CAM": NoiseTunnel(FCAM(model, decoder)), "mask": Of(model)}
     methods["mask"].of = [torch.ones(3)]
@@ -664,17 +654,17 @@ def test_a_decoder_that_was_trained_again_is_another_method(tmp_path):
 
 
 def test_files_of_another_version_are_not_read(tmp_path):
-    evaluate({"a": Of(network())}, Boxes(), "energy", output=tmp_path, **QUIET)
+    evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=tmp_path, **QUIET)
     file = tmp_path / "settings.json"
     file.write_text(file.read_text().replace('"format": 2', '"format": 1'))
     with pytest.raises(ValueError, match="rows of format 1, and this version reads 2"):
         summary(tmp_path)
     with pytest.raises(ValueError, match="rows of another run: format was 1 and is 2"):
-        evaluate({"a": Of(network())}, Boxes(), "energy", output=tmp_path, **QUIET)
+        evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=tmp_path, **QUIET)
 
 
 def test_the_order_of_metrics_and_methods_is_no_other_run(tmp_path):
-    model, calls = network(), []
+    model, calls = tiny_net(), []
     methods = {"a": Of(model, lambda x: calls.append(0) or x), "b": Of(model)}
     evaluate(methods, Boxes(), ["energy", "pxap"], output=tmp_path, **QUIET)
     file, wanted = tmp_path / "rows.csv", lines(tmp_path)
@@ -690,7 +680,7 @@ def test_the_order_of_metrics_and_methods_is_no_other_run(tmp_path):
 def test_random_numbers_of_a_metric_do_not_depend_on_the_others(tmp_path):
     own = torch.Generator().manual_seed(5)
     fido = {"n_steps": 1, "n_masks": 2, "generator": own}
-    model = network()
+    model = tiny_net()
     methods = {"FIDO": (FIDO(model), fido), "noisy": three_methods()["noisy"]}
     names = ["infidelity", "sensitivity_max"]
     cells = {}
@@ -706,7 +696,7 @@ def test_random_numbers_of_a_metric_do_not_depend_on_the_others(tmp_path):
 
 
 def test_random_numbers_depend_on_the_seed_the_images_and_the_name_alone(tmp_path, trace_free):
-    model = network()
+    model = tiny_net()
     methods = three_methods()
     methods |= {"again": methods["noisy"]}
     own = torch.Generator().manual_seed(5)
@@ -731,7 +721,7 @@ def test_random_numbers_depend_on_the_seed_the_images_and_the_name_alone(tmp_pat
 
 
 def test_methods_that_draw_numpys_numbers_give_the_same_rows_again(tmp_path):
-    methods = {"shap": (GradientShap(network()), {"baselines": torch.zeros(2, 3, 8, 8)})}
+    methods = {"shap": (GradientShap(tiny_net()), {"baselines": torch.zeros(2, 3, 8, 8)})}
     state = np.random.get_state()[1].copy()
     evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
     assert np.array_equal(np.random.get_state()[1], state)
@@ -776,7 +766,7 @@ def _alone(rank, folder):
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     if rank == 0:
-        evaluate({"a": Of(network())}, Boxes(), "energy", output=folder / "run", **QUIET)
+        evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=folder / "run", **QUIET)
         (folder / "done").touch()
     while not (folder / "done").exists():
         time.sleep(0.05)
@@ -803,7 +793,7 @@ def rows_of(file):
 
 def test_each_process_has_everything_on_its_device():
     """On a device without values, as there may be no other."""
-    model, there = network(), torch.device("meta")
+    model, there = tiny_net(), torch.device("meta")
     cam = LayerGradCam(model, model[0])
     decoder, mask = torch.nn.Linear(2, 2), torch.ones(3)
     cam.decoder, cam.mask = decoder, mask
@@ -822,7 +812,7 @@ def test_each_process_has_everything_on_its_device():
 def test_several_devices_need_lightning(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.fabric", None)
     with pytest.raises(ImportError, match=r"captum_ext\[train\]"):
-        evaluate({"a": Of(network())}, Boxes(), "energy", output=tmp_path, devices=2, **QUIET)
+        evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=tmp_path, devices=2, **QUIET)
 
 
 # --- what goes wrong -----------------------------------------------------------------------------
@@ -848,10 +838,10 @@ def test_what_is_wrong_with_one_image_becomes_a_row(tmp_path):
     data[9].target = None
     data[10].boxes = torch.tensor([[-2.0, 1.0, 4.0, 99.0]])  # cut off at the border
     options = QUIET | {"batch_size": 12, "normalize": ((0.0,), (1.0,))}
-    methods = {"IG": IntegratedGradients(network()), "channel": Of(network())}
+    methods = {"IG": IntegratedGradients(tiny_net()), "channel": Of(tiny_net())}
     for entry in data[:1] + data[2:]:
         entry.image = entry.image[:1]
-    methods = {"channel": Of(Grey()), "IG": IntegratedGradients(Grey())}
+    methods = {"channel": Of(linear_net()), "IG": IntegratedGradients(linear_net())}
     with pytest.warns(UserWarning, match="Some rows failed"):
         found = evaluate(methods, data, "energy", output=tmp_path, **options)
     failures = {(r["method"], int(r["index"])): r["failure"] for r in rows(tmp_path)}
@@ -886,16 +876,6 @@ def test_what_is_wrong_with_one_image_becomes_a_row(tmp_path):
     )
 
 
-class Grey(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = torch.nn.Linear(64, 3)
-
-    def forward(self, x):
-        return self.linear(x.flatten(1))
-
-
 @pytest.mark.parametrize(
     ("function", "said"),
     [
@@ -908,7 +888,7 @@ class Grey(torch.nn.Module):
     ],
 )
 def test_a_method_that_fails_beside_one_that_does_not(function, said, tmp_path):
-    methods = {"bad": Of(network(), function), "good": Of(network())}
+    methods = {"bad": Of(tiny_net(), function), "good": Of(tiny_net())}
     with pytest.warns(UserWarning, match="Some rows failed"):
         found = evaluate(methods, Boxes(), CHEAP, output=tmp_path, **QUIET)
     assert found.failures == {"bad": 7, "good": 0}
@@ -948,14 +928,14 @@ def test_the_machines_fault_is_no_row(error, size, tmp_path):
         return 1 / 0 if len(x) > 1 else fail(x)
 
     with pytest.raises(type(error)):
-        evaluate({"a": Of(network(), fail)}, Boxes(), "energy", output=tmp_path, **QUIET)
+        evaluate({"a": Of(tiny_net(), fail)}, Boxes(), "energy", output=tmp_path, **QUIET)
     assert len(rows(tmp_path)) == (0 if size == 3 else 6)
     if size == 1:
         folder = tmp_path / "alone"
         with pytest.raises(type(error)):
-            evaluate({"a": Of(network(), fail_alone)}, Boxes(), "energy", output=folder, **QUIET)
+            evaluate({"a": Of(tiny_net(), fail_alone)}, Boxes(), "energy", output=folder, **QUIET)
         assert not rows(folder)
-    found = evaluate({"a": Of(network(), torch.relu)}, Boxes(), "energy", output=tmp_path, **QUIET)
+    found = evaluate({"a": Of(tiny_net(), torch.relu)}, Boxes(), "energy", output=tmp_path, **QUIET)
     assert found.images == {"a": 7}
 
 
@@ -968,7 +948,7 @@ def test_a_cut_file_in_a_folder_of_pictures(tmp_path):
     whole = (tmp_path / "data/a/2.png").read_bytes()
     (tmp_path / "data/a/2.png").write_bytes(whole[: len(whole) // 2])
     folder = ImageFolder(tmp_path / "data")
-    model = network()
+    model = tiny_net()
     methods = {"a": LayerGradCam(model, model[0])}
     with pytest.warns(UserWarning, match="failed"):
         found = evaluate(
@@ -986,7 +966,7 @@ def test_a_file_whose_name_is_no_text(tmp_path):
     entry = Boxes()[0]
     entry.name = "caf\udce9.png"  # what Python makes of a byte that is no UTF-8
     options = QUIET | {"output": tmp_path}
-    assert evaluate({"a": Of(network())}, [entry], "energy", **options).images == {"a": 1}
+    assert evaluate({"a": Of(tiny_net())}, [entry], "energy", **options).images == {"a": 1}
     assert rows(tmp_path)[0]["name"] == r"caf\udce9.png"
 
 
@@ -994,13 +974,13 @@ def test_metrics_for_which_no_example_has_the_truth(tmp_path):
     data = [(entry.image, entry.target) for entry in (Boxes()[i] for i in range(3))]
     with pytest.warns(UserWarning, match=r"`metrics` \['pxap'\].* lack the boxes or masks"):
         found = evaluate(
-            {"a": Of(network())}, data, ["pxap", "deletion"], output=tmp_path / "a", **QUIET
+            {"a": Of(tiny_net())}, data, ["pxap", "deletion"], output=tmp_path / "a", **QUIET
         )
     assert list(found.figures["a"]) == ["deletion"]
-    options = QUIET | {"normalize": IMAGENET, "output": tmp_path / "b"}
+    options = QUIET | {"normalize": IMAGENET_MEAN_STD, "output": tmp_path / "b"}
     normalised = [(image - 0.5, target, [0, 0, 4, 4]) for image, target in data]
     with pytest.raises(RuntimeError, match=r"Not one of 3 rows.*floats must be in \[0, 1\]"):
-        evaluate({"a": Of(network())}, normalised, **options)
+        evaluate({"a": Of(tiny_net())}, normalised, **options)
 
 
 # --- data and arguments --------------------------------------------------------------------------
@@ -1020,7 +1000,7 @@ def test_ground_truth_follows_the_picture_to_its_size(tmp_path):
         one,
         (left.resize((40, 20), Image.Resampling.NEAREST), 0, [[0, 0, 20, 10]]),
     ]
-    model = network()
+    model = tiny_net()
     for size, name in ((None, "own"), (8, "small"), ((40, 60), "large")):
         evaluate(
             {"red": Of(model)},
@@ -1050,9 +1030,9 @@ def test_corners_of_boxes_that_come_to_whole_pixels_are_whole():
         ends = [x for x in range(1, side + 1) if x * new % side == 0]
         boxes = [[0, 0, x, x] for x in ends]
         wanted = [x * new // side for x in ends]
-        found = Blocks([(image, 0, boxes)], 1, (new, new), IMAGENET).example(0).boxes
+        found = Blocks([(image, 0, boxes)], 1, (new, new), IMAGENET_MEAN_STD).example(0).boxes
         assert found[:, 2].tolist() == found[:, 3].tolist() == wanted
-        assert Boxed([(image, 0, boxes)], (new, new))[0][1][:, 2].tolist() == wanted
+        assert BoxedPictures([(image, 0, boxes)], (new, new))[0][1][:, 2].tolist() == wanted
 
 
 def test_an_image_without_an_object_is_not_pointed_at_and_counts_for_pixels(tmp_path):
@@ -1065,7 +1045,7 @@ def test_an_image_without_an_object_is_not_pointed_at_and_counts_for_pixels(tmp_
     data[2].mask[0, 0] = True
     data[3].boxes = [0.5, 0.5, 1.5, 1.5]
     options = QUIET | {"size": 4}
-    found = evaluate({"a": Of(network())}, data, output=tmp_path, **options)
+    found = evaluate({"a": Of(tiny_net())}, data, output=tmp_path, **options)
     assert found.failures == {"a": 0}
     cells = [[bool(row[name]) for row in rows(tmp_path)] for name in ("energy", "pixel_counts")]
     assert cells == [[True, False, False, False], [True] * 4]
@@ -1085,10 +1065,10 @@ def test_grey_models_and_colour_models_take_either():
         found = Blocks([(picture, 1)], 2, None, one).example(0)
         assert found.image.shape == (1, 3, 4)
         assert found.image.flatten().tolist() == pytest.approx([2 * mean] * 12)
-        found = Blocks([(picture, 1)], 2, (6, 8), IMAGENET).example(0)
+        found = Blocks([(picture, 1)], 2, (6, 8), IMAGENET_MEAN_STD).example(0)
         assert found.image.shape == (3, 6, 8)
         wanted = torch.tensor([1.0, 0, 0] if picture is colour else [mean] * 3)
-        wanted = (wanted - torch.tensor(IMAGENET[0])) / torch.tensor(IMAGENET[1])
+        wanted = (wanted - torch.tensor(IMAGENET_MEAN_STD[0])) / torch.tensor(IMAGENET_MEAN_STD[1])
         assert found.image[:, 2, 3].tolist() == pytest.approx(wanted.tolist())
         found = Blocks([(picture, 1)], 2, None, None).example(0)
         assert found.image.amax().item() == pytest.approx(1 if picture is colour else mean)
@@ -1096,9 +1076,9 @@ def test_grey_models_and_colour_models_take_either():
 
 def test_means_and_deviations_may_be_arrays(tmp_path):
     options = QUIET | {"output": tmp_path, "normalize": ([0.0] * 3, [0.5] * 3)}
-    first = evaluate({"a": Of(network())}, Boxes(), "energy", **options)
+    first = evaluate({"a": Of(tiny_net())}, Boxes(), "energy", **options)
     options["normalize"] = np.zeros(3), np.full(3, 0.5)
-    assert evaluate({"a": Of(network())}, Boxes(), "energy", **options).figures == first.figures
+    assert evaluate({"a": Of(tiny_net())}, Boxes(), "energy", **options).figures == first.figures
 
 
 def tenth_of_labels(found):
@@ -1115,7 +1095,7 @@ tenth_of_labels.version = reversed_label.version = "1"
 
 def test_metrics_of_the_callers_own(tmp_path):
     found = evaluate(
-        {"a": Of(network())},
+        {"a": Of(tiny_net())},
         Boxes(),
         {"tenth": tenth_of_labels, "energy": {}},
         output=tmp_path,
@@ -1147,10 +1127,10 @@ def test_workers_and_the_progress_bar_change_nothing(tmp_path, capsys):
         ({"data": []}, ValueError, "`data` must have a length"),
         ({"data": iter([1])}, ValueError, "`data` must have a length"),
         ({"methods": {}}, TypeError, "`methods`"),
-        ({"methods": Of(network())}, TypeError, "`methods` must be a mapping"),
-        ({"methods": {"a": network()}}, TypeError, "`methods`: a must be a Captum Attribution"),
-        ({"methods": {"a\nb": Of(network())}}, TypeError, "names of one line"),
-        ({"methods": {"a": (Of(network()), {"target": 1})}}, ValueError, "'target'"),
+        ({"methods": Of(tiny_net())}, TypeError, "`methods` must be a mapping"),
+        ({"methods": {"a": tiny_net()}}, TypeError, "`methods`: a must be a Captum Attribution"),
+        ({"methods": {"a\nb": Of(tiny_net())}}, TypeError, "names of one line"),
+        ({"methods": {"a": (Of(tiny_net()), {"target": 1})}}, ValueError, "'target'"),
         ({"metrics": "insertions"}, ValueError, "`metrics` must be names of"),
         ({"metrics": {"energy": 3}}, ValueError, "`metrics`"),
         ({"metrics": []}, ValueError, "`metrics`"),
@@ -1158,7 +1138,7 @@ def test_workers_and_the_progress_bar_change_nothing(tmp_path, capsys):
         ({"metrics": "insertoin"}, ValueError, "Closest: insertion"),
         ({"data": "pictures"}, ValueError, "`data` must be a data set"),
         (
-            {"methods": {"a": (Of(network()), {"gian": 1})}},
+            {"methods": {"a": (Of(tiny_net()), {"gian": 1})}},
             ValueError,
             "a has no arguments .'gian'",
         ),
@@ -1179,7 +1159,7 @@ def test_workers_and_the_progress_bar_change_nothing(tmp_path, capsys):
     ],
 )
 def test_arguments_that_do_not_fit(changed, error, said, tmp_path):
-    options = {"methods": {"a": Of(network())}, "data": Boxes(), "metrics": "energy", **QUIET}
+    options = {"methods": {"a": Of(tiny_net())}, "data": Boxes(), "metrics": "energy", **QUIET}
     options |= changed
     with pytest.raises(error, match=said):
         evaluate(options.pop("methods"), options.pop("data"), output=tmp_path / "x", **options)
@@ -1190,38 +1170,38 @@ def test_labels_of_other_classes_are_warned_of(tmp_path):
     data = Boxes()
     data.classes = ["cat", "dog"]
     with pytest.warns(UserWarning, match="has 2 classes and the model of a has 3"):
-        evaluate({"a": Saliency(network())}, data, "energy", output=tmp_path / "a", **QUIET)
+        evaluate({"a": Saliency(tiny_net())}, data, "energy", output=tmp_path / "a", **QUIET)
     data.classes = ["cat", "dog", "cow"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="Input Tensor 0")
-        evaluate({"a": Saliency(network())}, data, "energy", output=tmp_path / "b", **QUIET)
+        evaluate({"a": Saliency(tiny_net())}, data, "energy", output=tmp_path / "b", **QUIET)
 
 
 @pytest.mark.parametrize(("label", "said"), [(-1, "at least 0"), (1.7, "labels"), ("1", "labels")])
 def test_labels_must_be_indices_of_classes(label, said, tmp_path):
     data = [(torch.rand(3, 8, 8), label)]
     with pytest.raises(RuntimeError, match=f"The first reason: .*{said}"):
-        evaluate({"a": Saliency(network())}, data, "deletion", output=tmp_path, **QUIET)
+        evaluate({"a": Saliency(tiny_net())}, data, "deletion", output=tmp_path, **QUIET)
 
 
 def test_normalize_takes_a_preprocess(tmp_path):
     preprocess = types.SimpleNamespace(mean=(0.5,) * 3, std=(0.25,) * 3)
     options = QUIET | {"normalize": preprocess}
-    found = evaluate({"a": Of(network())}, Boxes(), "energy", output=tmp_path / "a", **options)
+    found = evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=tmp_path / "a", **options)
     options = QUIET | {"normalize": ((0.5,) * 3, (0.25,) * 3)}
-    again = evaluate({"a": Of(network())}, Boxes(), "energy", output=tmp_path / "a", **options)
+    again = evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=tmp_path / "a", **options)
     assert again.figures == found.figures
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ValueError, match="`output` must be a folder"):
-        evaluate({"a": Of(network())}, Boxes(), "energy", output=file, **options)
+        evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=file, **options)
     with pytest.raises(FileNotFoundError, match="there is no run in"):
         summary(tmp_path)
 
 
 def test_the_model_is_left_as_it_was(tmp_path, trace_free):
-    model = network()
+    model = tiny_net()
     methods = {"cam": LayerGradCam(model, model[0]), "s": NoiseTunnel(Saliency(model))}
     with trace_free(model), torch.no_grad():
         evaluate(methods, Boxes(), ["energy", "deletion"], output=tmp_path, **QUIET)
@@ -1248,7 +1228,7 @@ def test_the_model_is_left_as_it_was(tmp_path, trace_free):
     ],
 )
 def test_the_data_sets_of_this_package_are_taken_as_they_are(data, known):
-    example = Blocks(data, 2, (96, 128), IMAGENET).example(1)
+    example = Blocks(data, 2, (96, 128), IMAGENET_MEAN_STD).example(1)
     assert isinstance(example, Prepared), example
     assert example.image.shape == (3, 96, 128)
     assert (example.boxes is not None, example.mask is not None) == known
@@ -1265,7 +1245,7 @@ def test_on_a_gpu_it_finds_what_it_finds_on_the_cpu(tmp_path):
     metrics |= {"total_variation": {}, "sensitivity_max": {"n_perturb_samples": 2}}
     found = {}
     for device in ("cpu", "cuda"):
-        model = network().to(device)
+        model = tiny_net().to(device)
         methods = {"Grad-CAM": LayerGradCam(model, model[0]), "IG": IntegratedGradients(model)}
         found[device] = evaluate(methods, Boxes(), metrics, output=tmp_path / device, **QUIET)
     assert all("cuda" in line for line in (tmp_path / "cuda/timings.csv").read_text().split()[1:])

@@ -4,12 +4,12 @@ import warnings
 
 import pytest
 import torch
-import torchvision
 from captum.attr import LayerGradCam
 
 from captum_ext._engine.modules import find_module
 from captum_ext.attr import FCAM
 from captum_ext.fcam import FCAMDecoder, SeedSampler, find_taps, fit_fcam
+from tests.networks import torchvision_net
 
 # With the sizes of the pictures that they learn from. Inception takes 75 pixels at least.
 CLASSIFIERS = {
@@ -38,8 +38,7 @@ def quiet():
 
 def classifier(name):
     torch.manual_seed(0)
-    options = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
-    return getattr(torchvision.models, name)(weights=None, num_classes=4, **options).eval()
+    return torchvision_net(name, num_classes=4)
 
 
 def state(module):

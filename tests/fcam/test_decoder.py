@@ -10,6 +10,7 @@ from torch import nn
 from captum_ext._engine.modules import find_module
 from captum_ext.fcam import FCAMDecoder, find_taps
 from tests.captures import layer_activations
+from tests.networks import RaisingLayer, SharedReluNet
 
 # Architecture, sizes of images, and what the decoder reads.
 CLASSIFIERS = {
@@ -171,26 +172,9 @@ def test_taps_of_torchvisions_classifiers(name):
         assert decoder(features, tuple(images.shape[2:])).shape == (1, 2, *images.shape[2:])
 
 
-class Shared(nn.Module):
-    """One ReLU and one pooling for all: they have no output of their own."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2, self.conv3 = (
-            nn.Conv2d(c, d, 3, padding=1) for c, d in ((3, 4), (4, 5), (5, 6))
-        )
-        self.relu, self.pool = nn.ReLU(inplace=True), nn.MaxPool2d(2)
-        self.fc = nn.Linear(6, 4)
-
-    def forward(self, x):
-        for conv in (self.conv1, self.conv2, self.conv3):
-            x = self.pool(self.relu(conv(x)))
-        return self.fc(x.mean((2, 3)))
-
-
 def test_modules_that_run_more_than_once_are_left_out():
     torch.manual_seed(0)
-    model, images = Shared().eval(), torch.rand(2, 3, 33, 48)
+    model, images = SharedReluNet().eval(), torch.rand(2, 3, 33, 48)
     assert find_taps(model, images) == ["conv2", "conv3"]
     decoder = FCAMDecoder.reading(model, images, widths=(4, 4))
     assert decoder.channels == [5, 6]
@@ -234,19 +218,10 @@ def test_probing_leaves_no_trace():
     assert model.layer1.training
     assert not any(m._forward_hooks for m in model.modules())
 
-    class Broken(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x):
-            self.conv(x)
-            raise RuntimeError("broken")
-
-    broken = Broken().eval()
-    with pytest.raises(RuntimeError, match="broken"):
+    broken = nn.Sequential(nn.Conv2d(3, 4, 3), RaisingLayer()).eval()
+    with pytest.raises(RuntimeError, match="in the middle"):
         find_taps(broken, torch.rand(1, 3, 8, 8))
-    assert not broken.conv._forward_hooks
+    assert not broken[0]._forward_hooks
 
 
 @pytest.mark.parametrize(

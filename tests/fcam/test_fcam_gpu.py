@@ -18,20 +18,10 @@ from captum_ext.fcam import (
     partial_cross_entropy,
     size_loss,
 )
+from tests.networks import two_stage_net
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU()),
-        nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 4),
-    ).eval()
 
 
 def trained(model):
@@ -102,7 +92,7 @@ def test_losses_and_their_gradients(loss):
 
 
 def test_it_trains_where_the_classifier_is():
-    model = network().to(DEVICE)
+    model = two_stage_net().to(DEVICE)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fcam = trained(model)
     for name, value in model.state_dict().items():
@@ -121,7 +111,7 @@ def test_it_trains_where_the_classifier_is():
 
 
 def test_what_is_saved_there_is_loaded_here_and_back(tmp_path):
-    model, path, x = network().to(DEVICE), tmp_path / "decoder.pt", torch.rand(2, 3, 32, 32)
+    model, path, x = two_stage_net().to(DEVICE), tmp_path / "decoder.pt", torch.rand(2, 3, 32, 32)
     fcam = trained(model)
     fcam.save(path)
     here = FCAM.load(path, copy.deepcopy(model).cpu())

@@ -11,7 +11,7 @@ from captum.attr import LayerGradCam
 
 from captum_ext.datasets import TexturedEllipses, train_classifier
 from captum_ext.fcam import fit_fcam
-from captum_ext.fcam.guides import guidance
+from captum_ext.fcam.guides import guide_maps
 from captum_ext.metrics import MaxBoxAcc, PxAP
 
 torch.set_num_threads(1)
@@ -40,7 +40,7 @@ def test_f_cam_localises_better_than_its_guide():
             show_progress=False,
         )
     found = []
-    for maps in (guidance(guide, x, scenes.targets, (64, 64)), fcam.foreground(x)):
+    for maps in (guide_maps(guide, x, scenes.targets, (64, 64)), fcam.foreground(x)):
         boxes, pixels = MaxBoxAcc((0.3, 0.5, 0.7), "all", "wsolevaluation"), PxAP()
         boxes.update(maps, [box[None] for box in scenes.boxes])
         pixels.update(maps, scenes.masks)

@@ -13,19 +13,20 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from captum_ext._data.pictures import Pictures
-from captum_ext._data.pixels import IMAGENET
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext._engine.state import eval_mode
-from captum_ext._training import Shuffled
+from captum_ext._training import SeededShuffle
 from captum_ext.attr import FCAM, LayerClassActivationMap, SESSWrapper
 from captum_ext.datasets import TexturedEllipses
 from captum_ext.fcam import DenseCRFLoss, FCAMDecoder, SeedSampler
 from captum_ext.fcam.fit import fit_fcam
-from captum_ext.fcam.guides import guidance
+from captum_ext.fcam.guides import guide_maps
 from captum_ext.fcam.training import FCAMModule
-from captum_ext.fcam.views import Boxed, random_view
+from captum_ext.fcam.views import BoxedPictures, draw_crops
 from captum_ext.metrics import MaxBoxAcc
 from tests.evaluation.subjects import Known
+from tests.networks import CallCounter, three_stage_net
 
 SMALL = {
     "size": 32,
@@ -43,18 +44,6 @@ def quiet():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         yield
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU()),
-        nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
-        nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.Dropout(0.5), nn.ReLU()),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 4),
-    )
 
 
 class Scenes(Dataset):
@@ -99,7 +88,7 @@ def brightness(images):
 
 
 def test_the_classifier_does_not_move_by_a_bit():
-    model = network()
+    model = three_stage_net()
     model[1].eval()
     model[0][0].weight.requires_grad_(False)
     model[5].weight.grad = torch.ones(4, 8)
@@ -122,7 +111,7 @@ def test_the_classifier_does_not_move_by_a_bit():
 
 
 def test_the_guide_explains_the_label_of_the_view_in_eval_mode():
-    model = network().train()
+    model = three_stage_net().train()
     guide = Told(model, brightness)
     data = Scenes(8)
     fit_fcam(model, data, guide, **SMALL | {"n_epochs": 1, "batch_size": 4})
@@ -135,7 +124,7 @@ def test_the_guide_explains_the_label_of_the_view_in_eval_mode():
 
 
 def test_flags_are_put_back_after_an_error():
-    model = network().train()
+    model = three_stage_net().train()
 
     def broken(images):
         raise RuntimeError("broken")
@@ -160,7 +149,7 @@ def test_it_learns_what_the_guide_shows():
         exact = [whole[p.numpy().tobytes()] for p in pixels]
         return nn.functional.avg_pool2d(torch.stack(exact)[:, None].float(), 8)
 
-    model = network().eval()
+    model = three_stage_net().eval()
     options = SMALL | {"n_epochs": 12, "flip": False, "normalize": ((0.5,) * 3, (0.25,) * 3)}
     options |= {"widths": (16, 16, 8), "crf_weight": 5.0}
     data = [(s.image, s.target) for s in scenes]
@@ -175,7 +164,7 @@ def test_it_learns_what_the_guide_shows():
 
 
 def test_a_seed_gives_the_same_decoder_and_another_another():
-    model = network().eval()
+    model = three_stage_net().eval()
     guide = LayerGradCam(model, model[2])
     found = [state(fit_fcam(model, Scenes(), guide, **SMALL, seed=s).decoder) for s in (0, 0, 1)]
     assert equal(found[0], found[1])
@@ -184,7 +173,7 @@ def test_a_seed_gives_the_same_decoder_and_another_another():
 
 def test_maps_follow_crops_and_flips_in_training(tmp_path):
     """What the seeds are drawn from and what the CRF sees: map and colours of one place."""
-    model = network().eval()
+    model = three_stage_net().eval()
     seen = []
 
     class Seeds(SeedSampler):
@@ -211,7 +200,7 @@ def test_maps_follow_crops_and_flips_in_training(tmp_path):
 
 
 def test_stored_maps_are_those_of_the_pictures(tmp_path):
-    model = network().eval()
+    model = three_stage_net().eval()
     guide = LayerGradCam(model, model[2])
     options = SMALL | {"seeds": SeedSampler(4, 4, erosion=1)}
     random = torch.get_rng_state()
@@ -219,11 +208,11 @@ def test_stored_maps_are_those_of_the_pictures(tmp_path):
     assert torch.equal(torch.get_rng_state(), random)
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == ["maps-00000000.pt"]
-    pictures = Pictures(Scenes(), (32, 32))
-    mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in IMAGENET)
+    pictures = PictureDataset(Scenes(), (32, 32))
+    mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in IMAGENET_MEAN_STD)
     images = torch.stack([(item.pixels / 255 - mean) / std for item in pictures])
     labels = torch.tensor([item.label for item in pictures])
-    expected = guidance(guide, images, labels)
+    expected = guide_maps(guide, images, labels)
     assert (expected.flatten(1).amax(1) == 1).sum() > 12
     stored = torch.load(files[0], weights_only=True)["maps"]
     torch.testing.assert_close(stored.float(), expected, atol=1e-3, rtol=0)
@@ -249,7 +238,7 @@ def other_pictures():
     ids=["fewer", "others", "layer", "method"],
 )
 def test_maps_of_another_run_are_refused(data, make, said, tmp_path):
-    model = network().eval()
+    model = three_stage_net().eval()
     options = SMALL | {"n_epochs": 1}
     fit_fcam(model, Scenes(), LayerGradCam(model, model[2]), **options, cache=tmp_path)
     with pytest.raises(ValueError, match=f"cache.*{said}"):
@@ -257,7 +246,7 @@ def test_maps_of_another_run_are_refused(data, make, said, tmp_path):
 
 
 def test_maps_of_a_wrapper_with_other_options_are_refused(tmp_path):
-    model = network().eval()
+    model = three_stage_net().eval()
     base = LayerGradCam(model, model[2])
     options = SMALL | {"n_epochs": 1, "cache": tmp_path}
     fit_fcam(model, Scenes(8), SESSWrapper(base, n_scales=2, window=24), **options)
@@ -272,10 +261,10 @@ def test_maps_follow_their_pictures():
     pictures = torch.rand(40, 3, 20, 30)
     maps = pictures[:, :1] * 2
     generator = torch.Generator().manual_seed(0)
-    view = random_view(40, (20, 30), (12, 16), True, generator)
-    cropped = view.of(pictures)
+    view = draw_crops(40, (20, 30), (12, 16), True, generator)
+    cropped = view.crop(pictures)
     assert cropped.shape == (40, 3, 12, 16)
-    assert torch.equal(view.of(maps), cropped[:, :1] * 2)
+    assert torch.equal(view.crop(maps), cropped[:, :1] * 2)
     mirrored = 0
     for i in range(40):
         rows, columns = view.rows[i], view.columns[i]
@@ -290,7 +279,7 @@ def test_maps_follow_their_pictures():
 
 
 def test_orders():
-    order = Shuffled(10, 3)
+    order = SeededShuffle(10, 3)
     first = list(order)
     order.set_epoch(1)
     second = list(order)
@@ -304,7 +293,7 @@ def test_orders():
 
 
 def test_guidance_by_hand():
-    model = network().eval()
+    model = three_stage_net().eval()
     x, y = torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 2])
     raw = LayerGradCam(model, model[2]).attribute(x, target=y).detach()
     low = raw.clamp(min=0).flatten(1)
@@ -314,8 +303,8 @@ def test_guidance_by_hand():
     by_hand = nn.functional.interpolate(
         low.nan_to_num().reshape(3, 1, 4, 4), (32, 32), mode="bilinear"
     )
-    torch.testing.assert_close(guidance(LayerGradCam(model, model[2]), x, y, (32, 32)), by_hand)
-    signed = guidance(LayerGradCam(model, model[2]), x, y, rectify=False)
+    torch.testing.assert_close(guide_maps(LayerGradCam(model, model[2]), x, y, (32, 32)), by_hand)
+    signed = guide_maps(LayerGradCam(model, model[2]), x, y, rectify=False)
     assert signed.amin((1, 2, 3)).tolist() == [0] * 3
     assert signed.amax((1, 2, 3)).tolist() == [1] * 3
 
@@ -330,16 +319,16 @@ def test_guidance_by_hand():
     ids=["cam", "integrated gradients", "sess"],
 )
 def test_any_attribution_guides(make):
-    model = network().eval()
+    model = three_stage_net().eval()
     fcam = fit_fcam(model, Scenes(8), make(model), **SMALL | {"n_epochs": 1})
     assert fcam.attribute(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
 
 
 def test_maps_that_are_not_finite_teach_nothing():
-    model = network().eval()
+    model = three_stage_net().eval()
     maps = torch.rand(2, 1, 4, 4)
     maps[0, 0, 1, 1] = float("nan")
-    found = guidance(Told(model, lambda x: maps), torch.rand(2, 3, 8, 8), torch.zeros(2).long())
+    found = guide_maps(Told(model, lambda x: maps), torch.rand(2, 3, 8, 8), torch.zeros(2).long())
     assert (found[0] == 0).all()
     assert found[1].max() == 1
 
@@ -348,7 +337,7 @@ def test_maps_that_are_not_finite_teach_nothing():
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
-    model = network().eval()
+    model = three_stage_net().eval()
     options = SMALL | {"n_epochs": 3}
     guide = LayerGradCam(model, model[2])
     straight = fit_fcam(model, Scenes(), guide, **options)
@@ -384,7 +373,7 @@ class Noisy(LayerGradCam):
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_run_goes_on_to_more_epochs(cached, tmp_path):
     """Anchors of the CRF and noise of the guide are the same, too."""
-    model = network().eval()
+    model = three_stage_net().eval()
     crf = DenseCRFLoss(n_anchors=8)
     options = SMALL | {"n_epochs": 3, "crf": crf, "resize": 36, "center": True}
     guide = Noisy(model, model[2])
@@ -413,9 +402,9 @@ def test_a_run_goes_on_to_more_epochs(cached, tmp_path):
 )
 def test_a_checkpoint_of_another_run_is_refused(change, said, tmp_path):
     options = SMALL | {"n_epochs": 1, "checkpoints": tmp_path}
-    model = network().eval()
+    model = three_stage_net().eval()
     fit_fcam(model, Scenes(), LayerGradCam(model, model[2]), **options)
-    model = network(change.pop("classifier", 0)).eval()
+    model = three_stage_net(change.pop("classifier", 0)).eval()
     data = change.pop("data", Scenes)()
     if said is None:  # pictures may come out at random, where they are not stored
         fit_fcam(model, data, LayerGradCam(model, model[2]), **options)
@@ -426,7 +415,7 @@ def test_a_checkpoint_of_another_run_is_refused(change, said, tmp_path):
 
 def test_ctrl_c_is_an_interrupt(tmp_path):
     """Lightning would end the process, and ignore the next Ctrl-C."""
-    model = network().eval()
+    model = three_stage_net().eval()
     handler = signal.getsignal(signal.SIGINT)
 
     def interrupted(images):
@@ -438,7 +427,7 @@ def test_ctrl_c_is_an_interrupt(tmp_path):
 
 
 def test_a_run_with_other_colours_is_another_run(tmp_path):
-    model = network().eval()
+    model = three_stage_net().eval()
     guide, options = LayerGradCam(model, model[2]), SMALL | {"n_epochs": 1}
     fit_fcam(model, Scenes(8), guide, **options, cache=tmp_path / "a", checkpoints=tmp_path / "b")
     other = options | {"normalize": ((0.5,) * 3, (0.5,) * 3)}
@@ -448,7 +437,7 @@ def test_a_run_with_other_colours_is_another_run(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path):
-    model = network().eval()
+    model = three_stage_net().eval()
 
     class Breaks(nn.Module):
         calls = 0
@@ -478,7 +467,7 @@ class Bends(torch.autograd.Function):
 
 def test_weights_that_are_not_finite_are_not_stored(tmp_path):
     """The last step of an epoch has no loss behind it that would tell."""
-    model = network().eval()
+    model = three_stage_net().eval()
 
     class Breaks(nn.Module):
         calls = 0
@@ -501,14 +490,14 @@ def test_weights_that_are_not_finite_are_not_stored(tmp_path):
     ids=["flat", "nan", "one pixel"],
 )
 def test_a_guide_that_teaches_nothing(maps):
-    model = network().eval()
+    model = three_stage_net().eval()
     with pytest.raises(ValueError, match=r"`guide` Told gave no seed|Told gives maps of a single"):
         fit_fcam(model, Scenes(8), Told(model, lambda x: maps), **SMALL)
 
 
 def test_what_has_collapsed_is_told(tmp_path):
     """And told again, by a run that is finished."""
-    model = network().eval()
+    model = three_stage_net().eval()
     options = SMALL | {"checkpoints": tmp_path}
     for _ in range(2):
         with pytest.warns(UserWarning, match=r"has collapsed.*seeds was 0\.[67]"):
@@ -522,12 +511,12 @@ def test_pictures_of_every_form():
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     as_bytes = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     data = [(image, 1), (as_bytes, 2, "more"), (as_bytes / 255, torch.tensor(3))]
-    pictures = Pictures(data, (4, 4), 4)
+    pictures = PictureDataset(data, (4, 4), 4)
     for i, label in enumerate((1, 2, 3)):
         item = pictures[i]
         assert torch.equal(item.pixels, as_bytes)
         assert item[1:] == (label, i, True)
-    grey = Pictures([(Image.new("L", (9, 6), 7), 0)], (4, 4))[0]
+    grey = PictureDataset([(Image.new("L", (9, 6), 7), 0)], (4, 4))[0]
     assert (grey.pixels == 7).all()
 
 
@@ -545,7 +534,7 @@ class Broken(Scenes):
 
 
 def test_pictures_that_do_not_decode_are_left_out_named_and_counted():
-    model = network().eval()
+    model = three_stage_net().eval()
     with pytest.warns(UserWarning, match="cannot be read") as caught:
         found = fit_fcam(model, Broken(), LayerGradCam(model, model[2]), **SMALL)
     said = [str(one.message) for one in caught]
@@ -565,7 +554,7 @@ def test_pictures_that_are_opened_but_not_read(tmp_path):
             return Image.open(tmp_path / ("cut.jpg" if index == 1 else "whole.jpg")), 0
 
     with pytest.warns(UserWarning, match="picture 1 cannot be read"):
-        read = [Pictures(Opened(), (32, 32))[i].is_read for i in range(3)]
+        read = [PictureDataset(Opened(), (32, 32))[i].is_read for i in range(3)]
     assert read == [True, False, True]
 
     class Exhausted(Scenes):
@@ -573,7 +562,7 @@ def test_pictures_that_are_opened_but_not_read(tmp_path):
             raise OSError(errno.EMFILE, "Too many open files")
 
     with pytest.raises(OSError, match="Too many"):
-        Pictures(Exhausted(), (32, 32))[0]
+        PictureDataset(Exhausted(), (32, 32))[0]
 
 
 @pytest.mark.parametrize(
@@ -588,9 +577,9 @@ def test_pictures_that_are_opened_but_not_read(tmp_path):
 )
 def test_what_is_no_picture(picture, error, said):
     with pytest.raises(error, match=f"`data`: picture 0: .*{said}"):
-        Pictures([(picture, 0)], (8, 8))[0]
+        PictureDataset([(picture, 0)], (8, 8))[0]
     with pytest.raises(TypeError, match="`data`: picture 0: entries must be"):
-        Pictures([{"image": picture}], (8, 8))[0]
+        PictureDataset([{"image": picture}], (8, 8))[0]
 
 
 @pytest.mark.parametrize(
@@ -598,7 +587,7 @@ def test_what_is_no_picture(picture, error, said):
 )
 def test_what_has_no_label(entry):
     with pytest.raises((TypeError, ValueError), match="`data`: picture 0: "):
-        Pictures([entry], (8, 8))[0]
+        PictureDataset([entry], (8, 8))[0]
 
 
 def test_grey_pictures():
@@ -606,11 +595,11 @@ def test_grey_pictures():
     deep = Image.fromarray(grey[0].numpy().astype(np.uint16) * 257)
     assert deep.mode.startswith("I;16")
     for picture in (grey, grey / 255, Image.fromarray(grey[0].numpy()), deep):
-        assert torch.equal(Pictures([(picture, 0)], (8, 8))[0].pixels, grey.expand(3, 8, 8))
+        assert torch.equal(PictureDataset([(picture, 0)], (8, 8))[0].pixels, grey.expand(3, 8, 8))
 
 
 def test_a_classifier_of_grey_pictures():
-    model = network().eval()
+    model = three_stage_net().eval()
     model[0][0] = nn.Conv2d(1, 6, 3, 2, 1)
     guide = Told(model, brightness)
     data = [(torch.full((1, 32, 32), 102, dtype=torch.uint8), 0)] * 8
@@ -626,14 +615,14 @@ def test_a_classifier_of_grey_pictures():
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
 def test_classifiers_of_other_precision(kind):
-    model = network().eval().to(kind)
+    model = three_stage_net().eval().to(kind)
     fcam = fit_fcam(model, Scenes(8), LayerGradCam(model, model[2]), **SMALL)
     assert {p.dtype for p in fcam.decoder.parameters()} == {torch.float32}
     assert fcam.attribute(torch.rand(1, 3, 32, 32, dtype=kind)).dtype == kind
 
 
 def test_gradients_are_off_where_they_were():
-    model = network().eval()
+    model = three_stage_net().eval()
     guide = LayerGradCam(model, model[2])
     with torch.no_grad():
         inside = fit_fcam(model, Scenes(8), guide, **SMALL)
@@ -644,24 +633,15 @@ def test_gradients_are_off_where_they_were():
 
 
 def test_buffers_that_count_calls_are_put_back():
-    class Counts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, x):
-            self.calls += 1
-            return x
-
-    model = network().eval()
-    model[1].add_module("counts", Counts())
+    model = three_stage_net().eval()
+    model[1].add_module("counts", CallCounter())
     fit_fcam(model, Scenes(8), LayerGradCam(model, model[2]), **SMALL)
     assert model[1].counts.calls == 0
 
 
 @pytest.mark.parametrize("label", [-1, 4])
 def test_labels_out_of_range(label):
-    model = network().eval()
+    model = three_stage_net().eval()
     data = [(Image.new("RGB", (32, 32)), label)]
     with pytest.raises(ValueError, match=rf"label of picture 0 is {label}"):
         fit_fcam(model, data, LayerGradCam(model, model[2]), **SMALL)
@@ -672,7 +652,7 @@ def test_labels_out_of_range(label):
     [
         ({"data": []}, ValueError, "data"),
         ({"guide": "cam"}, TypeError, "guide"),
-        ({"guide": LayerGradCam(network(1), network(1)[2])}, ValueError, "guide"),
+        ({"guide": LayerGradCam(three_stage_net(1), three_stage_net(1)[2])}, ValueError, "guide"),
         ({"classifier": lambda x: x}, TypeError, "classifier"),
         ({"n_epochs": 0}, ValueError, "n_epochs"),
         ({"batch_size": 0}, ValueError, "batch_size"),
@@ -686,14 +666,14 @@ def test_labels_out_of_range(label):
         ({"normalize": ((0.5,) * 4, (0.5,) * 4)}, ValueError, "normalize"),
         ({"normalize": ((0.5,) * 3, (0.0,) * 3)}, ValueError, "normalize"),
         ({"normalize": 0.5}, ValueError, "normalize"),
-        ({"classifier": network()[:3]}, ValueError, "guide"),
+        ({"classifier": three_stage_net()[:3]}, ValueError, "guide"),
         ({"crf_weight": -1}, ValueError, "crf_weight"),
         ({"layers": ["0", "nowhere"]}, ValueError, "nowhere"),
         ({"size": 1}, ValueError, "layers"),
     ],
 )
 def test_wrong_arguments(change, error, named):
-    model = network().eval()
+    model = three_stage_net().eval()
     arguments = {"classifier": model, "data": Scenes(8), "guide": LayerGradCam(model, model[2])}
     with pytest.raises(error, match=named):
         fit_fcam(**arguments | SMALL | change)
@@ -704,13 +684,13 @@ def test_models_that_give_no_logits():
         def forward(self, x):
             return {"out": super().forward(x)}
 
-    model = Named(*network()).eval()
+    model = Named(*three_stage_net()).eval()
     with pytest.raises(ValueError, match=r"`classifier` must give logits.*dict"):
         fit_fcam(model, Scenes(8), IntegratedGradients(model), **SMALL)
 
 
 def test_a_guide_at_the_layer_of_another_model():
-    model, other = network().eval(), network(1).eval()
+    model, other = three_stage_net().eval(), three_stage_net(1).eval()
     for guide in (
         LayerGradCam(model, other[2]),
         SESSWrapper(LayerGradCam(other, other[2]), n_scales=2, window=24),
@@ -725,7 +705,7 @@ def test_the_module_alone_runs_in_lightning():
     from lightning import Trainer
     from torch.utils.data import DataLoader
 
-    model = network().eval()
+    model = three_stage_net().eval()
     decoder = FCAMDecoder.reading(model, torch.rand(1, 3, 32, 32), widths=(8, 8, 8))
     module = FCAMModule(model, decoder, LayerGradCam(model, model[2]), (32, 32))
     trainer = Trainer(
@@ -736,7 +716,7 @@ def test_the_module_alone_runs_in_lightning():
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(Pictures(Scenes(8), (32, 32)), 4))
+    trainer.fit(module, DataLoader(PictureDataset(Scenes(8), (32, 32)), 4))
     assert not any(name.startswith("_frozen") for name in module.state_dict())
     assert FCAM(model, decoder.eval()).attribute(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
 
@@ -755,7 +735,7 @@ class Kept(Callback):
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
 def test_two_processes_train_one_decoder(strategy, tmp_path):
     """By gloo, on the CPU: the classifier stays, and the decoder has learned from both halves."""
-    model = network().eval()
+    model = three_stage_net().eval()
     before = state(model)
     guide = LayerGradCam(model, model[2])
     options = SMALL | {"batch_size": 4}
@@ -778,7 +758,7 @@ def test_two_processes_train_one_decoder(strategy, tmp_path):
 
 def validated(tmp_path=None, **options):
     """A run judged by boxes, and what it kept."""
-    model = network().eval()
+    model = three_stage_net().eval()
     scenes = TexturedEllipses(12, 5, (32, 32))
     guide = LayerGradCam(model, model[2])
     options = SMALL | {"n_epochs": 4, "lr": 0.2, "validation": list(scenes)} | options
@@ -787,9 +767,9 @@ def validated(tmp_path=None, **options):
 
 def max_box_acc(fcam):
     scenes = TexturedEllipses(12, 5, (32, 32)).batch()
-    images = (scenes.pixels / 255 - torch.tensor(IMAGENET[0])[:, None, None]) / torch.tensor(
-        IMAGENET[1]
-    )[:, None, None]
+    images = (
+        scenes.pixels / 255 - torch.tensor(IMAGENET_MEAN_STD[0])[:, None, None]
+    ) / torch.tensor(IMAGENET_MEAN_STD[1])[:, None, None]
     metric = MaxBoxAcc(convention="wsolevaluation")
     metric.update(fcam.foreground(images)[:, 0], [box[None] for box in scenes.boxes])
     return metric.compute().item()
@@ -815,7 +795,7 @@ def test_boxes_are_those_of_the_pictures_brought_to_size():
     image = Image.new("RGB", (40, 20))
     boxes = [[4, 4, 20, 16], [0, 0, 39, 19]]
     for entry in ((image, 0, boxes), (torch.zeros(3, 20, 40), 0, torch.tensor(boxes))):
-        pixels, found = Boxed([entry], (10, 10))[0]
+        pixels, found = BoxedPictures([entry], (10, 10))[0]
         assert pixels.shape == (3, 10, 10)
         assert found.tolist() == [[1, 2, 5, 8], [0, 0, 9, 9]]
 

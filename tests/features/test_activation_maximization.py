@@ -17,7 +17,7 @@ from captum_ext._engine.receptive_field import receptive_field
 from captum_ext.features import ActivationMaximization, PreferredInputs
 from captum_ext.features._parametrizations import Fourier, Pixels
 from captum_ext.imaging import blur
-from tests.methods import SmallNet, small_net
+from tests.networks import SmallNet, small_net
 
 TraceFree = Callable[..., AbstractContextManager[None]]
 PLAIN: dict[str, Any] = {

@@ -21,26 +21,12 @@ from captum_ext.datasets import Example
 from captum_ext.features import ActivatingPatches, TopActivations
 from captum_ext.features import maximally_activating_patches as top_patches
 from captum_ext.features._streaming import Store
-from tests.attr.layer.test_reshape_and_suggest import small_swin, small_vit
 from tests.captures import layer_activations
 from tests.features.test_patches_top import everything_sorted
-from tests.methods import small_net
+from tests.networks import net_with_ties, small_net, small_swin, small_vit
 
 TraceFree = Callable[..., AbstractContextManager[None]]
 PLAIN = ((0.0,) * 3, (1.0,) * 3)
-
-
-class Rounded(nn.Module):
-    """Activations that are multiples of 1/4, and so have many ties."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * 4).round() / 4
-
-
-def net_with_ties() -> nn.Module:
-    torch.manual_seed(0)
-    parts = [nn.Conv2d(3, 5, 3, stride=2, padding=1), Rounded(), nn.AdaptiveAvgPool2d(1)]
-    return nn.Sequential(*parts, nn.Flatten(), nn.Linear(5, 2)).double().eval()
 
 
 def noise(n: int, height: int = 8, width: int = 8) -> list[tuple[Tensor, int]]:

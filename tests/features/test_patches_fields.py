@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from captum_ext._engine.receptive_field import Axis, Field
+from captum_ext._engine.receptive_field import FieldAxis, ReceptiveField
 from captum_ext.features import maximally_activating_patches as top_patches
 from captum_ext.features._fields import clipped, energy_boxes, field_boxes
-from tests.features.test_patches import PLAIN, net_with_ties, noise
-from tests.methods import small_net
+from tests.features.test_patches import PLAIN, noise
+from tests.networks import Lambda, NoGradConv, SqueezeExcitation, net_with_ties, small_net
 
 
 def test_field_boxes_by_hand() -> None:
     # conv5_3 of VGG-16: r = 196, j = 16, c = 7.5
-    vgg = Axis(196, 16, 7.5)
-    resnet = Axis(435, 32, 0)
-    found = field_boxes(Field(vgg, resnet), torch.tensor([[0, 0], [13, 6]]))
+    vgg = FieldAxis(196, 16, 7.5)
+    resnet = FieldAxis(435, 32, 0)
+    found = field_boxes(ReceptiveField(vgg, resnet), torch.tensor([[0, 0], [13, 6]]))
     assert found.tolist() == [[-217, -90, 218, 106], [192 - 217, 208 - 90, 192 + 218, 208 + 106]]
 
 
@@ -119,14 +119,10 @@ def test_a_gradient_that_underflows_when_squared() -> None:
 
 
 def test_what_follows_a_layer_in_place_is_of_no_concern() -> None:
-    class Zeroing(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.zero_()
-
     conv, data = nn.Conv2d(3, 2, 5, padding=2), noise(6)
     options: dict[str, Any] = {"n": 3, "size": 8, "receptive_field": "effective", "energy": 0.3}
     expected = top_patches(conv, conv, data, **options)
-    found = top_patches(nn.Sequential(conv, Zeroing()), conv, data, **options)
+    found = top_patches(nn.Sequential(conv, Lambda(lambda x: x.zero_())), conv, data, **options)
     assert torch.equal(found.values, expected.values)
     assert torch.equal(found.boxes, expected.boxes)
 
@@ -134,16 +130,7 @@ def test_what_follows_a_layer_in_place_is_of_no_concern() -> None:
 def test_effective_boxes_where_units_see_the_whole_image() -> None:
     """Squeeze and excitation: the gate's gradient is everywhere, and small."""
 
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 2, 3, padding=1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.conv(x)
-            return x * x.mean((2, 3), keepdim=True).sigmoid()
-
-    net, data = Gated().double(), noise(6, 20, 20)
+    net, data = SqueezeExcitation().double(), noise(6, 20, 20)
     options: dict[str, Any] = {"n": 3, "size": 20, "normalize": PLAIN}
     whole = top_patches(net, net, data, **options)
     assert (whole.boxes == torch.tensor([0, 0, 20, 20])).all()
@@ -157,15 +144,6 @@ def test_effective_boxes_where_units_see_the_whole_image() -> None:
 
 
 def test_no_gradient_to_be_had() -> None:
-    class Cut(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 2, 3)
-
-        @torch.no_grad()
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x)
-
-    net = Cut()
+    net = NoGradConv(3)
     with pytest.raises(ValueError, match="`conv` has no gradient with respect to the images"):
         top_patches(net, "conv", noise(3), size=8, receptive_field="effective")

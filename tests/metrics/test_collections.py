@@ -49,11 +49,11 @@ def of_regions(maps: Tensor, value: Tensor) -> dict[str, Any]:
 
 FOUND: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
     "region": of_regions,
-    "curve": lambda maps, v: {"found": curve(v)},
-    "numbers": lambda maps, v: {"found": v},
-    "bools": lambda maps, v: {"found": v > 0.5},
-    "overall": lambda maps, v: {"found": OverallScore(v, curve(v), curve(v))},
-    "road": lambda maps, v: {"found": RoadScores(v, v[None], v[None], v)},
+    "curve": lambda maps, v: {"result": curve(v)},
+    "numbers": lambda maps, v: {"result": v},
+    "bools": lambda maps, v: {"result": v > 0.5},
+    "overall": lambda maps, v: {"result": OverallScore(v, curve(v), curve(v))},
+    "road": lambda maps, v: {"result": RoadScores(v, v[None], v[None], v)},
 }
 METRICS: dict[str, tuple[str, Callable[[], Metric]]] = {
     "near": ("region", lambda: PointingGame(2)),
@@ -120,7 +120,11 @@ def test_pairs_in_a_collection_give_what_each_gives_alone(first: str, compute_gr
     others = list(METRICS)[list(METRICS).index(first) + 1 :]
     for second in others:
         (kind, make), (other_kind, make_other) = METRICS[first], METRICS[second]
-        if kind != other_kind and "found" in BATCHES[kind][0] and "found" in BATCHES[other_kind][0]:
+        if (
+            kind != other_kind
+            and "result" in BATCHES[kind][0]
+            and "result" in BATCHES[other_kind][0]
+        ):
             # No batch serves both: what is compared are the states.
             metrics = make(), make_other()
             for metric, of in zip(metrics, (kind, other_kind), strict=True):

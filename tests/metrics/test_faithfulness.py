@@ -30,7 +30,7 @@ from captum_ext.metrics import (
     overall_score,
     road,
 )
-from tests.methods import SmallNet, small_net
+from tests.networks import ScaledHalves, SmallNet, WeightedSum, small_net
 
 D = torch.float64
 WEIGHTS = torch.tensor([[5.0, 1.0, 2.0], [-1.0, 0.0, 3.0]], dtype=D)
@@ -43,18 +43,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "road": road,
 }
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
-
-
-class Linear(nn.Module):
-    """One score, sum(w x), in logits."""
-
-    def __init__(self, weights: Tensor = WEIGHTS) -> None:
-        super().__init__()
-        self.register_buffer("weights", weights)
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * self.weights).sum((1, 2, 3))
 
 
 def ones(*shape: int) -> Tensor:
@@ -89,7 +77,7 @@ def maps(x: Tensor, seed: int = 1) -> Tensor:
 
 
 def test_the_curves_of_a_linear_model_by_hand() -> None:
-    model, x = Linear(), ones()
+    model, x = WeightedSum(WEIGHTS), ones()
     options: dict[str, Any] = {"score": "logit", "step": 1, "baselines": 0}
     best = WEIGHTS[None]
     coming = insertion(model, x, best, **options)
@@ -110,7 +98,7 @@ def test_the_curves_of_a_linear_model_by_hand() -> None:
 
 
 def test_the_baseline_is_what_is_there_before_a_pixel_comes() -> None:
-    model, x = Linear(), ones()
+    model, x = WeightedSum(WEIGHTS), ones()
     for baselines in (-2, torch.full((1, 1, 1, 1), -2.0), lambda x: -2 * x):
         found = insertion(model, x, WEIGHTS[None], baselines=baselines, step=1, score="logit")
         assert found.scores.tolist() == [[-20, -5, 4, 10, 13, 13, 10]]
@@ -142,7 +130,8 @@ def test_the_baseline_is_what_is_there_before_a_pixel_comes() -> None:
 )
 def test_steps_in_pixels_and_in_shares(step: float, counts: list[int]) -> None:
     scores = [0, 5, 8, 10, 11, 11, 10]
-    found = insertion(Linear(), ones(), WEIGHTS[None], baselines=0, step=step, score="logit")
+    model = WeightedSum(WEIGHTS)
+    found = insertion(model, ones(), WEIGHTS[None], baselines=0, step=step, score="logit")
     assert found.shares.tolist() == pytest.approx([c / 6 for c in counts])
     assert found.scores.tolist() == [[scores[c] for c in counts]]
     area = sum((b - a) * (scores[a] + scores[b]) / 12 for a, b in pairwise(counts))
@@ -159,7 +148,7 @@ def test_the_default_step_is_that_of_the_literature() -> None:
 
 
 def test_drop_and_increase_by_hand() -> None:
-    model, x = Linear(), ones(3, 1, 2, 3)
+    model, x = WeightedSum(WEIGHTS), ones(3, 1, 2, 3)
     best = WEIGHTS.clamp(min=0)
     spread = torch.tensor([[2.0, 0, 0], [0, 0, 1.0]], dtype=D) * 7 - 3  # 1 and 1/2 once scaled
     attributions = torch.stack((best, spread, -WEIGHTS))
@@ -187,7 +176,7 @@ def test_a_drop_is_a_share_of_probabilities() -> None:
 
 
 def test_a_flat_map_shows_nothing_and_scale_and_shift_do_not_count() -> None:
-    model, x = Linear(), ones()
+    model, x = WeightedSum(WEIGHTS), ones()
     for value in (-3.0, 0.0, 5.0):
         flat = torch.full((1, 2, 3), value, dtype=D)
         assert average_drop(model, x, flat, score="logit").tolist() == [1]
@@ -203,11 +192,11 @@ def test_a_flat_map_shows_nothing_and_scale_and_shift_do_not_count() -> None:
 
 
 def test_no_score_leaves_nothing_to_drop() -> None:
-    silent = Linear(torch.zeros(2, 3, dtype=D))
+    silent = WeightedSum(torch.zeros(2, 3, dtype=D))
     assert average_drop(silent, ones(), WEIGHTS[None], score="logit").tolist() == [0]
     assert increase_in_confidence(silent, ones(), WEIGHTS[None], score="logit").tolist() == [False]
     with pytest.raises(ValueError, match=r"`score` 'logit' is below 0"):
-        average_drop(Linear(-WEIGHTS), ones(), WEIGHTS[None], score="logit")
+        average_drop(WeightedSum(-WEIGHTS), ones(), WEIGHTS[None], score="logit")
 
 
 # --- which map is better -------------------------------------------------------------------------
@@ -223,7 +212,7 @@ def of_every_kind() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_perfect_constant_and_inverted_maps_are_ranked() -> None:
     x, weights, perfect = of_every_kind()
-    model = Linear(weights)
+    model = WeightedSum(weights)
     constant = torch.full_like(perfect, 0.3)
     options: dict[str, Any] = {"score": "logit", "step": 2}
     coming = [insertion(model, x, m, **options).auc for m in (perfect, constant, -perfect)]
@@ -238,7 +227,7 @@ def test_perfect_constant_and_inverted_maps_are_ranked() -> None:
 def test_perfect_inverted_and_constant_maps_to_the_digit() -> None:
     """A model of four pixels, and maps that are its weights, their opposite, and nothing."""
     weights = torch.tensor([[4.0, 3.0, -1.0, -2.0]], dtype=D)
-    model, x = Linear(weights), ones(3, 1, 1, 4)
+    model, x = WeightedSum(weights), ones(3, 1, 1, 4)
     maps = torch.stack((weights, -weights, torch.full_like(weights, 0.5)))
     options: dict[str, Any] = {"step": 1, "score": "logit"}
     found = overall_score(model, x, maps, insertion_baselines=0, deletion_baselines=0, **options)
@@ -255,7 +244,7 @@ def test_perfect_inverted_and_constant_maps_to_the_digit() -> None:
 
     ramp = torch.tensor([[[[8.0, 6.0, 4.0, 2.0, 0.0]]]], dtype=D)
     both = road(
-        Linear(torch.ones(1, 5, dtype=D)),
+        WeightedSum(torch.ones(1, 5, dtype=D)),
         ramp.repeat(2, 1, 1, 1),
         torch.cat((ramp, -ramp)),
         percentiles=[20, 40],
@@ -270,7 +259,7 @@ def test_perfect_inverted_and_constant_maps_to_the_digit() -> None:
 
 def test_a_constant_map_is_that_of_its_random_order() -> None:
     """The order shows in a model whose weights are powers of two; a map of it has the same."""
-    model = Linear(2.0 ** torch.arange(12, dtype=D).reshape(3, 4))
+    model = WeightedSum(2.0 ** torch.arange(12, dtype=D).reshape(3, 4))
     x, constant = ones(1, 1, 3, 4), torch.full((1, 3, 4), 0.5, dtype=D)
     coming = insertion(model, x, constant, baselines=0, step=1, score="logit").scores[0]
     order = coming.diff().log2().round().long()
@@ -286,7 +275,7 @@ def test_a_constant_map_is_that_of_its_random_order() -> None:
 
 def mean_of_tied(values: Tensor) -> Tensor:
     """The AUC of insertion that a map with these ties has on average, of a linear model of 1s."""
-    model = Linear(torch.arange(36.0, dtype=D).reshape(6, 6))
+    model = WeightedSum(torch.arange(36.0, dtype=D).reshape(6, 6))
     found = [
         insertion(
             model,
@@ -317,7 +306,7 @@ def test_equal_pixels_come_in_random_order() -> None:
 
 
 def test_without_a_generator_the_order_is_fixed_and_no_raster() -> None:
-    model = Linear(torch.arange(36.0, dtype=D).reshape(6, 6))
+    model = WeightedSum(torch.arange(36.0, dtype=D).reshape(6, 6))
     state = torch.get_rng_state()
     runs = [
         insertion(model, ones(2, 1, 6, 6), torch.full((2, 6, 6), v), baselines=0, score="logit")
@@ -344,7 +333,7 @@ def test_only_the_order_counts(height: int, width: int, levels: int, seed: int) 
     generator = Generator().manual_seed(seed)
     values = torch.randint(levels, (2, height, width), generator=generator).to(D)
     x = torch.randn(2, 1, height, width, generator=generator, dtype=D)
-    model = Linear(torch.randn(height, width, generator=generator, dtype=D))
+    model = WeightedSum(torch.randn(height, width, generator=generator, dtype=D))
     for function in (insertion, deletion, overall_score, road):
         first = numbers(function(model, x, values, score="logit"))
         for other in (values.exp(), values**3 - 5, values * 1e-30, (values / 8).bfloat16()):
@@ -534,20 +523,11 @@ def test_every_form_of_target(name: str) -> None:
             torch.testing.assert_close(found, torch.stack([each[i][i] for i in range(3)]))
 
 
-class Dense(nn.Module):
-    """Scores (B, K, 2, 1) of classes and places, and one scale for each image."""
-
-    def forward(self, x: Tensor, scale: Tensor, plus: float) -> Tensor:
-        left, right = x.chunk(2, 3)
-        places = torch.stack([p.mean((2, 3)) for p in (left, right)], 2)
-        return places[..., None] * scale[:, None, None, None] + plus
-
-
 def test_targets_of_places_and_arguments_that_follow_their_image() -> None:
     x, scale = pictures(3, 8), torch.tensor([1.0, -2.0, 3.0], dtype=D)
     target = [(0, 1, 0), (2, 0, 0), (1, 1, 0)]
     found = deletion(
-        Dense(), x, maps(x), target, (scale, 0.5), score="logit", internal_batch_size=5
+        ScaledHalves(), x, maps(x), target, (scale, 0.5), score="logit", internal_batch_size=5
     )
     for i, (c, place, _) in enumerate(target):
         part = x[i, c].chunk(2, 1)[place].mean() * scale[i] + 0.5
@@ -758,10 +738,18 @@ def test_metrics_average_over_images_batches_and_processes(metric: Any, name: st
     ],
 )
 def test_metrics_take_only_what_their_function_returns(metric: Any, wrong: Any) -> None:
-    with pytest.raises(TypeError, match="`found`"):
+    with pytest.raises(TypeError, match="`result` must be"):
         metric().update(wrong)
     found = metric().compute()
     assert torch.stack([*found.values()] if isinstance(found, dict) else [found]).isnan().all()
+
+
+def test_the_old_keyword_of_update_works_with_a_warning() -> None:
+    metric, old = AverageDrop(), AverageDrop()
+    metric.update(result=torch.tensor([0.25, 0.5]))
+    with pytest.warns(DeprecationWarning, match="`found` is now `result`"):
+        old.update(found=torch.tensor([0.25, 0.5]))
+    assert old.compute() == metric.compute()
 
 
 def test_metrics_take_no_nan() -> None:

@@ -7,8 +7,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, resnet18, vgg11_bn
+from torchvision.models import resnet18
 
+from tests.networks import narrow_vgg
 from tests.parity import equations
 
 TARGETS = [3, 5]
@@ -20,13 +21,7 @@ def _resnet() -> nn.Module:
     return resnet18().eval()
 
 
-@lru_cache(maxsize=1)
-def _vgg() -> nn.Module:
-    """With a narrow classifier: 10 million parameters to copy for each test instead of 133."""
-    torch.manual_seed(0)
-    model = vgg11_bn()
-    model.classifier = nn.Sequential(nn.Linear(512 * 7 * 7, 32), nn.ReLU(), nn.Linear(32, 10))
-    return model.eval()
+_vgg = lru_cache(maxsize=1)(narrow_vgg)
 
 
 @dataclass(frozen=True)
@@ -77,22 +72,6 @@ def resnet(layer: str, size: int = 112, gain: float = 1.0) -> Subject:
 
 def vgg(layer: str, size: int = 64, gain: float = 1.0) -> Subject:
     return Subject(_vgg, layer, size, gain)
-
-
-def small_vit() -> VisionTransformer:
-    """4 x 4 patches; the head is drawn anew because torchvision starts it at zero."""
-    torch.manual_seed(0)
-    vit = VisionTransformer(
-        image_size=32,
-        patch_size=8,
-        num_layers=3,
-        num_heads=2,
-        hidden_dim=32,
-        mlp_dim=64,
-        num_classes=10,
-    )
-    nn.init.normal_(vit.heads.head.weight)
-    return vit.eval()
 
 
 def paper_score_cam(subject: Subject, **options: bool) -> Tensor:

@@ -25,6 +25,7 @@ from captum_ext.attr import (
     tokens_to_grid,
 )
 from captum_ext.imaging import min_max
+from tests.networks import ConvMeanLinear, vision_transformer
 from tests.parity import equations
 from tests.parity.subjects import (
     TARGETS,
@@ -33,7 +34,6 @@ from tests.parity.subjects import (
     paper_score_cam,
     resnet,
     scaled,
-    small_vit,
     vgg,
 )
 
@@ -147,11 +147,11 @@ def test_vision_transformer_with_reshape_transform() -> None:
         return grid.transpose(2, 3).transpose(1, 2)
 
     x = torch.randn(2, 3, 32, 32, generator=torch.manual_seed(1))
-    model = small_vit()
+    model = vision_transformer(layers=3)
     layer = "encoder.layers.encoder_layer_2.ln_1"
     ours = MeanGradientCam(model, layer, reshape_transform=tokens_to_grid)
     our_map = ours.attribute(x, target=TARGETS)[:, 0]
-    model = small_vit()
+    model = vision_transformer(layers=3)
     peers_map = peer_map(
         pgc.GradCAM, model, model.get_submodule(layer), x, reshape_transform=peers_transform
     )
@@ -293,17 +293,9 @@ def test_peer_does_not_ablate_to_zero_where_activations_are_negative() -> None:
 def test_peers_ablation_of_negative_activations_depends_on_the_batch_size() -> None:
     """In a chunk, each channel is set below the one before it, which is 1e7 below the last."""
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(self.conv(x).mean((2, 3)))
-
     def weights(batch_size: int) -> Tensor:
-        net = Net()
+        torch.manual_seed(0)
+        net = ConvMeanLinear(8, 6)
         options = {"ablation_layer": AblationLayer(), "batch_size": batch_size}
         with pgc.AblationCAM(net, [net.conv], **options) as cam:
             a = net.conv(x).detach().numpy()
@@ -315,7 +307,8 @@ def test_peers_ablation_of_negative_activations_depends_on_the_batch_size() -> N
     ratio = torch.tensor([1.0, 2.0, 3.0, 4.0] * 2)
     torch.testing.assert_close(four / one, ratio, rtol=1e-4, atol=0)
 
-    net = Net()
+    torch.manual_seed(0)
+    net = ConvMeanLinear(8, 6)
     ours = LayerAblationCam(net, net.conv)
     torch.testing.assert_close(
         ours.attribute(x, target=3, perturbations_per_eval=1),

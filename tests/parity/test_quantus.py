@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import Saliency
-from torch import nn
 
 from captum_ext.metrics import deletion, energy_pointing_game, pointing_game
+from tests.networks import flat_net
 
 quantus = pytest.importorskip("quantus")
 
@@ -14,16 +14,10 @@ SIDE, STEP = 16, 32
 PLAIN = {"abs": False, "normalise": False, "disable_warnings": True}
 
 
-def network():
-    torch.manual_seed(0)
-    convolution = nn.Conv2d(3, 6, 5, stride=2)
-    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4)).eval()
-
-
 @pytest.fixture
 def given():
     """What Quantus's metrics are called with; maps are of Captum's attribution."""
-    model = network()
+    model = flat_net()
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(5, 3, SIDE, SIDE, generator=generator)
     masks = torch.zeros(5, 1, SIDE, SIDE, dtype=torch.bool)

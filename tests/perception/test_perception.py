@@ -36,25 +36,9 @@ from captum_ext.perception import (
     perception_loss,
     structural_similarity,
 )
+from tests.networks import Lambda, UnshuffleNet, strided_net
 
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # pictures as they are
-
-
-class Invertible(nn.Module):
-    """Pixels of each 4 x 4 block as channels: nothing is lost."""
-
-    def __init__(self):
-        super().__init__()
-        self.unshuffle = nn.PixelUnshuffle(4)
-        self.head = nn.Linear(48, 5, dtype=torch.float64)
-
-    def forward(self, x):
-        return self.head(self.unshuffle(x).mean((2, 3)))
-
-
-class Inverse(nn.Module):
-    def forward(self, latents, size):
-        return F.pixel_shuffle(latents, 4)
 
 
 class Fixed(Saliency):
@@ -68,22 +52,8 @@ class Fixed(Saliency):
         return self.maps
 
 
-def small():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 12, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(12, 4),
-    ).eval()
-
-
 def pv_of(model=None, attribution=None, layer="4", **options):
-    model = model or small()
+    model = model or strided_net()
     encoder = LayerEncoder(model, layer)
     x = torch.rand(1, 3, 32, 32)
     decoder = PerceptionDecoder.reading(encoder, x, [8, 4], [1, 1]).eval()
@@ -95,7 +65,7 @@ def pv_of(model=None, attribution=None, layer="4", **options):
 
 
 def test_latents_are_what_the_layer_puts_out_and_nothing_behind_it_runs():
-    model = small()
+    model = strided_net()
     ran = []
     model[5].register_forward_hook(lambda *args: ran.append(1))
     x = torch.rand(2, 3, 32, 32)
@@ -106,7 +76,7 @@ def test_latents_are_what_the_layer_puts_out_and_nothing_behind_it_runs():
 
 
 def test_the_gradient_of_latents_reaches_the_images():
-    model = small().double()
+    model = strided_net().double()
     x = torch.rand(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
     (ours,) = torch.autograd.grad(LayerEncoder(model, model[4])(x).square().sum(), x)
     (direct,) = torch.autograd.grad(model[:5](x).square().sum(), x)
@@ -115,7 +85,7 @@ def test_the_gradient_of_latents_reaches_the_images():
 
 
 def test_pictures_and_images_by_hand():
-    encoder = LayerEncoder(small(), "4", normalize=((0.5, 0.25, 0.0), (0.5, 0.25, 2.0)))
+    encoder = LayerEncoder(strided_net(), "4", normalize=((0.5, 0.25, 0.0), (0.5, 0.25, 2.0)))
     picture = torch.tensor([1.0, 0.5, 0.5]).reshape(1, 3, 1, 1)
     image = encoder.images(picture)
     assert image.flatten().tolist() == [1.0, 1.0, 0.25]
@@ -125,7 +95,7 @@ def test_pictures_and_images_by_hand():
 
 
 def test_images_have_the_classifiers_dtype_and_latents_full_precision():
-    model = small().bfloat16()
+    model = strided_net().bfloat16()
     encoder = LayerEncoder(model, "4")
     images = encoder.images(torch.rand(1, 3, 32, 32))
     assert images.dtype == torch.bfloat16
@@ -144,7 +114,7 @@ def test_grey_classifiers():
 
 
 def test_the_encoder_leaves_no_trace(trace_free):
-    model, x = small(), torch.rand(1, 3, 32, 32)
+    model, x = strided_net(), torch.rand(1, 3, 32, 32)
     with trace_free(model, x):
         LayerEncoder(model, "4")(x)
     model[4].register_forward_hook(lambda *args: 1 / 0)
@@ -153,7 +123,7 @@ def test_the_encoder_leaves_no_trace(trace_free):
 
 
 def test_threads_encode_by_one_model_at_once():
-    model = small()
+    model = strided_net()
     encoders = [LayerEncoder(model, name) for name in ("2", "4")] * 4
     xs = [torch.rand(1, 3, 32, 32) for _ in encoders]
     expected = [encoder(x) for encoder, x in zip(encoders, xs, strict=True)]
@@ -174,13 +144,13 @@ def test_threads_encode_by_one_model_at_once():
 
 @pytest.mark.parametrize("layer", ["5", "6", "7"])
 def test_a_layer_without_space(layer):
-    encoder = LayerEncoder(small(), layer)
+    encoder = LayerEncoder(strided_net(), layer)
     with pytest.raises(ValueError, match=f"`layer` {layer} has no space to decode"):
         PerceptionDecoder.reading(encoder, torch.rand(1, 3, 32, 32))
 
 
 def test_a_layer_that_does_not_run_or_is_unknown():
-    model = small()
+    model = strided_net()
     with pytest.raises(ValueError, match="did not run"):
         LayerEncoder(model, nn.ReLU())(torch.rand(1, 3, 32, 32))
     with pytest.raises(ValueError, match="Closest"):
@@ -272,7 +242,7 @@ def test_a_stride_that_is_no_power_of_two():
 
 def test_a_decoder_knows_the_encoder_that_it_was_made_for(tmp_path):
     """Same channels, same stride: nothing else would tell."""
-    model, x = small(), torch.rand(1, 3, 32, 32)
+    model, x = strided_net(), torch.rand(1, 3, 32, 32)
     decoder = PerceptionDecoder.reading(LayerEncoder(model, "3"), x, [4, 4], [1, 1])
     other = LayerEncoder(model, "4")
     with pytest.raises(ValueError, match="made for: layer was '3' and is '4'"):
@@ -307,7 +277,7 @@ def test_half_a_decoder():
 
 
 def test_a_file_brings_the_decoder_back(tmp_path):
-    model, x = small(), torch.rand(2, 3, 32, 32)
+    model, x = strided_net(), torch.rand(2, 3, 32, 32)
     encoder = LayerEncoder(model, "4")
     decoder = PerceptionDecoder.reading(encoder, x, [8, 4], [2, 1])
     decoder(encoder(x))  # batch statistics, which are part of it
@@ -319,7 +289,7 @@ def test_a_file_brings_the_decoder_back(tmp_path):
 
 
 def test_files_that_are_refused(tmp_path):
-    model, x = small(), torch.rand(2, 3, 32, 32)
+    model, x = strided_net(), torch.rand(2, 3, 32, 32)
     encoder, file = LayerEncoder(model, "4"), tmp_path / "decoder.pt"
     PerceptionDecoder.reading(encoder, x, [8, 4], [2, 1]).save(file, encoder)
     with pytest.raises(ValueError, match="made for: layer was '4' and is '2'"):
@@ -332,7 +302,7 @@ def test_files_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"of another architecture than it says.*blocks"):
         PerceptionDecoder.load(file, encoder)
     torch.save(saved, file)
-    other = small()
+    other = strided_net()
     with torch.no_grad():
         other[0].weight[0, 0, 0, 0] += 1
     with pytest.raises(ValueError, match=r"not the classifier.*0\.weight"):
@@ -349,7 +319,7 @@ def test_files_that_are_refused(tmp_path):
 
 def test_files_of_before_are_those_of_now(tmp_path):
     """Names and texts that a file is known by, since files stay."""
-    encoder = LayerEncoder(small(), "4", normalize=((0.5,), (0.25,)))
+    encoder = LayerEncoder(strided_net(), "4", normalize=((0.5,), (0.25,)))
     decoder = PerceptionDecoder(8, stride=4, widths=(4, 4), convolutions=(1, 1), colors=1)
     decoder.save(tmp_path / "new" / "a.pt", encoder)
     saved = torch.load(tmp_path / "new" / "a.pt", weights_only=True)
@@ -364,12 +334,12 @@ def test_files_of_before_are_those_of_now(tmp_path):
         "reshape_transform": "NoneType",
     }
     grid = partial(tokens_to_grid, grid=(2, 3))
-    about = LayerEncoder(small(), "4", reshape_transform=grid).about()
-    assert about["reshape_transform"] == "tokens_to_grid, (), [('grid', (2, 3))]"
+    fingerprint = LayerEncoder(strided_net(), "4", reshape_transform=grid).fingerprint()
+    assert fingerprint["reshape_transform"] == "tokens_to_grid, (), [('grid', (2, 3))]"
 
 
 def test_a_transform_that_a_decoder_could_not_know_again_is_refused():
-    encoder = LayerEncoder(small(), "4", reshape_transform=lambda x: x)
+    encoder = LayerEncoder(strided_net(), "4", reshape_transform=lambda x: x)
     with pytest.raises(ValueError, match=r"^`reshape_transform` is .*`function\.version = "):
         PerceptionDecoder.reading(encoder, torch.rand(1, 3, 16, 16))
 
@@ -435,11 +405,12 @@ def test_autocast_does_not_reach_ssim():
 
 def test_an_invertible_encoder_gives_the_picture_back():
     """x^ = x, the latents agree, and what the mask shows is the picture."""
-    model = Invertible()
+    model = UnshuffleNet()
     x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     encoder = LayerEncoder(model, "unshuffle", normalize=PLAIN)
     cam = UpsampleWrapper(LayerGradCam(model, model.unshuffle))
-    pv = PerceptionVisualization(cam, encoder, Inverse())
+    decoder = Lambda(lambda latents, size: F.pixel_shuffle(latents, 4))
+    pv = PerceptionVisualization(cam, encoder, decoder)
     image, mask, reconstruction = pv.visualize(x, target=2)
     assert torch.equal(reconstruction, x)
     similarity, distance = pv.quality(x)
@@ -523,9 +494,9 @@ def methods(model):
     }
 
 
-@pytest.mark.parametrize("name", methods(small()))
+@pytest.mark.parametrize("name", methods(strided_net()))
 def test_any_attribution_makes_the_mask(name, trace_free):
-    model, x = small(), torch.rand(2, 3, 32, 32)
+    model, x = strided_net(), torch.rand(2, 3, 32, 32)
     pv = pv_of(model, methods(model)[name])
     options = {"FIDO": {"n_steps": 2, "n_masks": 1}, "RISE": {"n_masks": 8, "grid": 4}}
     with trace_free(model, x, keeps_rng=False):
@@ -542,7 +513,7 @@ def test_any_attribution_makes_the_mask(name, trace_free):
 
 
 def test_a_batch_is_its_images_and_no_grad_and_frozen_change_nothing():
-    model = small()
+    model = strided_net()
     for weight in model.parameters():
         weight.requires_grad_(False)
     pv, x = pv_of(model, UpsampleWrapper(LayerGradCam(model, model[4]))), torch.rand(3, 3, 32, 32)
@@ -556,7 +527,7 @@ def test_a_batch_is_its_images_and_no_grad_and_frozen_change_nothing():
 
 
 def test_train_mode_is_warned_of_and_its_statistics_stay(trace_free):
-    model = small().train()
+    model = strided_net().train()
     pv, x = pv_of(model), torch.rand(2, 3, 32, 32)
     pv.decoder.train()
     with trace_free(model, x), trace_free(pv.decoder), pytest.warns(UserWarning, match="train"):
@@ -575,7 +546,7 @@ def test_other_sizes_than_those_of_the_training():
 
 
 def test_half_precision():
-    model = small().bfloat16()
+    model = strided_net().bfloat16()
     encoder = LayerEncoder(model, "4")
     decoder = PerceptionDecoder(12, 4, [4, 4], [1, 1]).eval()
     pv = PerceptionVisualization(Saliency(model), encoder, decoder)
@@ -585,7 +556,7 @@ def test_half_precision():
 
 def test_what_is_wrong_is_said():
     x = torch.rand(2, 3, 32, 32)
-    model = small()
+    model = strided_net()
     encoder, decoder = LayerEncoder(model, "4"), PerceptionDecoder(12, 4, [4, 4], [1, 1]).eval()
     cam = LayerGradCam(model, model[4])
     for wrong in ((model, encoder, decoder), (cam, model, decoder), (cam, encoder, len)):
@@ -629,7 +600,7 @@ def test_nothing_is_warned_of(no_warnings):
 
 @pytest.mark.gpu
 def test_on_the_device():
-    model = small()
+    model = strided_net()
     x = torch.rand(2, 3, 32, 32)
     cpu = pv_of(model)
     expected = cpu.visualize(x, target=1), cpu.quality(x)

@@ -12,11 +12,10 @@ import pytest
 import torch
 from captum.attr import LayerGradCam
 from lightning.pytorch import Callback, Trainer
-from torch import nn
 from torch.utils.data import DataLoader
 
-from captum_ext._data.pictures import Pictures
-from captum_ext._data.pixels import as_bytes
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._data.pixels import to_byte_tensor
 from captum_ext.datasets import TexturedEllipses
 from captum_ext.perception import (
     LayerEncoder,
@@ -27,6 +26,7 @@ from captum_ext.perception import (
     fit_perception,
     structural_similarity,
 )
+from tests.networks import dropout_net
 
 SMALL = {
     "size": 32,
@@ -46,23 +46,12 @@ def quiet():
         yield
 
 
-def network(seed=0, channels=3):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
-        nn.Sequential(nn.Conv2d(8, 12, 3, 2, 1), nn.Dropout(0.5), nn.ReLU()),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(12, 4),
-    ).eval()
-
-
 def pictures(n=24, seed=0):
     return [scene.image for scene in TexturedEllipses(n, seed, (32, 32))]
 
 
 def encoder_of(model=None, **options):
-    return LayerEncoder(model or network(), "1", **options)
+    return LayerEncoder(model or dropout_net(), "1", **options)
 
 
 def state(module):
@@ -74,7 +63,7 @@ def equal(a, b):
 
 
 def as_tensor(images):
-    return torch.stack([as_bytes(image) for image in images]) / 255
+    return torch.stack([to_byte_tensor(image) for image in images]) / 255
 
 
 class Losses(Callback):
@@ -91,7 +80,7 @@ class Losses(Callback):
 
 
 def test_the_loss_falls_on_eight_images_and_the_classifier_stays(trace_free):
-    model = network()
+    model = dropout_net()
     losses = Losses()
     options = SMALL | {"n_epochs": 60, "lr": 1e-2, "trainer": {"callbacks": [losses]}}
     with trace_free(model):
@@ -108,7 +97,7 @@ def test_held_out_pictures_are_rebuilt_better_than_the_mean_picture_is(tmp_path)
     The layer keeps much of the picture, so little training is needed.
     """
     train, test = pictures(160, seed=1), as_tensor(pictures(60, seed=2))
-    model = network()
+    model = dropout_net()
     encoder = LayerEncoder(model, "0")
     before = state(model)
     options = {"n_epochs": 12, "lr": 1e-2, "widths": (16,), "convolutions": (1,)}
@@ -129,7 +118,7 @@ def test_held_out_pictures_are_rebuilt_better_than_the_mean_picture_is(tmp_path)
 
 def test_a_step_by_hand():
     """The gradient of the loss by autograd, through the classifier, and one step of Adam."""
-    model, images = network(), pictures(8)
+    model, images = dropout_net(), pictures(8)
     encoder = encoder_of(model)
     trained = fit_perception(encoder, images, **SMALL | {"n_epochs": 1, "lr": 0.01})
     x = as_tensor(images)
@@ -164,7 +153,7 @@ def test_a_step_by_hand():
 
 def test_each_weight_is_its_parts():
     """Without SSIM and latents it is a least-squares fit, nearer in pixels than by SSIM alone."""
-    model, images = network(), pictures(16)
+    model, images = dropout_net(), pictures(16)
     encoder = encoder_of(model)
     x = as_tensor(images)
     error = {}
@@ -184,7 +173,7 @@ def test_each_weight_is_its_parts():
 
 
 def test_a_classifier_in_train_mode_is_evaluated_and_left_in_train_mode(trace_free):
-    model = network()
+    model = dropout_net()
     straight = fit_perception(encoder_of(model), pictures(8), **SMALL)
     model.train()
     with trace_free(model):
@@ -193,7 +182,7 @@ def test_a_classifier_in_train_mode_is_evaluated_and_left_in_train_mode(trace_fr
 
 
 def test_frozen_parameters_no_grad_and_random_state(trace_free):
-    model = network()
+    model = dropout_net()
     straight = fit_perception(encoder_of(model), pictures(8), **SMALL)
     model.requires_grad_(False)
     torch.rand(7)
@@ -209,7 +198,7 @@ def test_it_leaves_no_trace_when_it_fails(trace_free):
         def on_train_batch_end(self, *args, **kwargs):
             raise KeyError("killed")
 
-    model = network().train()
+    model = dropout_net().train()
     with trace_free(model), pytest.raises(KeyError, match="killed"):
         fit_perception(
             encoder_of(model), pictures(8), **SMALL | {"trainer": {"callbacks": Fails()}}
@@ -217,7 +206,7 @@ def test_it_leaves_no_trace_when_it_fails(trace_free):
 
 
 def fit_by_trainer(module, images):
-    loader = DataLoader(Pictures(images, (32, 32), has_labels=False), 4)
+    loader = DataLoader(PictureDataset(images, (32, 32), has_labels=False), 4)
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     Trainer(max_epochs=1, enable_checkpointing=False, accelerator="cpu", **options).fit(
         module, loader
@@ -226,10 +215,10 @@ def fit_by_trainer(module, images):
 
 def test_the_module_by_itself(trace_free):
     """The classifier is evaluated for each step, and what is frozen of the decoder stays."""
-    model = network().train()
+    model = dropout_net().train()
     encoder = encoder_of(model)
     decoder = PerceptionDecoder.reading(
-        encoder_of(network()), torch.rand(1, 3, 32, 32), (8, 4), (1, 1)
+        encoder_of(dropout_net()), torch.rand(1, 3, 32, 32), (8, 4), (1, 1)
     )
     decoder.head.requires_grad_(False)
     before = state(decoder)
@@ -260,7 +249,7 @@ def test_pictures_of_any_form():
 
 
 def test_grey_pictures():
-    encoder = encoder_of(network(channels=1), normalize=((0.5,), (0.5,)))
+    encoder = encoder_of(dropout_net(channels=1), normalize=((0.5,), (0.5,)))
     decoder = fit_perception(encoder, pictures(8), **SMALL)
     assert decoder.colors == 1
     assert decoder(encoder(encoder.images(as_tensor(pictures(2))))).shape == (2, 1, 32, 32)
@@ -384,10 +373,10 @@ def test_a_checkpoint_of_another_classifier_layer_or_data_is_refused(tmp_path):
     stored = SMALL | {"checkpoints": tmp_path, "n_epochs": 1}
     fit_perception(encoder_of(), pictures(8), **stored)
     with pytest.raises(ValueError, match="classifier was"):
-        fit_perception(encoder_of(network(1)), pictures(8), **stored)
+        fit_perception(encoder_of(dropout_net(1)), pictures(8), **stored)
     with pytest.raises(ValueError, match="layer was '1' and is '0'"):
         fit_perception(
-            LayerEncoder(network(), "0"),
+            LayerEncoder(dropout_net(), "0"),
             pictures(8),
             **stored | {"widths": [8], "convolutions": [1]},
         )
@@ -444,7 +433,7 @@ def test_arguments(change, error, said):
 
 def test_other_things_that_are_wrong():
     with pytest.raises(TypeError, match="`encoder` must be a LayerEncoder"):
-        fit_perception(network(), pictures(8), **SMALL)
+        fit_perception(dropout_net(), pictures(8), **SMALL)
     with pytest.raises(ValueError, match=r"got a path: torchvision's ImageFolder\('pictures'\)"):
         fit_perception(encoder_of(), "pictures", **SMALL)
     with pytest.raises(ValueError, match="`data` must have a length"):
@@ -452,14 +441,14 @@ def test_other_things_that_are_wrong():
     with pytest.raises(TypeError, match="picture 0"):
         fit_perception(encoder_of(), ["a.png"], **SMALL)
     with pytest.raises(ValueError, match="no space to decode"):
-        fit_perception(LayerEncoder(network(), "4"), pictures(8), **SMALL)
+        fit_perception(LayerEncoder(dropout_net(), "4"), pictures(8), **SMALL)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         fit_perception(encoder_of(), pictures(8), **SMALL)
 
 
 @pytest.mark.gpu
 def test_training_on_the_device():
-    model = network().cuda()
+    model = dropout_net().cuda()
     decoder = fit_perception(encoder_of(model), pictures(), **SMALL | {"n_epochs": 8, "lr": 1e-2})
     assert next(decoder.parameters()).is_cuda
     straight = fit_perception(encoder_of(), pictures(), **SMALL | {"n_epochs": 8, "lr": 1e-2})

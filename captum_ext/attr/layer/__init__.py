@@ -14,6 +14,7 @@ from captum_ext.attr.layer.class_activation_map import (
     LayerClassActivationMap as LayerClassActivationMap,
 )
 from captum_ext.attr.layer.eigen_cam import LayerEigenCam as LayerEigenCam
+from captum_ext.attr.layer.eigen_grad_cam import LayerEigenGradCam as LayerEigenGradCam
 from captum_ext.attr.layer.grad_cam_plus_plus import LayerGradCamPlusPlus as LayerGradCamPlusPlus
 from captum_ext.attr.layer.group_cam import LayerGroupCam as LayerGroupCam
 from captum_ext.attr.layer.hires_cam import LayerHiResCam as LayerHiResCam

@@ -15,7 +15,7 @@ from captum_ext._compat import (
     with_progress,
 )
 from captum_ext._engine.modules import Tensors
-from captum_ext._engine.outputs import Score, check_score, scored
+from captum_ext._engine.outputs import Score, check_score, scoring_forward
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.replay import LayerReplay
 from captum_ext._engine.state import preserve_state
@@ -40,10 +40,10 @@ class LayerAblationCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
         forward_func: the model.
         layer: a layer or a list of layers.
         device_ids: as in Captum.
-        reshape_transform: see `BaseLayerCam`. Values that it drops (a class token) are left alone.
+        reshape_transform: see `BaseLayerCam`. Values that it drops (a class token) are not ablated.
         score: "logit" (the paper), "softmax", "sigmoid", or a callable of the output.
-        divide_by_score: the division by S, as in the paper. It turns the map around where S is
-            negative, and blows it up near 0: False leaves it out.
+        divide_by_score: divide by S, as the paper does. The division inverts the map where S is
+            negative, and enlarges it without bound near 0; False leaves it out.
 
     Raises:
         ValueError: an unknown score, or scores that are not finite.
@@ -87,11 +87,11 @@ class LayerAblationCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
         perturbations_per_eval: int = 16,
         show_progress: bool = False,
     ) -> Maps[LayerOrList]:
-        """The map of each example: one forward pass, and one of the part behind for each channel.
+        """The map of each example: a forward pass, and one behind the layer for each channel.
 
         Args:
             inputs: a tensor or tuple of tensors, examples in dimension 0.
-            layer_baselines: what an ablated channel is set to: None is 0 (the paper), "min" each
+            layer_baselines: the value of an ablated channel: None is 0 (the paper), "min" each
                 example's smallest activation (for layers with negative activations), a number, or
                 a tensor that broadcasts with the layer's activations.
             target: as in Captum.
@@ -116,7 +116,7 @@ class LayerAblationCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
         with preserve_state(self.forward_func), torch.no_grad():
             for layer in self.layers:
                 replay = LayerReplay(
-                    scored(self.forward_func, self.score),
+                    scoring_forward(self.forward_func, self.score),
                     layer,
                     inputs,
                     target,

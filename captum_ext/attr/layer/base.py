@@ -29,7 +29,7 @@ from captum_ext._compat import (
 )
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import Forward, Tensors, find_module, module_name
-from captum_ext._engine.outputs import check_one_score_each
+from captum_ext._engine.outputs import check_one_score_per_example
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
@@ -41,12 +41,12 @@ ReshapeTransform = Callable[[Tensor], Tensor]
 
 
 def spatial_sum(x: Tensor) -> Tensor:
-    """Sum over the spatial dimensions, kept with size 1; (B, C) is its own sum."""
+    """Sum over the spatial dimensions, which keep the size 1; (B, C) stays as it is."""
     return x.reshape(*x.shape[:2], -1).sum(2).reshape(x.shape[:2] + (1,) * (x.dim() - 2))
 
 
 def spatial_mean(x: Tensor) -> Tensor:
-    """Mean over the spatial dimensions, kept with size 1; (B, C) is its own mean."""
+    """Mean over the spatial dimensions, which keep the size 1; (B, C) stays as it is."""
     return spatial_sum(x) / math.prod(x.shape[2:])
 
 
@@ -73,8 +73,8 @@ class BaseLayerCam(MethodInfo, LayerAttribution, Generic[LayerOrList]):
     The constructor is made of the annotated attributes, as in any dataclass: a subclass with
     options of its own is a dataclass, too, and writes one line for each option.
 
-    For a type checker one layer gives a tensor and a list of layers a list of tensors; that a layer
-    with several tensors gives a tuple in place of a tensor shows only when the model runs.
+    For a type checker one layer gives a tensor, and a list of layers a list of tensors. A layer
+    with several tensors gives a tuple instead of a tensor, which a type checker cannot know.
 
     Args:
         forward_func: the model, or a function of the inputs that runs it.
@@ -121,7 +121,7 @@ class BaseLayerCam(MethodInfo, LayerAttribution, Generic[LayerOrList]):
         capture = LayerCapture(self.forward_func, self.layers, **self._capture_options(at_input))
         activations, score = capture.activations(inputs, target, additional_forward_args)
         capture.check_channels(inputs, additional_forward_args)
-        check_one_score_each(score)
+        check_one_score_per_example(score)
         return self._channels_first(activations), score
 
     def _activations_and_gradients(
@@ -210,8 +210,8 @@ class BaseGradientCam(BaseLayerCam[LayerOrList], GradientAttribution, ABC):
 
         Args:
             inputs: a tensor or tuple of tensors, examples in dimension 0.
-            target: what to explain of the output, in any of Captum's forms. Give scores before the
-                softmax: behind it, the classes mix.
+            target: the entry of the output to explain, in any of Captum's forms. The model should
+                return scores before the softmax, which mixes the classes.
             additional_forward_args: further arguments of `forward_func`, as in Captum.
             attribute_to_layer_input: take the layer's input instead of its output.
             relu_attributions: keep the positive part only.
@@ -225,8 +225,8 @@ class BaseGradientCam(BaseLayerCam[LayerOrList], GradientAttribution, ABC):
 
         Raises:
             AssertionError: a target that the output does not have.
-            ValueError: a layer that does not run, runs twice, has tokens instead of a map, or that
-                the target does not depend on.
+            ValueError: a layer that does not run, or runs twice, or has tokens instead of a map;
+                or a target that does not depend on the layer.
             RuntimeError: inside `torch.inference_mode`.
         """
         with preserve_state(self.forward_func):

@@ -17,9 +17,9 @@ class LayerGradCamPlusPlus(BaseGradientCam[LayerOrList]):
         w_k = \sum_x \alpha_k(x) [g_k(x)]_+, \qquad
         \alpha_k(x) = \frac{g_k(x)^2}{2 g_k(x)^2 + g_k(x)^3 \sum_y A_k(y)}
 
-    The paper explains exp(S); the factor exp(S) that this gives is common to all channels and is
-    left out. The fraction is computed in its reduced form 1 / (2 + g_k sum A_k), in which no power
-    of a small gradient underflows; where its denominator is 0, alpha is 0.
+    The paper explains exp(S), which multiplies all weights by exp(S); that common factor is left
+    out. The fraction is computed in its reduced form 1 / (2 + g_k sum A_k), in which no power of a
+    small gradient underflows. Where its denominator is 0, alpha is 0.
 
     Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `BaseLayerCam`).
 

@@ -33,7 +33,7 @@ from captum_ext.imaging import blur
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class LayerGroupCam(BaseMaskingCam[LayerOrList]):
-    r"""Group-CAM: groups of channels, weighted by how far each brings back a blurred image.
+    r"""Group-CAM: groups of channels, each weighted by the score of the pixels that it uncovers.
 
     With g the gradient at the layer, G_l the l-th group of channels, S the softmax score and b the
     blurred input (section 3.2):
@@ -50,8 +50,8 @@ class LayerGroupCam(BaseMaskingCam[LayerOrList]):
         layer: a layer or a list of layers.
         device_ids: as in Captum.
         reshape_transform: see `BaseLayerCam`.
-        groups: the number of groups of neighbouring channels (the authors' is 32; they may differ
-            in size by one), or a tensor with the group of each channel, from a clustering.
+        groups: the number of groups of neighbouring channels (the authors' is 32; group sizes may
+            differ by one), or a tensor with the group of each channel, from a clustering.
         score: "softmax" (the authors' code), "logit", "sigmoid", or a callable of the output.
 
     Raises:
@@ -110,7 +110,7 @@ class LayerGroupCam(BaseMaskingCam[LayerOrList]):
         Args:
             inputs: a tensor or tuple of tensors, examples in dimension 0. Those of floats with as
                 many spatial dimensions as the layer are masked.
-            baselines: what shows where the mask is 0, in any of Captum's forms; None is the input
+            baselines: the values where the mask is 0, in any of Captum's forms; None is the input
                 under the authors' blur (51 pixels, sigma 50).
             target: as in Captum.
             additional_forward_args: as in Captum.

@@ -12,8 +12,8 @@ class LayerHiResCam(BaseGradientCam[LayerOrList]):
 
     .. math:: L(x) = \sum_k g_k(x) A_k(x)
 
-    The sum over the channels of Captum's `LayerGradientXActivation`. On a network that ends in one
-    linear layer, it shows exactly what raises the score.
+    It is Captum's `LayerGradientXActivation`, summed over the channels. On a network that ends in
+    one linear layer, the map adds up to the score but for the bias.
 
     Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `BaseLayerCam`).
 

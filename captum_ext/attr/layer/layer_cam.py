@@ -13,8 +13,8 @@ class LayerCam(BaseGradientCam[LayerOrList]):
 
     .. math:: L(x) = \sum_k [g_k(x)]_+ A_k(x)
 
-    It stays sharp in early layers, where one weight a channel is too coarse. The paper rectifies
-    the map (`relu_attributions=True`) and fuses several layers by
+    It stays sharp in early layers, where one weight for a whole channel is too coarse. The paper
+    rectifies the map (`relu_attributions=True`) and fuses several layers:
     `UpsampleWrapper(LayerCam(model, layers), fuse="max", normalize="tanh")`.
 
     Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `BaseLayerCam`).

@@ -43,14 +43,14 @@ class BaseMaskingCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
         perturbations_per_eval: int,
         show_progress: bool,
     ) -> ScoresUnder:
-        r"""A function that gives the scores of the inputs under masks.
+        r"""A function that scores the inputs under masks.
 
         The masked input is :math:`x \odot m + b \odot (1 - m)`, with m the mask resized to the
         input and scaled to [0, 1].
 
         Args:
-            inputs: all those of floats with as many spatial dimensions as the masks are masked,
-                the others are passed on as they are.
+            inputs: those of floats with as many spatial dimensions as the masks are masked; the
+                others are passed on as they are.
             baselines: numbers or tensors, b.
             target: as in Captum.
             additional_forward_args: as in Captum.
@@ -58,8 +58,9 @@ class BaseMaskingCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
             show_progress: whether to draw a bar.
 
         Returns:
-            Of masks, which a function gives from one index up to another, (B, n, *spatial of the
-            layer), and of their number N, the scores (B, N) in float32 or better.
+            A function of `masks` and their number N that returns the scores, (B, N) in float32 or
+            better. `masks(start, stop)` makes the masks of these indices, (B, n, *spatial of the
+            layer).
         """
         n_examples, device = len(inputs[0]), inputs[0].device
         scorer = Scorer(
@@ -88,7 +89,7 @@ class BaseMaskingCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
 
 
 def _blend(x: Tensor, baseline: Tensor | float, masks: Tensor) -> Tensor:
-    """X m + b (1 - m) for each of n masks (B, n, *spatial), mask after mask: (n * B, ...)."""
+    """The inputs under n masks (B, n, *spatial), X m + b (1 - m), mask by mask: (n * B, ...)."""
     m = min_max(resize(masks, x.shape[2:])).to(x.dtype).transpose(0, 1).unsqueeze(2)
     if not isinstance(baseline, Tensor) and baseline == 0:
         return (x * m).flatten(0, 1)
@@ -100,21 +101,21 @@ def _is_maskable(x: Tensor, maps: Tensor) -> bool:
 
 
 def check_perturbable(inputs: Tensors, activation: Tensor) -> None:
-    """Refuse, before any mask is made, activations that cannot mask an input."""
+    """Raise a ValueError, before any mask is made, if the activations can mask no input."""
     if not any(_is_maskable(x, activation) for x in inputs):
         raise ValueError(
             f"`layer` has the shape {tuple(activation.shape)} and the inputs are "
-            f"{[(tuple(x.shape), x.dtype) for x in inputs]}: its activations can mask only an "
-            f"input of floats with as many spatial dimensions."
+            f"{[(tuple(x.shape), x.dtype) for x in inputs]}: the activations of a layer can mask "
+            f"only an input of floats with as many spatial dimensions."
         )
 
 
 def check_baselines(baselines: BaselineType, inputs: Tensors) -> None:
-    """Raise Captum's error for baselines that do not go with the inputs."""
+    """Raise Captum's error for baselines that do not fit the inputs."""
     _validate_input(inputs, _format_baseline(baselines, inputs))
 
 
 def is_flat(maps: Tensor) -> Tensor:
-    """Which of the maps (B, K, *spatial) are constant, (B, K)."""
+    """True for each of the maps (B, K, *spatial) that is constant, (B, K)."""
     low, high = torch.aminmax(full_precision(maps).flatten(2), dim=2)
     return low == high

@@ -1,4 +1,4 @@
-"""Reading a token layer (ViT, Swin) as a map: transforms to (B, C, h, w)."""
+"""Transforms of token layers (ViT, Swin) to maps (B, C, h, w)."""
 
 from math import isqrt
 
@@ -10,19 +10,20 @@ _MOST_PREFIX_TOKENS = 8  # a class token, a distillation token, registers
 def tokens_to_grid(
     tokens: Tensor, *, grid: tuple[int, int] | None = None, prefix_tokens: int | None = None
 ) -> Tensor:
-    """Lay the patch tokens of a vision transformer out on their grid.
+    """Arrange the patch tokens of a vision transformer on their grid, (B, C, h, w).
 
-    (B, T, C) -> (B, C, h, w): the first `prefix_tokens` tokens (class token, registers) are
-    dropped, the others are read row by row.
+    The first `prefix_tokens` tokens (class token, registers) are dropped; the others are read row
+    by row.
 
     Args:
         tokens: (B, T, C).
         grid: (h, w). None infers a square: the largest h with h * h <= T that leaves at most 8
-            prefix tokens. Give it for images that are not square; the tokens do not tell.
-        prefix_tokens: tokens in front of the patches; None takes what the grid leaves over.
+            prefix tokens. It must be given for images that are not square, since the tokens do
+            not tell.
+        prefix_tokens: the number of tokens in front of the patches; None: T - h * w.
 
     Raises:
-        ValueError: tokens of another shape, or a number of them that fits no grid.
+        ValueError: tokens of another shape, or a number of tokens that fits no grid.
 
     Use it as a layer method's `reshape_transform`, with `functools.partial` to set its options.
 
@@ -48,7 +49,9 @@ def tokens_to_grid(
 
 
 def channels_last_to_first(activations: Tensor) -> Tensor:
-    """(B, h, w, C) -> (B, C, h, w), for Swin and other layers with channels last.
+    """Move the channels from the last dimension to dimension 1, for Swin and the like.
+
+    (B, h, w, C) becomes (B, C, h, w).
 
     Raises:
         ValueError: activations that do not have four dimensions.

@@ -101,7 +101,7 @@ class LayerScoreCam(BaseMaskingCam[LayerOrList]):
         Args:
             inputs: a tensor or tuple of tensors, examples in dimension 0. Those of floats with as
                 many spatial dimensions as the layer are masked.
-            baselines: what shows where the mask is 0, in any of Captum's forms; None is 0.
+            baselines: the values where the mask is 0, in any of Captum's forms; None is 0.
             target: as in Captum.
             additional_forward_args: as in Captum.
             attribute_to_layer_input: take the layer's input instead of its output.

@@ -13,8 +13,8 @@ class LayerSharpenFocus(BaseGradientCam[LayerOrList]):
 
     .. math:: w_k = \frac{1}{N} \sum_x [g_k(x)]_+
 
-    Only this weight is taken from the paper, which is about training with such maps; it rectifies
-    them (`relu_attributions=True`).
+    The paper trains classifiers with such maps; only the weight is taken from it. It rectifies the
+    maps (`relu_attributions=True`).
 
     Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `BaseLayerCam`).
 

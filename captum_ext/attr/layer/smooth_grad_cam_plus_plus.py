@@ -28,8 +28,8 @@ class LayerSmoothGradCamPlusPlus(BaseGradientCam[LayerOrList]):
         w_k = \sum_x \alpha_k(x) [D^1_k(x)]_+, \qquad
         \alpha_k(x) = \frac{D^2_k(x)}{2 D^2_k(x) + D^3_k(x) \sum_y A_k(y)}
 
-    The paper prints D1 in the numerator of alpha; D2 is what Grad-CAM++ has there, and what makes
-    the two agree without noise. It is not `NoiseTunnel(LayerGradCamPlusPlus)`, which averages maps.
+    The paper prints D1 in the numerator of alpha. Grad-CAM++ has D2 there, with which the two agree
+    where there is no noise. It is not `NoiseTunnel(LayerGradCamPlusPlus)`, which averages maps.
 
     Args:
         forward_func: the model.
@@ -77,7 +77,7 @@ class LayerSmoothGradCamPlusPlus(BaseGradientCam[LayerOrList]):
         check_size("stdev_spread", self.stdev_spread)
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        """The weights, from the moments (3, B, C, *spatial) that stand for the gradients here."""
+        """The weights. `gradients` are the three moments of the gradient, (3, B, C, *spatial)."""
         d1, d2, d3 = gradients
         alpha = divide(d2, 2 * d2 + d3 * spatial_sum(activations))
         return spatial_sum(alpha * F.relu(d1))
@@ -102,15 +102,15 @@ class LayerSmoothGradCamPlusPlus(BaseGradientCam[LayerOrList]):
             for tensors in activations
         ]
         examples: Tensors = _format_tensor_into_tuples(inputs)
-        every = torch.arange(len(examples[0]), device=examples[0].device)
-        arguments = ExampleArguments(len(every), target, additional_forward_args, every.device)
+        batch = torch.arange(len(examples[0]), device=examples[0].device)
+        arguments = ExampleArguments(len(batch), target, additional_forward_args, batch.device)
         for start in range(0, self.n_samples, self.samples_per_eval):
             n = min(self.samples_per_eval, self.n_samples - start)
-            rows = every.repeat(n)
+            rows = batch.repeat(n)
             _, gradients = super()._activations_and_gradients(
                 tuple(self._noisy(x, n) for x in examples),
-                arguments.target_of(rows),
-                arguments.extra_of(rows),
+                arguments.targets_for(rows),
+                arguments.extra_args_for(rows),
                 at_input,
                 grad_kwargs,
             )

@@ -1,16 +1,16 @@
-"""Which layer to explain: names for the usual families of classifiers."""
+"""Suggestions of the layer to explain, for the usual families of classifiers."""
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import Module
 
-from captum_ext._engine.modules import Forward, root_module
+from captum_ext._engine.modules import Forward, require_module
 from captum_ext.attr.layer.reshape import channels_last_to_first, tokens_to_grid
 
-# Modules that tell a family, the layer to use ("*": the last child), and how to read it as a map.
-# A transformer's last block passes the patch tokens' gradients only through its attention, so the
-# layer in front of that attention is the last one at which every patch counts.
+# For each family: modules by which it is recognised, its layer ("*": the last child), and the
+# layer's `reshape_transform`. In a transformer's last block the score depends on the patch tokens
+# only through the attention, so the layer in front of that attention is the last one with a map.
 _FAMILIES: list[tuple[tuple[str, ...], str, Callable[[Tensor], Tensor] | None]] = [
     (("encoder.layers", "heads"), "encoder.layers.*.ln_1", tokens_to_grid),  # torchvision ViT
     (("patch_embed", "blocks"), "blocks.*.norm1", tokens_to_grid),  # timm ViT, DeiT, DINOv2
@@ -34,9 +34,10 @@ _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, 
 def suggest_layer(model: Forward) -> str:
     """The name of the layer to explain: the last one that still has a map.
 
-    Knows the torchvision classifiers, timm-style models and vision transformers by the modules they
-    are made of. Of other models it gives the last convolution that is not the classifier. A pooling
-    at the end of that part (VGG) is left off, for a map of twice the resolution.
+    The classifiers of torchvision, models in timm's style and vision transformers are recognised
+    by the names of their modules. For other models it is the last convolution that is not the
+    classifier. A pooling at the end of the layer (VGG) is left out, for a map of twice the
+    resolution.
 
     Args:
         model: the module, or its bound method.
@@ -45,7 +46,7 @@ def suggest_layer(model: Forward) -> str:
         A dotted name, for the `layer` of any layer method.
 
     Raises:
-        ValueError: not a module, or a module without convolutions whose family is not known.
+        ValueError: not a module, or a module of an unknown family without convolutions.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -56,7 +57,13 @@ def suggest_layer(model: Forward) -> str:
 
 
 def suggest_reshape_transform(model: Forward) -> Callable[[Tensor], Tensor] | None:
-    """The `reshape_transform` that goes with `suggest_layer(model)`: None for convolutional nets.
+    """The `reshape_transform` of the layer that `suggest_layer` names; None for convolutions.
+
+    Args:
+        model: the module, or its bound method.
+
+    Raises:
+        ValueError: as for `suggest_layer`.
 
     Example:
         >>> from torchvision.models import vit_b_32
@@ -67,12 +74,10 @@ def suggest_reshape_transform(model: Forward) -> Callable[[Tensor], Tensor] | No
 
 
 def _suggest(model: Forward) -> tuple[str, Callable[[Tensor], Tensor] | None]:
-    root = root_module(model)
-    if root is None:
-        raise ValueError(f"`model` must be a torch.nn.Module, got {model!r}.")
+    root = require_module(model, "model")
     names = dict(root.named_modules())
-    for needed, layer, reshape_transform in _FAMILIES:
-        if all(name in names for name in needed):
+    for signature, layer, reshape_transform in _FAMILIES:
+        if all(name in names for name in signature):
             return _last_map(_last_child(layer, names), names), reshape_transform
     convolutions = [
         name for name, m in names.items() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
@@ -83,7 +88,7 @@ def _suggest(model: Forward) -> tuple[str, Callable[[Tensor], Tensor] | None]:
     if not convolutions:
         raise ValueError(
             f"No layer to suggest for {type(root).__name__}: its family is not known, and it has "
-            f"no convolution in front of its classifier. Name a layer that has a map."
+            f"no convolution in front of its classifier. Give the name of a layer with a map."
         )
     return convolutions[-1], None
 
@@ -94,7 +99,7 @@ def _last_child(pattern: str, names: dict[str, Module]) -> str:
 
 
 def _last_map(name: str, names: dict[str, Module]) -> str:
-    """`name`, or where that is a chain that ends in pooling, the part in front of the pooling."""
+    """The layer's name; if it is a chain that ends in pooling, its last part before the pooling."""
     children = list(names[name]._modules.items())
     if len(children) > 1 and isinstance(children[-1][1], _POOLS):
         return f"{name}.{children[-2][0]}"

@@ -1,4 +1,4 @@
-"""Grad-CAM (Selvaraju et al., ICCV 2017) where Captum's own cannot read the layer."""
+"""Grad-CAM (Selvaraju et al., ICCV 2017) for layers of tokens, which Captum's cannot read."""
 
 from torch import Tensor
 
@@ -12,9 +12,9 @@ class LayerTokenGradCam(BaseGradientCam[LayerOrList]):
 
     .. math:: w_k = \frac{1}{N} \sum_x g_k(x)
 
-    The same as `captum.attr.LayerGradCam` where dimension 1 is the channels: use that one there. Of
-    (B, T, C), Captum's takes the tokens for channels and gives a map over the features, which
-    explains nothing.
+    Where dimension 1 holds the channels, the map is that of `captum.attr.LayerGradCam`: use that
+    one there. Of tokens (B, T, C), Captum's class takes the tokens for channels, and its map over
+    the features explains nothing.
 
     Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `BaseLayerCam`).
 

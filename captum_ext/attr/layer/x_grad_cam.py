@@ -12,8 +12,8 @@ class LayerXGradCam(BaseGradientCam[LayerOrList]):
 
     .. math:: w_k = \frac{\sum_x g_k(x) A_k(x)}{\sum_x A_k(x)}
 
-    so that the map sums to the sum of gradient x activation (sensitivity and conservation). A
-    channel whose activations sum to 0 gets the weight 0.
+    The map then has the same sum as gradient x activation (sensitivity and conservation). A channel
+    whose activations sum to 0 gets the weight 0.
 
     Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `BaseLayerCam`).
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from captum_ext._checks import check_choice, is_finite, one_batch_of_images
+from captum_ext._checks import check_choice, check_images, is_finite
 from captum_ext._compat import with_progress
 from captum_ext._engine.capture import check_gradients_exist
 from captum_ext._engine.modules import Forward, Tensors
@@ -109,7 +109,7 @@ class ImageWrapper(Named, Attribution):
 
     def _check(self, inputs: Tensor | Tensors, arguments: Arguments) -> Tensor:
         """The images (B, C, H, W), if all is well."""
-        x = one_batch_of_images(inputs)
+        x = check_images(inputs)
         for flag in (
             "return_convergence_delta",
             "return_history",

@@ -22,10 +22,10 @@ from captum_ext._engine.hooks import hooked
 from captum_ext._engine.modules import Tensors
 from captum_ext._engine.outputs import (
     Score,
-    check_output,
+    check_model_output,
     check_score,
-    log_scores,
-    select_scores,
+    compute_log_scores,
+    select_target,
 )
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
@@ -343,7 +343,7 @@ class SESSWrapper(ImageWrapper):
             pictures = following.move(images, examples, places, False)
             if scores is None:
                 first_pass = _FirstOutput(pictures)
-                with hooked(heard, after=first_pass.keep) as acting, acting:
+                with hooked(heard, after=first_pass.keep) as lock, lock:
                     maps, is_map = self._maps(pictures.clone(), images, arguments, size)
                 output = first_pass.output
                 logs = self._log_scores(images, examples, places, following, detector, output)
@@ -381,11 +381,11 @@ class SESSWrapper(ImageWrapper):
                 except Exception as error:
                     self._check_the_model_takes(pictures, images, arguments, error)
                     raise
-            check_output(output, len(places))
-            logs = log_scores(output, self.score)
+            check_model_output(output, len(places))
+            logs = compute_log_scores(output, self.score)
             if self.score == "softmax":
                 detector.see(full_precision(output))
-            found = select_scores(logs, arguments.get("target"))
+            found = select_target(logs, arguments.get("target"))
         if bool((found.isnan() | (found == math.inf)).any()):
             raise ValueError("`score`: the model's scores of the windows are not finite.")
         return found

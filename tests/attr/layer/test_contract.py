@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from captum_ext.attr import LayerGroupCam, LayerScoreCam
-from tests.methods import EVERY, GRADIENT, MASKING, NEEDS_GRADIENTS, OTHER, small_net
+from tests.methods import EVERY, GRADIENT, MASKING, NEEDS_GRADIENTS, OTHER
+from tests.networks import ImageAndFactsNet, small_net
 
 # --- Captum's generic configuration ---------------------------------------------------------------
 
@@ -321,15 +322,7 @@ def test_batches_stay_within_perturbations_per_eval(name: str) -> None:
 
 
 def test_inputs_that_cannot_be_masked_are_passed_on() -> None:
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = small_net()
-
-        def forward(self, x: Tensor, facts: Tensor) -> Tensor:
-            return self.net(x) + facts
-
-    net, x, facts = Both().eval(), torch.randn(2, 3, 9, 9), torch.randn(2, 4)
+    net, x, facts = ImageAndFactsNet().eval(), torch.randn(2, 3, 9, 9), torch.randn(2, 4)
     for method in (LayerScoreCam, LayerGroupCam):
         both = method(net, "net.relu2").attribute((x, facts), target=1)
         closed = method(lambda y: net(y, facts.repeat(len(y) // 2, 1)), net.net.relu2)

@@ -8,8 +8,6 @@ import torch
 from captum.attr import LayerGradCam
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.models.swin_transformer import SwinTransformer
-from torchvision.models.vision_transformer import VisionTransformer
 
 from captum_ext.attr import (
     LayerAblationCam,
@@ -23,22 +21,8 @@ from captum_ext.attr import (
     tokens_to_grid,
 )
 from tests.captures import layer_activations
-from tests.methods import EVERY, small_net
-
-VIT_LAYER = "encoder.layers.encoder_layer_1.ln_1"
-
-
-def small_vit() -> VisionTransformer:
-    torch.manual_seed(0)
-    net = VisionTransformer(24, 8, 2, 4, 32, 64, num_classes=5).eval()
-    nn.init.normal_(net.heads.head.weight)
-    nn.init.normal_(net.class_token)
-    return net
-
-
-def small_swin() -> SwinTransformer:
-    torch.manual_seed(0)
-    return SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5).eval()
+from tests.methods import EVERY
+from tests.networks import VIT_LAYER, small_net, small_swin, small_vit, torchvision_net
 
 
 def test_tokens_are_laid_out_row_by_row_behind_the_prefix() -> None:
@@ -195,16 +179,15 @@ SUGGESTED = {
 }
 
 
-def built(name: str) -> nn.Module:
+def on_meta(name: str) -> nn.Module:
     """A torchvision network, without values where it can be built without."""
-    options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
     with torch.device("cpu" if name.startswith("regnet") else "meta"):
-        return models.get_model(name, weights=None, **options)
+        return torchvision_net(name)
 
 
 @pytest.mark.parametrize("name", SUGGESTED)
 def test_suggestions_for_torchvision(name: str) -> None:
-    model = built(name)
+    model = on_meta(name)
     assert suggest_layer(model) == SUGGESTED[name]
     is_vit = name.startswith("vit")
     assert suggest_reshape_transform(model) is (tokens_to_grid if is_vit else None)
@@ -213,7 +196,7 @@ def test_suggestions_for_torchvision(name: str) -> None:
 def test_every_torchvision_classifier_has_a_suggestion() -> None:
     for name in models.list_models(module=models):
         if not name.startswith("regnet") or name == "regnet_x_400mf":  # the others are large
-            model = built(name)
+            model = on_meta(name)
             model.get_submodule(suggest_layer(model))
 
 

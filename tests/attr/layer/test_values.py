@@ -16,6 +16,7 @@ from captum_ext.attr import (
     LayerCam,
     LayerClassActivationMap,
     LayerEigenCam,
+    LayerEigenGradCam,
     LayerGradCamPlusPlus,
     LayerGroupCam,
     LayerHiResCam,
@@ -26,20 +27,10 @@ from captum_ext.attr import (
     LayerXGradCam,
 )
 from captum_ext.imaging import blur, min_max, resize
-from tests.methods import GRADIENT, small_net, smooth
+from tests.methods import GRADIENT, smooth
+from tests.networks import FunctionsAroundLayer, small_net
 
 D = torch.float64
-
-
-class Head(nn.Module):
-    """The input itself is the activation; `score` of it is the output, one class a column."""
-
-    def __init__(self, score: Any) -> None:
-        super().__init__()
-        self.layer, self.score = nn.Identity(), score
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.score(self.layer(x))
 
 
 def quadratic(a: Tensor) -> Tensor:
@@ -68,7 +59,7 @@ A = torch.tensor([[[[1.0, 2.0]], [[4.0, 8.0]]]], dtype=D)
     ],
 )
 def test_gradient_cams_by_hand(method: Any, expected: list[float]) -> None:
-    found = method(Head(quadratic), "layer").attribute(A, target=1)
+    found = method(FunctionsAroundLayer(quadratic), "layer").attribute(A, target=1)
     torch.testing.assert_close(found, torch.tensor([[[expected]]], dtype=D), rtol=0, atol=1e-15)
 
 
@@ -87,7 +78,7 @@ def test_grad_cam_plus_plus_follows_the_papers_unreduced_equation() -> None:
 
 def test_smooth_grad_cam_plus_plus_by_hand() -> None:
     """Score sum a^2 / 2, so the gradient of a noisy copy is that copy itself."""
-    net = Head(lambda a: (a**2).sum((2, 3)) / 2)
+    net = FunctionsAroundLayer(lambda a: (a**2).sum((2, 3)) / 2)
     a = torch.tensor([[[[1.0, 3.0]]]], dtype=D)
     method = LayerSmoothGradCamPlusPlus(
         net, "layer", n_samples=4, stdev_spread=0.5, generator=torch.Generator().manual_seed(3)
@@ -130,7 +121,7 @@ def test_score_cam_by_hand() -> None:
     """Two channels at the size of the input, so masks are the min-maxed channels themselves."""
     x = torch.tensor([[[[0.0, 2.0], [4.0, 1.0]], [[3.0, 3.0], [0.0, 6.0]]]], dtype=D)
     weight = torch.tensor([1.0, -0.5], dtype=D)
-    net = Head(lambda a: (a * weight[:, None, None]).sum((1, 2, 3))[:, None])
+    net = FunctionsAroundLayer(lambda a: (a * weight[:, None, None]).sum((1, 2, 3))[:, None])
     masks = [x[:, 0] / 4, x[:, 1] / 6]
     scores = torch.stack([net(x * m[:, None])[0, 0] for m in masks])
     for weighting, weights in {
@@ -238,6 +229,22 @@ def test_eigen_cam_is_the_first_singular_component() -> None:
                 torch.testing.assert_close(ours.abs(), (s[0] * u[:, 0]).abs(), atol=1e-9, rtol=1e-7)
 
 
+def test_eigen_grad_cam_by_hand() -> None:
+    """G = gA = [[1, 4], [-12, -24]] has the Gram matrix G G^T = [[17, -108], [-108, 720]].
+
+    Its larger eigenvalue has the eigenvector v; the map v G is to correlate with [-11, -20].
+    """
+    eigenvalue = (737 + math.sqrt(703**2 + 4 * 108**2)) / 2
+    v = torch.tensor([-108, eigenvalue - 17], dtype=D) / math.hypot(108, eigenvalue - 17)
+    expected = v @ torch.tensor([[1, 4], [-12, -24]], dtype=D)
+    for scale in (1, -1):  # the other sign of the score is the other sign of the map
+        net = FunctionsAroundLayer(lambda x, scale=scale: scale * quadratic(x))
+        result = LayerEigenGradCam(net, "layer").attribute(A, target=1)
+        torch.testing.assert_close(result.flatten(), scale * expected, rtol=1e-15, atol=0)
+    with pytest.raises(ValueError, match="not finite"):
+        LayerEigenGradCam(FunctionsAroundLayer(quadratic), "layer").attribute(A / 0, target=1)
+
+
 def test_cam_by_hand_with_linear_and_convolutional_heads() -> None:
     x = torch.randn(2, 3, 5, 4, dtype=D)
     conv = nn.Conv2d(3, 6, 1).to(D)
@@ -326,7 +333,7 @@ def test_xgrad_conserves_and_equals_the_score_of_a_homogeneous_head() -> None:
 def test_signs_of_the_gradient() -> None:
     a = torch.rand(2, 3, 4, 4, dtype=D)
     for sign in (1, -1):
-        net = Head(lambda y, s=sign: s * (y**2).sum((2, 3)))
+        net = FunctionsAroundLayer(lambda y, s=sign: s * (y**2).sum((2, 3)))
         sharpen, layer_cam, plus = (
             m(net, "layer").attribute(a, target=0)
             for m in (LayerSharpenFocus, LayerCam, LayerGradCamPlusPlus)
@@ -347,7 +354,7 @@ def test_single_cells() -> None:
 
 
 def test_score_cam_of_a_constant_model_weighs_all_channels_alike() -> None:
-    net = Head(lambda a: 0 * a.sum((2, 3)) + 0.3)
+    net = FunctionsAroundLayer(lambda a: 0 * a.sum((2, 3)) + 0.3)
     a = torch.randn(1, 5, 6, 6, dtype=D)
     found = LayerScoreCam(net, "layer").attribute(a, target=0)
     torch.testing.assert_close(found, a.mean(1, keepdim=True))
@@ -396,6 +403,7 @@ def test_masks_and_weights_stay_in_their_ranges(
         assert (flat.amax(2) == 1).all()
         assert (flat.amin(2) == 0).all()
     g, act = torch.randn_like(a).abs(), a.abs()
-    alpha = LayerGradCamPlusPlus(Head(quadratic), "layer").weights(act, g) / math.prod(a.shape[2:])
+    method = LayerGradCamPlusPlus(FunctionsAroundLayer(quadratic), "layer")
+    alpha = method.weights(act, g) / math.prod(a.shape[2:])
     assert (alpha >= 0).all()
     assert (alpha <= g.flatten(2).mean(2).reshape(alpha.shape) / 2 + 1e-12).all()

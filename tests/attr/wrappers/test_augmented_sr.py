@@ -31,7 +31,7 @@ from captum_ext.attr import SESSWrapper, UpsampleWrapper
 from captum_ext.attr.wrappers.augmented_sr import AugmentedSR
 from captum_ext.attr.wrappers.super_resolution import Observation, euclidean, solve
 from captum_ext.imaging import warp
-from tests.methods import pooled_net, small_net
+from tests.networks import pooled_net, small_net
 
 D = torch.float64
 

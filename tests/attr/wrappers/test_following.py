@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from captum_ext.attr import AugmentedSR, LayerCam, SESSWrapper
 from captum_ext.imaging import resize
-from tests.methods import pooled_net, small_net
+from tests.networks import BatchSizeRecorder, pooled_net, small_net
 
 D = torch.float64
 
@@ -108,18 +108,6 @@ def test_flags_of_the_inner_wrapper_are_refused(wrap: Wrap) -> None:
                 wrap(inner(Saliency(net))).attribute(x, target=1, **{flag: True})
 
 
-class Recording(nn.Module):
-    """Keeps the sizes of the batches that it sees."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.seen = net, []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(len(x))
-        return self.net(x)
-
-
 @BOTH
 @pytest.mark.parametrize(
     ("build", "arguments"),
@@ -133,18 +121,18 @@ class Recording(nn.Module):
 def test_the_model_sees_no_larger_batches_than_asked_for(
     wrap: Wrap, build: Any, arguments: dict[str, Any]
 ) -> None:
-    net, x = Recording(pooled_net(torch.float32)), torch.rand(1, 3, 20, 28)
+    net, x = BatchSizeRecorder(pooled_net(torch.float32)), torch.rand(1, 3, 20, 28)
     if "n_samples" in arguments:
         arguments = {**arguments, "baselines": torch.zeros_like(x)}
     wrap(build(net), internal_batch_size=8).attribute(x, target=1, **arguments)
-    assert max(net.seen) <= 8
+    assert max(net.batch_sizes) <= 8
 
 
 def test_the_callers_own_batch_size_goes_before() -> None:
-    net, x = Recording(pooled_net(torch.float32)), torch.rand(1, 3, 20, 28)
+    net, x = BatchSizeRecorder(pooled_net(torch.float32)), torch.rand(1, 3, 20, 28)
     options = {"n_steps": 20, "internal_batch_size": 40}
     sess(IntegratedGradients(net), internal_batch_size=8).attribute(x, target=1, **options)
-    assert 8 < max(net.seen) <= 40
+    assert 8 < max(net.batch_sizes) <= 40
 
 
 def test_tta_inside_of_sess_moves_the_windows() -> None:

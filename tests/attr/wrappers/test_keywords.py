@@ -14,11 +14,11 @@ from captum.attr import (
     Occlusion,
 )
 from captum.log import log_usage
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_ext.attr import AugmentedSR, LayerCam, LayerScoreCam, SESSWrapper, UpsampleWrapper
 from captum_ext.attr._chain import chain, innermost, keywords_of, passed
-from tests.methods import pooled_net
+from tests.networks import BatchSizeRecorder, pooled_net
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "Upsample": UpsampleWrapper,
@@ -31,16 +31,8 @@ every_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 each = pytest.mark.parametrize("wrap", OF_LAYERS.values(), ids=OF_LAYERS)
 
 
-class Counting(nn.Module):
-    """Counts its forward passes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.calls = pooled_net(torch.float32), 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.net(x)
+def recorder() -> BatchSizeRecorder:
+    return BatchSizeRecorder(pooled_net(torch.float32))
 
 
 class Recording(Attribution):
@@ -73,7 +65,7 @@ X = torch.rand(1, 3, 20, 20)
 def test_misspellings_are_caught_before_the_model_runs(
     wrap: Any, through: str | None, base: Any, owner: str
 ) -> None:
-    net = Counting()
+    net = recorder()
     between = {None: lambda base: base, "Noise": NoiseTunnel, **OF_LAYERS}[through]
     method = wrap(between(base(net)))
     said = rf"^{owner}\.attribute\(\) got an unexpected keyword argument 'taget'. Closest: target, "
@@ -81,25 +73,25 @@ def test_misspellings_are_caught_before_the_model_runs(
         method.attribute(X, taget=1)
     with pytest.raises(TypeError, match="'taget'"):
         NoiseTunnel(method).attribute(X, taget=1, nt_samples=2)
-    assert net.calls == 0
+    assert not net.batch_sizes
 
 
 def test_misspellings_are_caught_in_the_mode_that_averages_the_model() -> None:
-    net = Counting()
+    net = recorder()
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'n_step'\. Closest: n_steps"):
         WRAPPERS["tta"](IntegratedGradients(net)).attribute(X, target=1, n_step=3)
-    assert net.calls == 0
+    assert not net.batch_sizes
 
 
 @each
 def test_of_several_the_first_is_named(wrap: Any) -> None:
     with pytest.raises(TypeError, match=r"'stride'\. Closest: strides"):
-        wrap(Occlusion(Counting())).attribute(X, target=1, stride=2, sliding_window=3)
+        wrap(Occlusion(recorder())).attribute(X, target=1, stride=2, sliding_window=3)
 
 
 @every_wrapper
 def test_noise_tunnels_own_arguments_are_known(wrap: Any) -> None:
-    method = wrap(NoiseTunnel(IntegratedGradients(Counting())))
+    method = wrap(NoiseTunnel(IntegratedGradients(recorder())))
     torch.manual_seed(0)
     found = method.attribute(X, target=1, n_steps=2, nt_samples=2, stdevs=0.1, nt_type="vargrad")
     assert found.shape == X.shape

@@ -35,29 +35,10 @@ import captum_ext.attr
 from captum_ext.attr import FCAM, FIDO, RISE, AugmentedSR, SESSWrapper, UpsampleWrapper
 from captum_ext.fcam import FCAMDecoder
 from tests.methods import EVERY
+from tests.networks import named_net
 
 SIDE, CHANNELS = 16, 3
 TARGETS = [1, 2]
-
-
-def network() -> nn.Sequential:
-    """Each ReLU of its own and not in place, as Captum's hooks need it."""
-    torch.manual_seed(0)
-    layers = {
-        "conv1": nn.Conv2d(CHANNELS, 6, 3, padding=1),
-        "relu1": nn.ReLU(),
-        "pool1": nn.MaxPool2d(2),
-        "conv2": nn.Conv2d(6, 6, 3, padding=1),
-        "relu2": nn.ReLU(),
-        "gap": nn.AdaptiveAvgPool2d(1),
-        "flat": nn.Flatten(),
-        "fc": nn.Linear(6, 4),
-    }
-    net = nn.Sequential()
-    for name, layer in layers.items():
-        net.add_module(name, layer)
-    nn.init.normal_(net.fc.weight)
-    return net.eval()
 
 
 def quadrants(x: Tensor) -> Tensor:
@@ -155,7 +136,7 @@ def run(name: str, wrapping: str, x: Tensor, target: list[int]) -> Tensor:
     np.random.seed(7)  # Captum's GradientShap and NoiseTunnel draw baselines with NumPy
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Captum's, of hooks, and ours, of what is zero
-        method = WRAPPED[wrapping](base.build(network()))
+        method = WRAPPED[wrapping](base.build(named_net(CHANNELS)))
         found = method.attribute(x, target=target, **arguments)
     assert isinstance(found, Tensor)
     return found

@@ -27,7 +27,13 @@ from torch.nn import functional as F
 from captum_ext.attr import LayerCam, SESSWrapper, UpsampleWrapper
 from captum_ext.attr.wrappers._windows import all_windows, scaled_size
 from captum_ext.imaging import blur, min_max
-from tests.methods import pooled_net, small_net
+from tests.networks import (
+    BatchSizeRecorder,
+    BlobDetector,
+    BrightPixelDetector,
+    pooled_net,
+    small_net,
+)
 
 
 def starts(length: int, window: int, step: int) -> list[int]:
@@ -109,17 +115,14 @@ def test_counts_of_the_authors(size: tuple[int, int], n: int, step: int, expecte
     assert [w.number for w in windows] == list(range(expected))
 
 
-class Counting(nn.Module):
-    """The images' mean as the first of two logits; counts the images that it sees."""
+def mean_recorder() -> BatchSizeRecorder:
+    """The images' mean as the first of two logits."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(len(x))
+    def logits(x: Tensor) -> Tensor:
         mean = x.flatten(1).mean(1)
         return torch.stack([mean, torch.zeros_like(mean)], 1)
+
+    return BatchSizeRecorder(logits)
 
 
 class Spy(Attribution):
@@ -137,12 +140,12 @@ class Spy(Attribution):
 
 @pytest.mark.parametrize(("r", "kept"), [(0.0, 303), (0.5, 152), (0.9, 31), (0.99, 4)])
 def test_the_best_windows_are_kept(r: float, kept: int) -> None:
-    model = Counting()
+    model = mean_recorder()
     spy = Spy(model)
     x = torch.rand(2, 3, 14, 14)
     sess = SESSWrapper(spy, window=14, step=7, pre_filter_ratio=r)
     sess.attribute(x, target=0)
-    assert sum(model.seen) == 2 * 303
+    assert sum(model.batch_sizes) == 2 * 303
     pictures = torch.cat([inputs for inputs, _ in spy.calls])
     assert len(pictures) == 2 * kept
     # Each image's lowest explained window scores at least as high as its highest left out.
@@ -154,7 +157,7 @@ def test_the_best_windows_are_kept(r: float, kept: int) -> None:
 
 
 def test_equal_scores_keep_the_last_windows() -> None:
-    model = Counting()
+    model = mean_recorder()
     spy = Spy(lambda x: model(x) * 0)
     x = torch.arange(64.0).reshape(1, 1, 8, 8)
     SESSWrapper(spy, scales=[8], window=2, pre_filter_ratio=0.75).attribute(x, target=0)
@@ -411,23 +414,9 @@ def test_maps_among_input_attributions_stay_signed() -> None:
     torch.testing.assert_close(found, min_max(F.relu(occluded)).to(x), rtol=1e-5, atol=1e-6)
 
 
-class Strided(nn.Module):
-    """Finds the one bright pixel; its units look at every fourth pixel, the first at pixel 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(3, 1, 5, stride=4, padding=2, bias=False)
-        tent = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0])
-        self.layer.weight.data = (tent[:, None] * tent).expand(1, 3, 5, 5).clone()
-
-    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        score = self.layer(x).sum((1, 2, 3)) * gain
-        return torch.stack([score * 0, score], 1)
-
-
 def test_units_off_the_centres_of_their_cells() -> None:
     """The maximum lies on the object with "rf", and 1.5 pixels down and right of it without."""
-    net = Strided().double()
+    net = BrightPixelDetector().double()
     x = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
     x[..., 12, 20] = 1
     side = torch.arange(32, dtype=torch.float64)
@@ -494,7 +483,7 @@ def test_score_and_map_of_one_pass_are_those_of_two(score: str, fusion: str) -> 
 def test_scores_that_lie_far_apart(fusion: str) -> None:
     """A window that is forgotten later votes as one that was negligible from the start."""
     x = torch.linspace(1, 0, 30).expand(1, 3, 20, 30)
-    counting = Counting()
+    counting = mean_recorder()
     base = Constant(lambda x: 2000 * counting(x), torch.rand(3, 3))
     options: Any = {"scales": [20], "window": 10, "step": 5, "fusion": fusion, "smooth": False}
     maps = [
@@ -511,19 +500,19 @@ def test_scores_that_lie_far_apart(fusion: str) -> None:
 )
 def test_passes(method: Any, factor: int | None) -> None:
     """A base whose first pass runs on the windows costs no pass for the scores."""
-    counting = Counting()
+    counting = mean_recorder()
     net = nn.Sequential(nn.Identity(), counting)
     x = torch.rand(1, 3, 14, 14)
     SESSWrapper(method(net), n_scales=5, window=14).attribute(x, target=0)
-    shared = sum(counting.seen)
-    counting.seen.clear()
+    shared = sum(counting.batch_sizes)
+    counting.batch_sizes.clear()
     SESSWrapper(
         method(lambda x: net(x)) if factor is None else method(net),
         n_scales=5,
         window=14,
         theta=1e-9,
     ).attribute(x, target=0)
-    separate = sum(counting.seen)
+    separate = sum(counting.batch_sizes)
     if factor is not None:
         assert shared == 22
         assert separate == 2 * 22
@@ -643,18 +632,6 @@ def test_target_forms() -> None:
 
 
 # --- a toy ---------------------------------------------------------------------------------------
-
-
-class BlobDetector(nn.Module):
-    """Class 1 for cells of 8 pixels that are bright: smaller blobs escape it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = nn.AvgPool2d(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        score = F.relu(self.pool(x) - 0.3).sum((1, 2, 3))
-        return torch.stack([torch.ones_like(score), 20 * score], 1)
 
 
 def test_a_small_object_that_the_base_misses() -> None:
@@ -779,11 +756,11 @@ def test_sizes_that_are_odd_but_fine() -> None:
 
 
 def test_elongated_images_are_told_of_before_the_model_runs() -> None:
-    model = Counting()
+    model = mean_recorder()
     sess = SESSWrapper(Spy(model))
     with pytest.raises(ValueError, match=r"has \d+ windows of .* more than `max_patches` 4096"):
         sess.attribute(torch.rand(1, 3, 10, 2000), target=0)
-    assert not model.seen
+    assert not model.batch_sizes
     some = SESSWrapper(Spy(model), n_scales=1, window=8, max_patches=200)
     assert some.attribute(torch.rand(1, 3, 2, 400), target=0).shape == (1, 3, 2, 400)
 
@@ -845,10 +822,10 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
     ],
 )
 def test_bad_inputs(inputs: Any, message: str) -> None:
-    model = Counting()
+    model = mean_recorder()
     with pytest.raises(ValueError, match=message):
         SESSWrapper(Saliency(model), window=12).attribute(inputs, target=0)
-    assert not model.seen
+    assert not model.batch_sizes
 
 
 def test_bad_arguments_of_the_base() -> None:

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from captum_ext.attr import LayerCam, LayerGradCamPlusPlus, UpsampleWrapper, tokens_to_grid
 from captum_ext.imaging import min_max
-from tests.attr.layer.test_reshape_and_suggest import VIT_LAYER, small_vit
-from tests.methods import EVERY, small_net
+from tests.methods import EVERY
+from tests.networks import VIT_LAYER, TwoPictureNet, small_net, small_vit
 
 
 def test_a_map_of_captums_is_resized_and_repeated_over_the_channels() -> None:
@@ -98,19 +98,8 @@ def test_what_has_the_inputs_shape_passes_and_wrappers_nest() -> None:
     assert delta.shape == (2,)
 
 
-class TwoViews(nn.Module):
-    """A network of a picture and of a smaller, grey one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.net = nn.Conv2d(4, 3, 1), small_net()
-
-    def forward(self, x: Tensor, grey: Tensor) -> Tensor:
-        return self.net(self.conv(torch.cat([x, F.interpolate(grey, x.shape[2:])], 1)))
-
-
 def test_tuples_in_tuples_out() -> None:
-    net, x, grey = TwoViews().eval(), torch.randn(2, 3, 8, 8), torch.randn(2, 1, 4, 4)
+    net, x, grey = TwoPictureNet().eval(), torch.randn(2, 3, 8, 8), torch.randn(2, 1, 4, 4)
     base = LayerGradCam(net, net.net.relu2)
     maps = UpsampleWrapper(base).attribute((x, grey), target=[1, 3])
     small = base.attribute((x, grey), [1, 3]).detach()

@@ -1,0 +1,126 @@
+"""The cache of a guide's maps, and the fingerprints by which a training recognises its files."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from captum_ext._data.pictures import PictureDataset
+from captum_ext._identity import (
+    atomic_write,
+    check_same_run,
+    json_value,
+    model_digest,
+    versioned_name,
+)
+from captum_ext.attr._fingerprint import attribution_fingerprint
+from captum_ext.fcam.guides import guide_maps
+
+if TYPE_CHECKING:
+    from captum_ext.fcam.training import FCAMModule
+
+MAPS_IN_FILE = 512
+
+
+def cached_maps(
+    module: "FCAMModule",
+    pictures: PictureDataset,
+    fingerprint: dict[str, Any],
+    folder: Path,
+    batch_size: int,
+    num_workers: int = 0,
+    show_progress: bool = False,
+) -> Tensor:
+    """The guide's maps of all whole pictures, (n, 1, h, w) in float16, from files or into them.
+
+    Each file has `MAPS_IN_FILE` maps, so that a run that was killed goes on from the last file, and
+    several processes may store the same maps at once.
+
+    Args:
+        module: the training's module, with the guide.
+        pictures: the pictures of the training.
+        fingerprint: that of `maps_fingerprint`.
+        folder: the folder of the files.
+        batch_size: pictures that the guide explains at once.
+        num_workers: processes that read pictures.
+        show_progress: whether to draw a progress bar.
+
+    Raises:
+        ValueError: the folder has maps of another run.
+    """
+    # Names and labels are not enough here: maps depend on the pixels.
+    of_pictures = f"{pictures.fingerprint()}, {pictures.pixel_fingerprint()}"
+    fingerprint = fingerprint | {"pictures": of_pictures}
+    parts = []
+    starts = range(0, len(pictures), MAPS_IN_FILE)
+    for start in tqdm(starts, desc="maps", disable=not show_progress):
+        file = folder / f"maps-{start:08d}.pt"
+        if file.is_file():
+            saved = torch.load(file, weights_only=True)
+            message = f"`cache` {folder} has the maps of another run"
+            check_same_run(message, saved["fingerprint"], fingerprint)
+        else:
+            part = Subset(pictures, range(start, min(start + MAPS_IN_FILE, len(pictures))))
+            batches = []
+            for pixels, labels, _, is_read in DataLoader(part, batch_size, num_workers=num_workers):
+                images = module.images(pixels.to(module.device))
+                maps = guide_maps(
+                    module.guide,
+                    images,
+                    labels.to(module.device),
+                    rectify=module.rectify,
+                    **module.guide_kwargs,
+                )
+                batches.append(torch.where(is_read[:, None, None, None], maps.cpu(), 0).half())
+            saved = {"fingerprint": fingerprint, "maps": torch.cat(batches)}
+            with atomic_write(file) as unfinished:
+                torch.save(saved, unfinished)
+        parts.append(saved["maps"])
+    return torch.cat(parts)
+
+
+def maps_fingerprint(module: "FCAMModule", pictures: PictureDataset) -> dict[str, Any]:
+    """The settings that the guide's maps depend on.
+
+    Raises:
+        ValueError: an option of the guide is a function without a version.
+    """
+    arguments = sorted(module.guide_kwargs.items())
+    return {
+        "classifier": model_digest(module.classifier),
+        "guide": attribution_fingerprint("`guide`", module.guide, module.classifier),
+        "rectify": module.rectify,
+        "normalize": module.normalize.to_lists(),
+        "guide_kwargs": repr([(k, json_value(f"`guide_kwargs`: {k}", v)) for k, v in arguments]),
+        "pictures": pictures.fingerprint(),
+        "size": list(pictures.size),
+    }
+
+
+def run_fingerprint(module: "FCAMModule", batch_size: int) -> dict[str, Any]:
+    """The settings that a resumed run must share with the killed one, beside `maps_fingerprint`.
+
+    Raises:
+        ValueError: `crf` is a function without a version.
+    """
+    decoder, crf = module.decoder, module.crf
+    return {
+        "view": list(module.size),
+        "channels": decoder.channels,
+        "widths": decoder.widths,
+        "center": decoder.has_center,
+        "layers": decoder.layers,
+        "flip": module.flip,
+        "seeds": repr(sorted(vars(module.seeds).items())),
+        "crf": repr(crf) if isinstance(crf, Module | None) else versioned_name("`crf`", crf),
+        "weights": [module.crf_weight, module.size_weight],
+        "warmup": module.warmup,
+        "lr": module.lr,
+        "seed": module.seed,
+        "batch_size": batch_size,
+        "stored_maps": module.maps is not None,
+    }
