@@ -173,19 +173,25 @@ def describe_changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def check_same_run(
-    stored: str, saved: Mapping[str, Any], found: Mapping[str, Any], kind: str = "folder"
+    stored: str,
+    saved: Mapping[str, Any],
+    found: Mapping[str, Any],
+    kind: str = "folder",
+    argument: str = "",
 ) -> None:
-    """Raise a ValueError where settings are not those of the stored work.
+    """Raise an ArgumentError where settings are not those of the stored work.
 
     Args:
         stored: the beginning of the error, such as "`cache` maps has the maps of another run".
         saved: settings of the stored work.
         found: settings of this run.
         kind: "folder" or "file", which another name is advised for.
+        argument: the argument that names the stored work.
     """
     changed = describe_changes(saved, found)
     if changed:
-        raise ValueError(f"{stored}: {changed}. Name another {kind}, or delete it.")
+        message = f"{stored}: {changed}. Name another {kind}, or delete it."
+        raise ArgumentError(message, argument, "another_run")
 
 
 @contextmanager

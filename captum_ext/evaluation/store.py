@@ -66,7 +66,7 @@ class Store:
             if describe_changes(saved, found):
                 if not self._is_empty(before):
                     stored = f"`output` {self.folder} has the rows of another run"
-                    check_same_run(stored, saved, found)
+                    check_same_run(stored, saved, found, argument="output")
                 self._write_settings()
             else:
                 self.settings = before  # in the order of its columns
