@@ -189,19 +189,25 @@ def describe_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> st
 
 
 def check_same_run(
-    problem: str, saved: Mapping[str, Any], current: Mapping[str, Any], container: str = "folder"
+    problem: str,
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    container: str = "folder",
+    argument: str = "",
 ) -> None:
-    """Raise a ValueError if the settings of this run differ from those of the stored work.
+    """Raise an ArgumentError if the settings of this run differ from those of the stored work.
 
     Args:
         problem: the beginning of the error, such as "`cache` maps has the maps of another run".
         saved: the settings of the stored work.
         current: the settings of this run.
         container: "folder" or "file": what the error advises to rename or delete.
+        argument: the argument that names the stored work.
     """
     changed = describe_changes(saved, current)
     if changed:
-        raise ValueError(f"{problem}: {changed}. Name another {container}, or delete it.")
+        message = f"{problem}: {changed}. Name another {container}, or delete it."
+        raise ArgumentError(message, argument, "another_run")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from captum_ext._checks import check_choice, check_count, check_seed, warn
 from captum_ext._data.pixels import IMAGENET_MEAN_STD, mean_and_std
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import AllFailedError, ArgumentError
 from captum_ext._identity import json_value, model_digest, versioned_name
 from captum_ext.evaluation.examples import Blocks, Prepared
 from captum_ext.evaluation.measures import Measure, make_measures
@@ -139,7 +140,7 @@ def evaluate(
     check_seed(seed)
     sides = None if size is None else height_width("size", size)
     if Path(output).exists() and not Path(output).is_dir():
-        raise ValueError(f"`output` must be a folder, and {str(output)!r} is a file.")
+        raise ArgumentError(f"`output` must be a folder, and {str(output)!r} is a file.", "output")
     blocks = Blocks(data, batch_size, sides, normalize)
     first = map(blocks.example, range(min(_FIRST, len(data))))
     some = list(itertools.islice((e for e in first if isinstance(e, Prepared)), 8))
@@ -184,13 +185,15 @@ def _records(measures: Sequence[Measure]) -> list[Record]:
     records = {record.columns: record for each in measures for record in each.records}
     every_column = Counter((*COLUMNS, *itertools.chain(*records)))
     if twice := [column for column, n in every_column.items() if n > 1]:
-        raise ValueError(f"`metrics`: rows have columns {twice} already: choose other names.")
+        raise ArgumentError(
+            f"`metrics`: rows have columns {twice} already: choose other names.", "metrics"
+        )
     return list(records.values())
 
 
 def _check_came_to_something(found: Summary, output: str | Path) -> None:
     if not any(found.images.values()):
-        raise RuntimeError(
+        raise AllFailedError(
             f"Not one of {sum(found.failures.values())} rows came to anything. The first reason: "
             f"{next(iter(found.reasons.values()), None)}"
         )

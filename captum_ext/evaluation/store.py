@@ -135,7 +135,12 @@ class ResultStore:
         if not describe_changes(before, now):
             return stored  # whose columns and methods may be in another order
         if any(True for _ in stored._results(with_damaged=True)):
-            check_same_run(f"`output` {self.folder} has the rows of another run", before, now)
+            check_same_run(
+                f"`output` {self.folder} has the rows of another run",
+                before,
+                now,
+                argument="output",
+            )
         return None
 
     @classmethod
