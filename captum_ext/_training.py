@@ -91,7 +91,9 @@ class DecoderModule(LightningModule):
             ValueError: the checkpoint is of a run with other settings, or of a longer run.
         """
         saved = checkpoint.get("fingerprint", {})
-        check_same_run("`checkpoints` has another run's", saved, self.fingerprint)
+        check_same_run(
+            "`checkpoints` has another run's", saved, self.fingerprint, argument="checkpoints"
+        )
         done = checkpoint["epoch"] + 1
         if self.trainer.max_epochs is not None and done > self.trainer.max_epochs >= 0:
             raise ArgumentError(
@@ -176,9 +178,9 @@ class TrainingRun:
             trainer.fit(module, loader, validation, ckpt_path=checkpoint)
         if len(module.unread) == len(pictures):
             raise ArgumentError(
-                f"`data`: none of its {len(pictures)} pictures can be read.", "data"
+                f"`data`: none of its {len(pictures)} pictures can be read.", "data", "unreadable"
             )
-        pictures.warn_of(module.unread)
+        pictures.warn_of_unread(module.unread)
 
     def _trainer(self, device: torch.device) -> tuple[Trainer, Path | None]:
         """Lightning's trainer, and the checkpoint that it resumes from, if there is one."""

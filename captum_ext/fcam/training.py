@@ -224,6 +224,7 @@ class FCAMModule(DecoderModule):
                 f"`guide` {self.guide.get_name()} gave no seeds in epoch {self.current_epoch}: its "
                 f"maps are flat or not finite, or no picture could be read.",
                 "guide",
+                "no_seeds",
             )
         self.size_loss.step()
 
@@ -245,7 +246,9 @@ class FCAMModule(DecoderModule):
         score = self.localisation.compute().item()
         self.localisation.reset()
         if math.isnan(score):
-            raise ArgumentError("`validation`: none of its pictures can be read.", "validation")
+            raise ArgumentError(
+                "`validation`: none of its pictures can be read.", "validation", "unreadable"
+            )
         self.log("val_MaxBoxAcc", score, prog_bar=True)
         if score > self.best.get("score", -1.0):
             state = self.decoder.state_dict()

@@ -42,7 +42,7 @@ class PassCheckpoint:
                 f"`checkpoint` {path} is no checkpoint of patches.", "checkpoint"
             ) from error
         message = f"`checkpoint` {path} is of another run"
-        check_same_run(message, stored_fingerprint, fingerprint, "file")
+        check_same_run(message, stored_fingerprint, fingerprint, "file", "checkpoint")
         self.saved = saved
 
     def write(self, top: TopActivations, n_done: int, unread: list[int]) -> None:

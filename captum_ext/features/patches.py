@@ -173,7 +173,7 @@ def maximally_activating_patches(
             low = effective[..., :2].maximum(boxes[..., :2])
             high = effective[..., 2:].minimum(boxes[..., 2:])
             boxes = torch.cat([low, high], -1)
-    pictures.warn_of(set(unread))
+    pictures.warn_of_unread(set(unread))
     names = tuple(pictures.name(index) for index in unread)
     return ActivatingPatches(
         maps.name, channels_of_rows, top.values.cpu(), indices, positions, boxes,

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+import captum_ext.fcam
 from captum_ext._engine.modules import find_module
 from captum_ext.fcam import FCAMDecoder, find_feature_layers
 from tests.captures import layer_activations
@@ -246,3 +247,8 @@ def test_maps_with_channels_last_are_left_out():
 def test_a_function_has_no_modules():
     with pytest.raises(ValueError, match=r"`classifier` must be a torch\.nn\.Module"):
         find_feature_layers(lambda x: x.mean((2, 3)), torch.rand(1, 3, 8, 8))
+
+
+def test_the_old_name_of_find_feature_layers_warns():
+    with pytest.deprecated_call(match="find_feature_layers"):
+        assert captum_ext.fcam.find_taps is find_feature_layers

@@ -211,3 +211,11 @@ def test_on_a_gpu() -> None:
         assert seen(top) == everything_sorted(maps, 9, 2)
     top.merge(TopActivations.from_state_dict(top.state_dict()))
     assert seen(top) == everything_sorted(maps, 9, 2)
+
+
+def test_places_is_the_old_name_of_indices() -> None:
+    top, maps = TopActivations(n=1), torch.rand(2, 1, 2, 2)
+    with pytest.deprecated_call(match="`places` is now `indices`"):
+        top.update(maps, places=torch.tensor([4, 5]))
+    with pytest.deprecated_call(match="`places` is now `indices`"):
+        assert torch.equal(top.places, top.indices)
