@@ -46,7 +46,7 @@ def state(module):
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
-def test_one_step_of_training(name, size, monkeypatch):
+def test_a_training_step_changes_the_decoder_only(name, size, monkeypatch):
     """The decoder moves, the classifier does not, and maps of other sizes have these sizes."""
     height, width = size if isinstance(size, tuple) else (size, size)
     model, start, read = classifier(name), {}, FCAMDecoder.reading
@@ -97,7 +97,7 @@ def test_one_step_of_training(name, size, monkeypatch):
         ("inception_v3", (76, 299)),
     ],
 )
-def test_sizes(name, size):
+def test_decoders_take_images_of_any_size(name, size):
     """Nothing need be divisible by anything; a decoder is made at the size, or for another one."""
     height, width = size if isinstance(size, tuple) else (size, size)
     model, x = classifier(name), torch.rand(1, 3, height, width)

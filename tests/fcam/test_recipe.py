@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 
 @pytest.mark.slow
-def test_f_cam_localises_better_than_its_guide():
+def test_f_cam_localises_better_than_its_teacher():
     """Labels alone, nothing chosen by localisation; gains of at least 10 and 5 points."""
     train = TexturedEllipses(1000, 3000)
     network = train_classifier(train)
@@ -40,13 +40,13 @@ def test_f_cam_localises_better_than_its_guide():
             normalize=((0.5,) * 3, (0.25,) * 3),
             show_progress=False,
         )
-    found = []
+    result = []
     for maps in (guide_maps(guide, x, scenes.targets, (64, 64)), fcam.foreground(x)):
         boxes, pixels = MaxBoxAcc((0.3, 0.5, 0.7), "all", "wsolevaluation"), PxAP()
         boxes.update(maps, [box[None] for box in scenes.boxes])
         pixels.update(maps, scenes.masks)
-        found.append((100 * boxes.compute().item(), 100 * pixels.compute().item()))
-    (v2, ap), (v2_fcam, ap_fcam) = found
+        result.append((100 * boxes.compute().item(), 100 * pixels.compute().item()))
+    (v2, ap), (v2_fcam, ap_fcam) = result
     assert v2 > 50, "a guide that is worth beating"
     assert v2_fcam > v2 + 10
     assert ap_fcam > ap + 5

@@ -91,7 +91,7 @@ def test_the_loss_falls_on_eight_images_and_the_classifier_stays(trace_free):
     assert not decoder.training
 
 
-def test_held_out_pictures_are_rebuilt_better_than_the_mean_picture_is(tmp_path):
+def test_reconstructions_of_held_out_pictures_are_better_than_the_mean_picture(tmp_path):
     """SSIM and latents of 60 pictures that it has not seen; for each of them, not just on average.
 
     The layer keeps much of the picture, so little training is needed.
@@ -116,7 +116,7 @@ def test_held_out_pictures_are_rebuilt_better_than_the_mean_picture_is(tmp_path)
     assert (distance < apart).all()
 
 
-def test_a_step_by_hand():
+def test_a_training_step_equals_one_made_by_hand():
     """The gradient of the loss by autograd, through the classifier, and one step of Adam."""
     model, images = dropout_net(), pictures(8)
     encoder = encoder_of(model)
@@ -151,7 +151,7 @@ def test_a_step_by_hand():
             assert (worst < 1e-4).float().mean() > 0.97, name
 
 
-def test_each_weight_is_its_parts():
+def test_each_weight_scales_its_part_of_the_loss():
     """Without SSIM and latents it is a least-squares fit, nearer in pixels than by SSIM alone."""
     model, images = dropout_net(), pictures(16)
     encoder = encoder_of(model)
@@ -172,28 +172,28 @@ def test_each_weight_is_its_parts():
         assert min(error, key=lambda weights: error[weights][part]) == best
 
 
-def test_a_classifier_in_train_mode_is_evaluated_and_left_in_train_mode(trace_free):
+def test_a_classifier_in_train_mode_runs_in_eval_mode_and_stays_in_train_mode(trace_free):
     model = dropout_net()
     straight = fit_perception(encoder_of(model), pictures(8), **SMALL)
     model.train()
     with trace_free(model):
-        found = fit_perception(encoder_of(model), pictures(8), **SMALL)
-    assert equal(state(found), state(straight))
+        result = fit_perception(encoder_of(model), pictures(8), **SMALL)
+    assert equal(state(result), state(straight))
 
 
-def test_frozen_parameters_no_grad_and_random_state(trace_free):
+def test_frozen_parameters_grad_modes_and_random_state_stay(trace_free):
     model = dropout_net()
     straight = fit_perception(encoder_of(model), pictures(8), **SMALL)
     model.requires_grad_(False)
     torch.rand(7)
     with torch.no_grad(), trace_free(model):
-        found = fit_perception(encoder_of(model), pictures(8), **SMALL)
-    assert equal(state(found), state(straight))
+        result = fit_perception(encoder_of(model), pictures(8), **SMALL)
+    assert equal(state(result), state(straight))
     other = fit_perception(encoder_of(model), pictures(8), **SMALL | {"seed": 1})
     assert not equal(state(other), state(straight))
 
 
-def test_it_leaves_no_trace_when_it_fails(trace_free):
+def test_a_training_that_fails_leaves_no_trace(trace_free):
     class Fails(Callback):
         def on_train_batch_end(self, *args, **kwargs):
             raise KeyError("killed")
@@ -213,7 +213,7 @@ def fit_by_trainer(module, images):
     )
 
 
-def test_the_module_by_itself(trace_free):
+def test_the_module_alone_runs_in_lightning(trace_free):
     """The classifier is evaluated for each step, and what is frozen of the decoder stays."""
     model = dropout_net().train()
     encoder = encoder_of(model)
@@ -234,7 +234,7 @@ def test_the_module_by_itself(trace_free):
 # --- data ----------------------------------------------------------------------------------------
 
 
-def test_pictures_of_any_form():
+def test_pictures_may_have_any_form():
     images = pictures(8)
     forms = [
         images,
@@ -244,11 +244,11 @@ def test_pictures_of_any_form():
         list(as_tensor(images)),
         list((255 * as_tensor(images)).round().byte()),
     ]
-    found = [state(fit_perception(encoder_of(), form, **SMALL)) for form in forms]
-    assert all(equal(found[0], other) for other in found[1:])
+    result = [state(fit_perception(encoder_of(), form, **SMALL)) for form in forms]
+    assert all(equal(result[0], other) for other in result[1:])
 
 
-def test_grey_pictures():
+def test_a_classifier_of_grey_pictures_is_trained_on_grey_ones():
     encoder = encoder_of(dropout_net(channels=1), normalize=((0.5,), (0.5,)))
     decoder = fit_perception(encoder, pictures(8), **SMALL)
     assert decoder.colors == 1
@@ -266,7 +266,7 @@ def test_pictures_that_cannot_be_read_are_left_out():
         fit_perception(encoder_of(), Some(pictures(8)), **SMALL | {"batch_size": 1})
 
 
-def test_pictures_none_of_which_can_be_read(tmp_path):
+def test_data_without_a_readable_picture_are_refused(tmp_path):
     """Also where the run is finished, and nothing is read any more."""
 
     class Unreadable(list):
@@ -279,7 +279,7 @@ def test_pictures_none_of_which_can_be_read(tmp_path):
             fit_perception(encoder_of(), Unreadable(pictures(8)), **stored)
 
 
-def test_sizes_and_strides():
+def test_sizes_need_not_be_multiples_of_the_stride():
     decoder = fit_perception(encoder_of(), pictures(4), **SMALL | {"size": (33, 46), "n_epochs": 1})
     assert decoder.stride == 4
 
@@ -309,7 +309,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
         fit_perception(encoder_of(), pictures(), **stored)
 
 
-def test_workers_who_read_ahead_go_on_in_the_same_order(tmp_path):
+def test_a_resumed_run_with_workers_has_the_same_order(tmp_path):
     """Lightning starts them before it says the epoch."""
     options = SMALL | {"n_epochs": 2}
     straight = fit_perception(encoder_of(), pictures(16), **options)
@@ -330,7 +330,7 @@ fit_perception(encoder_of(), pictures(), **SMALL | {"n_epochs": 400, "checkpoint
 """
 
 
-def test_sigkill(tmp_path):
+def test_a_run_that_got_sigkill_goes_on_to_the_same_weights(tmp_path):
     """A process that is killed while it trains; the next goes on to the same weights."""
     run = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],
@@ -351,7 +351,7 @@ def test_sigkill(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"widths": (8, 8)}, r"widths was \[8, 4\] and is \[8, 8\]"),
         ({"convolutions": (2, 1)}, "convolutions was"),
@@ -362,10 +362,10 @@ def test_sigkill(tmp_path):
         ({"size": 36}, "size was"),
     ],
 )
-def test_a_checkpoint_of_other_settings_is_refused(change, said, tmp_path):
+def test_a_checkpoint_of_other_settings_is_refused(change, message, tmp_path):
     stored = SMALL | {"checkpoints": tmp_path, "n_epochs": 1}
     fit_perception(encoder_of(), pictures(8), **stored)
-    with pytest.raises(ValueError, match=f"`checkpoints` has another run's: .*{said}"):
+    with pytest.raises(ValueError, match=f"`checkpoints` has another run's: .*{message}"):
         fit_perception(encoder_of(), pictures(8), **stored | change)
 
 
@@ -397,19 +397,19 @@ def test_two_processes_train_one_decoder(tmp_path):
     """By gloo, on the CPU: without shared gradients they, who see other halves, would differ."""
     trainer = {"devices": 2, "strategy": "ddp_fork", "callbacks": Rank(tmp_path)}
     options = SMALL | {"batch_size": 4}
-    found = fit_perception(encoder_of(), pictures(16), **options, trainer=trainer)
+    result = fit_perception(encoder_of(), pictures(16), **options, trainer=trainer)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     assert equal(*ranks)
-    assert equal(ranks[0], dict(found.named_parameters()))
+    assert equal(ranks[0], dict(result.named_parameters()))
     alone = fit_perception(encoder_of(), pictures(16), **options)
-    assert not equal(state(alone), state(found))
+    assert not equal(state(alone), state(result))
 
 
 # --- what is wrong -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "said"),
+    ("change", "error", "message"),
     [
         ({"n_epochs": 0}, ValueError, "`n_epochs`"),
         ({"batch_size": 0}, ValueError, "`batch_size`"),
@@ -426,15 +426,15 @@ def test_two_processes_train_one_decoder(tmp_path):
         ({"lr": 1e30}, FloatingPointError, "not finite in epoch"),
     ],
 )
-def test_arguments(change, error, said):
-    with pytest.raises(error, match=said):
+def test_invalid_arguments_are_refused(change, error, message):
+    with pytest.raises(error, match=message):
         fit_perception(encoder_of(), pictures(8), **SMALL | change)
 
 
-def test_other_things_that_are_wrong():
+def test_invalid_encoders_data_and_modes_are_refused():
     with pytest.raises(TypeError, match="`encoder` must be a LayerEncoder"):
         fit_perception(dropout_net(), pictures(8), **SMALL)
-    with pytest.raises(ValueError, match=r"got a path: torchvision's ImageFolder\('pictures'\)"):
+    with pytest.raises(ValueError, match=r"got a path: pass torchvision's ImageFolder\('pictures'\)"):
         fit_perception(encoder_of(), "pictures", **SMALL)
     with pytest.raises(ValueError, match="`data` must have a length"):
         fit_perception(encoder_of(), [], **SMALL)
@@ -447,7 +447,7 @@ def test_other_things_that_are_wrong():
 
 
 @pytest.mark.gpu
-def test_training_on_the_device():
+def test_the_decoder_is_trained_on_the_classifiers_device():
     model = dropout_net().cuda()
     decoder = fit_perception(encoder_of(model), pictures(), **SMALL | {"n_epochs": 8, "lr": 1e-2})
     assert next(decoder.parameters()).is_cuda
