@@ -1,4 +1,4 @@
-"""F-CAM as an attribution: its equation, that it is of no class, and what it is stored with."""
+"""F-CAM as an attribution: its equation, its independence of the target, and its files."""
 
 import copy
 import threading
@@ -102,7 +102,7 @@ def test_tuples_and_dtypes_of_inputs_are_kept():
 
 
 def test_captums_wrappers_and_metrics_accept_it():
-    """Under NoiseTunnel, in our wrappers, in Captum's metrics, and where there is no gradient."""
+    """NoiseTunnel, our wrappers and Captum's metrics are tried, and inference mode."""
     method, x = fcam(), images()
     assert NoiseTunnel(method).attribute(x, nt_samples=2, target=1).shape == x.shape
     assert SESSWrapper(method, n_scales=2, window=24).attribute(x, target=1).shape == x.shape
@@ -130,7 +130,7 @@ ENTRIES = [entry for entry in test_config.config if of_a_conv_net(entry)]
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=[entry["name"] for entry in ENTRIES])
 def test_captums_generic_configuration(entry):
-    """Those entries whose model has maps: a batch is its examples, and hooks are gone."""
+    """Entries whose model has maps: a batch equals its examples, and no hook is left."""
     model, x = entry["model"].eval(), entry["attribute_args"]["inputs"]
     target = entry["attribute_args"].get("target")
     decoder = FCAMDecoder.reading(model, x, widths=(4,)).eval()
@@ -153,7 +153,7 @@ def test_captums_generic_configuration(entry):
 
 @pytest.mark.parametrize("error", [None, "model", "decoder", "target", "channels"])
 def test_it_leaves_no_trace(error, trace_free):
-    """The model and the decoder may stop anywhere, or be handed what they cannot take."""
+    """Errors are raised in the middle of the model, in the decoder, and for invalid inputs."""
     method, x = fcam(), images().requires_grad_()
     x.grad = torch.rand_like(x)
     for i, p in enumerate([*method.forward_func.parameters(), *method.decoder.parameters()]):
@@ -163,7 +163,7 @@ def test_it_leaves_no_trace(error, trace_free):
     def stop(module, args):
         raise ZeroDivisionError
 
-    # Between the two layers that are read, and behind the last block.
+    # A hook between the two layers that are read, and one after the last block.
     for part, module in (("model", method.forward_func[1][1]), ("decoder", method.decoder.head)):
         if part == error:
             module.register_forward_pre_hook(stop)
@@ -187,7 +187,7 @@ def test_grad_modes_and_frozen_models_change_nothing(mode, frozen, trace_free):
 
 
 def test_eight_threads_share_a_model(trace_free):
-    """All of them are in the middle of the model at once, with images of several sizes."""
+    """All threads are in the middle of the model at once, with images of several sizes."""
     method, meeting = fcam(), threading.Barrier(8)
     batches = [images(2, (24 + 2 * k, 40 - k), seed=k) for k in range(8)]
     expected = [method.attribute(x) for x in batches]

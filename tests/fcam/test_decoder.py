@@ -1,4 +1,4 @@
-"""The decoder's size and shapes, and the layers that it finds in torchvision's classifiers."""
+"""The decoder's size and shapes, and the feature layers of torchvision's classifiers."""
 
 import threading
 
@@ -13,7 +13,7 @@ from captum_ext.fcam import FCAMDecoder, find_feature_layers
 from tests.captures import layer_activations
 from tests.networks import RaisingLayer, SharedReluNet
 
-# Architecture, sizes of images, and what the decoder reads.
+# Architecture, sizes of images, and the layers that the decoder reads.
 CLASSIFIERS = {
     "resnet18": ([64, (97, 65)], ["relu", "layer1", "layer2", "layer3", "layer4"]),
     "vgg11_bn": ([64], ["features.6", "features.13", "features.20", "features.27", "features"]),
@@ -69,7 +69,7 @@ def test_the_number_of_parameters_is_that_of_the_official_code(channels, center,
 
 
 def test_the_decoder_equals_its_layers_applied_by_hand():
-    """Two taps, with the convolutions of the blocks written out."""
+    """Two features, with the convolutions of the blocks written out."""
     torch.manual_seed(0)
     decoder = FCAMDecoder([3, 5], [4, 2]).eval().double()
     shallow, deep = torch.randn(2, 3, 7, 9).double(), torch.randn(2, 5, 4, 5).double()
@@ -157,7 +157,7 @@ def test_features_with_other_channels_are_refused():
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_feature_layers_of_torchvisions_classifiers(name):
-    """And a decoder on them, with images of several sizes, whose output is of the images' size."""
+    """A decoder on these layers gives maps of the images' size, for several sizes."""
     sizes, expected = CLASSIFIERS[name]
     model = classifier(name)
     for size in sizes:
@@ -185,7 +185,7 @@ def test_modules_that_run_twice_are_no_feature_layers():
 
 
 def test_runs_of_other_threads_do_not_change_the_feature_layers():
-    """Each probe lets a second thread run the model at another size, behind its first block."""
+    """After the first block, a second thread runs the model at another size."""
     model, images = classifier("resnet18"), torch.rand(1, 3, 64, 64)
     expected = find_feature_layers(model, images)
     me, errors = threading.get_ident(), []

@@ -1,4 +1,4 @@
-"""F-CAM on a GPU: the seeds, losses and maps of a CPU, and files that go from one to the other."""
+"""F-CAM on a GPU gives the seeds, losses and maps of a CPU, and files go from one to the other."""
 
 import copy
 import warnings
@@ -44,7 +44,7 @@ def trained(model):
 
 @pytest.mark.parametrize("erosion", [None, 1, 11])
 def test_regions_of_seeds_are_equal_on_cpu_and_gpu(erosion):
-    """Given the same order of ties: thousands of zeros, as a ReLU leaves them."""
+    """The order of ties is the same on both: a ReLU leaves thousands of zeros."""
     generator = torch.Generator().manual_seed(0)
     maps = torch.rand(6, 1, 56, 64, generator=generator)
     coarse = nn.functional.interpolate(maps[:, :, :7, :8], (56, 64), mode="bilinear")

@@ -30,7 +30,7 @@ def problem(n=2, size=(12, 12), channels=3, seed=0, dtype=torch.float64):
 
 
 def affinity(image, sigma_rgb, sigma_xy, radius=None):
-    """A of one image (C, H, W), sigma_xy in pixels, pair by pair."""
+    """The matrix A of one image (C, H, W), pair by pair, with sigma_xy in pixels."""
     _, height, width = image.shape
     at = [(y, x) for y in range(height) for x in range(width)]
     a = torch.zeros(len(at), len(at), dtype=torch.float64)
@@ -153,9 +153,9 @@ def test_dense_crf_equals_a_double_loop(size):
     p, images = problem(size=size)
     loss = dense_crf_loss(p, images, side=None, **WIDE)
     flat, by_hand = p.flatten(1), 0
-    for p_one, image in zip(flat, images, strict=True):
+    for values, image in zip(flat, images, strict=True):
         a = affinity(image, WIDE["sigma_rgb"], WIDE["sigma_xy"] * max(size))
-        by_hand = by_hand + 2 * p_one @ a @ (1 - p_one) / len(p_one) ** 2 / len(flat)
+        by_hand = by_hand + 2 * values @ a @ (1 - values) / len(values) ** 2 / len(flat)
     torch.testing.assert_close(loss, by_hand, rtol=1e-12, atol=0)
     result = torch.autograd.grad(loss, p)[0]
     torch.testing.assert_close(result, torch.autograd.grad(by_hand, p)[0], rtol=1e-10, atol=1e-16)
@@ -168,8 +168,8 @@ def test_dense_crf_equals_the_papers_form_up_to_a_constant():
 
     def of_papers(p):
         total = 0
-        for p_one, a in zip(p.flatten(1), matrices, strict=True):
-            total = total - sum(s @ a @ s for s in (p_one, 1 - p_one)) / len(p_one) ** 2
+        for values, a in zip(p.flatten(1), matrices, strict=True):
+            total = total - sum(s @ a @ s for s in (values, 1 - values)) / len(values) ** 2
         return total / len(p)
 
     ours = [dense_crf_loss(x, images, side=None, **WIDE) for x in (p, q)]
@@ -205,7 +205,7 @@ def test_the_chunk_size_does_not_change_the_loss(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (13, 7), (40, 40)])
 def test_energies_are_never_negative(size, dtype):
-    """Also of maps that are decided, where nothing but rounding is left."""
+    """Binary maps are tested too: their energy is 0 up to rounding."""
     for seed in range(5):
         p, images = problem(2, size, seed=seed, dtype=dtype)
         p = p.detach()
@@ -237,7 +237,7 @@ def test_the_dense_crf_does_not_depend_on_the_number_of_pixels():
         dense_crf_loss(*both, side=None, **WIDE).item() for both in ((p, images), (large_p, large))
     ]
     assert at[1] == pytest.approx(at[0], rel=0.02)
-    # Reduced by averaging, the large pair is the small one.
+    # Averaging of areas reduces the large pair to the small one.
     torch.testing.assert_close(
         dense_crf_loss(large_p, large, side=16, **WIDE), dense_crf_loss(p, images, **WIDE)
     )
@@ -254,7 +254,7 @@ def test_reduction_keeps_the_aspect_ratio_and_passes_gradients():
 
 
 def sampled(p, images, n, **options):
-    """Values and gradients of `n` draws, and the exact ones."""
+    """Values and gradients of `n` draws of anchors, and the exact ones."""
     generator = torch.Generator().manual_seed(0)
     exact = dense_crf_loss(p, images, side=None, **options)
     gradient = torch.autograd.grad(exact, p)[0]
@@ -302,9 +302,9 @@ def test_local_crf_equals_a_double_loop(size):
     p, images = problem(size=size)
     loss = local_crf_loss(p, images, radius=2, sigma_rgb=60.0, sigma_xy=1.5)
     by_hand = 0
-    for p_one, image in zip(p.flatten(1), images, strict=True):
+    for values, image in zip(p.flatten(1), images, strict=True):
         a = affinity(image, 60.0, 1.5, radius=2)
-        by_hand = by_hand + 2 * p_one @ a @ (1 - p_one) / len(p_one) / len(p)
+        by_hand = by_hand + 2 * values @ a @ (1 - values) / len(values) / len(p)
     torch.testing.assert_close(loss, by_hand)
     result = torch.autograd.grad(loss, p)[0]
     torch.testing.assert_close(result, torch.autograd.grad(by_hand, p)[0])
@@ -370,7 +370,7 @@ def test_normalised_images_give_a_warning(loss):
     ],
 )
 def test_reprs_differ_with_each_setting(make, others):
-    """A run that goes on is compared with the one before by them."""
+    """A resumed run is compared with the one before by these texts."""
     text = [repr(make()), *(repr(make(**{name: value})) for name, value in others.items())]
     assert len(set(text)) == len(text)
     assert repr(make()) == text[0]

@@ -1,6 +1,6 @@
-"""That F-CAM works: on pictures whose truth is known, by a guide that is no more than it is.
+"""F-CAM localises objects better than its teacher, on pictures with known masks.
 
-A minute on one thread. `tests/benchmarks/fcam.py` is the whole of it.
+It takes a minute on one thread. `tests/benchmarks/fcam.py` is the complete benchmark.
 """
 
 import warnings
@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 @pytest.mark.slow
 def test_f_cam_localises_better_than_its_teacher():
-    """Labels alone, nothing chosen by localisation; gains of at least 10 and 5 points."""
+    """The training sees labels only. The gains are at least 10 and 5 points."""
     train = TexturedEllipses(1000, 3000)
     network = train_classifier(train)
     scenes = TexturedEllipses(100, 3001).batch()
@@ -50,6 +50,6 @@ def test_f_cam_localises_better_than_its_teacher():
     assert v2 > 50, "a guide that is worth beating"
     assert v2_fcam > v2 + 10
     assert ap_fcam > ap + 5
-    # One forward pass makes one map for each picture, whatever its class.
+    # One forward pass gives one map for each picture, for any class.
     assert torch.equal(fcam.attribute(x[:2], target=0), fcam.attribute(x[:2], target=1))
     assert pytest.approx(1, abs=0.05) == fcam.foreground(x).flatten(1).amax(1).mean().item()

@@ -1,4 +1,4 @@
-"""Seeds against skimage's Otsu and scipy's morphology, and what degenerate maps give."""
+"""Seeds, compared with skimage's Otsu and scipy's morphology; and seeds of degenerate maps."""
 
 import numpy as np
 import pytest
@@ -36,13 +36,13 @@ def test_otsu_equals_that_of_skimage(values):
         assert result == 0
         return
     theirs = int(threshold_otsu(np.array(values, np.uint8)))
-    if result != theirs:  # equal maxima, which rounding parts in skimage
+    if result != theirs:  # equal maxima, which rounding makes unequal in skimage
         assert spread(values, result) == pytest.approx(spread(values, theirs), rel=1e-12)
         assert result < theirs or spread(values, result) >= spread(values, theirs)
 
 
 def spread(values, t):
-    """Between-class variance, by hand."""
+    """The variance between classes, computed by hand."""
     values = np.array(values, float)
     low, high = values[values <= t], values[values > t]
     if not len(low) or not len(high):
@@ -84,7 +84,7 @@ def test_a_region_that_would_vanish_is_not_eroded():
     sampler = SeedSampler(erosion=5)
     foreground, _ = sampler.regions(maps, torch.rand(2, 400))
     assert foreground.sum(1).tolist() == [9, 36]
-    maps[1, 0, :12, :12] = 1  # at the border nothing is taken away
+    maps[1, 0, :12, :12] = 1  # the border is not eroded
     assert sampler.regions(maps, torch.rand(2, 400))[0].sum(1).tolist() == [9, 100]
 
 
@@ -176,7 +176,7 @@ def test_flat_and_non_finite_maps_have_no_seeds(value):
 
 
 def test_two_adjacent_levels_give_background_seeds_only():
-    """Otsu is 0 there and is raised to 1: nothing is above it, and the background remains."""
+    """Otsu's threshold of 0 is raised to 1, so that no pixel is above it."""
     maps = torch.zeros(1, 1, 8, 8)
     maps[..., 2:5, 2:5] = 1.5 / 255
     seeds = SeedSampler(kernel_size=1)(maps, seeded())
@@ -224,3 +224,7 @@ def test_invalid_options_are_refused(options, named):
 def test_invalid_maps_are_refused(maps):
     with pytest.raises(ValueError, match="maps"):
         SeedSampler()(maps)
+
+
+def test_the_repr_has_the_options_that_differ_from_their_defaults():
+    assert repr(SeedSampler(1, n_minus=0.1)) == "SeedSampler(1, n_minus=0.1)"

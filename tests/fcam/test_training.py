@@ -1,4 +1,4 @@
-"""Training: the classifier stays, the decoder learns, what was killed goes on."""
+"""Training of F-CAM: the classifier stays, the decoder learns, and killed runs go on."""
 
 import errno
 import signal
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext._engine.state import eval_mode
+from captum_ext._errors import ArgumentError
 from captum_ext._training import SeededShuffle
 from captum_ext.attr import FCAM, LayerClassActivationMap, SESSWrapper
 from captum_ext.datasets import TexturedEllipses
@@ -40,7 +41,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Lightning has advice about workers and devices."""
+    """Ignore Lightning's advice about workers and devices."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         yield
@@ -69,7 +70,7 @@ def equal(a, b):
 
 
 class Teacher(Attribution):
-    """Maps that the test makes; it keeps what it was asked."""
+    """A guide whose maps the test makes. It records its calls."""
 
     def __init__(self, forward_func, maps):
         super().__init__(forward_func)
@@ -139,7 +140,7 @@ def test_flags_are_restored_after_an_error():
 
 
 def test_the_decoder_learns_the_guides_maps():
-    """The guide is bright where the object is; the decoder finds it in new scenes, sharper."""
+    """The guide's maps are bright at objects; the decoder's maps of new scenes are sharper."""
     scenes = TexturedEllipses(96, 0, (32, 32))
     result = scenes.batch()
     mask_of = {p.numpy().tobytes(): m for p, m in zip(result.pixels, result.masks, strict=True)}
@@ -172,7 +173,7 @@ def test_equal_seeds_give_equal_decoders_and_others_do_not():
 
 
 def test_maps_follow_crops_and_flips_in_training(tmp_path):
-    """What the seeds are drawn from and what the CRF sees: map and colours of one place."""
+    """The maps of the seeds and the colours of the CRF are of the same crops."""
     model = three_stage_net().eval()
     seen = []
 
@@ -192,7 +193,7 @@ def test_maps_follow_crops_and_flips_in_training(tmp_path):
         seen.clear()
         fit_fcam(model, Scenes(), Teacher(model, brightness), **options, **cache)
         for maps, images in seen:
-            # The guide saw them normalised: not the mean of the channels, but nearly.
+            # The guide saw normalised pictures, whose mean over channels is only close to this.
             both = torch.stack((maps.flatten(1), images.float().mean(1).flatten(1)), 1)
             assert min(torch.corrcoef(pair)[0, 1].item() for pair in both) > 0.99
     views = torch.cat([images for _, images in seen])
@@ -365,7 +366,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
 
 
 class Noisy(LayerGradCam):
-    """Draws from the global generator."""
+    """A guide with noise of the global generator."""
 
     def attribute(self, *args, **kwargs):
         maps = super().attribute(*args, **kwargs)
@@ -374,7 +375,7 @@ class Noisy(LayerGradCam):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_run_goes_on_to_more_epochs(cached, tmp_path):
-    """Anchors of the CRF and noise of the guide are the same, too."""
+    """Anchors of the CRF loss and noise of the guide are equal, too."""
     model = three_stage_net().eval()
     crf = DenseCRFLoss(n_anchors=8)
     options = SMALL | {"n_epochs": 3, "crf": crf, "resize": 36, "center": True}
@@ -416,7 +417,7 @@ def test_a_checkpoint_of_another_run_is_refused(change, message, tmp_path):
 
 
 def test_ctrl_c_is_an_interrupt(tmp_path):
-    """Lightning would end the process, and ignore the next Ctrl-C."""
+    """Lightning alone would end the process, and ignore the next Ctrl-C."""
     model = three_stage_net().eval()
     handler = signal.getsignal(signal.SIGINT)
 
@@ -456,7 +457,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
 
 
 class Bends(torch.autograd.Function):
-    """A finite value with a gradient that is not."""
+    """A function with a finite value and a gradient that is not finite."""
 
     @staticmethod
     def forward(ctx, x):
@@ -468,7 +469,7 @@ class Bends(torch.autograd.Function):
 
 
 def test_weights_that_are_not_finite_are_not_stored(tmp_path):
-    """The last step of an epoch has no loss behind it that would tell."""
+    """No loss follows the last step of an epoch, so that the weights are checked themselves."""
     model = three_stage_net().eval()
 
     class Breaks(nn.Module):
@@ -487,20 +488,23 @@ def test_weights_that_are_not_finite_are_not_stored(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "maps",
-    [torch.zeros(8, 1, 4, 4), torch.full((8, 1, 4, 4), float("nan")), torch.rand(8, 1, 1, 1)],
+    ("maps", "message", "code"),
+    [
+        (torch.zeros(8, 1, 4, 4), "Teacher gave no seeds", "no_seeds"),
+        (torch.full((8, 1, 4, 4), float("nan")), "Teacher gave no seeds", "no_seeds"),
+        (torch.rand(8, 1, 1, 1), "Teacher gives maps of a single pixel", "single_cell"),
+    ],
     ids=["flat", "nan", "one pixel"],
 )
-def test_a_guide_without_seeds_is_refused(maps):
+def test_a_guide_without_seeds_is_refused(maps, message, code):
     model = three_stage_net().eval()
-    with pytest.raises(
-        ValueError, match=r"`guide` Teacher gave no seed|Teacher gives maps of a single"
-    ):
+    with pytest.raises(ArgumentError, match=f"`guide` {message}") as caught:
         fit_fcam(model, Scenes(8), Teacher(model, lambda x: maps), **SMALL)
+    assert (caught.value.argument, caught.value.code) == ("guide", code)
 
 
 def test_a_collapsed_decoder_gives_a_warning(tmp_path):
-    """And told again, by a run that is finished."""
+    """A finished run that is called again warns again."""
     model = three_stage_net().eval()
     options = SMALL | {"checkpoints": tmp_path}
     for _ in range(2):
@@ -548,7 +552,7 @@ def test_pictures_that_do_not_decode_are_left_out_named_and_counted():
 
 
 def test_pictures_that_open_but_do_not_decode_are_left_out(tmp_path):
-    """`Image.open` decodes later; a machine out of files is no fault of the picture's."""
+    """`Image.open` does not decode yet. Too many open files are an error of the machine instead."""
     Scenes().items[0][0].resize((200, 200)).save(tmp_path / "whole.jpg")
     data = (tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
@@ -726,7 +730,7 @@ def test_the_module_alone_runs_in_lightning():
 
 
 class Kept(Callback):
-    """Writes what each process has learned."""
+    """Writes the decoder of each process to a file."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -738,7 +742,7 @@ class Kept(Callback):
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
 def test_two_processes_train_one_decoder(strategy, tmp_path):
-    """By gloo, on the CPU: the classifier stays, and the decoder has learned from both halves."""
+    """Two CPU processes (gloo): the classifier stays, and the decoder learns from both halves."""
     model = three_stage_net().eval()
     before = state(model)
     guide = LayerGradCam(model, model[2])
@@ -746,7 +750,7 @@ def test_two_processes_train_one_decoder(strategy, tmp_path):
     trainer = {"devices": 2, "strategy": strategy, "callbacks": Kept(tmp_path)}
     result = fit_fcam(model, Scenes(16), guide, **options, trainer=trainer)
     assert equal(state(model), before)
-    # Without shared gradients the two, who saw other halves, would differ.
+    # Without shared gradients the two decoders would differ, as each saw another half.
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     assert equal(*ranks)
     assert equal(ranks[0], dict(result.decoder.named_parameters()))
@@ -761,7 +765,7 @@ def test_two_processes_train_one_decoder(strategy, tmp_path):
 
 
 def validated(tmp_path=None, **options):
-    """A run judged by boxes, and what it kept."""
+    """The result of a run with a validation set of boxes."""
     model = three_stage_net().eval()
     scenes = TexturedEllipses(12, 5, (32, 32))
     guide = LayerGradCam(model, model[2])
@@ -780,12 +784,11 @@ def max_box_acc(fcam):
 
 
 def test_boxes_select_the_epoch_and_nothing_else(tmp_path):
-    """What is returned is the best of the decoders that runs of 1, 2, ... epochs without boxes
-    return."""
+    """The result is the best of the decoders of runs of 1, 2, ... epochs without boxes."""
     runs = [validated(validation=None, n_epochs=n) for n in (1, 2, 3, 4)]
     scores = [max_box_acc(run) for run in runs]
     best = scores.index(max(scores))
-    assert best < 3  # else the last would do
+    assert best < 3  # otherwise the last epoch would do
     result = validated(tmp_path)
     assert equal(state(result.decoder), state(runs[best].decoder))
     again = validated(tmp_path)  # there is nothing left to train

@@ -36,7 +36,7 @@ def seeded(seed: int = 0) -> Generator:
 
 
 def linear(*shape: int, classes: int = 1) -> tuple[nn.Sequential, Tensor, Tensor]:
-    """S = V . I + b, with V (classes, *shape)."""
+    """A linear model S = V . I + b, with its V (classes, *shape) and b."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes)).double()
     return net, net[1].weight.detach().reshape(-1, *shape), net[1].bias.detach()
@@ -85,7 +85,7 @@ def test_every_optimizer_reaches_the_optimum(options: Any, parametrization: str)
 
 @pytest.mark.parametrize("factor", [0.9, 0.5, -0.5, -0.9])
 def test_each_step_multiplies_the_error_by_a_known_factor(factor: float) -> None:
-    """1 - 2 eta lambda, of either sign."""
+    """The factor 1 - 2 eta lambda is tested with both signs."""
     l2, shape = 0.25, (1, 4, 5)
     net, v, _ = linear(*shape)
     start = torch.randn(1, *shape, dtype=torch.float64)
@@ -161,7 +161,7 @@ def test_a_normalized_step_moves_pixels_by_lr() -> None:
 
 
 def test_total_variation_is_that_of_its_formula() -> None:
-    """A step of plain ascent, by hand: each pair of neighbours pulls its pixels together."""
+    """In a step of plain ascent, each pair of neighbours pulls its pixels together."""
     start = torch.tensor([[[0.0, 3.0, 3.0], [1.0, 1.0, 4.0]], [[0, 0, 0], [0, 0, 2]]]).double()[
         None
     ]
@@ -204,7 +204,7 @@ def test_fourier_weights_are_one_over_f() -> None:
 
 
 def test_jitter_shifts_the_images_that_the_model_sees() -> None:
-    """By shifts of all sizes, one for the batch and step, and the gradient comes back to place."""
+    """All shifts occur, one for each step, and gradients are shifted back."""
     seen: list[Tensor] = []
     start = torch.randn(2, 1, 7, 8).double()
     net, v, _ = linear(1, 7, 8)
@@ -397,7 +397,7 @@ def test_a_unit_changes_its_receptive_field_only() -> None:
 
 
 def test_the_model_runs_up_to_the_layer_only() -> None:
-    """But for the first and the last pass, which are whole."""
+    """The first and the last pass go through the whole model."""
     net = small_net(dtype=torch.float64)
     runs = {"conv2": 0, "fc": 0}
     for name in runs:
@@ -409,7 +409,7 @@ def test_the_model_runs_up_to_the_layer_only() -> None:
 
 
 def test_a_model_that_catches_exceptions_stops_at_the_layer() -> None:
-    """How we leave it at the layer is none of them."""
+    """The signal that stops the model at the layer is no `Exception`."""
     net = small_net(dtype=torch.float64)
     failures: list[Exception] = []
 
@@ -581,7 +581,7 @@ def test_models_may_have_half_precision(dtype: torch.dtype, layer: Any) -> None:
 
 @pytest.mark.parametrize("slope", [1e-4 / 12288, 100.0])
 def test_gradients_beyond_the_range_of_fp16_are_kept(slope: float) -> None:
-    """A pixel's share of a mean is nothing in fp16; and what our scale would overflow is kept."""
+    """Neither gradients that underflow in fp16 nor those that a scale would overflow are lost."""
 
     def forward(x: Tensor) -> Tensor:
         total = x.flatten(1).sum(1, keepdim=True)
@@ -606,7 +606,7 @@ class Unhappy(SmallNet):
 @pytest.mark.parametrize("error", [None, RuntimeError("no"), KeyboardInterrupt()])
 @pytest.mark.parametrize("layer", [None, "conv2"])
 def test_it_leaves_no_trace(error: BaseException | None, layer: Any, trace_free: TraceFree) -> None:
-    """In train mode, with a model that works in place, and stopped halfway."""
+    """The model is in train mode, works in place, and may raise an error halfway."""
     torch.manual_seed(0)
     net = Unhappy().train()
     net.error = error

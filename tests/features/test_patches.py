@@ -1,4 +1,4 @@
-"""Maximally activating patches: values, resuming, boxes that hold all that counts, errors."""
+"""Maximally activating patches: values, resuming, exact boxes and errors."""
 
 import re
 import warnings
@@ -73,7 +73,7 @@ def test_chosen_units_are_rows_of_the_result_for_all() -> None:
 
 
 def test_pictures_are_resized_and_normalised() -> None:
-    """By hand: the mean of a picture of one colour, whatever its size."""
+    """The unit is the mean of a picture of one colour, for any size of the picture."""
     net = nn.Sequential(nn.Conv2d(3, 1, 1, bias=False), nn.Flatten(2)).double()
     nn.init.constant_(net[0].weight, 1.0)
     colours = [(10, 20, 30), (90, 20, 7), (50, 50, 50)]
@@ -134,7 +134,7 @@ def test_models_may_have_half_precision() -> None:
 
 
 class Watched:
-    """Counts what is read; some cannot be, and one may end the run."""
+    """Records the pictures that are read. Some cannot be read, and one may end the run."""
 
     def __init__(self, n: int, unread: tuple[int, ...] = (), deadly: int | None = None) -> None:
         self.pictures, self.reads = noise(n), list[int]()
@@ -330,7 +330,7 @@ def test_pixels_outside_of_a_box_have_no_effect(name: str, layer: str, side: int
     options = {"init_weights": False} if name == "vgg11" else {}
     net = getattr(zoo, name)(weights=None, **options).double().eval()
     for part in net.modules():
-        if isinstance(part, nn.BatchNorm2d):  # else nearly all units of one place are equal
+        if isinstance(part, nn.BatchNorm2d):  # otherwise nearly all units at a position are equal
             nn.init.normal_(part.bias)
             nn.init.uniform_(part.running_mean)
     data, module = noise(4, side, side), net.get_submodule(layer)
@@ -354,7 +354,7 @@ def test_pixels_outside_of_a_box_have_no_effect(name: str, layer: str, side: int
 
 
 def test_boxes_equal_those_made_by_hand() -> None:
-    """One pixel's worth of light in each picture, and a box filter of 3 with stride 2."""
+    """Each picture has one bright pixel; the layer is a box filter of 3 with stride 2."""
     net = nn.Conv2d(3, 1, 3, stride=2, padding=1, bias=False)
     nn.init.constant_(net.weight, 1.0)
     lights = [(0, 0), (4, 4), (7, 10)]  # row, column
@@ -440,7 +440,7 @@ def test_boxes_are_whole_images_where_units_see_all(case: str) -> None:
 
 
 def test_tokens_of_patches_have_their_patches_as_boxes() -> None:
-    """Without attention on the way a reshaped layer has boxes: a Swin's first embedding."""
+    """A reshaped layer without attention before it has boxes, such as Swin's first embedding."""
     net, data = small_swin(), noise(5, 32, 32)
     result = top_patches(
         net, "features.0", data, n=2, size=32, reshape_transform=channels_last_to_first

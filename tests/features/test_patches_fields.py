@@ -1,4 +1,4 @@
-"""Boxes of units: receptive fields, the image's border, and where gradients lie."""
+"""Boxes of units: receptive fields, clipping at the image's border, and effective fields."""
 
 from typing import Any
 
@@ -103,7 +103,7 @@ def test_effective_boxes_come_from_each_units_own_gradient(dtype: torch.dtype, l
 
 
 def test_a_unit_without_a_gradient_keeps_its_receptive_field() -> None:
-    net, data = net_with_ties(), noise(6)  # a step function has none
+    net, data = net_with_ties(), noise(6)  # a step function has no gradient
     options: dict[str, Any] = {"n": 3, "size": 8, "normalize": PLAIN}
     analytic = top_patches(net, "1", data, **options)
     assert analytic.boxes[..., 0].max() > 0
@@ -130,8 +130,7 @@ def test_a_later_step_in_place_does_not_change_effective_boxes() -> None:
 
 
 def test_effective_boxes_work_where_units_see_the_whole_image() -> None:
-    """Squeeze and excitation: the gate's gradient is everywhere, and small."""
-
+    """With squeeze and excitation, the gate's gradient is small and covers the whole image."""
     net, data = SqueezeExcitation().double(), noise(6, 20, 20)
     options: dict[str, Any] = {"n": 3, "size": 20, "normalize": PLAIN}
     plain = top_patches(net, net, data, **options)
@@ -139,7 +138,7 @@ def test_effective_boxes_work_where_units_see_the_whole_image() -> None:
     result = top_patches(net, net, data, receptive_field="effective", **options)
     assert result.reason == plain.reason is not None
     at = result.positions.flip(-1)
-    for i in (0, 1):  # the part that sees only what is near
+    for i in (0, 1):  # the part of the gradient without the gate
         assert (result.boxes[..., i] <= at[..., i]).all()
         assert (result.boxes[..., 2 + i] > at[..., i]).all()
     assert (result.boxes[..., 2:] - result.boxes[..., :2]).max() <= 3

@@ -1,4 +1,4 @@
-"""The largest activations: against sorting everything, in any order, in parts, and with ties."""
+"""The largest activations equal those of a sort, in any order, in parts, and with ties."""
 
 import io
 import re
@@ -21,7 +21,7 @@ def quantised(n: int = N_IMAGES, channels: int = 3) -> Tensor:
 
 
 def everything_sorted(maps: Tensor, n: int, per_image: int) -> tuple[Any, Any, Any]:
-    """By Python's own sort, of one image and then of all."""
+    """The result by Python's own sort, first of each image, then of all."""
     values, indices, positions = [], [], []
     width = maps.shape[3]
     for channel in maps.unbind(1):
@@ -81,7 +81,7 @@ def test_parts_are_merged_and_repeated_images_count_once(
     maps = quantised(n_images) if ties else torch.rand(n_images, 2, 3, 5)
     options = {"n": 9, "per_image": per_image}
     expected = everything_sorted(maps, 9, per_image)
-    # As four processes see them whose sampler repeats some to make the parts equal.
+    # Four processes, whose sampler repeats some images to make the parts equal.
     indices = torch.cat([torch.arange(n_images), torch.arange(4), torch.arange(5)])
     parts = [fed(maps, 1, indices[i::4], **options) for i in range(4)]
     top = TopActivations(**options)

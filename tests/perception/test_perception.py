@@ -51,7 +51,7 @@ PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # pictures as they are
 
 
 class Fixed(Saliency):
-    """An attribution whose map is given."""
+    """An attribution with a fixed map."""
 
     def __init__(self, maps):
         super().__init__(lambda x: x.sum((1, 2, 3)))
@@ -174,7 +174,7 @@ def test_a_layer_that_does_not_run_or_is_unknown_is_refused():
 
 
 def test_the_default_decoder_is_that_of_the_paper():
-    """From 7 x 7 x 2048 to 224 x 224: widths, convolutions and the number of weights by hand."""
+    """It decodes 7 x 7 x 2048 to 224 x 224; its widths and number of weights are known."""
     decoder = PerceptionDecoder(2048, 32)
     assert decoder.widths == [512, 512, 256, 128, 64]
     assert decoder.convolutions == [2, 2, 2, 1, 1]
@@ -209,7 +209,7 @@ def test_default_widths_suit_other_strides(stride):
     ("cells", "is_near"), [(5, False), (6, True), (7, True), (9, True), (10, True), (11, False)]
 )
 def test_cells_may_differ_from_the_side_by_a_quarter(cells, is_near):
-    """Of 64 pixels at a stride of 8: between 48 and 80, both included."""
+    """64 pixels at a stride of 8 may have cells for 48 to 80 pixels, both included."""
     assert stride_fits(64, cells, 8) == is_near
 
 
@@ -248,7 +248,7 @@ def test_a_decoder_is_made_for_any_layer(make, layer, options, channels, stride)
 @pytest.mark.parametrize("size", [(64, 64), (65, 90), (95, 64), (100, 127)])
 @pytest.mark.parametrize("make", [resnet18, narrow_vgg])
 def test_sizes_need_not_be_multiples_of_the_stride(make, size):
-    """A ResNet has a cell for the rest of the picture, a VGG has none."""
+    """A ResNet rounds the number of cells up, a VGG rounds it down."""
     encoder = LayerEncoder(make().eval(), "layer4" if make is resnet18 else "features")
     x = torch.rand(1, 3, *size)
     decoder = PerceptionDecoder.reading(encoder, x, [4] * 5, [1] * 5)
@@ -265,7 +265,7 @@ def test_a_stride_that_is_no_power_of_two_is_refused():
 
 
 def test_a_decoder_refuses_another_encoder(tmp_path):
-    """Same channels, same stride: nothing else would tell."""
+    """Channels and stride are equal, so that only the fingerprint differs."""
     model, x = strided_net(), torch.rand(1, 3, 32, 32)
     decoder = PerceptionDecoder.reading(LayerEncoder(model, "3"), x, [4, 4], [1, 1])
     other = LayerEncoder(model, "4")
@@ -304,7 +304,7 @@ def test_a_saved_decoder_is_loaded(tmp_path):
     model, x = strided_net(), torch.rand(2, 3, 32, 32)
     encoder = LayerEncoder(model, "4")
     decoder = PerceptionDecoder.reading(encoder, x, [8, 4], [2, 1])
-    decoder(encoder(x))  # batch statistics, which are part of it
+    decoder(encoder(x))  # updates batch statistics, which are part of the file
     decoder.eval().save(tmp_path / "decoder.pt", encoder)
     torch.load(tmp_path / "decoder.pt", weights_only=True)
     result = PerceptionDecoder.load(tmp_path / "decoder.pt", encoder)
@@ -342,7 +342,7 @@ def test_other_files_and_other_encoders_are_refused(tmp_path):
 
 
 def test_files_of_before_are_those_of_now(tmp_path):
-    """Names and texts that a file is known by, since files stay."""
+    """The stored settings have a fixed form, so that earlier files can be loaded."""
     encoder = LayerEncoder(strided_net(), "4", normalize=((0.5,), (0.25,)))
     decoder = PerceptionDecoder(8, stride=4, widths=(4, 4), convolutions=(1, 1), colors=1)
     decoder.save(tmp_path / "new" / "a.pt", encoder)
@@ -392,7 +392,7 @@ def test_the_loss_equals_its_formula():
     y = torch.full_like(x, 0.5)
     z, w = torch.zeros(2, 4, 1, 2, dtype=torch.float64), torch.full((2, 4, 1, 2), 3.0)
     parts = perception_loss(x, y, z, w.double())
-    # Of two flat pictures SSIM is c_1 / (0.25 + c_1), c_1 = 1e-4.
+    # The SSIM of two flat pictures is c_1 / (0.25 + c_1), c_1 = 1e-4.
     expected = {"pixel": 0.2 * 0.25, "deep": 0.4 * 9, "ssim": -0.4 * 3 * 1e-4 / (0.25 + 1e-4)}
     assert {k: v.item() for k, v in parts.items()} == pytest.approx(expected, rel=1e-9)
     assert perception_loss(x, y, z, w, (0.4, 0, 0.6)).keys() == {"pixel", "ssim"}
@@ -417,7 +417,7 @@ def test_ssim_accumulates_in_single_precision():
 
 
 def test_autocast_does_not_reach_ssim():
-    """Kornia 0.8 leaves it to its caller: 1.25 for what is 0.87."""
+    """Kornia 0.8 follows autocast: it would give 1.25 instead of 0.87."""
     generator = torch.Generator().manual_seed(1)
     x = 0.8 + 0.1 * torch.rand(2, 3, 32, 32, generator=generator)
     y = (x + 0.02 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
@@ -430,7 +430,7 @@ def test_autocast_does_not_reach_ssim():
 
 
 def test_an_invertible_encoder_gives_the_picture_back():
-    """x^ = x, the latents agree, and what the mask shows is the picture."""
+    """The reconstruction and its latents are exact, and the mask shows the picture itself."""
     model = UnshuffleNet()
     x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     encoder = LayerEncoder(model, "unshuffle", normalize=PLAIN)
@@ -459,7 +459,7 @@ def test_a_mask_of_1_shows_the_reconstruction_and_of_0_the_background(value, is_
 
 
 def test_the_mask_equals_one_made_by_hand():
-    """Channels summed, negative values cut off, divided by the largest, resized."""
+    """Channels are summed, negative values cut off, maps divided by their maximum and resized."""
     maps = torch.tensor([[[[1.0, -4.0]], [[3.0, 1.0]]]])  # sums 4 and -3
     x = torch.rand(1, 3, 32, 32)
     mask = pv_of(attribution=Fixed(maps)).mask(x)
@@ -479,7 +479,7 @@ def test_the_mask_equals_one_made_by_hand():
 
 
 def test_masks_and_pictures_do_not_exceed_1():
-    """Weights of an interpolation may sum to 1 + 2^-23, as from 7 to 33 cells."""
+    """Weights of an interpolation may sum to 1 + 2^-23, for example from 7 to 33 cells."""
     assert resize(torch.ones(1, 1, 7, 7), (33, 33)).max() > 1
     encoder = LayerEncoder(nn.Sequential(nn.Conv2d(3, 12, 5, 5)), "0")
     decoder = PerceptionDecoder(12, 4, [4, 4], [1, 1]).eval()
@@ -637,3 +637,17 @@ def test_results_stay_on_the_gpu():
     for ours, theirs in zip(sum(result, ()), sum(expected, ()), strict=True):
         assert ours.is_cuda
         assert torch.allclose(ours.cpu(), theirs, atol=1e-4)
+
+
+def test_reprs_are_short():
+    model = strided_net()
+    encoder = LayerEncoder(model, model[4], normalize=PLAIN)
+    assert repr(encoder) == (
+        "LayerEncoder(Sequential, layer='4', normalize=((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))"
+    )
+    assert repr(LayerEncoder(model, "4")) == "LayerEncoder(Sequential, layer='4')"
+    perception = pv_of(model, gamma=2.0).visualize(torch.rand(1, 3, 32, 32))
+    assert repr(perception) == (
+        "Perception(image=Tensor((1, 3, 32, 32), float32), mask=Tensor((1, 1, 32, 32), float32), "
+        "reconstruction=Tensor((1, 3, 32, 32), float32))"
+    )

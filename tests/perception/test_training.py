@@ -1,4 +1,4 @@
-"""Training of the decoder: the classifier stays, the decoder learns, what was killed goes on."""
+"""Training of the decoder: the classifier stays, the decoder learns, and killed runs go on."""
 
 import re
 import signal
@@ -40,7 +40,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Lightning has advice about workers and devices."""
+    """Ignore Lightning's advice about workers and devices."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         yield
@@ -67,7 +67,7 @@ def as_tensor(images):
 
 
 class Losses(Callback):
-    """The total of each step."""
+    """Records the loss of each step."""
 
     def __init__(self):
         self.found = []
@@ -92,9 +92,9 @@ def test_the_loss_falls_on_eight_images_and_the_classifier_stays(trace_free):
 
 
 def test_reconstructions_of_held_out_pictures_are_better_than_the_mean_picture(tmp_path):
-    """SSIM and latents of 60 pictures that it has not seen; for each of them, not just on average.
+    """SSIM and latents are better for each of 60 new pictures, not only on average.
 
-    The layer keeps much of the picture, so little training is needed.
+    The layer keeps much of the picture, so that little training is needed.
     """
     train, test = pictures(160, seed=1), as_tensor(pictures(60, seed=2))
     model = dropout_net()
@@ -117,7 +117,7 @@ def test_reconstructions_of_held_out_pictures_are_better_than_the_mean_picture(t
 
 
 def test_a_training_step_equals_one_made_by_hand():
-    """The gradient of the loss by autograd, through the classifier, and one step of Adam."""
+    """The gradient of the loss through the classifier, and one step of Adam, are written out."""
     model, images = dropout_net(), pictures(8)
     encoder = encoder_of(model)
     trained = fit_perception(encoder, images, **SMALL | {"n_epochs": 1, "lr": 0.01})
@@ -146,13 +146,13 @@ def test_a_training_step_equals_one_made_by_hand():
     for name, value in decoder.state_dict().items():
         if value.is_floating_point() and not re.fullmatch(r"blocks\.\d\.0\.bias", name):
             worst = (value - trained.state_dict()[name]).abs()
-            # Where the gradient is zero but for rounding, Adam's step has its sign: as in the
+            # Where the gradient is zero up to rounding, Adam's step has a random sign: as in the
             # biases in front of batch normalisation.
             assert (worst < 1e-4).float().mean() > 0.97, name
 
 
 def test_each_weight_scales_its_part_of_the_loss():
-    """Without SSIM and latents it is a least-squares fit, nearer in pixels than by SSIM alone."""
+    """A fit to pixels alone is nearer in pixels than a fit to SSIM alone."""
     model, images = dropout_net(), pictures(16)
     encoder = encoder_of(model)
     x = as_tensor(images)
@@ -214,7 +214,7 @@ def fit_by_trainer(module, images):
 
 
 def test_the_module_alone_runs_in_lightning(trace_free):
-    """The classifier is evaluated for each step, and what is frozen of the decoder stays."""
+    """The classifier runs in eval mode, and frozen weights of the decoder stay."""
     model = dropout_net().train()
     encoder = encoder_of(model)
     decoder = PerceptionDecoder.reading(
@@ -267,7 +267,7 @@ def test_pictures_that_cannot_be_read_are_left_out():
 
 
 def test_data_without_a_readable_picture_are_refused(tmp_path):
-    """Also where the run is finished, and nothing is read any more."""
+    """A finished run, which reads no picture any more, is refused, too."""
 
     class Unreadable(list):
         def __getitem__(self, index):
@@ -310,7 +310,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
 
 
 def test_a_resumed_run_with_workers_has_the_same_order(tmp_path):
-    """Lightning starts them before it says the epoch."""
+    """Lightning starts workers before it sets the epoch."""
     options = SMALL | {"n_epochs": 2}
     straight = fit_perception(encoder_of(), pictures(16), **options)
     stored = options | {"checkpoints": tmp_path, "num_workers": 1}
@@ -331,7 +331,7 @@ fit_perception(encoder_of(), pictures(), **SMALL | {"n_epochs": 400, "checkpoint
 
 
 def test_a_run_that_got_sigkill_goes_on_to_the_same_weights(tmp_path):
-    """A process that is killed while it trains; the next goes on to the same weights."""
+    """A process is killed during the training, and the next one goes on."""
     run = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],
         cwd=Path(__file__).parents[2],
@@ -394,7 +394,7 @@ class Rank(Callback):
 
 
 def test_two_processes_train_one_decoder(tmp_path):
-    """By gloo, on the CPU: without shared gradients they, who see other halves, would differ."""
+    """Without shared gradients the two CPU processes (gloo) would differ, as each has a half."""
     trainer = {"devices": 2, "strategy": "ddp_fork", "callbacks": Rank(tmp_path)}
     options = SMALL | {"batch_size": 4}
     result = fit_perception(encoder_of(), pictures(16), **options, trainer=trainer)
@@ -434,7 +434,9 @@ def test_invalid_arguments_are_refused(change, error, message):
 def test_invalid_encoders_data_and_modes_are_refused():
     with pytest.raises(TypeError, match="`encoder` must be a LayerEncoder"):
         fit_perception(dropout_net(), pictures(8), **SMALL)
-    with pytest.raises(ValueError, match=r"got a path: pass torchvision's ImageFolder\('pictures'\)"):
+    with pytest.raises(
+        ValueError, match=r"got a path: pass torchvision's ImageFolder\('pictures'\)"
+    ):
         fit_perception(encoder_of(), "pictures", **SMALL)
     with pytest.raises(ValueError, match="`data` must have a length"):
         fit_perception(encoder_of(), [], **SMALL)
