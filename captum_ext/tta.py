@@ -286,7 +286,7 @@ def _predicted(scorer: Scorer, pictures: Tensor, examples: list[int]) -> Tensor:
     output = scorer.outputs((pictures,), torch.tensor(examples, device=pictures.device))
     _check_rows("`model` must give", output, len(pictures))
     scores = compute_scores(output, scorer.score)
-    _check_rows("`score` must leave", scores, len(pictures))
+    _check_rows("`score` must return", scores, len(pictures))
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("`model` gives predictions that are not finite.")
     return scores

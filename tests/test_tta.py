@@ -373,7 +373,7 @@ def test_an_output_that_is_no_prediction_is_named() -> None:
         with pytest.raises(TypeError, match="`model` must give a tensor of floats, got"):
             crop_tta(model, images, masks)
     for score in (lambda p: p.mean(), lambda p: (p,), lambda p: p[0]):
-        with pytest.raises(ValueError, match="`score` must leave"):
+        with pytest.raises(ValueError, match="`score` must return"):
             crop_tta(means, images, masks, score=score)
     with pytest.raises(ValueError, match="`model` gives predictions that are not finite"):
         crop_tta(lambda x: means(x) / 0, images, masks)
