@@ -13,6 +13,7 @@ from captum_ext._checks import check_size, is_finite
 from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
+from captum_ext._errors import ArgumentError
 from captum_ext._repr import fields_repr
 from captum_ext.infill import Infill
 from captum_ext.metrics._definition import define
@@ -117,8 +118,9 @@ def road(
     """
     check_size("noise", noise)
     if not len(percentiles) or not all(is_finite(p) and 0 < p < 100 for p in percentiles):
-        raise ValueError(
-            f"`percentiles` must be numbers above 0 and below 100, got {tuple(percentiles)}."
+        raise ArgumentError(
+            f"`percentiles` must be numbers above 0 and below 100, got {tuple(percentiles)}.",
+            "percentiles",
         )
     scorer = PerturbationScorer(forward_func, inputs, target, additional_forward_args, **scoring)
     ranks, images = scorer.rank_pixels(attributions), scorer.images
