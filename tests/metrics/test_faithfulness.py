@@ -782,7 +782,7 @@ def test_classes_refuse_nan() -> None:
 @for_every_function
 def test_on_a_gpu_it_is_the_same(name: str) -> None:
     x, model = pictures(), small_net(dtype=D)
-    here = numbers(FUNCTIONS[name](model, x, maps(x).round(), 1))
-    there = FUNCTIONS[name](model.cuda(), x.cuda(), maps(x).round().cuda(), 1)
-    assert all(t.is_cuda for t in image_tensors(there))
-    torch.testing.assert_close(numbers(there).cpu(), here)
+    on_cpu = numbers(FUNCTIONS[name](model, x, maps(x).round(), 1))
+    on_gpu = FUNCTIONS[name](model.cuda(), x.cuda(), maps(x).round().cuda(), 1)
+    assert all(t.is_cuda for t in image_tensors(on_gpu))
+    torch.testing.assert_close(numbers(on_gpu).cpu(), on_cpu)
