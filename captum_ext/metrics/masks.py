@@ -33,6 +33,9 @@ def mask_iou(predicted: Tensor, true: Tensor) -> Tensor:
         ValueError: shapes that do not fit.
         TypeError: masks that are not bool.
 
+    Reference:
+        Korsch et al., https://arxiv.org/abs/2307.14825
+
     Example:
         >>> maps = torch.tensor([[[0.9, 0.6, 0.5]]])
         >>> true = torch.tensor([[[False, True, True]]])
@@ -67,6 +70,9 @@ def total_variation(maps: Tensor, norm: str = "squared") -> Tensor:
     Raises:
         ValueError: another shape, values that are not finite, an unknown norm.
         TypeError: maps that are no tensor.
+
+    Reference:
+        Korsch et al., https://arxiv.org/abs/2307.14825
 
     Example:
         >>> maps = torch.tensor([[[0.0, 3.0], [0.0, 1.0]]])
