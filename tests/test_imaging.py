@@ -149,6 +149,18 @@ def test_blur_equals_kornias(kernel: int, sigma: float) -> None:
     torch.testing.assert_close(blur(x, kernel, sigma), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("size", "mode"), [(2, "edge"), (3, "edge"), (4, "reflect"), (5, "reflect")]
+)
+def test_blur_reflects_the_border_where_the_tensor_is_large_enough(size: int, mode: str) -> None:
+    """A kernel of 7 pixels reaches 3 beyond the border; reflection needs 4 pixels for that."""
+    x = torch.randn(size, dtype=D)
+    weights = np.exp(-(np.arange(-3.0, 4.0) ** 2) / (2 * 1.5**2))
+    padded = np.pad(x.numpy(), 3, mode=mode)
+    expected = np.convolve(padded, weights / weights.sum(), mode="valid")
+    torch.testing.assert_close(blur(x[None, None], 7, 1.5)[0, 0], torch.from_numpy(expected))
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_blur_keeps_the_sum_of_an_impulse_and_takes_small_inputs(dims: int) -> None:
     x = torch.zeros(1, 1, *[15] * dims, dtype=D)

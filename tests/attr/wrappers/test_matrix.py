@@ -1,4 +1,8 @@
-"""Every base in every wrapper and nesting: results are finite, and a batch equals its images."""
+"""Every base in every wrapper and nesting: results are finite, and a batch equals its images.
+
+The usual run has every pair of the base, the outer and the inner wrapper; the nightly run has all
+combinations (the marker `slow`).
+"""
 
 import re
 import warnings
@@ -33,6 +37,7 @@ from captum_ext.attr import FCAM, FIDO, RISE, AugmentedSR, SESSWrapper, Upsample
 from captum_ext.fcam import FCAMDecoder
 from tests.methods import EVERY
 from tests.networks import named_net
+from tests.sampling import cover_pairs
 
 SIDE, CHANNELS = 16, 3
 TARGETS = [1, 2]
@@ -139,8 +144,32 @@ def run(name: str, wrapping: str, x: Tensor, target: list[int]) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("wrapping", WRAPPED)
-@pytest.mark.parametrize("name", BASES)
+def base_and_wrappers(name: str, wrapping: str) -> tuple[str, ...]:
+    """The base, the outer and the inner wrapper; the latter is x where there is none."""
+    outer, inner = wrapping.strip(")").split("(")[:2]
+    return name, outer, inner
+
+
+PRODUCT = {
+    base_and_wrappers(name, wrapping): (name, wrapping) for name in BASES for wrapping in WRAPPED
+}
+SAMPLE = cover_pairs(list(PRODUCT))
+
+
+def test_the_sample_has_every_pair_of_bases_and_wrappers() -> None:
+    assert len(SAMPLE) < len(PRODUCT) / 2
+    for columns in ((0, 1), (0, 2), (1, 2)):
+        pairs = [{tuple(row[i] for i in columns) for row in rows} for rows in (SAMPLE, PRODUCT)]
+        assert pairs[0] == pairs[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrapping"),
+    [
+        pytest.param(*case, marks=() if row in SAMPLE else pytest.mark.slow)
+        for row, case in PRODUCT.items()
+    ],
+)
 def test_every_base_in_every_wrapper(name: str, wrapping: str) -> None:
     x = torch.rand(2, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
     result = run(name, wrapping, x, TARGETS)

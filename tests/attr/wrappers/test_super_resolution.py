@@ -307,7 +307,9 @@ def masked_mean(maps: Tensor, matrices: Tensor, size: tuple[int, int]) -> Tensor
     return warp(up, inverse).sum(0) / warp(torch.ones_like(up), inverse).sum(0)
 
 
-@pytest.mark.parametrize(("noise", "gain"), [(0.0, 8.0), (0.03, 5.0)])
+@pytest.mark.parametrize(
+    ("noise", "gain"), [pytest.param(0.0, 8.0, marks=pytest.mark.slow), (0.03, 5.0)]
+)
 def test_a_known_map_is_recovered(noise: float, gain: float) -> None:
     size, cells = (224, 224), (14, 14)
     truth = blobs(224)
@@ -340,8 +342,15 @@ def scene(copies: int = 12, side: int = 48, n: int = 6, **options: Any) -> tuple
     return observe, maps + 0.03 * torch.randn(maps.shape, generator=generator, dtype=D)
 
 
-@pytest.mark.parametrize("downsample", ["area", "legacy"])
-@pytest.mark.parametrize("strength", [2e-4, 1e-3])
+@pytest.mark.parametrize(
+    ("strength", "downsample"),
+    [
+        (2e-4, "area"),
+        (1e-3, "legacy"),
+        pytest.param(2e-4, "legacy", marks=pytest.mark.slow),
+        pytest.param(1e-3, "area", marks=pytest.mark.slow),
+    ],
+)
 def test_mfista_comes_near_the_optimum_in_few_steps(downsample: str, strength: float) -> None:
     observe, maps = scene(downsample=downsample)
     weights = {"tv": strength * 12, "l2": strength * 1.2}
