@@ -34,7 +34,7 @@ from captum_ext.attr._concrete_dropout import DROPOUTS
 from captum_ext.attr._log_odds import OUTPUTS
 from captum_ext.attr._masked_scores import SDR, SSR, LogOddsScorer, MaskedScores, regulariser
 from captum_ext.attr._method_info import Paper
-from captum_ext.attr._named import Named
+from captum_ext.attr._mixin import AttributionMixin
 from captum_ext.imaging import resize
 from captum_ext.infill import Baselines, Infill, gaussian
 
@@ -87,7 +87,7 @@ class FIDOOptions(TypedDict, total=False):
     callback: Callable[[int, FIDOMasks], Any] | None
 
 
-class FIDO(Named, PerturbationAttribution):
+class FIDO(AttributionMixin, PerturbationAttribution):
     r"""FIDO: the pixels that suffice for the model's decision, and those that it needs.
 
     Each pixel is replaced by the infill with a probability theta = sigmoid(logit) of its own. The

@@ -27,7 +27,7 @@ from captum_ext._repr import fields_repr
 from captum_ext.attr._grid_masks import BLOCK, GridMasks, chunk_bounds
 from captum_ext.attr._masked_means import MaskedMeans
 from captum_ext.attr._method_info import Paper
-from captum_ext.attr._named import Named
+from captum_ext.attr._mixin import AttributionMixin
 from captum_ext.infill import IMAGE_INFILLS, blend
 
 ESTIMATORS = ("standard", "self-normalized")
@@ -75,7 +75,7 @@ class _Options:
         check_generator(self.generator, device)
 
 
-class RISE(Named, PerturbationAttribution):
+class RISE(AttributionMixin, PerturbationAttribution):
     r"""RISE: a pixel matters if the score is high when random masks show it.
 
     With the score f, the baseline b, and N random masks m with values of mean p, the map (Eq. 6)

@@ -2,10 +2,10 @@
 
 from captum.attr import Attribution
 
-from captum_ext.attr._named import Named
+from captum_ext.attr._mixin import AttributionMixin
 
 
-class BaseWrapper(Named, Attribution):
+class BaseWrapper(AttributionMixin, Attribution):
     """Base of the attributions that are made of those of another method.
 
     Args:
