@@ -29,6 +29,7 @@ from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import default_batch_size
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import fields_repr
 from captum_ext.attr._concrete_dropout import DROPOUTS
 from captum_ext.attr._log_odds import OUTPUTS
@@ -313,7 +314,7 @@ class FIDO(AttributionMixin, PerturbationAttribution):
         check_generator(generator, images.device)
         size = _checked_size(mask_size, images)
         if callback is not None and not callable(callback):
-            raise TypeError(f"`callback` must be callable or None, got {type(callback)}.")
+            raise ArgumentTypeError(f"`callback` must be callable or None, got {type(callback)}.")
         rows = OBJECTIVES[objective]
         with torch.inference_mode(False), preserve_state(self.forward_func), torch.enable_grad():
             scorer = LogOddsScorer(
@@ -342,7 +343,7 @@ class FIDO(AttributionMixin, PerturbationAttribution):
                     n = step + 1
                     callback(n, _make_masks(logits.clone(), losses[:n].clone(), rows, shape))
         if not bool(torch.isfinite(logits).all() & torch.isfinite(losses).all()):
-            raise ValueError("`forward_func` gave scores or gradients that are not finite.")
+            raise ArgumentError("`forward_func` gave scores or gradients that are not finite.")
         masks = _make_masks(logits.detach(), losses, rows, shape)
         maps: Tensor = getattr(masks, objective)
         repeated = maps.to(images.dtype).repeat(1, images.shape[1], 1, 1)
@@ -402,7 +403,7 @@ def _checked_size(mask_size: Any, images: Tensor) -> tuple[int, int]:
     height, width = images.shape[2:]
     size = (height, width) if mask_size is None else height_width("mask_size", mask_size)
     if size[0] > height or size[1] > width:
-        raise ValueError(
+        raise ArgumentError(
             f"`mask_size` must be at most the image's {height} x {width}, got {mask_size!r}."
         )
     return size

@@ -23,6 +23,7 @@ from captum_ext._compat import (
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import Score, Scorer, check_score, compute_scores, select_target
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError
 from captum_ext._repr import fields_repr
 from captum_ext.attr._grid_masks import BLOCK, GridMasks, chunk_bounds
 from captum_ext.attr._masked_means import MaskedMeans
@@ -255,7 +256,9 @@ class RISE(AttributionMixin, PerturbationAttribution):
             AssertionError: as in `attribute`.
         """
         if not isinstance(targets, Sequence | Tensor) or len(targets) == 0:
-            raise ValueError(f"`targets` must be a list of at least one target, got {targets!r}.")
+            raise ArgumentError(
+                f"`targets` must be a list of at least one target, got {targets!r}."
+            )
         options = _Options(
             n_masks, p, grid, estimator, tolerance, generator, perturbations_per_eval, show_progress
         )
@@ -368,7 +371,7 @@ def _masked_inputs(inputs: Tensors) -> list[bool]:
     """Whether each of the inputs is masked."""
     can_mask = [x.is_floating_point() and 3 <= x.dim() <= 5 and x.numel() > 0 for x in inputs]
     if not any(can_mask):
-        raise ValueError(
+        raise ArgumentError(
             f"`inputs` must have a tensor of floats (B, C, *spatial) with one to three spatial "
             f"dimensions, got {[(tuple(x.shape), x.dtype) for x in inputs]}."
         )
@@ -376,7 +379,7 @@ def _masked_inputs(inputs: Tensors) -> list[bool]:
     is_masked = [can and x.shape[2:] == size for x, can in zip(inputs, can_mask, strict=True)]
     for x, masked in zip(inputs, is_masked, strict=True):
         if masked and not bool(torch.isfinite(x).all()):
-            raise ValueError("`inputs` has values that are not finite.")
+            raise ArgumentError("`inputs` has values that are not finite.")
     return is_masked
 
 
@@ -385,7 +388,7 @@ def _checked_baselines(baselines: Any, inputs: Tensors) -> Any:
     parts = baselines if isinstance(baselines, tuple) else (baselines,)
     if any(isinstance(b, str) for b in parts):
         if len(parts) != len(inputs):
-            raise ValueError(
+            raise ArgumentError(
                 f"`baselines` must be one for each of {len(inputs)} inputs, got {len(parts)}."
             )
         parts = tuple(
@@ -397,7 +400,7 @@ def _checked_baselines(baselines: Any, inputs: Tensors) -> Any:
     _validate_input(inputs, formatted)
     for x, baseline in zip(inputs, formatted, strict=True):
         if isinstance(baseline, Tensor) and not _can_broadcast(baseline, x):
-            raise ValueError(
+            raise ArgumentError(
                 f"`baselines` must broadcast to the inputs, got {tuple(baseline.shape)} for "
                 f"{tuple(x.shape)}."
             )
@@ -412,5 +415,7 @@ def _can_broadcast(baseline: Tensor, x: Tensor) -> bool:
 def _named_baseline(name: str, x: Tensor) -> Tensor:
     check_choice("baselines", name, IMAGE_INFILLS)
     if x.dim() != 4:
-        raise ValueError(f"`baselines` {name!r} is for images (B, C, H, W), got {tuple(x.shape)}.")
+        raise ArgumentError(
+            f"`baselines` {name!r} is for images (B, C, H, W), got {tuple(x.shape)}."
+        )
     return IMAGE_INFILLS[name](x).expand_as(x)

@@ -2,6 +2,7 @@
 
 from captum.attr import Attribution
 
+from captum_ext._errors import ArgumentTypeError
 from captum_ext.attr._mixin import AttributionMixin
 
 
@@ -17,7 +18,7 @@ class BaseWrapper(AttributionMixin, Attribution):
 
     def __init__(self, attribution_method: Attribution) -> None:
         if not isinstance(attribution_method, Attribution):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"`attribution_method` must be an instance of a Captum attribution class, got "
                 f"{attribution_method!r}."
             )
