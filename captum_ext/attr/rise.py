@@ -277,12 +277,19 @@ class RISE(AttributionMixin, PerturbationAttribution):
         options: _Options,
         with_errors: bool,
     ) -> RISEMaps:
-        first = inputs[_masked_inputs(inputs).index(True)]
+        is_masked = _masked_inputs(inputs)
+        first = inputs[is_masked.index(True)]
         options.check(first.device)
         masks = GridMasks(first, options.grid, options.p, options.generator)
-        scores = _MaskedScores(
-            self.forward_func, self.score, inputs, baselines, targets, additional_forward_args
-        )
+        baselines = _checked_baselines(baselines, inputs)
+        scorers = [
+            Scorer(
+                self.forward_func, len(first), target, additional_forward_args, self.score,
+                first.device,
+            )
+            for target in targets
+        ]  # fmt: skip
+        scores = _TargetScores(inputs, baselines, is_masked, scorers)
         n_masks = options.n_masks
         chunks = chunk_bounds(n_masks, options.perturbations_per_eval)
         sums, latest = MaskedMeans(with_errors), _LatestMaps(options.tolerance)
@@ -307,37 +314,25 @@ class RISE(AttributionMixin, PerturbationAttribution):
         )
 
 
-class _MaskedScores:
+class _TargetScores:
     """The scores of T targets of B examples under masks, all from the same forward passes."""
 
     def __init__(
-        self,
-        forward_func: Forward,
-        score: Score,
-        inputs: Tensors,
-        baselines: Any,
-        targets: Sequence[TargetType],
-        additional_forward_args: Any,
+        self, inputs: Tensors, baselines: Any, is_masked: list[bool], scorers: list[Scorer]
     ) -> None:
-        self.inputs, self.score = inputs, score
-        self.baselines = _checked_baselines(baselines, inputs)
-        self.is_masked = _masked_inputs(inputs)
-        first = inputs[self.is_masked.index(True)]
-        self.indices = torch.arange(len(first), device=first.device)
-        self.scorers = [
-            Scorer(forward_func, len(first), target, additional_forward_args, score, first.device)
-            for target in targets
-        ]
+        self.parts = list(zip(inputs, baselines, is_masked, strict=True))
+        self.scorers = scorers
+        self.indices = torch.arange(len(inputs[0]), device=inputs[is_masked.index(True)].device)
 
     def __call__(self, masks: Tensor) -> Tensor:
         """The scores (n, T * B) under masks (n, *spatial)."""
         n = len(masks)
         masked = tuple(
             blend(x, b, masks.to(x.dtype)[:, None, None]) if is_masked else torch.cat([x] * n)
-            for x, b, is_masked in zip(self.inputs, self.baselines, self.is_masked, strict=True)
+            for x, b, is_masked in self.parts
         )
-        examples = self.indices.repeat(n)
-        scores = compute_scores(self.scorers[0].outputs(masked, examples), self.score)
+        examples, first = self.indices.repeat(n), self.scorers[0]
+        scores = compute_scores(first.outputs(masked, examples), first.score)
         selected = [select_target(scores, s.targets_for(examples)) for s in self.scorers]
         return torch.stack([s.reshape(n, len(self.indices)) for s in selected], 1).flatten(1)
 
