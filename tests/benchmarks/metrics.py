@@ -1,7 +1,7 @@
 """What the metrics and `evaluate` cost, in one run.
 
     python -m tests.benchmarks.metrics [--device cpu|cuda] [--repeats N] [--threads N]
-                                       [--images N] [--json FILE]
+                                       [--images N] [--json FILE] [--quick]
                                        [--part boxes faithfulness torchcam flat evaluate]
 
 - boxes, on the CPU with one thread: MaxBoxAcc, its 1000 thresholds on a map of 224 x 224: a class
@@ -35,7 +35,14 @@ from captum_ext.imaging import min_max, resize
 from captum_ext.metrics import MaxBoxAcc, box_ious
 from tests.benchmarks.evaluation import evaluate_tables, flat_tables
 from tests.benchmarks.faithfulness import faithfulness_tables, torchcam_tables
-from tests.benchmarks.measuring import Calls, Row, environment, markdown, measure
+from tests.benchmarks.measuring import (
+    Calls,
+    Row,
+    environment,
+    markdown,
+    measure,
+    parse_arguments,
+)
 
 SIDE = 224
 TRUE = (40, 50, 150, 170)
@@ -167,7 +174,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="in a batch of faithfulness and torchcam")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="all, if not named")
-    given = parser.parse_args()
+    given = parse_arguments(parser, repeats=1, images=2, part=PARTS[:3])
     warnings.simplefilter("ignore")
     device, repeats, images = torch.device(given.device), given.repeats, given.images
     torch.set_num_threads(given.threads)

@@ -21,7 +21,7 @@ from captum_ext.attr import (
     tokens_to_grid,
 )
 from tests.captures import layer_activations
-from tests.methods import EVERY
+from tests.methods import EVERY, GRADIENT
 from tests.networks import VIT_LAYER, small_net, small_swin, small_vit, torchvision_net
 
 
@@ -200,31 +200,64 @@ def test_every_torchvision_classifier_has_a_suggestion() -> None:
             model.get_submodule(suggest_layer(model))
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("vgg11_bn", 64),
-        ("squeezenet1_1", 64),
-        ("mobilenet_v3_small", 64),
-        ("shufflenet_v2_x0_5", 64),
-        ("regnet_y_400mf", 64),
-        ("mnasnet0_5", 64),
-        ("inception_v3", 75),
-        ("googlenet", 64),
-        ("densenet121", 64),
-        ("efficientnet_b0", 64),
-        ("convnext_tiny", 64),
-        ("swin_t", 64),
-    ],
-)
-def test_suggested_layers_have_a_map(name: str, size: int) -> None:
-    options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
-    model = models.get_model(name, weights=None, **options).eval()
+SMALL_MODELS = {
+    "squeezenet1_1": 64,
+    "mobilenet_v3_small": 64,
+    "shufflenet_v2_x0_5": 64,
+    "regnet_y_400mf": 64,
+    "mnasnet0_5": 64,
+    "googlenet": 64,
+    "densenet121": 64,
+    "efficientnet_b0": 64,
+}
+LARGE_MODELS = {
+    "alexnet": 64,
+    "vgg11_bn": 64,
+    "resnet50": 64,
+    "resnext50_32x4d": 64,
+    "inception_v3": 75,
+    "mobilenet_v2": 64,
+    "efficientnet_v2_s": 64,
+    "convnext_tiny": 64,
+    "swin_t": 64,
+    "swin_v2_t": 64,
+    "vit_b_16": 64,
+}
+
+
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_suggested_layers_have_a_map(name: str) -> None:
+    model, size = torchvision_net(name), SMALL_MODELS[name]
     method = LayerGradCamPlusPlus(model, suggest_layer(model))
     found = method.attribute(torch.randn(1, 3, size, size), target=3)
     assert found.dim() == 4
     assert found.shape[1] == 1
     assert found.shape[2] == found.shape[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SMALL_MODELS | LARGE_MODELS)
+@pytest.mark.parametrize("name", GRADIENT)
+def test_a_batch_equals_its_examples_on_every_architecture(name: str, architecture: str) -> None:
+    torch.manual_seed(0)
+    size = (SMALL_MODELS | LARGE_MODELS)[architecture]
+    options = {"image_size": size} if architecture.startswith("vit") else {}
+    model = torchvision_net(architecture, **options)
+    head = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+    nn.init.normal_(head.weight)  # some begin with zeros
+    model, x, targets = model.double(), torch.randn(2, 3, size, size).double(), [3, 5]
+
+    def maps(images: Tensor, target: list[int]) -> Tensor:
+        transform = suggest_reshape_transform(model)
+        method = GRADIENT[name](model, suggest_layer(model), reshape_transform=transform)
+        return method.attribute(images, target=target)
+
+    found = maps(x, targets)
+    assert found.shape[1] == 1
+    assert torch.isfinite(found).all()
+    assert (found.flatten(1).amax(1) > found.flatten(1).amin(1)).all()
+    alone = torch.cat([maps(x[i : i + 1], targets[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(found / found.abs().max(), alone / found.abs().max())
 
 
 def test_the_last_resort_is_the_last_convolution() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from captum.attr import LayerGradCam, LayerGradientXActivation, NoiseTunnel
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -383,7 +383,6 @@ def test_noise_tunnel_without_noise_changes_nothing(name: str) -> None:
     torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-13)
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     dims=st.integers(1, 3),
     channels=st.integers(1, 5),
