@@ -25,3 +25,7 @@ class ArgumentTypeError(TypeError):
     def __init__(self, message: str, argument: str = "", code: str = "invalid") -> None:
         super().__init__(message)
         self.argument, self.code = argument, code
+
+
+class AllFailedError(RuntimeError):
+    """Each part of a run failed; the message has the first reason."""

@@ -61,7 +61,7 @@ def test_it_is_the_library_s_evaluation(command, resnet, capsys):
     said = capsys.readouterr()
     assert said.err == ""
     found = summary("run")
-    assert list(found.figures) == ["grad-cam", "layer-cam"]
+    assert list(found.figures) == ["grad-cam", "layercam"]
     assert list(found.higher_is_better) == ["insertion", "deletion"]
     assert said.out == f"{found.markdown()}\nwritten to run\n"
     assert Path("run/summary.md").read_text() == found.markdown()
@@ -79,8 +79,8 @@ def test_it_is_the_library_s_evaluation(command, resnet, capsys):
     )
     assert straight.figures["grad-cam"] == found.figures["grad-cam"]
     assert sorted(p.name for p in Path("run").iterdir()) == [
-        *("curves.png", "figure.png", "rows.csv", "rows.csv.lock", "settings.json"),
-        *("summary.md", "timings.csv"),
+        *("curves.png", "figure.png", "results.0.lock", "results.0.sqlite", "rows.csv"),
+        *("settings.json", "summary.md", "timings.csv"),
     ]
 
 

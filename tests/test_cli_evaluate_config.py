@@ -15,6 +15,7 @@ from captum_ext.cli.config import read_config
 from captum_ext.cli.pictures import Folder
 from captum_ext.evaluation import summary
 from tests import test_cli_evaluate, test_readme
+from tests.evaluation.subjects import exported, forget
 from tests.test_cli_evaluate import run
 
 torch.set_num_threads(1)
@@ -47,10 +48,10 @@ def refused(capsys, said, *argv):
 
 
 def test_a_file_and_flags_give_the_same_rows(command, config, capsys):
-    flags = ("--method", "layer-cam", "--metrics", "average_drop", "--seed", 7, "--output", "a")
+    flags = ("--method", "layercam", "--metrics", "average_drop", "--seed", 7, "--output", "a")
     assert run(*command, *flags) == 0
     told = capsys.readouterr().out
-    text = "layer: layer2\nbatch-size: 2\nmethod: [grad-cam, layer-cam]\nmetrics: average_drop\n"
+    text = "layer: layer2\nbatch-size: 2\nmethod: [grad-cam, layercam]\nmetrics: average_drop\n"
     assert run(*config(f"{text}seed: 7\noutput: b")) == 0
     assert capsys.readouterr().out == told.replace("written to a", "written to b")
     for name in ("rows.csv", "settings.json", "summary.md"):
@@ -59,11 +60,11 @@ def test_a_file_and_flags_give_the_same_rows(command, config, capsys):
 
 def test_the_command_line_goes_before_the_file(config):
     text = "layer: layer2\nmethod: [grad-cam, cam]\nmetrics: [road]\noutput: a\nseed: 3"
-    flags = ("--method", "layer-cam", "--metrics", "average_drop", "--output", "b")
+    flags = ("--method", "layercam", "--metrics", "average_drop", "--output", "b")
     assert run(*config(text), *flags) == 0
     assert not Path("a").exists()
     found = summary("b")
-    assert list(found.figures) == ["layer-cam"]
+    assert list(found.figures) == ["layercam"]
     assert list(found.higher_is_better) == ["average_drop"]
     assert '"seed": 3' in Path("b/settings.json").read_text()
 
@@ -77,9 +78,9 @@ def test_what_is_empty_is_not_given(config, capsys):
 def options_of_evaluate():
     parser = cli._Parser()
     cli.evaluate.add_command(parser.add_subparsers())
-    given = parser.parse_args(["evaluate"])
-    assert vars(given).keys() == {"run"}  # nothing is given by default
-    return given.run.args[0]
+    command_line = parser.parse_args(["evaluate"])
+    assert vars(command_line).keys() == {"run"}  # options that are not given are not there
+    return command_line.run.args[0]
 
 
 def test_every_flag_has_a_key(capsys):
@@ -114,8 +115,10 @@ def test_every_flag_has_a_key(capsys):
         ("method: [1]", "method: expected one or more names, got [1]"),
         ("size: {a: 1}", "size: expected an integer, got {'a': 1}"),
         ("method: gradcan", "unknown method 'gradcan'. Closest: grad-cam"),
-        ("method: IntegratedGradient", "Closest: IntegratedGradients"),
-        ("method: LayerIntegratedGradients", "unknown method 'LayerIntegratedGradients'"),
+        ("method: IntegratedGradient", "Closest: integrated-gradients"),
+        ("method: NeuronGradient", "unknown method 'NeuronGradient'"),
+        ("method: ShapleyValues", "unknown method 'ShapleyValues'"),
+        ("method: Occlusion", "occlusion does not work on resnet18: "),
         ("method: {a: {methods: cam}}", "method: a: unknown key 'methods'. Closest: method"),
         ("method: {a: {method: [cam]}}", "method: a: method: expected text"),
         ("method: {cam: 3}", "method: cam: expected options of method, layer, arguments"),
@@ -235,8 +238,8 @@ def test_trials_of_what_takes_minutes_are_short(command, monkeypatch):
     """But for the trial, as many passes as were asked for; as it comes, a thousand masks."""
     trials = []
 
-    def keep(arguments, made, opened, loaded):
-        for _, kwargs in made.values():
+    def keep(arguments, attributions, source, loaded):
+        for _, kwargs in attributions.values():
             assert kwargs.get("n_masks", 1000) == 1000
         raise KeyboardInterrupt
 
@@ -252,34 +255,34 @@ def test_trials_of_what_takes_minutes_are_short(command, monkeypatch):
 
     counted("RISE", RISE)
     counted("FIDO", FIDO)
-    monkeypatch.setattr(cli.evaluate, "evaluated", keep)
+    monkeypatch.setattr(cli.evaluate, "run_evaluation", keep)
     assert run(*command, "--method", "rise", "FIDO") == 130
-    assert trials == [("RISE", 1, None), ("FIDO", None, 1)]
+    assert trials == [("RISE", 1, None), ("FIDO", 1, 1)]
 
 
 def test_a_run_with_drawn_copies_goes_on(config, capsys):
     text = "layer: layer2\nbatch-size: 1\nmetrics: average_drop\nmethod:\n"
     argv = config(f"{text}  moved: {{method: grad-cam, augmented-sr: {{n_augmentations: 2}}}}")
     assert run(*argv) == 0
-    rows = Path("evaluation/rows.csv")
-    whole = rows.read_bytes()
-    rows.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    before = exported(Path("evaluation"))
+    assert forget(Path("evaluation"), "number > 0") == 2
     assert run(*argv) == 0
-    assert rows.read_bytes() == whole
+    assert exported(Path("evaluation")) == before
 
 
 def test_classes_of_captum_on_the_command_line(command):
     flags = ("--metrics", "average_drop", "--output", "run")
     assert run(*command, "--method", "Saliency", *flags) == 0
-    assert list(summary("run").figures) == ["grad-cam", "Saliency"]
+    assert list(summary("run").figures) == ["grad-cam", "saliency"]
 
 
 def test_names_are_found_in_any_spelling_and_once():
     found = find_attributions(["Grad_CAM", "gradcam", "Saliency", "Saliency"])
-    assert [one.name for one in found] == ["grad-cam", "Saliency"]
+    assert [request.name for request in found] == ["grad-cam", "saliency"]
     rise = find_attributions(["RISE", "rise", "FIDO"])
-    assert [one.name for one in rise] == ["rise", "FIDO"]
-    assert [one.name for one in find_attributions(None)] == [m.name for m in cli.methods.METHODS]
+    assert [request.name for request in rise] == ["rise", "fido"]
+    default = [method.name for method in cli.methods.default_methods()]
+    assert [request.name for request in find_attributions(None)] == default
 
 
 def test_the_readmes_file_can_be_read(tmp_path, monkeypatch):
@@ -299,21 +302,21 @@ def test_the_readmes_file_can_be_read(tmp_path, monkeypatch):
 
 
 def test_the_summary_is_told_again_against_another_method(command, capsys):
-    flags = ("--method", "layer-cam", "--metrics", "average_drop", "--output", "run")
+    flags = ("--method", "layercam", "--metrics", "average_drop", "--output", "run")
     assert run(*command, *flags) == 0
     rows = Path("run/rows.csv").read_bytes()
     capsys.readouterr()
-    again = ("evaluate", "--summarize", "--output", "run", "--against", "layer-cam")
+    again = ("evaluate", "--summarize", "--output", "run", "--against", "layercam")
     assert run(*again) == 0
-    found = summary("run", against="layer-cam")
+    found = summary("run", against="layercam")
     assert capsys.readouterr().out == f"{found.markdown()}\nwritten to run\n"
     assert Path("run/summary.md").read_text() == found.markdown()
-    assert "less layer-cam" in found.markdown()
+    assert "less layercam" in found.markdown()
     assert Path("run/rows.csv").read_bytes() == rows
-    assert run(*command, *flags, "--against", "layer-cam") == 0
+    assert run(*command, *flags, "--against", "layercam") == 0
     assert found.markdown() in capsys.readouterr().out
     assert run(*again[:-1], "cam") == 2
-    assert "--against must be one of ['grad-cam', 'layer-cam']" in capsys.readouterr().err
+    assert "--against must be one of ['grad-cam', 'layercam']" in capsys.readouterr().err
 
 
 def test_no_run_to_tell_of(command, capsys):

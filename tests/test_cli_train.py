@@ -16,9 +16,9 @@ from captum.attr import LayerGradCam
 from PIL import Image
 
 from captum_ext import cli, zoo
-from captum_ext.attr import FCAM, LayerScoreCam
+from captum_ext.attr import FCAM, LayerScoreCam, LayerTokenGradCam
 from captum_ext.cli import train_fcam
-from captum_ext.cli.options import check_devices
+from captum_ext.cli.models import check_devices
 from captum_ext.cli.pictures import Folder
 
 pytest.importorskip("lightning")
@@ -189,10 +189,10 @@ def test_defaults_are_those_of_fit_fcam(resnet, here, asked):
     model = ("--model", "resnet18", "--weights", resnet, "--device", "cpu")
     assert run("train-fcam", "data", *model) == 0
     parameters = inspect.signature(fit_fcam).parameters
-    for name in train_fcam._OPTIONS:
+    for name in train_fcam._FLAGS:
         assert asked[name] == parameters[name].default
     assert "trainer" not in asked
-    assert type(asked["guide"]) is LayerGradCam
+    assert type(asked["guide"]) is LayerTokenGradCam
     assert asked["guide"].layer is asked["classifier"].layer4
     assert asked["layers"] == ["relu", "layer1", "layer2", "layer3", "layer4"]
 
@@ -205,7 +205,7 @@ def test_the_papers_settings(here, command, asked):
 
 def test_every_option_comes_through(here, command, asked):
     given = {"resize": 72, "n_epochs": 2, "batch_size": 5, "seed": 9, "num_workers": 1}
-    options = [str(a) for n, v in given.items() for a in (train_fcam._OPTIONS[n][0], v)]
+    options = [str(a) for n, v in given.items() for a in (train_fcam._FLAGS[n], v)]
     folders = ("--checkpoints", "run", "--cache", "maps", "--devices", "2")
     guide = ("--guide", "Score_CAM", "--layer", "layer3")
     assert run(*command, *options, *folders, *guide, "--output", "d.pth") == 0
@@ -248,12 +248,12 @@ def test_pictures_that_another_process_could_not_read(here, monkeypatch):
         found[:] = [own, {0, 4}]
 
     folder = Folder("data")
-    folder.unread[2] = True
-    assert folder.unread_in_all() == [2]
+    folder.is_unreadable[2] = True
+    assert folder.unreadable_indices() == [2]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    assert folder.unread_in_all() == [0, 2, 4]
+    assert folder.unreadable_indices() == [0, 2, 4]
 
 
 # --- what was stopped ----------------------------------------------------------------------------

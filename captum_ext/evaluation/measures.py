@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import check_choice, closest
+from captum_ext._errors import ArgumentError
 from captum_ext.evaluation.examples import Prepared
 from captum_ext.evaluation.records import (
     Array,
@@ -314,19 +315,21 @@ def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
             made[name] = MEASURES[name](**value)
         else:
             near = closest(str(name), ["localization", *MEASURES])
-            raise ValueError(
+            raise ArgumentError(
                 f"`metrics` must be names of {['localization', *MEASURES]}, with options where "
                 f"they are a mapping (of single metrics, not of 'localization'), or other names "
-                f"with functions, got {name!r}: {value!r}. Closest: {near}"
+                f"with functions, got {name!r}: {value!r}. Closest: {near}",
+                "metrics",
             )
     if _Overall.name in made:
         both = [made.get(name) or MEASURES[name]() for name in _CURVES]
         made[_Overall.name].records = [record for one in both for record in one.records]
     if not made:
-        raise ValueError(
+        raise ArgumentError(
             f"`metrics`: the first {len(known)} examples of `data` that can be read have neither "
             f"boxes nor masks, so that no localisation can be measured: name others, of "
-            f"{list(MEASURES)}."
+            f"{list(MEASURES)}.",
+            "metrics",
         )
     return list(made.values())
 

@@ -12,6 +12,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
 
 from captum_ext._engine.modules import Forward, parameter_dtype, root_module
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import json_value, versioned_name
 from captum_ext.attr import UpsampleWrapper
 from captum_ext.attr._chain import chain, innermost, keywords_of
@@ -57,31 +58,37 @@ def checked_methods(methods: Any) -> list[Method]:
         ValueError: an argument of `attribute` that is not the caller's.
     """
     if not isinstance(methods, Mapping) or not methods:
-        raise TypeError(
+        raise ArgumentTypeError(
             f"`methods` must be a mapping from names to attributions, at least one, got "
-            f"{type(methods).__name__}."
+            f"{type(methods).__name__}.",
+            "methods",
         )
     for name in methods:
         if not isinstance(name, str) or not name or name.splitlines() != [name]:
-            raise TypeError(f"`methods` must have names of one line, got {name!r}.")
+            raise ArgumentTypeError(
+                f"`methods` must have names of one line, got {name!r}.", "methods"
+            )
     return [_method(name, value) for name, value in methods.items()]
 
 
 def _method(name: str, value: Any) -> Method:
     attribution, kwargs = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
     if not isinstance(attribution, Attribution) or not isinstance(kwargs, Mapping):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"`methods`: {name} must be a Captum Attribution, or (Attribution, arguments of "
-            f"`attribute`), got {type(value).__name__}."
+            f"`attribute`), got {type(value).__name__}.",
+            "methods",
         )
     taken = {"inputs", "target", "return_convergence_delta"} & kwargs.keys()
     if taken:
-        raise ValueError(f"`methods`: {name}: {sorted(taken)} cannot be given.")
+        raise ArgumentError(f"`methods`: {name}: {sorted(taken)} cannot be given.", "methods")
     if isinstance(attribution, LayerAttribution):
         attribution = UpsampleWrapper(attribution)
     known = keywords_of(attribution)
     if known is not None and (unknown := sorted(kwargs.keys() - known)):
-        raise ValueError(f"`methods`: {name} has no arguments {unknown}, but {sorted(known)}.")
+        raise ArgumentError(
+            f"`methods`: {name} has no arguments {unknown}, but {sorted(known)}.", "methods"
+        )
     return Method(name, attribution, kwargs)
 
 

@@ -14,6 +14,7 @@ from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module, parameter_dtype
 from captum_ext._engine.state import eval_mode, seeded_random
+from captum_ext._errors import ArgumentError
 from captum_ext._identity import derive_seed
 from captum_ext._training import DecoderModule
 from captum_ext.fcam.decoder import FCAMDecoder
@@ -219,9 +220,11 @@ class FCAMModule(DecoderModule):
         if not all(bool(torch.isfinite(weight).all()) for weight in self.decoder.parameters()):
             self.raise_not_finite("after its last batch: weights are not finite")
         if self.seed_losses[1] == 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"`guide` {self.guide.get_name()} gave no seeds in epoch {self.current_epoch}: its "
-                f"maps are flat or not finite, or no picture could be read."
+                f"maps are flat or not finite, or no picture could be read.",
+                "guide",
+                "no_seeds",
             )
         self.size_loss.step()
 
@@ -243,7 +246,9 @@ class FCAMModule(DecoderModule):
         score = self.localisation.compute().item()
         self.localisation.reset()
         if math.isnan(score):
-            raise ValueError("`validation`: none of its pictures can be read.")
+            raise ArgumentError(
+                "`validation`: none of its pictures can be read.", "validation", "unreadable"
+            )
         self.log("val_MaxBoxAcc", score, prog_bar=True)
         if score > self.best.get("score", -1.0):
             state = self.decoder.state_dict()

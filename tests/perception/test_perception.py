@@ -322,7 +322,7 @@ def test_files_that_are_refused(tmp_path):
         PerceptionDecoder.load(file, other)
     saved = torch.load(file, weights_only=True)
     torch.save(saved | {"widths": [8, 8]}, file)
-    with pytest.raises(ValueError, match=r"of another architecture than it says.*blocks"):
+    with pytest.raises(ValueError, match=r"of another architecture than its options.*blocks"):
         PerceptionDecoder.load(file, encoder)
     torch.save(saved, file)
     other = strided_net()
