@@ -1,7 +1,7 @@
 """The cost of the metrics and of `evaluate`.
 
     python -m tests.benchmarks.metrics [--device cpu|cuda] [--repeats N] [--threads N]
-                                       [--images N] [--json FILE]
+                                       [--images N] [--json FILE] [--quick]
                                        [--part boxes faithfulness torchcam flat evaluate]
 
 - boxes, on the CPU with one thread: MaxBoxAcc with its 1000 thresholds on a map of 224 x 224. The
@@ -35,7 +35,14 @@ from captum_ext.imaging import min_max, resize
 from captum_ext.metrics import MaxBoxAcc, box_ious
 from tests.benchmarks.evaluation import evaluate_tables, flat_tables
 from tests.benchmarks.faithfulness import faithfulness_tables, torchcam_tables
-from tests.benchmarks.measuring import Calls, Row, environment, markdown, measure
+from tests.benchmarks.measuring import (
+    Calls,
+    Row,
+    environment,
+    markdown,
+    measure,
+    parse_arguments,
+)
 
 SIDE = 224
 TRUE_BOX = (40, 50, 150, 170)
@@ -171,7 +178,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="in a batch of faithfulness and torchcam")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="all, if not named")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser, repeats=1, images=2, part=PARTS[:3])
     warnings.simplefilter("ignore")
     device, repeats, images = torch.device(arguments.device), arguments.repeats, arguments.images
     torch.set_num_threads(arguments.threads)

@@ -1,7 +1,7 @@
 """Do finer maps find small objects? Grad-CAM, wrapped and bare, on photographs with pasted objects.
 
     python -m tests.benchmarks.pasted_scenes [--scenes N] [--seed N] [--methods NAME ...]
-                                             [--threads N] [--output FILE]
+                                             [--threads N] [--output FILE] [--quick]
 
 For each scene of `captum_ext.datasets.PastedScenes` (480 x 640), the demo's ImageNet network and
 the class of the pasted objects, not the predicted one, it measures the pointing game (is the
@@ -26,6 +26,7 @@ import importlib.metadata
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,7 @@ from captum_ext.datasets import KINDS, PastedScenes, Scene
 from captum_ext.imaging import resize
 from captum_ext.metrics import boxes_to_masks, energy_pointing_game, pointing_game
 from captum_ext.zoo import LoadedModel, load_model
+from tests.benchmarks.measuring import parse_arguments
 
 OUTPUT = Path(__file__).parents[2] / "tutorials" / "data" / "pasted_scenes.json"
 SIZE = (480, 640)
@@ -233,7 +235,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where all numbers go")
-    arguments = parser.parse_args()
+    output = Path(tempfile.gettempdir()) / "pasted_scenes_quick.json"
+    quick = {"scenes": 2, "methods": [CHANCE, AT_224, NATIVE, ALIGNED], "output": output}
+    arguments = parse_arguments(parser, **quick)
     torch.set_num_threads(arguments.threads)
 
     network = load_model()

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -211,7 +211,6 @@ def test_boxes_with_fractions_hold_the_pixels_whose_corner_is_inside() -> None:
     assert boxes_to_masks([box], (3, 4))[0].nonzero().tolist() == [[1, 1], [1, 2]]
 
 
-@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 5))
 def test_boxes_and_masks_are_inverse(seed: int, n: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
@@ -322,7 +322,6 @@ def test_without_a_generator_the_order_is_fixed_and_not_row_major() -> None:
     assert torch.equal(again.scores[0], runs[0].scores[0])
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     height=st.integers(1, 6),
     width=st.integers(1, 6),
@@ -400,7 +399,6 @@ def dense(image: Tensor, keep: Tensor) -> Tensor:
     return torch.linalg.solve(matrix, right).T.reshape(image.shape)
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     height=st.integers(1, 7),
     width=st.integers(1, 7),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -118,7 +118,6 @@ def test_a_batch_equals_its_examples() -> None:
     )
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     height=st.integers(1, 9),
     width=st.integers(1, 9),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kornia.losses import total_variation as kornia_variation
 from torch import Tensor
@@ -36,7 +36,6 @@ def test_the_overlap_of_two_empty_masks_is_zero() -> None:
     assert mask_iou(something, something).tolist() == [1]
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     height=st.integers(1, 9),
     width=st.integers(1, 9),
