@@ -74,7 +74,7 @@ def test_imports_point_one_way() -> None:
     }
     assert not graph["_engine"] & {"_data", "_identity", "attr"}
     order = list(TopologicalSorter(graph).static_order())  # a CycleError names a cycle
-    assert order.index("attr") < order.index("fcam") < order.index("evaluation")
+    assert order.index("attr") < min(order.index("fcam"), order.index("evaluation"))
 
 
 def test_fcam_is_exported_lazily() -> None:

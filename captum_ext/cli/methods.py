@@ -23,10 +23,13 @@ MOST_MASKS = 1000
 # Methods that explain given features get the cells of a grid. RISE has as many along each side.
 GRID = 7
 _BEHIND = " of the part behind the layer"
-# Exact Shapley values of n features need n! passes.
-_ENDLESS = ("ShapleyValues",)
-# Arguments for which a command has nothing to give: other data, and the neuron to explain.
-_UNKNOWN = {"baselines", "neuron_selector"}
+# Methods with these required arguments need other data, or explain a neuron and not a class.
+_UNKNOWN_ARGUMENTS = {"baselines", "neuron_selector"}
+_LEFT_OUT = {
+    "FeaturePermutation": "swaps features with those of other images in the batch",
+    "LayerFeaturePermutation": "likewise",
+    "ShapleyValues": "n features take n! passes",
+}
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,8 @@ class Method:
 
     def batching(self, batch_size: int = BATCH_SIZE) -> dict[str, Any]:
         """The argument that says how many perturbed inputs a forward pass has, if there is one."""
-        if "perturbations_per_eval" in self.arguments:
+        # Captum's LayerFeatureAblation mixes targets up where it runs several perturbations at once.
+        if "perturbations_per_eval" in self.arguments and (self.is_ours or not self.at_layer):
             return {"perturbations_per_eval": BATCH_SIZE}
         internal = self.arguments.get("internal_batch_size")
         return {"internal_batch_size": batch_size} if internal and internal.default is None else {}
@@ -209,8 +213,8 @@ def all_methods() -> tuple[Method, ...]:
     """Our methods, those of a layer first, and then Captum's, by their names.
 
     A method is a public attribution class that is made of a model, or of a model and a layer, and
-    that explains a target. Left out are classes of Captum that need a distribution of baselines,
-    that explain a neuron, or that would never end.
+    that explains a target. Left out are classes of Captum that need other images or baselines, that
+    explain a neuron, or that would never end.
     """
     import captum.attr
 
@@ -233,10 +237,10 @@ def all_methods() -> tuple[Method, ...]:
 
 
 def _is_method(cls: "type[Attribution]") -> bool:
-    if inspect.isabstract(cls) or cls.__name__ in _ENDLESS or not hasattr(cls, "attribute"):
+    if inspect.isabstract(cls) or cls.__name__ in _LEFT_OUT or not hasattr(cls, "attribute"):
         return False
     method = Method(cls)
-    if "target" not in method.arguments or _UNKNOWN & {*method.needed}:
+    if "target" not in method.arguments or _UNKNOWN_ARGUMENTS & {*method.needed}:
         return False
     # Captum calls the model `forward_func`, or `model` where it must be a module.
     model, *others = required_of(cls)
