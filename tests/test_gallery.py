@@ -34,11 +34,11 @@ def test_gallery_keeps_the_shape_of_the_image():
 
 def test_overlay_shows_the_positive_part():
     white = np.ones((1, 4, 3))
-    shown = gallery.overlay(white, torch.tensor([[-5.0, 0.0, 1.0, 2.0]]))[0]
-    assert np.allclose(shown[0], shown[1])
-    assert (np.diff(shown[1:].sum(1)) > 0).all()
+    colours = gallery.overlay(white, torch.tensor([[-5.0, 0.0, 1.0, 2.0]]))[0]
+    assert np.allclose(colours[0], colours[1])
+    assert (np.diff(colours[1:].sum(1)) > 0).all()
     scaled = gallery.overlay(white, torch.tensor([[-1.0, 0.0, 10.0, 20.0]]))[0]
-    assert np.allclose(shown, scaled)
+    assert np.allclose(colours, scaled)
     flat = gallery.overlay(white, torch.zeros(1, 4))[0]
     assert np.isfinite(flat).all()
-    assert np.allclose(flat, shown[0])
+    assert np.allclose(flat, colours[0])

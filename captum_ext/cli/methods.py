@@ -168,7 +168,7 @@ class Method:
 
     def batching(self, batch_size: int = BATCH_SIZE) -> dict[str, Any]:
         """The argument that says how many perturbed inputs a forward pass has, if there is one."""
-        # Captum's LayerFeatureAblation mixes targets up where it runs several perturbations at once.
+        # Captum's LayerFeatureAblation mixes targets up where a pass has several perturbations.
         if "perturbations_per_eval" in self.arguments and (self.is_ours or not self.at_layer):
             return {"perturbations_per_eval": BATCH_SIZE}
         internal = self.arguments.get("internal_batch_size")
@@ -270,10 +270,10 @@ def find_methods(
     if names is None:
         return default_methods()
     methods = [method for method in all_methods() if method.at_layer or not at_layer]
-    by_key = {_key(method.cls.__name__): method for method in methods}
-    by_key |= {_key(method.name): method for method in methods}
+    by_key = {name_key(method.cls.__name__): method for method in methods}
+    by_key |= {name_key(method.name): method for method in methods}
     for name in names:
-        if _key(name) not in by_key:
+        if name_key(name) not in by_key:
             from captum_ext._checks import closest
             from captum_ext._errors import InputError
 
@@ -282,10 +282,11 @@ def find_methods(
                 f"unknown method {name!r}. Closest: "
                 f"{closest(name.lower(), [method.name for method in methods])}{hint}"
             )
-    return tuple(dict.fromkeys(by_key[_key(name)] for name in names))
+    return tuple(dict.fromkeys(by_key[name_key(name)] for name in names))
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
+    """The name without upper case, hyphens and underscores, to compare names."""
     return name.lower().replace("-", "").replace("_", "")
 
 
