@@ -180,7 +180,7 @@ class TrainingRun:
             raise ArgumentError(
                 f"`data`: none of its {len(pictures)} pictures can be read.", "data", "unreadable"
             )
-        pictures.warn_of(module.unread)
+        pictures.warn_of_unread(module.unread)
 
     def _trainer(self, device: torch.device) -> tuple[Trainer, Path | None]:
         """Lightning's trainer, and the checkpoint that it resumes from, if there is one."""

@@ -79,8 +79,8 @@ def test_results_are_those_of_the_library(command, resnet, capsys):
     )
     assert straight.figures["grad-cam"] == result.figures["grad-cam"]
     assert sorted(p.name for p in Path("run").iterdir()) == [
-        *("curves.png", "figure.png", "rows.csv", "rows.csv.lock", "settings.json"),
-        *("summary.md", "timings.csv"),
+        *("curves.png", "figure.png", "results.0.lock", "results.0.sqlite", "rows.csv"),
+        *("settings.json", "summary.md", "timings.csv"),
     ]
 
 

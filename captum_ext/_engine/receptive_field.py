@@ -301,18 +301,8 @@ _UNIT_BY_UNIT = {
     "subtract", "sum", "tanh", "threshold", "to", "truediv", "type", "type_as", "where",
 }  # fmt: skip
 _READING = {"allclose", "bool", "equal", "index", "int", "is_nonzero", "item", "tolist"}
-_MOVING = {
-    "reshape",
-    "view",
-    "matmul",
-    "bmm",
-    "einsum",
-    "roll",
-    "flip",
-    "interpolate",
-    "grid_sample",
-    "scaled_dot_product_attention",
-}
+_MOVING = {"reshape", "view", "matmul", "bmm", "einsum", "roll", "flip", "interpolate",
+           "grid_sample", "scaled_dot_product_attention"}  # fmt: skip
 
 
 def _convolution(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -40,7 +40,7 @@ class DataSource(NamedTuple):
         layout: the name of the layout.
         title: the name of the source of its classes in messages.
         n_classes: the number of classes.
-        labels: "all", "nameless" or "used", see `captum_ext.datasets._files.LayoutFiles`.
+        labels: "all", "nameless" or "used", see `captum_ext.datasets._files.LayoutDataset`.
         has_objects: whether boxes or masks of objects are known.
     """
 
@@ -127,7 +127,7 @@ def find_layout(root: str) -> str:
     from captum_ext._errors import InputError
 
     folder = Path(root)
-    layouts = [layout for layout in LAYOUTS if _layout_class(layout).is_in(folder)]
+    layouts = [layout for layout in LAYOUTS if _layout_class(layout).matches(folder)]
     if len(layouts) > 1:
         raise InputError(
             f"the folder {root!r} has the files of {' and '.join(layouts)}: give --layout"
@@ -136,7 +136,7 @@ def find_layout(root: str) -> str:
         return layouts[0]
     for inside in sorted(child for child in folder.iterdir() if child.is_dir()):
         for layout in LAYOUTS:
-            if _layout_class(layout).is_in(inside):
+            if _layout_class(layout).matches(inside):
                 raise InputError(
                     f"the folder {root!r} has no files of a layout, but {str(inside)!r} has those "
                     f"of {layout}: give that one, or --layout classes"

@@ -12,7 +12,7 @@ import numpy as np
 from captum_ext._checks import check_choice, check_count
 from captum_ext.evaluation.measures import Measure, measure_of
 from captum_ext.evaluation.records import Array
-from captum_ext.evaluation.store import Row, Store, timings
+from captum_ext.evaluation.store import ResultStore, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -208,7 +208,7 @@ def summary(
         ValueError: an unknown method, or no resample.
     """
     check_count("resamples", resamples)
-    store = Store.read(output)
+    store = ResultStore.read(output)
     names = list(store.settings["methods"])
     against = names[0] if against is None else against
     check_choice("against", against, names)
@@ -256,7 +256,7 @@ def summary(
         images,
         failures,
         reasons,
-        timings(output),
+        store.seconds_per_image(),
         {m.name: m.higher_is_better for m in measures},
         {
             name: {
@@ -320,8 +320,6 @@ class _Sums:
 
     def _sum(self) -> None:
         if self.waiting:
-            # As far as it goes, the order of the files should change no bit.
-            self.waiting.sort(key=lambda pair: pair[0])
             places = [place for place, _ in self.waiting]
             vectors = np.stack([vector for _, vector in self.waiting])
             # Sums of so few truth values are exact in float32, and take half the time.

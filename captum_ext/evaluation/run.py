@@ -28,7 +28,7 @@ from captum_ext.evaluation.methods import (
 )
 from captum_ext.evaluation.records import Record
 from captum_ext.evaluation.results import Summary, summary
-from captum_ext.evaluation.store import COLUMNS, FORMAT, Store
+from captum_ext.evaluation.store import COLUMNS, FORMAT, ResultStore, ResultWriter
 from captum_ext.evaluation.units import Target, Work, run, what_is_left
 
 TARGETS = ("label", "predicted")
@@ -163,14 +163,15 @@ def evaluate(
     }
     if target == "label" and some:
         _compare_classes(every, data, some[0])
-    records, store = _records(measures), Store(output, settings)
+    records, store = _records(measures), ResultStore.create(output, settings)
     work = Work(every, records, blocks, store, target, seed, num_workers, show_progress)
     if devices == 1 and num_nodes == 1:  # perhaps in one process of several, of the caller's
-        run(work, what_is_left(work))
-        found = summary(output)
+        with ResultWriter(store, 0) as writer:
+            run(work, what_is_left(work), writer)
+        found = _exported(store)
     else:
         _fabric(every, devices, num_nodes, strategy).launch(_launched, work)
-        found = _summary(output)
+        found = _exported_once(store)
     _check_came_to_something(found, output)
     return found
 
@@ -194,7 +195,7 @@ def _check_came_to_something(found: Summary, output: str | Path) -> None:
     if not any(found.images.values()):
         raise AllFailedError(
             f"Not one of {sum(found.failures.values())} rows came to anything. The first reason: "
-            f"{next(iter(found.reasons.values()))}"
+            f"{next(iter(found.reasons.values()), None)}"
         )
     if any(found.failures.values()):
         warn(f"Some rows failed: {found.failures}. Their reasons are in {Path(output)}.")
@@ -240,10 +241,12 @@ def _launched(fabric: Any, work: Work) -> None:
     methods = [on_device(fabric.device, method) for method in work.methods]
     # Shares do not take equally long, and the usual patience of half an hour may be too little.
     group = _patient_group()
-    # As the first process finds it: others may look when there is more on disk.
-    left = fabric.broadcast(what_is_left(work) if fabric.is_global_zero else None)
+    rank, world = fabric.global_rank, fabric.world_size
     try:
-        run(work._replace(methods=methods), left, fabric.global_rank, fabric.world_size)
+        with ResultWriter(work.store, rank) as writer:
+            # As the first process finds it: others may look when there is more on disk.
+            left = fabric.broadcast(what_is_left(work) if rank == 0 else None)
+            run(work._replace(methods=methods), left, writer, rank, world)
     finally:
         for method, device in zip(work.methods, before, strict=True):
             on_device(device, method)
@@ -251,12 +254,17 @@ def _launched(fabric: Any, work: Work) -> None:
         dist.barrier(group)
 
 
-def _summary(output: str | Path) -> Summary:
+def _exported(store: ResultStore) -> Summary:
+    store.export()
+    return summary(store.folder)
+
+
+def _exported_once(store: ResultStore) -> Summary:
     """Where each process goes on by itself, as with "ddp", the first one makes it for all."""
     group = _patient_group()
     if group is None:
-        return summary(output)
-    found = [summary(output) if dist.get_rank() == 0 else None]
+        return _exported(store)
+    found = [_exported(store) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0, group=group)
     assert found[0] is not None
     return found[0]

@@ -1,266 +1,414 @@
-"""The files of a run: what is finished is on disk, whole or not at all.
+"""The folder of a run: results in SQLite, and CSV files to read them.
 
 A folder has
 
-- `settings.json`: of what the rows are;
-- `rows.csv`, and `rows.1.csv`, ... of further processes: a line for each image and method;
-- `timings.csv`, likewise: a line for each batch and method. It differs from run to run;
-- `rows.csv.lock`, likewise: empty, and locked while a process writes.
+- `settings.json`: the settings that all results share;
+- `results.0.sqlite`, `results.1.sqlite`, ...: one SQLite file for each process that writes;
+- `results.0.lock`, ...: empty files, locked while their process writes;
+- `rows.csv` and `timings.csv`: exports, written when `evaluate` ends.
 
-Rows come a unit at a time, which is a batch of images explained by one method. Only whole units
-count; what is behind the last of them, a line that was torn or a unit that was not finished, is cut
-off by the process that goes on with the file, and by nobody else.
+A task is one batch of images explained by one method. Its rows are written in one transaction, so
+that a task is stored as a whole or not at all, also when its process is killed. SQLite keeps a
+rollback journal, which the next reader or writer plays back.
+
+**Damage.** A task is stored with a checksum of its rows and of the run's settings. One whose
+checksum does not match counts as not done: `summary` leaves it out with a warning, and `evaluate`
+computes it again. A file that SQLite cannot read is an error; without that file, the tasks in it
+count as not done.
+
+**Locks.** Two writers are kept apart by a lock of the operating system, which ends with its
+process: by fcntl on Linux and macOS, and by LockFileEx on Windows. SQLite takes these locks, and
+keeps threads of one process apart itself. On a network file system they are worth as much as its
+own locks. Where these do not reach other machines, read and write a run on one machine at a time;
+a file system without locks raises an error. The processes of one run do not rely on locks: each
+writes its own file, and the first one reads the others when these are closed.
 """
 
 import csv
-import errno
-import io
+import heapq
 import itertools
 import json
+import sqlite3
+import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captum_ext._identity import atomic_write, check_same_run, describe_changes
+from captum_ext._checks import warn
+from captum_ext._identity import atomic_write, check_same_run, describe_changes, digest
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-FORMAT = 2  # of the files
-SETTINGS, ROWS = "settings.json", "rows.csv"
+FORMAT = 3  # of the files
+SETTINGS, ROWS, TIMINGS = "settings.json", "rows.csv", "timings.csv"
 COLUMNS = ("index", "name", "method", "label", "target", "failure")  # and those of the metrics
-TIMINGS = ("batch", "method", "images", "attribution_s", "metrics_s", "device")
+TIMING_COLUMNS = ("batch", "method", "images", "attribution_s", "metrics_s", "device")
+PATIENCE = 600.0  # seconds in which a reader or a writer of the same file finishes
+START = 10.0  # seconds in which another process writes the settings
+
+# `number` orders the tasks: the batch times the number of methods, plus the method's index.
+_TABLE = """CREATE TABLE IF NOT EXISTS results (
+    number INTEGER PRIMARY KEY, images INTEGER, failures INTEGER, attribution_s REAL,
+    metrics_s REAL, device TEXT, rows TEXT, checksum TEXT)"""
+_INSERT = "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_NEXT = "SELECT * FROM results WHERE number > ? ORDER BY number LIMIT 1"
 
 Row = dict[str, str]
 
 
-class Unit(NamedTuple):
+class Task(NamedTuple):
     """A batch of images explained by one method."""
 
-    block: int
+    batch: int
     method: str
 
 
-class Store:
-    """The folder of a run.
+class _Result(NamedTuple):
+    """A finished task, as a line of the table without its checksum."""
+
+    number: int
+    images: int
+    failures: int
+    attribution_s: float
+    metrics_s: float
+    device: str
+    rows: str  # JSON: a list of cells for each image
+
+
+class ResultStore:
+    """The stored results of a run.
 
     Args:
-        folder: made if it is not there.
-        settings: those of the run, in plain types: "examples", "batch_size", "methods" and
-            "columns", of each metric, at least.
-
-    Raises:
-        ValueError: the folder has the rows of other settings.
+        folder: of the run.
+        settings: as in `settings.json`.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        file = self.folder / SETTINGS
-        if file.is_file():
-            before = json.loads(file.read_text())
-            saved, found = _flat(before), _flat(self.settings)
-            found |= dict.fromkeys(saved.keys() - found.keys())
-            if describe_changes(saved, found):
-                if not self._is_empty(before):
-                    stored = f"`output` {self.folder} has the rows of another run"
-                    check_same_run(stored, saved, found, argument="output")
-                self._write_settings()
-            else:
-                self.settings = before  # in the order of its columns
-        else:
-            if _rows_files(self.folder):
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+
+    @classmethod
+    def create(cls, folder: str | Path, settings: Mapping[str, Any]) -> "ResultStore":
+        """The store of a new run, or of one that goes on.
+
+        Args:
+            folder: created if it does not exist.
+            settings: in plain types: "methods" and the "columns" of each metric, at least.
+
+        Raises:
+            ValueError: the folder has results of other settings or of another version.
+            RuntimeError: the settings differ, and another process or thread is writing.
+        """
+        store = cls(Path(folder), json.loads(json.dumps(settings)))
+        deadline = time.monotonic() + START
+        while (stored := store._stored()) is None:
+            store.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = _lock(store.folder, 0)
+            except RuntimeError:  # another process writes the same settings, perhaps
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+                continue
+            with closing(lock):
+                if store._stored() is None:
+                    with atomic_write(store.folder / SETTINGS) as unfinished:
+                        unfinished.write_text(json.dumps(store.settings, indent=1) + "\n")
+        return stored
+
+    def _stored(self) -> "ResultStore | None":
+        """The store of the run in this folder, if it has these settings; None if it has no results.
+
+        Raises:
+            ValueError: it has results of other settings.
+        """
+        if not (self.folder / SETTINGS).is_file():
+            if any(_files(self.folder)) or any(self.folder.glob("rows*.csv")):
                 raise ValueError(
                     f"`output` {self.folder} has rows, but no {SETTINGS}: they are not known to be "
                     f"of this run. Name another folder."
                 )
-            self._write_settings()
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Those of all rows, and of the metrics; what several metrics share, once."""
-        own = itertools.chain(*self.settings["columns"].values())
-        return (*COLUMNS, *dict.fromkeys(own))
-
-    def _write_settings(self) -> None:
-        with atomic_write(self.folder / SETTINGS) as unfinished:
-            unfinished.write_text(json.dumps(self.settings, indent=1) + "\n")
-
-    def _is_empty(self, settings: Mapping[str, Any]) -> bool:
-        """Whether a run of these settings finished nothing, and is not about to."""
-        if settings.get("format") != FORMAT:
-            return False
-        before = Store.__new__(Store)
-        before.folder, before.settings = self.folder, dict(settings)
-        if before.done():
-            return False
-        _locked(self.folder / ROWS).close()
-        return True
+            return None
+        stored = ResultStore.read(self.folder)
+        before, now = _flat(stored.settings), _flat(self.settings)
+        now |= dict.fromkeys(before.keys() - now.keys())
+        if not describe_changes(before, now):
+            return stored  # whose columns and methods may be in another order
+        if any(True for _ in stored._results(with_damaged=True)):
+            check_same_run(
+                f"`output` {self.folder} has the rows of another run",
+                before,
+                now,
+                argument="output",
+            )
+        return None
 
     @classmethod
-    def read(cls, folder: str | Path) -> "Store":
-        """That of a run which has begun.
+    def read(cls, folder: str | Path) -> "ResultStore":
+        """The store of a run that has begun.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is another version's.
+            ValueError: its files are of another version, or damaged.
         """
-        if not (Path(folder) / SETTINGS).is_file():
+        file = Path(folder) / SETTINGS
+        if not file.is_file():
             raise FileNotFoundError(f"`output`: there is no run in {folder}.")
-        settings = json.loads((Path(folder) / SETTINGS).read_text())
-        if settings.get("format") != FORMAT:
+        try:
+            settings = json.loads(file.read_text())
+            stored_format = settings.get("format")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"`output`: {file} is damaged ({error}).") from error
+        if stored_format != FORMAT:
             raise ValueError(
-                f"`output` {folder} has rows of format {settings.get('format')}, and this version "
-                f"reads {FORMAT}."
+                f"`output` {folder} has a run of format {stored_format}, written by another "
+                f"version; this version reads and writes format {FORMAT}. Name another folder."
             )
-        return cls(folder, settings)
+        return cls(Path(folder), settings)
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    @property
+    def methods(self) -> list[str]:
+        """The names of the methods, in the order of the rows."""
+        return list(self.settings["methods"])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of all rows, then those of the metrics, without repetition."""
+        of_metrics = itertools.chain(*self.settings["columns"].values())
+        return (*COLUMNS, *dict.fromkeys(of_metrics))
+
+    def finished_tasks(self) -> set[Task]:
+        """The tasks whose rows are stored."""
+        return {self._task(result) for result in self._results()}
 
     def rows(self) -> Iterator[Row]:
-        """Those of all whole units, each once."""
-        seen: set[Unit] = set()
-        for file in _rows_files(self.folder):
-            for unit, rows, _ in self._units(file):
-                if unit not in seen:
-                    seen.add(unit)
-                    yield from rows
+        """The rows of all finished tasks, ordered by batch, method and image."""
+        columns = self.columns
+        for result in self._results():
+            for cells in json.loads(result.rows):
+                yield dict(zip(columns, cells, strict=True))
 
-    def done(self) -> set[Unit]:
-        """The units that are whole."""
-        files = _rows_files(self.folder)
-        return {unit for file in files for unit, _, _ in self._units(file)}
+    def seconds_per_image(self) -> dict[str, tuple[float, float]]:
+        """The mean seconds of each method: of the attribution, and of the metrics."""
+        sums: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0])
+        for result in self._results():
+            total = sums[self._task(result).method]
+            for i, value in enumerate((result.images, result.attribution_s, result.metrics_s)):
+                total[i] += value
+        return {
+            method: (sums[method][1] / sums[method][0], sums[method][2] / sums[method][0])
+            for method in self.methods
+            if method in sums
+        }
 
-    def size(self, block: int) -> int:
-        """How many images a batch has."""
-        start = block * self.settings["batch_size"]
-        return int(min(self.settings["batch_size"], self.settings["examples"] - start))
+    def export(self) -> None:
+        """Write `rows.csv` and `timings.csv`.
 
-    def _units(self, file: Path) -> Iterator[tuple[Unit, list[Row], int]]:
-        """The whole units of a file, and where each ends."""
-        with file.open("rb") as lines:
-            end = 0
-            rows: list[Row] = []
-            for line in lines:
-                end += len(line)
-                cells = _cells(line)
-                if cells is None or len(cells) != len(self.columns) or not cells[0].isdecimal():
-                    rows = []
-                    continue
-                row = dict(zip(self.columns, cells, strict=True))
-                block, place = divmod(int(row["index"]), self.settings["batch_size"])
-                if place == 0:
-                    rows = []
-                elif len(rows) != place or not _is_next(rows[-1], row):
-                    rows = []
-                    continue
-                rows.append(row)
-                if len(rows) == self.size(block) and row["method"] in self.settings["methods"]:
-                    yield Unit(block, row["method"]), rows, end
-                    rows = []
+        The rows are the same byte for byte, however often the run was interrupted and in however
+        many processes it ran.
+        """
+        with (
+            _csv_writer(self.folder / ROWS) as rows,
+            _csv_writer(self.folder / TIMINGS) as timings,
+        ):
+            rows.writerow(self.columns)
+            timings.writerow(TIMING_COLUMNS)
+            for result in self._results():
+                rows.writerows(json.loads(result.rows))
+                seconds = (result.attribution_s, result.metrics_s)
+                timings.writerow((*self._task(result), result.images, *seconds, result.device))
+
+    def _task(self, result: _Result) -> Task:
+        batch, method = divmod(result.number, len(self.settings["methods"]))
+        return Task(batch, self.methods[method])
+
+    def _results(self, *, with_damaged: bool = False) -> Iterator[_Result]:
+        """The results of all files in the order of their numbers, each number once."""
+        damaged = 0
+        lines = heapq.merge(*map(_lines, _files(self.folder)), key=lambda line: line[0])
+        for _, copies in itertools.groupby(lines, key=lambda line: line[0]):
+            results = [
+                _Result(*values)
+                for *values, checksum in copies
+                if with_damaged or checksum == self.checksum(values)
+            ]
+            yield from results[:1]
+            damaged += not results
+        if damaged:
+            warn(
+                f"`output` {self.folder}: {damaged} of its tasks are damaged and count as not "
+                f"done. `evaluate` computes them again."
+            )
+
+    def checksum(self, values: Sequence[Any]) -> str:
+        """The checksum of a line of the table, which covers the run's settings."""
+        return digest((self._settings_digest, *values))
+
+    @cached_property
+    def _settings_digest(self) -> str:
+        return digest(self.settings)
 
 
-def _is_next(before: Row, row: Row) -> bool:
-    follows = int(before["index"]) + 1 == int(row["index"])
-    return follows and before["method"] == row["method"]
+class ResultWriter:
+    """The one writer of a results file, from its creation until `close`.
 
+    Args:
+        store: of the run.
+        rank: of this process, which writes `results.{rank}.sqlite`.
 
-class Writer:
-    """One process's files, cut off behind their last whole unit and gone on with."""
+    Raises:
+        RuntimeError: another process or thread is writing to this file, or has just begun another
+            run in this folder.
+        ValueError: the file is damaged.
+    """
 
-    def __init__(self, store: Store, rank: int) -> None:
-        suffix = ".csv" if rank == 0 else f".{rank}.csv"
-        self.columns = store.columns
-        rows, timings = (store.folder / f"{name}{suffix}" for name in ("rows", "timings"))
-        self.lock = _locked(rows)
-        ends = [end for _, _, end in store._units(rows)] if rows.is_file() else []
-        self.rows = _opened(rows, ends[-1] if ends else 0, self.columns)
-        whole = timings.read_bytes() if timings.is_file() else b""
-        self.timings = _opened(timings, whole.rfind(b"\n") + 1, TIMINGS)
+    def __init__(self, store: ResultStore, rank: int) -> None:
+        self.store, self.file = store, store.folder / f"results.{rank}.sqlite"
+        self.lock = _lock(store.folder, rank)
+        try:
+            if ResultStore.read(store.folder).settings != store.settings:
+                raise RuntimeError(f"`output`: another run has just begun in {store.folder}.")
+            with _named_errors(self.file):
+                self.connection = sqlite3.connect(self.file, timeout=PATIENCE)
+                self.connection.execute(_TABLE)
+        except BaseException:
+            self.lock.close()
+            raise
 
-    def write(self, rows: Sequence[Mapping[str, Any]], timing: Sequence[Any]) -> None:
-        """A unit. Its time is written first: it may come twice, but it is never missing."""
-        self.timings.write(_line(timing))
-        self.timings.flush()
-        lines = [_line([row.get(column, "") for column in self.columns]) for row in rows]
-        self.rows.write(b"".join(lines))
-        self.rows.flush()
+    def __enter__(self) -> "ResultWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def write(
+        self,
+        task: Task,
+        rows: Sequence[Mapping[str, Any]],
+        seconds: tuple[float, float],
+        device: Any,
+    ) -> None:
+        """Store a task, in one transaction.
+
+        Args:
+            task: of the rows.
+            rows: one for each image of the batch; columns that one lacks are empty.
+            seconds: of the attribution, and of the metrics.
+            device: of the attribution.
+        """
+        columns, methods = self.store.columns, self.store.methods
+        cells = [[_one_line(row.get(column, "")) for column in columns] for row in rows]
+        attribution_s, metrics_s = seconds
+        result = _Result(
+            task.batch * len(methods) + methods.index(task.method),
+            len(rows),
+            sum(1 for row in rows if row["failure"]),
+            attribution_s,
+            metrics_s,
+            str(device),
+            json.dumps(cells),
+        )
+        with _named_errors(self.file), self.connection:
+            self.connection.execute(_INSERT, (*result, self.store.checksum(result)))
 
     def close(self) -> None:
-        self.rows.close()
-        self.timings.close()
+        """Close the file; another writer may open it then."""
+        self.connection.close()
         self.lock.close()
 
 
-def timings(folder: str | Path) -> dict[str, tuple[float, float]]:
-    """Seconds per image of each method: of the attribution, and of the metrics."""
-    last: dict[tuple[str, str], tuple[int, float, float]] = {}
-    for file in sorted(Path(folder).glob("timings*.csv")):
-        for line in file.read_bytes().splitlines(keepends=True)[1:]:
-            cells = _cells(line)
-            if cells is not None and len(cells) == len(TIMINGS):
-                last[cells[0], cells[1]] = (int(cells[2]), float(cells[3]), float(cells[4]))
-    found: dict[str, tuple[float, float]] = {}
-    for method in dict.fromkeys(method for _, method in last):
-        each = [value for (_, name), value in last.items() if name == method]
-        images = max(sum(n for n, _, _ in each), 1)
-        found[method] = (sum(a for _, a, _ in each) / images, sum(m for _, _, m in each) / images)
-    return found
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("results.*.sqlite"))
 
 
-def _rows_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("rows*.csv"))
+def _lines(file: Path) -> Iterator[tuple[Any, ...]]:
+    """The lines of a file's table in the order of their numbers.
 
-
-def _opened(file: Path, end: int, columns: Sequence[str]) -> io.BufferedWriter:
-    """A file to append to, no longer than its first `end` bytes."""
-    opened = file.open("ab")
-    opened.truncate(end)
-    if end == 0:
-        opened.write(_line(columns))
-        opened.flush()
-    return opened
-
-
-def _locked(file: Path) -> io.BufferedWriter:
-    """What keeps other processes from writing to a file, until it is closed or the process ends.
-
-    A file of its own: a lock falls when its process closes the file anywhere, as readers of rows
-    do. Where files cannot be locked, nothing is kept.
+    Each is read by a query of its own: a long one would keep the writer waiting.
     """
-    opened = file.with_name(f"{file.name}.lock").open("ab")
-    if fcntl is not None:
+    if not file.stat().st_size:  # as its writer makes it
+        return
+    number = -1
+    # Not read-only: what a killed writer did not finish is rolled back by the next reader.
+    uri = f"{file.absolute().as_uri()}?mode=rw"
+    with _named_errors(file):
+        connection = sqlite3.connect(uri, timeout=PATIENCE, uri=True)
+    with closing(connection):
+        connection.text_factory = lambda text: text.decode(errors="replace")
+        while True:
+            with _named_errors(file):
+                lines = connection.execute(_NEXT, (number,)).fetchall()
+                if lines and lines[0][0] <= number:
+                    raise sqlite3.DatabaseError("numbers out of order")
+            if not lines:
+                return
+            number = lines[0][0]
+            yield lines[0]
+
+
+def _lock(folder: Path, rank: int) -> sqlite3.Connection:
+    """An exclusive lock on `results.{rank}.lock`, until the connection or the process ends.
+
+    Raises:
+        RuntimeError: another process or thread holds it.
+    """
+    file = folder / f"results.{rank}.lock"
+    with _named_errors(file):
+        connection = sqlite3.connect(file, timeout=0, isolation_level=None)
         try:
-            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                opened.close()
-                raise RuntimeError(f"`output`: another process is writing to {file}.") from None
-    return opened
+            connection.execute("BEGIN EXCLUSIVE")
+        except BaseException:
+            connection.close()
+            raise
+    return connection
 
 
-def _line(cells: Sequence[Any]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow([_one_line(cell) for cell in cells])
-    return text.getvalue().encode(errors="backslashreplace")  # a file's name may be no text at all
+# SQLite's codes of errors that are not the file's own.
+_ENVIRONMENT = {
+    *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_INTERRUPT),
+    *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_READONLY),
+}
+
+
+@contextmanager
+def _named_errors(file: Path) -> Iterator[None]:
+    """Turn SQLite's errors into built-in ones that name the file and say what to do.
+
+    Raises:
+        RuntimeError: another process or thread is writing to the file.
+        OSError: a full disk, missing permissions, a file system without locks.
+        ValueError: the file is damaged.
+    """
+    try:
+        yield
+    except (sqlite3.DatabaseError, UnicodeError) as error:  # damaged names need not be text
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            message = f"`output`: another process or thread is writing to {file.parent} ({file})."
+            raise RuntimeError(message) from None
+        if code in _ENVIRONMENT:
+            raise OSError(f"{file}: {error}.") from error
+        raise ValueError(
+            f"`output`: {file} is damaged ({error}). Delete this file, and `evaluate` computes its "
+            f"results again."
+        ) from error
+
+
+@contextmanager
+def _csv_writer(file: Path) -> Iterator[Any]:
+    """A CSV writer whose file replaces an older one as a whole."""
+    errors = "backslashreplace"  # the name of a picture's file need not be text
+    with (
+        atomic_write(file) as unfinished,
+        unfinished.open("w", encoding="utf-8", errors=errors, newline="") as lines,
+    ):
+        yield csv.writer(lines, lineterminator="\n")
 
 
 def _one_line(cell: Any) -> str:
     return " ".join(str(cell).splitlines())
-
-
-def _cells(line: bytes) -> list[str] | None:
-    """None for a line that was cut off."""
-    if not line.endswith(b"\n"):
-        return None
-    limit = csv.field_size_limit()
-    csv.field_size_limit(max(limit, len(line)))  # a curve of each pixel is longer
-    try:
-        return next(csv.reader([line.decode()], strict=True))
-    except (UnicodeDecodeError, csv.Error, StopIteration):
-        return None
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

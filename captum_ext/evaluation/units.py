@@ -17,7 +17,7 @@ from captum_ext._identity import derive_seed, digest
 from captum_ext.evaluation.examples import Blocks, Failure, Prepared, reason
 from captum_ext.evaluation.methods import Method, seeded
 from captum_ext.evaluation.records import Explained, Record
-from captum_ext.evaluation.store import Store, Unit, Writer
+from captum_ext.evaluation.store import ResultStore, ResultWriter, Task
 from captum_ext.metrics._inputs import checked_maps
 
 Target = str | Callable[[Prepared], int] | None
@@ -29,7 +29,7 @@ class Work(NamedTuple):
     methods: Sequence[Method]
     records: Sequence[Record]
     blocks: Blocks
-    store: Store
+    store: ResultStore
     target: Target
     seed: int
     num_workers: int
@@ -38,15 +38,21 @@ class Work(NamedTuple):
 
 def what_is_left(work: Work) -> dict[int, list[str]]:
     """The batches that are not finished, and the methods that have yet to explain each."""
-    done, left = work.store.done(), {}
+    done, left = work.store.finished_tasks(), {}
     for block in range(len(work.blocks)):
-        names = [m.name for m in work.methods if Unit(block, m.name) not in done]
+        names = [m.name for m in work.methods if Task(block, m.name) not in done]
         if names:
             left[block] = names
     return left
 
 
-def run(work: Work, left: Mapping[int, Sequence[str]], rank: int = 0, world: int = 1) -> None:
+def run(
+    work: Work,
+    left: Mapping[int, Sequence[str]],
+    writer: ResultWriter,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
     """Do a process's share of what is left: every n-th batch, of n processes."""
     todo = list(left)[rank::world]
     methods = {method.name: method for method in work.methods}
@@ -57,25 +63,20 @@ def run(work: Work, left: Mapping[int, Sequence[str]], rank: int = 0, world: int
         num_workers=work.num_workers,
         generator=Generator(),  # else a number of torch's global ones would be drawn
     )
-    writer = Writer(work.store, rank)
     failed = 0
-    try:
-        with tqdm(
-            total=sum(len(work.blocks.indices(block)) * len(left[block]) for block in todo),
-            unit="map",
-            disable=not work.show_progress or rank > 0,
-        ) as bar:
-            for block, examples in zip(todo, loader, strict=True):
-                for method in (methods[name] for name in left[block]):
-                    rows, seconds = _unit(work, method, examples)
-                    device = method.where[0]
-                    writer.write(rows, (block, method.name, len(rows), *seconds, device))
-                    failed += sum(1 for row in rows if row["failure"])
-                    if failed:
-                        bar.set_postfix(failed=failed, refresh=False)
-                    bar.update(len(rows))
-    finally:
-        writer.close()
+    with tqdm(
+        total=sum(len(work.blocks.indices(block)) * len(left[block]) for block in todo),
+        unit="map",
+        disable=not work.show_progress or rank > 0,
+    ) as bar:
+        for block, examples in zip(todo, loader, strict=True):
+            for method in (methods[name] for name in left[block]):
+                rows, seconds = _unit(work, method, examples)
+                writer.write(Task(block, method.name), rows, seconds, method.where[0])
+                failed += sum(1 for row in rows if row["failure"])
+                if failed:
+                    bar.set_postfix(failed=failed, refresh=False)
+                bar.update(len(rows))
 
 
 def _unit(

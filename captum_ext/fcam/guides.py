@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from captum_ext._engine.modules import Forward, root_module
 from captum_ext._errors import ArgumentError, ArgumentTypeError
-from captum_ext.attr._chain import wrapped
+from captum_ext.attr._chain import wrapped_method
 from captum_ext.imaging import min_max, one_channel, resize
 
 
@@ -75,7 +75,7 @@ def check_guide(guide: Any, classifier: Forward) -> None:
         raise ArgumentTypeError(
             f"`guide` must be a Captum Attribution, got {type(guide)}.", "guide"
         )
-    inner = wrapped(guide)
+    inner = wrapped_method(guide)
     if inner is not None:
         check_guide(inner, classifier)
         return

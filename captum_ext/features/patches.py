@@ -165,7 +165,7 @@ def maximally_activating_patches(
             # No gradient at all says nothing: its box is the whole image.
             low, high = boxes[..., :2], boxes[..., 2:]
             boxes = torch.cat([inner[..., :2].maximum(low), inner[..., 2:].minimum(high)], -1)
-    pictures.warn_of(set(unread))
+    pictures.warn_of_unread(set(unread))
     names = tuple(pictures.name(place) for place in unread)
     return ActivatingPatches(
         maps.name, rows, top.values.cpu(), found, positions, boxes,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._repr import fields_repr
 from captum_ext.infill import Baselines
 from captum_ext.metrics._definition import as_column, define
 from captum_ext.metrics._scorer import PerturbationScorer, ScoringOptions, with_scoring_options
@@ -36,6 +37,9 @@ class Curve(NamedTuple):
     scores: Tensor
     shares: Tensor
 
+    def __repr__(self) -> str:
+        return fields_repr(self)
+
 
 class OverallScore(NamedTuple):
     """The result of `overall_score`.
@@ -55,6 +59,9 @@ class OverallScore(NamedTuple):
     score: Tensor
     insertion: Curve
     deletion: Curve
+
+    def __repr__(self) -> str:
+        return fields_repr(self)
 
 
 @with_scoring_options

@@ -13,6 +13,7 @@ from captum_ext._checks import check_size, is_finite
 from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
+from captum_ext._repr import fields_repr
 from captum_ext.infill import Infill
 from captum_ext.metrics._definition import define
 from captum_ext.metrics._scorer import (
@@ -50,6 +51,9 @@ class RoadScores(NamedTuple):
     morf: Tensor
     lerf: Tensor
     percentiles: Tensor
+
+    def __repr__(self) -> str:
+        return fields_repr(self)
 
 
 @with_scoring_options

@@ -37,7 +37,7 @@ from captum_ext.datasets import TexturedEllipses
 from captum_ext.evaluation import Explained, Prepared, evaluate, summary
 from captum_ext.evaluation.examples import Blocks
 from captum_ext.evaluation.measures import LOCALIZATION, make_measures
-from captum_ext.evaluation.store import Store, Writer
+from captum_ext.evaluation.store import ResultStore, ResultWriter, Task
 from captum_ext.imaging import resize
 from tests.benchmarks.faithfulness import forwards
 from tests.benchmarks.measuring import MEBI, peak_memory, seconds_of
@@ -104,22 +104,22 @@ def reading(folder: Path, threads: int) -> Cost:
 
 def resuming(folder: Path) -> Cost:
     """What is done, and where to go on."""
-    store = Store.read(folder)
-    return of_call(lambda: (store.done(), Writer(store, 0).close()))
+    store = ResultStore.read(folder)
+    return of_call(lambda: (store.finished_tasks(), ResultWriter(store, 0).close()))
 
 
 def writing(folder: Path, times: int) -> Cost:
     """The rows of a run so many times, as those of further images, into another."""
-    store = Store.read(folder / "run")
+    store = ResultStore.read(folder / "run")
     rows = list(store.rows())
     settings = store.settings | {"examples": times * len(rows)}
-    writer = Writer(Store(folder / "again", settings), 0)
+    writer = ResultWriter(ResultStore.create(folder / "again", settings), 0)
 
     def write() -> None:
         for start in range(0, times * len(rows), BATCH):
             places = range(start, min(start + BATCH, times * len(rows)))
-            unit = [rows[place % len(rows)] | {"index": str(place)} for place in places]
-            writer.write(unit, (start // BATCH, "Grad-CAM", len(unit), 0.0, 0.0, "cpu"))
+            batch = [rows[place % len(rows)] | {"index": str(place)} for place in places]
+            writer.write(Task(start // BATCH, "Grad-CAM"), batch, (0.0, 0.0), "cpu")
 
     try:
         return of_call(write)
@@ -150,7 +150,8 @@ def flat_tables() -> dict[str, Any]:
                 "write": alone(writing, folder, TIMES),
                 "more": alone(reading, folder / "again", threads),
             }
-            size = (folder / "run" / "rows.csv").stat().st_size / n
+            files = [folder / "run" / name for name in ("results.0.sqlite", "rows.csv")]
+            size = sum(file.stat().st_size for file in files) / n
         found.append({"images": n, "bytes": size, **row})
         rows, more = row["rows"], row["more"]
         print(

@@ -68,7 +68,7 @@ from captum_ext.attr import FIDO, FIDOMasks
 from captum_ext.attr._concrete_dropout import DROPOUTS
 from captum_ext.attr._masked_scores import SDR, SSR, LogOddsScorer, MaskedScores
 from captum_ext.datasets import PATTERNS, FineGrainedParts, SmallCNN, train_classifier
-from captum_ext.datasets.fine_grained import Batch, normalized, stacked
+from captum_ext.datasets.fine_grained import BeetleBatch, normalized, stacked
 from captum_ext.imaging import lay_over, min_max
 from captum_ext.infill import Infill, gaussian
 from captum_ext.metrics import mask_iou, total_variation
@@ -149,7 +149,7 @@ def accuracy(network: SmallCNN, data: FineGrainedParts) -> dict[str, float]:
 
 
 @cache
-def loaded(path: Path, n_images: int) -> tuple[SmallCNN, Batch]:
+def loaded(path: Path, n_images: int) -> tuple[SmallCNN, BeetleBatch]:
     """The network and the pictures, once for each process."""
     network = SmallCNN(len(PATTERNS)).eval().requires_grad_(False)
     network.load_state_dict(torch.load(path, weights_only=True)["state"])
@@ -203,7 +203,7 @@ def run_cell(path: Path, n_images: int, cell: Row, first: int, steps: list[int])
 
 def optimise(
     network: SmallCNN,
-    batch: Batch,
+    batch: BeetleBatch,
     part: slice,
     cell: Row,
     n_steps: int,
@@ -304,7 +304,7 @@ def run_variance(
 
 def gradients(
     network: SmallCNN,
-    batch: Batch,
+    batch: BeetleBatch,
     n_masks: int,
     sample: Callable[[Tensor, Tensor], Tensor],
 ) -> MaskedScores:
@@ -322,7 +322,7 @@ def gradients(
 
 def variance(
     network: SmallCNN,
-    batch: Batch,
+    batch: BeetleBatch,
     logits: Tensor,
     variant: Variant,
     masks: list[int],
@@ -352,7 +352,7 @@ def variance(
     }
 
 
-def rounding(network: SmallCNN, batch: Batch, logits: Tensor, variant: Variant) -> float:
+def rounding(network: SmallCNN, batch: BeetleBatch, logits: Tensor, variant: Variant) -> float:
     """|g32 - g64| / |g64| for one draw of noise, g64 from the simplified dropout in float64."""
     dropout, t = variant
     drawn: list[Tensor] = []
@@ -367,7 +367,7 @@ def rounding(network: SmallCNN, batch: Batch, logits: Tensor, variant: Variant) 
     single = gradients(network, batch, SEEDED, recorded)(logits, Generator().manual_seed(0))[1]
     double = SmallCNN(len(PATTERNS)).double().eval().requires_grad_(False)
     double.load_state_dict(network.state_dict())
-    twice = Batch(batch.images.double(), batch.targets, batch.parts)
+    twice = BeetleBatch(batch.images.double(), batch.targets, batch.parts)
     true = gradients(double, twice, SEEDED, replayed)(logits.double(), Generator())[1]
     return float((single.double() - true).norm() / true.norm())
 

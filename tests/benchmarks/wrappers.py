@@ -39,8 +39,8 @@ from torch.nn import functional as F
 from torchvision.models import resnet50
 
 from captum_ext.attr import SESSWrapper
-from captum_ext.attr.wrappers._fusion import Fusion
-from captum_ext.attr.wrappers._windows import Cutter, all_windows, scaled_size
+from captum_ext.attr.wrappers._fusion import WindowFusion
+from captum_ext.attr.wrappers._windows import CropViews, scaled_size, slide_windows
 from captum_ext.attr.wrappers.super_resolution import Observation, Solution, euclidean, solve
 from tests.benchmarks.measuring import (
     Calls,
@@ -81,9 +81,9 @@ def network(device: torch.device) -> nn.Module:
 def sess_calls(device: torch.device) -> Calls:
     model, x = network(device), photograph(device)
     sizes = [scaled_size(PHOTO, 224 + 64 * i) for i in range(12)]
-    windows = all_windows(sizes, WINDOW, WINDOW)
+    windows = slide_windows(sizes, WINDOW, WINDOW)
     assert (len(windows), len(windows) - int(len(windows) * 0.9)) == (157, KEPT)
-    patches = Cutter(sizes, WINDOW, False)(x, [0] * len(windows), windows, False)
+    patches = CropViews(sizes, WINDOW, False)(x, [0] * len(windows), windows, False)
 
     def forwards() -> None:
         with torch.no_grad():
@@ -135,12 +135,12 @@ def compare(ours: Tensor, theirs: Any) -> None:
 def fuse(device: torch.device, fusion: str, step: int) -> int:
     """Fuse maps for all windows of a large image, 64 at a time; their number."""
     sizes = [scaled_size(LARGE, 224 + 64 * i) for i in range(12)]
-    windows = all_windows(sizes, WINDOW, (step, step))
+    windows = slide_windows(sizes, WINDOW, (step, step))
     images = torch.empty(1, 1, 1, 1, device=device).expand(1, 3, *LARGE)
     pool = "max" if fusion == "max" else "mean"
     way = "soft" if fusion == "max" else fusion
     peak = torch.zeros(1, device=device)
-    fused = Fusion(images, sizes, WINDOW, pool, way, 0.0, peak, False)
+    fused = WindowFusion(images, sizes, WINDOW, pool, way, 0.0, peak, False)
     windows.sort(key=fused.canvas)
     maps = torch.full((BATCH, 1, *WINDOW), 0.5, device=device)
     for start in range(0, len(windows), BATCH):
@@ -163,7 +163,7 @@ def fusion_calls(device: torch.device) -> Calls:
 
 def windows_of(step: int) -> list[Any]:
     sizes = [scaled_size(LARGE, 224 + 64 * i) for i in range(12)]
-    return all_windows(sizes, WINDOW, (step, step))
+    return slide_windows(sizes, WINDOW, (step, step))
 
 
 # --- AugmentedSR's solver ------------------------------------------------------------------------

@@ -107,14 +107,14 @@ def test_masks_are_the_union_and_crowds_are_ignored(coco):
 
 def test_polygons_cover_the_pixels_whose_centres_are_inside():
     triangle = [0.0, 0.0, 4.0, 0.0, 0.0, 4.0]
-    found = module._of_polygon(triangle, 4, 5).astype(int).tolist()
+    found = module._fill_polygon(triangle, 4, 5).astype(int).tolist()
     assert found == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
     bow = [0, 0, 6, 4, 6, 0, 0, 4]  # two triangles, left and right
-    found = module._of_polygon(bow, 4, 6).astype(int).tolist()
+    found = module._fill_polygon(bow, 4, 6).astype(int).tolist()
     assert found == [[1, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1]]
     beyond = [-3.0, -3.0, 9.0, -3.0, 9.0, 1.5, -3.0, 1.5]
-    assert module._of_polygon(beyond, 3, 4).astype(int).tolist() == [[1] * 4, [0] * 4, [0] * 4]
-    assert not module._of_polygon([1, 1, 3, 3], 4, 4).any()
+    assert module._fill_polygon(beyond, 3, 4).astype(int).tolist() == [[1] * 4, [0] * 4, [0] * 4]
+    assert not module._fill_polygon([1, 1, 3, 3], 4, 4).any()
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,11 @@ def test_texts_of_run_lengths(text, size, inside):
     wanted = np.zeros(size, dtype=bool)
     for part in inside:
         wanted[part] = True
-    assert (module._mask({"size": size, "counts": text}, *size) == wanted).all()
-    runs = module._numbers(text)
+    assert (module._decode_mask({"size": size, "counts": text}, *size) == wanted).all()
+    runs = module._decode_text(text)
     assert sum(runs) == wanted.size
     assert min(runs) > 0
-    assert (module._mask({"size": size, "counts": runs}, *size) == wanted).all()
+    assert (module._decode_mask({"size": size, "counts": runs}, *size) == wanted).all()
 
 
 def test_pictures_may_be_in_a_folder_of_their_own_and_classes_in_another_order(coco):
@@ -221,7 +221,7 @@ def test_what_coco_lacks(coco):
     ("segmentation", "said"),
     [
         ({"size": [5, 6], "counts": [3, 4]}, "runs of 7 pixels in a mask of size .5, 6."),
-        ({"size": [6, 5], "counts": [30]}, "size .6, 5. are not of a picture of .5, 6."),
+        ({"size": [6, 5], "counts": [30]}, "size .6, 5. do not fit a picture of .5, 6."),
         ({"size": [5, 6]}, "'counts'"),
         ([[1, 2, 3]], "cannot be understood"),
         ([SQUARE, []], r"a polygon must be .* at least three corners, got \[\]"),

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from captum_ext.datasets import PATTERNS, FineGrainedParts, Specimen
+from captum_ext.datasets import PATTERNS, BeetleExample, FineGrainedParts
 from captum_ext.datasets.fine_grained import MEAN, STD, normalized, stacked
 
 
-def pixels(specimen: Specimen) -> torch.Tensor:
+def pixels(specimen: BeetleExample) -> torch.Tensor:
     return stacked([specimen.image])[0]
 
 
 @pytest.fixture(scope="module")
-def specimens() -> list[Specimen]:
+def specimens() -> list[BeetleExample]:
     return list(FineGrainedParts(48, seed=3))
 
 
@@ -62,7 +62,7 @@ def test_classes_differ_inside_the_part_and_nowhere_else(size: tuple[int, int]) 
 # --- what is in it -------------------------------------------------------------------------------
 
 
-def test_parts_are_tight_small_and_on_the_back(specimens: list[Specimen]) -> None:
+def test_parts_are_tight_small_and_on_the_back(specimens: list[BeetleExample]) -> None:
     sides = []
     for specimen in specimens:
         assert specimen.image.mode == "RGB"

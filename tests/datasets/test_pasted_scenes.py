@@ -208,7 +208,7 @@ def test_there_are_n_scenes(index: int) -> None:
 
 def test_without_the_photographs_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pasted_scenes._photograph.cache_clear()
-    pasted_scenes._cut.cache_clear()
+    pasted_scenes._cut_out.cache_clear()
     monkeypatch.setitem(sys.modules, "skimage.data", None)
     with pytest.raises(ImportError, match=r"captum_ext\[demo\]"):
         PastedScenes()[0]

@@ -1,6 +1,9 @@
 """Tiny pictures and attributions whose maps are known; they pickle."""
 
+import csv
+import sqlite3
 import time
+from contextlib import closing
 from types import SimpleNamespace
 
 import torch
@@ -75,8 +78,23 @@ def three_methods():
     }
 
 
-def lines(folder):
-    """Of the rows of all processes, sorted."""
-    found = [file.read_bytes().splitlines(keepends=True) for file in folder.glob("rows*.csv")]
-    assert len({each[0] for each in found}) == 1  # the same columns
-    return sorted(line for each in found for line in each[1:])
+def exported(folder):
+    """The bytes of the export, without its temporary files."""
+    assert not list(folder.glob(".*"))
+    return (folder / "rows.csv").read_bytes()
+
+
+def rows(folder):
+    """The exported rows, sorted by method and image."""
+    with (folder / "rows.csv").open(newline="") as file:
+        return sorted(csv.DictReader(file), key=lambda row: (row["method"], int(row["index"])))
+
+
+def forget(folder, condition):
+    """Delete finished tasks from the store and the export; return how many."""
+    (folder / "rows.csv").unlink(missing_ok=True)
+    count = 0
+    for file in folder.glob("results.*.sqlite"):
+        with closing(sqlite3.connect(file)) as connection, connection:
+            count += connection.execute(f"DELETE FROM results WHERE {condition}").rowcount
+    return count

@@ -1,12 +1,12 @@
-import csv
 import io
 import json
 import multiprocessing
-import random
+import sqlite3
 import sys
 import time
 import types
 import warnings
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
 from captum_ext.evaluation import Prepared, evaluate, summary
 from captum_ext.evaluation.examples import Blocks
 from captum_ext.evaluation.methods import Method, on_device
-from captum_ext.evaluation.store import Store, Writer
+from captum_ext.evaluation.store import ResultStore
 from captum_ext.fcam import FCAMDecoder
 from captum_ext.fcam.views import BoxedPictures
 from captum_ext.imaging import min_max
@@ -44,16 +44,11 @@ from captum_ext.metrics import (
     insertion,
     total_variation,
 )
-from tests.evaluation.subjects import Boxes, Of, lines, three_methods
+from tests.evaluation.subjects import Boxes, Of, exported, forget, rows, three_methods
 from tests.networks import WeightedSum, linear_net, tiny_net
 
 QUIET = {"show_progress": False, "normalize": None, "batch_size": 3}
 CHEAP = ["pointing_game", "energy", "pxap"]
-
-
-def rows(folder):
-    found = [row for file in folder.glob("rows*.csv") for row in csv.DictReader(file.open())]
-    return sorted(found, key=lambda row: (row["method"], int(row["index"])))
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -396,132 +391,7 @@ def test_no_asterisk_where_nothing_is_known(tmp_path):
     assert "*" not in text
 
 
-# --- killed and gone on with ---------------------------------------------------------------------
-
-
-def test_cut_off_at_any_byte_it_ends_with_the_same_rows(tmp_path):
-    methods = {"a": Of(tiny_net()), "b": Of(tiny_net(), lambda x: -x)}
-    evaluate(methods, Boxes(4), "energy", output=tmp_path, **QUIET)
-    file = tmp_path / "rows.csv"
-    whole, wanted = file.read_bytes(), lines(tmp_path)
-    timed = (tmp_path / "timings.csv").read_bytes()
-    assert len(wanted) == 8
-    near = {at + by for at, byte in enumerate(whole) if byte == 10 for by in (-1, 0, 1, 2)}
-    for end in sorted({*range(0, len(whole), 11), *near} - {len(whole) + 1}):
-        file.write_bytes(whole[:end])
-        (tmp_path / "timings.csv").write_bytes(timed[: end % len(timed)])
-        evaluate(methods, Boxes(4), "energy", output=tmp_path, **QUIET)
-        assert lines(tmp_path) == wanted, end
-        assert file.read_bytes() == whole  # one process: even the order is the same
-
-
-def test_cells_longer_than_the_csv_module_takes_by_itself(tmp_path):
-    """A curve of each pixel is, in pictures of 224 x 224."""
-    before = csv.field_size_limit(64)
-    try:
-        metrics = {"deletion": {"step": 1}}
-        found = evaluate({"a": Of(tiny_net())}, Boxes(), metrics, output=tmp_path, **QUIET)
-        assert csv.field_size_limit() == 64
-    finally:
-        csv.field_size_limit(before)
-    assert all(len(row["deletion_curve"]) > 64 for row in rows(tmp_path))
-    assert found.images == {"a": 7}
-
-
-def test_a_line_lost_in_the_middle_loses_its_batch_alone(tmp_path):
-    """Someone deletes a failed row, to have it done again: what follows must not be lost."""
-    calls = []
-
-    def counted(x):
-        calls.append(len(x))
-        return x
-
-    methods = {"a": Of(tiny_net(), counted)}
-    evaluate(methods, Boxes(9), "energy", output=tmp_path, **QUIET)
-    file = tmp_path / "rows.csv"
-    whole = file.read_bytes().splitlines(keepends=True)
-    for lost in ([2], [1], [3], [2, 3, 4], []):
-        file.write_bytes(b"".join(line for i, line in enumerate(whole) if i not in lost))
-        calls.clear()
-        found = evaluate(methods, Boxes(9), "energy", output=tmp_path, **QUIET)
-        assert len(calls) == len({(i - 1) // 3 for i in lost})
-        assert found.images == {"a": 9}
-    assert len(list(Store.read(tmp_path).rows())) == 9
-
-
-def _run(folder, pause):
-    torch.set_num_threads(1)
-    evaluate(three_methods(), Boxes(150, pause=pause), CHEAP, output=folder, **QUIET)
-
-
-def test_killed_at_ten_random_moments(tmp_path):
-    _run(tmp_path / "whole", 0)
-    wanted = lines(tmp_path / "whole")
-    assert len(wanted) == 450
-    fork, folder, sizes = multiprocessing.get_context("fork"), tmp_path / "killed", []
-    file, chance = folder / "rows.csv", random.Random(7)
-
-    def size():
-        return file.stat().st_size if file.is_file() else 0
-
-    for _ in range(10):
-        process, before = fork.Process(target=_run, args=(folder, 0.02)), size()
-        process.start()
-        while process.is_alive() and size() <= before:  # it writes nothing in its first moments
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.04))
-        assert process.is_alive()
-        process.kill()
-        process.join()
-        sizes.append(size())
-    assert sizes[0] < sizes[-1] < (tmp_path / "whole" / "rows.csv").stat().st_size
-    _run(folder, 0)
-    assert lines(folder) == wanted
-
-
-def test_two_runs_at_once_in_one_folder_are_an_error(tmp_path):
-    start = multiprocessing.get_context("spawn")
-    options = {"output": tmp_path, **QUIET, "batch_size": 1}
-    other = start.Process(
-        target=evaluate,
-        args=({"a": Of(tiny_net())}, Boxes(200, pause=0.05), "energy"),
-        kwargs=options,
-    )
-    other.start()
-    try:
-        while not list(tmp_path.glob("rows.csv")):
-            time.sleep(0.05)
-        with pytest.raises(RuntimeError, match="`output`: another process is writing"):
-            evaluate({"a": Of(tiny_net())}, Boxes(200), "energy", **options)
-    finally:
-        other.kill()
-        other.join()
-    # As soon as it is gone.
-    found = evaluate({"a": Of(tiny_net())}, Boxes(200), "energy", **options)
-    assert found.images == {"a": 200}
-
-
-def refused(folder, told):
-    try:
-        Writer(Store.read(folder), 0)
-    except RuntimeError as error:
-        told.put(str(error))
-    else:
-        told.put("")
-
-
-def test_a_process_that_reads_what_it_writes_keeps_its_files(tmp_path):
-    evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=tmp_path, **QUIET)
-    start = multiprocessing.get_context("spawn")
-    told = start.Queue()
-    writer = Writer(Store.read(tmp_path), 0)
-    summary(tmp_path)
-    for wanted in ("`output`: another process is writing", ""):
-        other = start.Process(target=refused, args=(tmp_path, told))
-        other.start()
-        assert told.get(timeout=60).startswith(wanted)
-        other.join()
-        writer.close()
+# --- settings -------------------------------------------------------------------------------------
 
 
 def test_settings_may_change_while_nothing_is_finished(tmp_path):
@@ -653,28 +523,18 @@ def test_a_decoder_that_was_trained_again_is_another_method(tmp_path):
         parameter /= 2
 
 
-def test_files_of_another_version_are_not_read(tmp_path):
-    evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=tmp_path, **QUIET)
-    file = tmp_path / "settings.json"
-    file.write_text(file.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(ValueError, match="rows of format 1, and this version reads 2"):
-        summary(tmp_path)
-    with pytest.raises(ValueError, match="rows of another run: format was 1 and is 2"):
-        evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=tmp_path, **QUIET)
-
-
 def test_the_order_of_metrics_and_methods_is_no_other_run(tmp_path):
     model, calls = tiny_net(), []
     methods = {"a": Of(model, lambda x: calls.append(0) or x), "b": Of(model)}
     evaluate(methods, Boxes(), ["energy", "pxap"], output=tmp_path, **QUIET)
-    file, wanted = tmp_path / "rows.csv", lines(tmp_path)
+    wanted = exported(tmp_path)
     again = dict(reversed(methods.items()))
-    for cut, left in ((0, 0), (10, 1), (10_000, 3)):
-        file.write_bytes(file.read_bytes()[: -cut or None])
+    for lost, n_calls in (("0", 0), ("number = 4", 1), ("number = 5", 0), ("1", 3)):
+        forget(tmp_path, lost)
         calls.clear()
         evaluate(again, Boxes(), ["pxap", "energy"], output=tmp_path, **QUIET)
-        assert lines(tmp_path) == wanted
-        assert len(calls) <= left
+        assert exported(tmp_path) == wanted
+        assert len(calls) == n_calls
 
 
 def test_random_numbers_of_a_metric_do_not_depend_on_the_others(tmp_path):
@@ -725,12 +585,11 @@ def test_methods_that_draw_numpys_numbers_give_the_same_rows_again(tmp_path):
     state = np.random.get_state()[1].copy()
     evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
     assert np.array_equal(np.random.get_state()[1], state)
-    wanted = lines(tmp_path)
-    file = tmp_path / "rows.csv"
-    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:4]))
+    wanted = exported(tmp_path)
+    assert forget(tmp_path, "number > 0") == 2
     np.random.random()
     evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
-    assert lines(tmp_path) == wanted
+    assert exported(tmp_path) == wanted
 
 
 # --- several processes ---------------------------------------------------------------------------
@@ -744,21 +603,17 @@ def test_two_processes_give_the_rows_of_one(strategy, tmp_path):
     found = evaluate(
         three_methods(), Boxes(9), output=tmp_path / "two", devices=2, strategy=strategy, **options
     )
-    assert lines(tmp_path / "two") == lines(tmp_path / "one")
+    assert exported(tmp_path / "two") == exported(tmp_path / "one")
     assert found.images == {"Grad-CAM": 9, "IG": 9, "noisy": 9}
-    shares = [rows_of(tmp_path / "two" / name) for name in ("rows.csv", "rows.1.csv")]
-    assert shares == [{0, 1, 4, 5, 8}, {2, 3, 6, 7}]
+    batches = [batches_of(tmp_path / "two" / f"results.{rank}.sqlite") for rank in (0, 1)]
+    assert batches == [{0, 2, 4}, {1, 3}]
     # Begun by two, finished by one.
-    for name in ("rows.csv", "rows.1.csv"):
-        file = tmp_path / "two" / name
-        file.write_bytes(file.read_bytes()[:-400])
-    torn = (tmp_path / "two" / "rows.1.csv").read_bytes()
+    assert forget(tmp_path / "two", "number >= 10") == 5
+    file = tmp_path / "two" / "results.1.sqlite"
+    before = file.read_bytes()
     again = evaluate(three_methods(), Boxes(9), output=tmp_path / "two", **options)
-    assert (tmp_path / "two" / "rows.1.csv").read_bytes() == torn  # the other's file
-    stored = Store.read(tmp_path / "two").rows()
-    assert sorted(map(tuple, (r.values() for r in stored))) == sorted(
-        map(tuple, (r.values() for r in Store.read(tmp_path / "one").rows()))
-    )
+    assert file.read_bytes() == before  # the other's file
+    assert exported(tmp_path / "two") == exported(tmp_path / "one")
     assert again.figures == found.figures
 
 
@@ -787,8 +642,10 @@ def test_one_of_several_processes_evaluates_by_itself(tmp_path):
     assert summary(tmp_path / "run").images == {"a": 7}
 
 
-def rows_of(file):
-    return {int(row["index"]) for row in csv.DictReader(file.open())}
+def batches_of(file):
+    with closing(sqlite3.connect(file)) as connection:
+        numbers = connection.execute("SELECT number FROM results").fetchall()
+    return {number // 3 for (number,) in numbers}
 
 
 def test_each_process_has_everything_on_its_device():
@@ -929,12 +786,12 @@ def test_the_machines_fault_is_no_row(error, size, tmp_path):
 
     with pytest.raises(type(error)):
         evaluate({"a": Of(tiny_net(), fail)}, Boxes(), "energy", output=tmp_path, **QUIET)
-    assert len(rows(tmp_path)) == (0 if size == 3 else 6)
+    assert len(list(ResultStore.read(tmp_path).rows())) == (0 if size == 3 else 6)
     if size == 1:
         folder = tmp_path / "alone"
         with pytest.raises(type(error)):
             evaluate({"a": Of(tiny_net(), fail_alone)}, Boxes(), "energy", output=folder, **QUIET)
-        assert not rows(folder)
+        assert not list(ResultStore.read(folder).rows())
     found = evaluate({"a": Of(tiny_net(), torch.relu)}, Boxes(), "energy", output=tmp_path, **QUIET)
     assert found.images == {"a": 7}
 
@@ -1117,7 +974,7 @@ def test_workers_and_the_progress_bar_change_nothing(tmp_path, capsys):
     options |= {"show_progress": True, "num_workers": 2}
     evaluate(methods, Boxes(), output=tmp_path / "b", **options)
     assert torch.equal(torch.get_rng_state(), before)
-    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    assert exported(tmp_path / "a") == exported(tmp_path / "b")
     assert "7/7" in capsys.readouterr().err
 
 

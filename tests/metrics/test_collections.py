@@ -227,6 +227,26 @@ def test_a_stored_state_is_not_taken_for_another() -> None:
         two.load_state_dict(one.state_dict())
 
 
+def test_metrics_show_their_options_without_the_defaults() -> None:
+    assert repr(PointingGame(2)) == "PointingGame(2)"
+    assert repr(PointingGame(num_classes=3, average="macro")) == (
+        "PointingGame(num_classes=3, average='macro')"
+    )
+    assert repr(EnergyPointingGame(ignore_empty=True)) == "EnergyPointingGame(ignore_empty=True)"
+    assert repr(MaxBoxAcc((0.3, 0.5), "all")) == "MaxBoxAcc((0.3, 0.5), contours='all')"
+    assert repr(PxAP()) == "PxAP()"
+    assert repr(curve(torch.ones(1))) == (
+        "Curve(auc=Tensor((1,), float32), scores=Tensor((1, 2), float32), "
+        "shares=Tensor((2,), float32))"
+    )
+
+
+def test_higher_is_better_comes_from_the_definition() -> None:
+    lower = {"AverageDrop", "Deletion"}
+    for _, make in METRICS.values():
+        assert make().higher_is_better == (type(make()).__name__ not in lower)
+
+
 # --- imports -------------------------------------------------------------------------------------
 
 

@@ -181,8 +181,7 @@ SUGGESTED = {
 
 def on_meta(name: str) -> nn.Module:
     """A torchvision network, without values where it can be built without."""
-    with torch.device("cpu" if name.startswith("regnet") else "meta"):
-        return torchvision_net(name)
+    return torchvision_net(name, device="cpu" if name.startswith("regnet") else "meta")
 
 
 @pytest.mark.parametrize("name", SUGGESTED)
@@ -193,6 +192,7 @@ def test_suggestions_for_torchvision(name: str) -> None:
     assert suggest_reshape_transform(model) is (tokens_to_grid if is_vit else None)
 
 
+@pytest.mark.slow
 def test_every_torchvision_classifier_has_a_suggestion() -> None:
     for name in models.list_models(module=models):
         if not name.startswith("regnet") or name == "regnet_x_400mf":  # the others are large
