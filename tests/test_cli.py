@@ -545,7 +545,7 @@ def test_an_image_of_too_many_pixels_is_an_error(size, workdir, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["explain", "none.png"], "'none.png' does not exist"),
         (["explain", "."], "'.' does not exist or is not a file"),
@@ -575,7 +575,7 @@ def test_wrong_arguments_are_one_line(argv, message, photo, workdir, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--target", "10"], "the target 10 is not a class: squeezenet1_1 has 0 to 9"),
         (["--target=-1"], "has 0 to 9"),

@@ -106,7 +106,7 @@ def test_a_corrupt_picture_is_a_failed_row_and_exit_code_1(command, capsys):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (("--metrics", "insertions"), "--metrics must be names of"),
         (

@@ -91,7 +91,7 @@ def test_every_flag_has_a_key(capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("batchsize: 3", "unknown key 'batchsize'. Closest: batch-size"),
         ("config: a.yaml", "unknown key 'config'"),
@@ -149,7 +149,7 @@ def test_errors_name_the_key(text, message, config, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [("- data", "must have lines `flag: value`"), ("a: [", "is not YAML: "), ("a: \0", "not YAML")],
 )
 def test_a_file_of_another_format_is_refused(text, message, config, capsys):

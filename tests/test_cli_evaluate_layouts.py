@@ -189,7 +189,7 @@ def refused(evaluated, message, n, *more):
 
 
 @pytest.mark.parametrize(
-    ("n", "said"),
+    ("n", "message"),
     [
         (3, "has 2 classes, and squeezenet1_1 has 3 classes: give --weights of a classifier"),
         (1000, "has 2 classes, and squeezenet1_1 has 1000 classes"),
@@ -229,7 +229,7 @@ def test_class_names_must_be_the_models(photographs, evaluated):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (("--split", "val"), "--split must be one of ['test', 'train', 'all'], got 'val'"),
         (("--images", "x"), "--images is for --layout wsol, not for cub"),

@@ -328,7 +328,7 @@ def test_folders_of_another_run_are_refused(workdir, command, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"text", "'run/last.ckpt' is not a checkpoint"), (None, "is a file")]
+    ("content", "message"), [(b"text", "'run/last.ckpt' is not a checkpoint"), (None, "is a file")]
 )
 def test_checkpoints_of_another_format_are_refused(content, message, workdir, command, capsys):
     if content is None:
@@ -344,7 +344,7 @@ def test_checkpoints_of_another_format_are_refused(content, message, workdir, co
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--guide", "grdcam"], "unknown method 'grdcam'. Closest: grad-cam"),
         (["--guide", "rise"], "unknown method 'rise'. Closest: "),

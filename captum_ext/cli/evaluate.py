@@ -28,7 +28,7 @@ _DATA_OPTIONS: Options = {
     "data": {
         "nargs": "?",
         "metavar": "DATA",
-        "help": "a folder with a folder of pictures for each class, or with the files of another "
+        "help": "a folder with a folder of pictures for each class, or with a data set of another "
         "--layout",
     },
     "--layout": {
@@ -122,7 +122,7 @@ def add_command(commands: Any) -> None:
         "--config",
         metavar="FILE",
         default=argparse.SUPPRESS,
-        help="a YAML file with lines `flag: value`; flags on the command line go before it",
+        help="a YAML file with lines `flag: value`; flags on the command line take precedence",
     )
     parser.set_defaults(run=functools.partial(evaluate, actions, defaults))
 

@@ -319,13 +319,12 @@ def print_methods(arguments: argparse.Namespace) -> None:
     on_request = ", ".join(m.name for m in methods if m.is_ours and not m.at_layer)
     print(table(ours))
     print(
-        "\ngrad: whether gradients are needed. passes: forward passes for an image, where K is\n"
-        "the number of the layer's channels; * of the part behind the layer only. "
-        f"{on_request}:\n"
-        "of the model, whatever its layers, and run where it is named only.\n"
+        "\ngrad: the method needs gradients. passes: forward passes for one image, with K the number\n"
+        "of the layer's channels; *: only the part of the model behind the layer runs K times.\n"
+        f"{on_request}: they explain the model as a whole, and run only where they are named.\n"
     )
     print(table(captums))
     print(
-        "\nCaptum's methods run where they are named only. Those that remove features from the\n"
-        f"image remove the cells of a grid of {GRID} x {GRID}."
+        "\nCaptum's methods run only where they are named. Their features, where they have any, are\n"
+        f"the cells of a grid of {GRID} x {GRID} over the image."
     )

@@ -277,7 +277,7 @@ def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: Folder) -> 
     """Call `fit`, with its errors in the flags of the command line."""
     import torch
 
-    from captum_ext._errors import ArgumentError, ArgumentTypeError, InputError
+    from captum_ext._errors import InputError
 
     try:
         return fit()
@@ -291,13 +291,13 @@ def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: Folder) -> 
         raise InputError(f"{error}{stored}") from error
     except torch.cuda.OutOfMemoryError as error:
         raise InputError("the GPU has too little memory: give a lower --batch-size") from error
-    except (ArgumentError, ArgumentTypeError) as error:
+    except (ValueError, TypeError) as error:
         if bool(folder.is_unreadable.all()):
             raise InputError(
                 f"none of the {len(folder)} pictures can be read; the first: {folder.reason(0)}"
             ) from error
         flags = {**_FLAGS, "guide": "--guide", "checkpoints": f"--checkpoints {checkpoints}"}
-        if error.argument not in flags:  # the mistake is ours
+        if getattr(error, "argument", None) not in flags:  # the mistake is ours
             raise
         raise InputError(in_flags(error, flags)) from error
 
