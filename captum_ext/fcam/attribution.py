@@ -19,13 +19,13 @@ from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import SavedDecoder
 from captum_ext._repr import options_repr
 from captum_ext.attr._method_info import Paper
-from captum_ext.attr._named import Named
+from captum_ext.attr._mixin import AttributionMixin
 from captum_ext.fcam.decoder import FCAMDecoder
 
 _DECODER_FILE = SavedDecoder("F-CAM", ("channels", "widths", "center", "layers"))
 
 
-class FCAM(Named, Attribution):
+class FCAM(AttributionMixin, Attribution):
     r"""F-CAM: the foreground map of a decoder on the features of a frozen classifier.
 
     .. math:: M = \operatorname{softmax}(D(f_1(x), ..., f_L(x)))_1

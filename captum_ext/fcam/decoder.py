@@ -205,7 +205,7 @@ def find_feature_layers(classifier: Forward, images: Tensor) -> list[str]:
         >>> find_feature_layers(resnet18().eval(), torch.zeros(1, 3, 64, 64))
         ['relu', 'layer1', 'layer2', 'layer3', 'layer4']
     """
-    root = require_module(classifier, "classifier")
+    root = require_module(classifier, "classifier", ": name the `layers`")
     names, modules = zip(*root.named_modules(), strict=True)
     runs: Counter[str] = Counter()
     ran: list[tuple[str, tuple[int, int]]] = []

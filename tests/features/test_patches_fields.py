@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -42,7 +42,6 @@ def test_energy_boxes_equal_those_made_by_hand() -> None:
     assert both.tolist() == [[0, 0, 4, 6], [1, 2, 3, 6]]
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**20), st.sampled_from([0.5, 0.8, 0.95, 1.0]))
 def test_energy_boxes_contain_their_share(seed: int, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from captum.attr import IntegratedGradients, LayerGradCam, NoiseTunnel, Saliency
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kornia.metrics import ssim
 from skimage.metrics import structural_similarity as skimage_ssim
@@ -187,7 +187,6 @@ def test_the_default_decoder_is_that_of_the_paper():
 
 
 @given(power=st.integers(0, 7), h=st.integers(1, 3), w=st.integers(1, 3), n=st.integers(1, 2))
-@settings(max_examples=25, deadline=None)
 def test_pictures_have_the_strides_size_and_values_in_0_to_1(power, h, w, n):
     decoder = PerceptionDecoder(5, 2**power, [3] * power, [1] * power).eval()
     pictures = decoder(9 * torch.randn(n, 5, h, w))
