@@ -645,7 +645,7 @@ def test_reprs_are_short():
         "LayerEncoder(Sequential, layer='4', normalize=((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))"
     )
     assert repr(LayerEncoder(model, "4")) == "LayerEncoder(Sequential, layer='4')"
-    perception = pv_of(model, gamma=2.0).visualize(torch.rand(1, 3, 32, 32))
+    perception = pv_of(model, gamma=2.0).visualize(torch.rand(1, 3, 32, 32), target=1)
     assert repr(perception) == (
         "Perception(image=Tensor((1, 3, 32, 32), float32), mask=Tensor((1, 1, 32, 32), float32), "
         "reconstruction=Tensor((1, 3, 32, 32), float32))"
