@@ -1,13 +1,13 @@
-"""What the settings of activation maximisation give, on a trained network, in one run.
+"""Settings of activation maximisation, compared on a trained network in one run.
 
     python -m tests.benchmarks.activation_maximization [--size N] [--steps N] [--threads N]
                                                        [--pictures FOLDER] [--quick]
 
-A table in Markdown, and with `--pictures` a strip of pictures for each of its rows. All rows have
-the same classes, steps and random numbers, and differ from the defaults in what their name says.
-Means over the classes, of the found images and the network that they were found on: the logit; the
-logit of the images shifted by a few pixels; and, blurred by two pixels, which fine patterns do not
-outlast, the logit and the probability of the class. Times are of the processor, for all classes.
+It prints a table in Markdown, and with `--pictures` writes a strip of pictures for each row. All
+rows have the same classes, steps and random numbers, and differ from the defaults as their name
+says. Columns are means over the classes, for the resulting images and the network of the ascent:
+the logit; the logit after a shift by a few pixels; and the logit and the probability of the class
+after a blur of two pixels, which removes fine patterns. Times are of the processor, in total.
 """
 
 import argparse
@@ -34,7 +34,7 @@ CLASSES = {
     "pizza": 963,
 }
 ROWS: dict[str, dict[str, Any]] = {
-    "as it comes": {},
+    "defaults": {},
     "pixels": {"parametrization": "pixel"},
     "no blur": {"blur_every": 0},
     "pixels, no blur": {"parametrization": "pixel", "blur_every": 0},
@@ -54,13 +54,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     demo = load_model()
     net, targets = demo.module.requires_grad_(False), list(CLASSES.values())
-    each = (range(len(targets)), targets)
+    own_class = (range(len(targets)), targets)
     normalize = (demo.preprocess.mean, demo.preprocess.std)
     print("| | logit | shifted | blurred | probability, blurred | lowest probability | seconds |")
     print("|---|---|---|---|---|---|---|")
     for name, row in ROWS.items():
         start = time.process_time()
-        found = ActivationMaximization(net, normalize=normalize).maximize(
+        result = ActivationMaximization(net, normalize=normalize).maximize(
             (3, options.size, options.size),
             targets,
             n_steps=options.steps,
@@ -68,15 +68,15 @@ def main() -> None:
             **row,
         )
         seconds = time.process_time() - start
-        x = found.images
-        shifted = torch.stack([net(torch.roll(x, shift, (2, 3)))[each] for shift in SHIFTS])
+        x = result.images
+        shifted = torch.stack([net(torch.roll(x, shift, (2, 3)))[own_class] for shift in SHIFTS])
         blurred = net(blur(x, 13, 2.0))
         numbers = (
-            found.scores.mean(),
+            result.scores.mean(),
             shifted.mean(),
-            blurred[each].mean(),
-            blurred.softmax(1)[each].mean(),
-            net(x).softmax(1)[each].min(),
+            blurred[own_class].mean(),
+            blurred.softmax(1)[own_class].mean(),
+            net(x).softmax(1)[own_class].min(),
         )
         cells = " | ".join(f"{float(value):.2f}" for value in numbers)
         print(f"| {name} | {cells} | {seconds:.0f} |", flush=True)
@@ -84,7 +84,7 @@ def main() -> None:
             from torchvision.utils import save_image
 
             options.pictures.mkdir(parents=True, exist_ok=True)
-            save_image(found.pictures, options.pictures / f"{name}.png", nrow=len(targets))
+            save_image(result.pictures, options.pictures / f"{name}.png", nrow=len(targets))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What F-CAM costs: its colour losses, a step of its training, and its maps, in one run.
+"""The cost of F-CAM: its colour losses, a step of its training, and its maps, in one run.
 
     python -m tests.benchmarks.fcam_cost [--device cpu|cuda] [--repeats N] [--threads N]
                                          [--json FILE]
 
-Three parts, in Markdown, each followed by what was wished:
+It prints three parts in Markdown, each followed by the target values:
 
 - the CRF losses, forward and backward, of one image and of a batch: exact, with anchors, and in
   windows, at several sides. The images are photographs, since the time of an exponential depends on
@@ -16,8 +16,8 @@ Three parts, in Markdown, each followed by what was wished:
   themselves, which is not exactly what they take within it. Lightning's own loop is left out;
 - `FCAM.foreground` beside the classifier's and the decoder's forward pass.
 
-That each form computes what it shall is checked first, in float64: the losses against whole
-matrices, the step against its parts put together, the maps against a plain composition.
+First, each form is compared in float64 with a reference: the losses with whole matrices, the step
+with its parts put together, the maps with a plain composition.
 
 How it is measured says `measuring.py`. Networks and decoders have random weights.
 """
@@ -66,8 +66,8 @@ BATCH = 8
 RADIUS, ANCHORS = 5, 512
 SIDES, LONGEST = (32, 56, 112), 224
 WISHED_AT = 112  # px, where the anchors shall be at least ten times as fast
-# What the CRF may hold: the chunk and what the matrix product makes of it, and some numbers for
-# each pixel (features and their means, products, gradients).
+# The memory that the CRF loss may need: the chunk, its matrix product, and some numbers for each
+# pixel (features and their means, products, gradients).
 CHUNKS, PER_PIXEL = 2, 32
 SIDE, STORED = 224, 256  # of the views, and of the whole pictures that they are cropped out of
 EXACT, SAMPLED, LOCAL = "exact", f"{ANCHORS} anchors", f"windows of radius {RADIUS}"
@@ -79,13 +79,13 @@ NETWORKS = {"ResNet-18": models.resnet18, "ResNet-50": models.resnet50}
 
 def photographs(n: int, side: int, device: torch.device) -> Tensor:
     """(n, 3, side, side), uint8; from the fourth on mirrored."""
-    found = []
+    pictures = []
     for index in range(n):
         picture = getattr(skimage.data, PHOTOGRAPHS[index % len(PHOTOGRAPHS)])()
         pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
         pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
-        found.append(pixels.flip(3) if index // len(PHOTOGRAPHS) % 2 else pixels)
-    return torch.cat(found).round().clamp(0, 255).byte().to(device)
+        pictures.append(pixels.flip(3) if index // len(PHOTOGRAPHS) % 2 else pixels)
+    return torch.cat(pictures).round().clamp(0, 255).byte().to(device)
 
 
 def network(name: str, device: torch.device) -> nn.Module:
@@ -96,16 +96,16 @@ def network(name: str, device: torch.device) -> nn.Module:
 
 def decoder_of(model: nn.Module, side: int = SIDE) -> FCAMDecoder:
     torch.manual_seed(1)
-    some = next(model.parameters())
-    return FCAMDecoder.reading(model, some.new_zeros(1, 3, side, side)).to(some)
+    weight = next(model.parameters())
+    return FCAMDecoder.reading(model, weight.new_zeros(1, 3, side, side)).to(weight)
 
 
 def captured(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
     """The features of the named layers, by plain hooks and without copies."""
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        found[name] = output
+        outputs[name] = output
 
     handles = [model.get_submodule(n).register_forward_hook(partial(keep, n)) for n in names]
     try:
@@ -114,7 +114,7 @@ def captured(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    return [found[name] for name in names]
+    return [outputs[name] for name in names]
 
 
 def decoded(model: nn.Module, decoder: FCAMDecoder, x: Tensor) -> Tensor:
@@ -262,17 +262,17 @@ def compare_crf(device: torch.device) -> None:
         close("all pixels as anchors", a, b)
 
 
-def same(what: str, ours: Tensor, theirs: Tensor, p: Tensor, power: int) -> None:
+def same(name: str, ours: Tensor, theirs: Tensor, p: Tensor, power: int) -> None:
     """That two losses and their gradients agree; the second is to be divided by P^power."""
     theirs = theirs / 144**power
-    close(what, ours, theirs)
+    close(name, ours, theirs)
     (mine,), (other,) = (torch.autograd.grad(loss, p, retain_graph=True) for loss in (ours, theirs))
-    close(f"{what}'s gradient", mine, other)
+    close(f"{name}'s gradient", mine, other)
 
 
-def close(what: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> None:
+def close(name: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> None:
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
-    assert difference < tolerance, f"{what}: {difference} from what it should be."
+    assert difference < tolerance, f"{name}: {difference} from what it should be."
 
 
 # --- a step of training --------------------------------------------------------------------------
@@ -296,10 +296,12 @@ def module_of(
     return module.train()
 
 
-def batch_of(n: int, whole: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pixels = photographs(n, whole, device)
-    places = torch.arange(n, device=device)
-    return pixels, 7 * places, places, torch.ones(n, dtype=torch.bool, device=device)
+def batch_of(
+    n: int, picture_size: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pixels = photographs(n, picture_size, device)
+    indices = torch.arange(n, device=device)
+    return pixels, 7 * indices, indices, torch.ones(n, dtype=torch.bool, device=device)
 
 
 def step(module: FCAMModule, optimiser: torch.optim.Optimizer, batch: Any) -> None:
@@ -315,7 +317,7 @@ def floor(model: nn.Module, decoder: FCAMDecoder, images: Tensor, gradient: Tens
 
 
 class Parts:
-    """The parts of a step, one by one, each on what the one before gave."""
+    """The parts of a step, one by one, each with the results of the parts before."""
 
     def __init__(self, module: FCAMModule, batch: Any) -> None:
         self.module, self.batch = module, batch
@@ -338,18 +340,18 @@ class Parts:
         return view, colors, module.normalize(colors / 255)
 
     def guide(self) -> Tensor:
-        _, labels, places, _ = self.batch
+        _, labels, indices, _ = self.batch
         with eval_mode(self.module.classifier):
             maps: Tensor = self.module.guide_maps(
-                self.images, labels, places, self.view, self.whole
+                self.images, labels, indices, self.view, self.whole
             )
         return maps
 
     def classifier(self) -> list[Tensor]:
         """The forward pass as `FCAMModule.forward` runs it, with copies of the features."""
         module = self.module
-        found, _ = layer_activations(module.classifier, module._layers[0], (self.images,))
-        return [tensors[0] for tensors in found]
+        activations, _ = layer_activations(module.classifier, module._layers[0], (self.images,))
+        return [tensors[0] for tensors in activations]
 
     def decoder_forward(self) -> Tensor:
         logits: Tensor = self.module.decoder(self.features, self.module.size)
@@ -418,16 +420,16 @@ def step_calls(name: str, device: torch.device) -> Calls:
 
 
 def step_wish(network: str, rows: list[Row]) -> str:
-    found = {row["name"]: row for row in rows}
-    seconds = {name: row["seconds"] for name, row in found.items()}
-    parts = [name for name in found if name not in (FLOOR, CACHED, ON_THE_FLY)]
+    row_of = {row["name"]: row for row in rows}
+    seconds = {name: row["seconds"] for name, row in row_of.items()}
+    parts = [name for name in row_of if name not in (FLOOR, CACHED, ON_THE_FLY)]
     parts.remove("guide: Grad-CAM of each view")
     shares = ", ".join(
         f"{name} {100 * seconds[name] / seconds[CACHED]:.1f}%"
         for name in sorted(parts, key=lambda name: -seconds[name])
     )
     all_parts = 100 * sum(seconds[name] for name in parts) / seconds[CACHED]
-    cached, fly = found[CACHED], found[ON_THE_FLY]
+    cached, fly = row_of[CACHED], row_of[ON_THE_FLY]
     return (
         f"Wished: a step with stored maps takes at most 1.5 times the floor; seen: {network}, "
         f"{cached['ratio']:.2f} ({cached['min']:.2f} to {cached['max']:.2f}), and with Grad-CAM of "
@@ -453,9 +455,9 @@ def compare_step(device: torch.device) -> None:
         close("the step's loss", ours, theirs, 1e-5)
         for a, b in zip(torch.autograd.grad(ours, list(named.values())), expected, strict=True):
             close("the step's gradients", a, b, 1e-3)
-    whole = [module_of(model, batch[0], batch[1], cached, 80) for cached in (True, False)]
+    modules = [module_of(model, batch[0], batch[1], cached, 80) for cached in (True, False)]
     maps = []
-    for module in whole:
+    for module in modules:
         module.flip = False
         maps.append(Parts(module, batch).maps)
     close("stored maps", maps[0], maps[1], 1e-3)  # they are in float16
@@ -522,8 +524,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     device, repeats = torch.device(arguments.device), arguments.repeats
     torch.set_num_threads(arguments.threads)
-    found = environment(device, arguments.threads)
-    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n")
+    machine = environment(device, arguments.threads)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
 
     start = time.perf_counter()
     compare_crf(device)
@@ -548,7 +550,7 @@ def main() -> None:
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
 
     if arguments.json:
-        tables = {"environment": found, "crf": crf, "steps": steps, "maps": maps}
+        tables = {"environment": machine, "crf": crf, "steps": steps, "maps": maps}
         arguments.json.write_text(json.dumps(tables, indent=1))
 
 
