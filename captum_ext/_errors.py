@@ -25,3 +25,11 @@ class ArgumentTypeError(TypeError):
     def __init__(self, message: str, argument: str = "", code: str = "invalid") -> None:
         super().__init__(message)
         self.argument, self.code = argument, code
+
+
+class FolderInUseError(RuntimeError):
+    """Another process or thread uses the folder. The arguments are those of `ArgumentError`."""
+
+    def __init__(self, message: str, argument: str = "", code: str = "in_use") -> None:
+        super().__init__(message)
+        self.argument, self.code = argument, code

@@ -30,7 +30,6 @@ import itertools
 import json
 import sqlite3
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property
@@ -38,6 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from captum_ext._checks import warn
+from captum_ext._errors import ArgumentError, FolderInUseError
 from captum_ext._identity import atomic_write, check_same_run, describe_changes, digest
 
 FORMAT = 3  # of the files
@@ -105,7 +105,7 @@ class ResultStore:
             store.folder.mkdir(parents=True, exist_ok=True)
             try:
                 lock = _lock(store.folder, 0)
-            except RuntimeError:  # another process writes the same settings, perhaps
+            except FolderInUseError:  # another process writes the same settings, perhaps
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
@@ -124,9 +124,11 @@ class ResultStore:
         """
         if not (self.folder / SETTINGS).is_file():
             if any(_files(self.folder)) or any(self.folder.glob("rows*.csv")):
-                raise ValueError(
+                raise ArgumentError(
                     f"`output` {self.folder} has rows, but no {SETTINGS}: they are not known to be "
-                    f"of this run. Name another folder."
+                    f"of this run. Name another folder.",
+                    "output",
+                    "another_run",
                 )
             return None
         stored = ResultStore.read(self.folder)
@@ -153,11 +155,14 @@ class ResultStore:
             settings = json.loads(file.read_text())
             stored_format = settings.get("format")
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"`output`: {file} is damaged ({error}).") from error
+            message = f"`output`: {file} is damaged ({error}). Name another folder."
+            raise ArgumentError(message, "output", "damaged") from error
         if stored_format != FORMAT:
-            raise ValueError(
+            raise ArgumentError(
                 f"`output` {folder} has a run of format {stored_format}, written by another "
-                f"version; this version reads and writes format {FORMAT}. Name another folder."
+                f"version; this version reads and writes format {FORMAT}. Name another folder.",
+                "output",
+                "another_version",
             )
         return cls(Path(folder), settings)
 
@@ -187,16 +192,16 @@ class ResultStore:
 
     def seconds_per_image(self) -> dict[str, tuple[float, float]]:
         """The mean seconds of each method: of the attribution, and of the metrics."""
-        sums: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0])
+        sums = dict.fromkeys(self.methods, (0, 0.0, 0.0))
         for result in self._results():
-            total = sums[self._task(result).method]
-            for i, value in enumerate((result.images, result.attribution_s, result.metrics_s)):
-                total[i] += value
-        return {
-            method: (sums[method][1] / sums[method][0], sums[method][2] / sums[method][0])
-            for method in self.methods
-            if method in sums
-        }
+            method = self._task(result).method
+            images, attribution_s, metrics_s = sums[method]
+            sums[method] = (
+                images + result.images,
+                attribution_s + result.attribution_s,
+                metrics_s + result.metrics_s,
+            )
+        return {name: (a_s / n, m_s / n) for name, (n, a_s, m_s) in sums.items() if n}
 
     def export(self) -> None:
         """Write `rows.csv` and `timings.csv`.
@@ -264,7 +269,8 @@ class ResultWriter:
         self.lock = _lock(store.folder, rank)
         try:
             if ResultStore.read(store.folder).settings != store.settings:
-                raise RuntimeError(f"`output`: another run has just begun in {store.folder}.")
+                message = f"`output`: another run has just begun in {store.folder}."
+                raise FolderInUseError(message, "output")
             with _named_errors(self.file):
                 self.connection = sqlite3.connect(self.file, timeout=PATIENCE)
                 self.connection.execute(_TABLE)
@@ -381,13 +387,15 @@ def _named_errors(file: Path) -> Iterator[None]:
     except (sqlite3.DatabaseError, UnicodeError) as error:  # damaged names need not be text
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            message = f"`output`: another process or thread is writing to {file.parent} ({file})."
-            raise RuntimeError(message) from None
+            message = f"`output`: another process or thread is writing to {file.parent}."
+            raise FolderInUseError(message, "output") from None
         if code in _ENVIRONMENT:
             raise OSError(f"{file}: {error}.") from error
-        raise ValueError(
+        raise ArgumentError(
             f"`output`: {file} is damaged ({error}). Delete this file, and `evaluate` computes its "
-            f"results again."
+            f"results again.",
+            "output",
+            "damaged",
         ) from error
 
 
