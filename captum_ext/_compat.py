@@ -1,6 +1,7 @@
-"""Every private name of Captum that this package uses, imported in this one place.
+"""All private names of Captum that this package uses.
 
-Captum's helpers move between releases, so the supported range is pinned in pyproject.toml.
+Other modules import them from here. They move between Captum's releases, so pyproject.toml pins the
+supported range.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -76,16 +77,16 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def with_progress(chunks: Sequence[_Item], show_progress: bool, desc: str) -> Iterable[_Item]:
-    """The chunks, with Captum's progress bar on request."""
+    """Iterate over chunks, with Captum's progress bar if `show_progress`."""
     if not show_progress:
         return chunks
-    shown: Iterable[_Item] = progress(chunks, desc=desc, total=len(chunks))
-    return shown
+    iterator: Iterable[_Item] = progress(chunks, desc=desc, total=len(chunks))
+    return iterator
 
 
 def log_usage() -> Callable[[_Method], _Method]:
-    """Captum's decorator of every `attribute`, which keeps the type of what it decorates.
+    """Captum's decorator of `attribute`, typed to keep the method's signature.
 
-    What it gives has a `__wrapped__`, which NoiseTunnel calls.
+    The decorated method has the attribute `__wrapped__`, which NoiseTunnel calls.
     """
     return cast(Callable[[_Method], _Method], _log_usage())

@@ -1,4 +1,11 @@
-"""Fingerprints of models, functions and runs, to recognise stored work; atomic writes of files."""
+"""Fingerprints of models, functions and runs, to recognise stored work; atomic writes of files.
+
+- `digest` is a short hash of any values with a stable `repr`.
+- `tensor_digests` are hashes of each parameter and buffer of a model, `model_digest` is one of all.
+- `versioned_name` is the fingerprint of a function, `json_value` that of any option.
+- `check_same_run` compares the settings of a run, which contain these, with the stored ones.
+- `derive_seed` mixes numbers to a seed. It is not a fingerprint.
+"""
 
 import hashlib
 import io
@@ -20,7 +27,7 @@ from torch.utils._pytree import tree_map
 from captum_ext._engine.modules import Forward, require_module
 from captum_ext._errors import ArgumentError
 
-# Functions of these need no version: they do not change under a user's hands.
+# Functions of these packages need no version: users do not edit them.
 LIBRARIES = sys.stdlib_module_names | {
     *("captum", "captum_ext", "kornia", "lightning", "numpy", "PIL", "scipy", "skimage", "timm"),
     *("torch", "torchmetrics", "torchvision", "transformers"),
@@ -29,12 +36,12 @@ _Decoder = TypeVar("_Decoder", bound=Module)
 
 
 def digest(values: Any) -> str:
-    """A short digest of values."""
+    """A hash of values by their `repr`, 16 hexadecimal digits."""
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def derive_seed(*numbers: int) -> int:
-    """A seed from several numbers, well mixed and the same on every machine."""
+    """Mix several numbers into a seed. The result is the same on every machine."""
     return int(
         np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(2, np.uint64)[0] >> 1
     )
@@ -47,7 +54,7 @@ def tensor_digests(forward_func: Forward) -> dict[str, str]:
     """A digest of each parameter and buffer of the model, by name.
 
     Raises:
-        ValueError: a plain function, whose parameters are not known.
+        ValueError: `forward_func` is a plain function, so that its parameters are unknown.
     """
     digests = {}
     for name, value in require_module(forward_func).state_dict().items():
@@ -67,15 +74,15 @@ def model_digest(forward_func: Forward) -> str:
 
 
 def versioned_name(where: str, function: Any) -> str:
-    """The name and the version by which stored work knows a function again.
+    """The fingerprint of a function: its name and its version.
 
-    A user's function has an attribute `version`, a text or an integer: the line
-    ``sharpness.version = "1"`` below its definition, or an attribute of a callable object or its
-    class. It changes when what the function does changes: the code itself is not looked at. The
-    name is that in its module, after the module's. Functions of the libraries that this package
-    stands on need none, and have their name alone; those made by a library's function have the
-    values that are in them, too. A `functools.partial` has the name and version of its function,
-    and what it fixes. A module, and a method of one, has its weights.
+    A user's function needs an attribute `version`, a string or an integer, such as the line
+    ``sharpness.version = "1"`` below its definition. Callable objects may have it in their class.
+    Users change the version when they change the function; its code is not compared.
+
+    Functions of the packages in `LIBRARIES` need no version. Those that a library function returns
+    are known by the values in their closure, a `functools.partial` by its function and its fixed
+    arguments, and modules and their methods by their weights.
 
     Args:
         where: the argument, as errors name it.
@@ -91,51 +98,59 @@ def versioned_name(where: str, function: Any) -> str:
         "round, (), [('ndigits', 2)]"
     """
     if function is None:
-        return "NoneType"  # as in files that were written before
+        return "NoneType"
     if isinstance(function, partial):
-        given = (function.args, sorted(function.keywords.items()))
-        args, keywords = tree_map(partial(_json_leaf, where), given)
+        fixed = (function.args, sorted(function.keywords.items()))
+        args, keywords = tree_map(partial(_json_leaf, where), fixed)
         return f"{versioned_name(where, function.func)}, {args}, {keywords}"
-    named = function if hasattr(function, "__qualname__") else type(function)
-    name, version = str(named.__qualname__), getattr(function, "version", None)
+    definition = function if hasattr(function, "__qualname__") else type(function)
+    name, version = str(definition.__qualname__), getattr(function, "version", None)
     owner = function if isinstance(function, Module) else getattr(function, "__self__", None)
     if isinstance(owner, Module):
         return f"{name} {model_digest(owner)}"
-    library = _library(named) in LIBRARIES
-    if "<" in name and library and named is function:
+    library = _library(definition) in LIBRARIES
+    if "<" in name and library and definition is function:
         cells = getattr(function, "__closure__", None) or ()
         return f"{name}, {json_value(where, [cell.cell_contents for cell in cells])}"
-    if "<" in name:  # a lambda, or inside another function
+    if "<" in name:  # a lambda, or a function inside another
         last = name.rpartition(".")[2]
-        own = "function" if "<" in last else last
+        short_name = "function" if "<" in last else last
         raise ValueError(
-            f"{where} is {name}, which stored work cannot know again: define it at the top of a "
-            f'module, `def {own}(...)`, with the line `{own}.version = "1"` below. '
+            f"{where} is {name}, which stored work cannot recognise: define it at the top of a "
+            f'module, `def {short_name}(...)`, with the line `{short_name}.version = "1"` below. '
             f"functools.partial fixes arguments, and a torch.nn.Module is known by its weights."
         )
     if isinstance(version, str | int):
-        return f"{name if library else f'{named.__module__}.{name}'} version {version}"
-    if library and (named is function or " at 0x" not in repr(function)):
-        return name if named is function else repr(function)
+        return f"{name if library else f'{definition.__module__}.{name}'} version {version}"
+    if library and (definition is function or " at 0x" not in repr(function)):
+        return name if definition is function else repr(function)
     raise ValueError(
-        f"{where} is {name}, without a version by which stored work could know it again: add the "
-        f'line `{name}.version = "1"`, and change it when what it does changes.'
+        f"{where} is {name}, without a version, so stored work cannot recognise it: add the line "
+        f'`{name}.version = "1"`, and change the version whenever you change the function.'
     )
 
 
-def _library(named: Any) -> str:
-    """The package of a function, also of a method of a built-in type."""
-    owner = getattr(named, "__objclass__", None) or getattr(named, "__self__", None)
-    module = getattr(named, "__module__", None) or getattr(owner, "__module__", None)
+def _library(definition: Any) -> str:
+    """The top-level package of a function; also for methods of built-in types."""
+    owner = getattr(definition, "__objclass__", None) or getattr(definition, "__self__", None)
+    module = getattr(definition, "__module__", None) or getattr(owner, "__module__", None)
     return str(module).partition(".")[0]
 
 
 def json_value(where: str, value: Any) -> Any:
-    """A value that JSON has, and that is the same in each process."""
+    """Convert an option to a value that JSON can store and that is the same in each process.
+
+    Args:
+        where: the argument, as errors name it.
+        value: the option. Functions become their `versioned_name`, tensors a digest.
+
+    Raises:
+        ValueError: a function without a version, or an object whose `repr` has an address.
+    """
     if isinstance(value, Mapping):
-        return {str(key): json_value(where, each) for key, each in value.items()}
+        return {str(key): json_value(where, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [json_value(where, each) for each in value]
+        return [json_value(where, item) for item in value]
     return _json_leaf(where, value)
 
 
@@ -149,16 +164,16 @@ def _json_leaf(where: str, value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return f"array {digest((value.shape, json_value(where, value.flatten().tolist())))}"
     if isinstance(value, set | frozenset):
-        return f"set {sorted(repr(json_value(where, each)) for each in value)}"
+        return f"set {sorted(repr(json_value(where, item)) for item in value)}"
     if isinstance(value, torch.Generator):
-        return "a Generator"  # what it has drawn so far is no setting
+        return "a Generator"  # its state is no setting
     if isinstance(value, Mapping):
         return json_value(where, value)
     if callable(value):
         return versioned_name(where, value)
     if " at 0x" in repr(value):
         raise ValueError(
-            f"{where} is a {type(value).__name__}, which stored work cannot know again: give the "
+            f"{where} is a {type(value).__name__}, which stored work cannot recognise: give its "
             f"class a `__repr__` that shows its values."
         )
     return repr(value)
@@ -167,31 +182,40 @@ def _json_leaf(where: str, value: Any) -> Any:
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def describe_changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """The entries that differ, in words."""
-    changed = [name for name in found if saved.get(name) != found[name]]
-    return "; ".join(f"{name} was {saved.get(name)!r} and is {found[name]!r}" for name in changed)
+def describe_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """List the entries that differ, for an error message; an empty string if none does."""
+    changed = [name for name in current if saved.get(name) != current[name]]
+    return "; ".join(f"{name} was {saved.get(name)!r} and is {current[name]!r}" for name in changed)
 
 
 def check_same_run(
-    stored: str, saved: Mapping[str, Any], found: Mapping[str, Any], kind: str = "folder"
+    problem: str,
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    container: str = "folder",
+    argument: str = "",
 ) -> None:
-    """Raise a ValueError where settings are not those of the stored work.
+    """Raise an ArgumentError if the settings of this run differ from those of the stored work.
 
     Args:
-        stored: the beginning of the error, such as "`cache` maps has the maps of another run".
-        saved: settings of the stored work.
-        found: settings of this run.
-        kind: "folder" or "file", which another name is advised for.
+        problem: the beginning of the error, such as "`cache` maps has the maps of another run".
+        saved: the settings of the stored work.
+        current: the settings of this run.
+        container: "folder" or "file": what the error advises to rename or delete.
+        argument: the argument that names the stored work.
     """
-    changed = describe_changes(saved, found)
+    changed = describe_changes(saved, current)
     if changed:
-        raise ValueError(f"{stored}: {changed}. Name another {kind}, or delete it.")
+        message = f"{problem}: {changed}. Name another {container}, or delete it."
+        raise ArgumentError(message, argument, "another_run")
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Where to write a file that is to be there whole, or not at all."""
+    """Yield a temporary path; at the end, rename the file there to `path`.
+
+    So `path` never holds a part of a file. If the block raises, nothing is written to `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
@@ -206,18 +230,24 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 class SavedDecoder:
-    """The file of a decoder: its weights, its options, and the fingerprint of its classifier.
+    """Format of decoder files: the weights, the options, and the fingerprint of the classifier.
 
     Args:
-        name: of the kind of decoder, for errors.
-        options: the names of what it was made with.
+        name: the decoder's class or method, for errors.
+        options: the names of the decoder's options.
     """
 
     def __init__(self, name: str, options: Sequence[str]) -> None:
         self.name, self.options = name, tuple(options)
 
     def save(self, path: str | Path, decoder: Module, classifier: Forward, **options: Any) -> None:
-        """Write the file, and its folder where there is none.
+        """Write a decoder to a file. Missing folders are made.
+
+        Args:
+            path: the file.
+            decoder: the decoder.
+            classifier: the classifier that it was trained with.
+            **options: the decoder's options, as plain values.
 
         Raises:
             ValueError: the classifier is a plain function.
@@ -234,24 +264,24 @@ class SavedDecoder:
         classifier: Forward,
         make: Callable[[dict[str, Any]], _Decoder],
     ) -> _Decoder:
-        """The decoder on its classifier's device, in eval mode.
+        """Load a decoder to its classifier's device, in eval mode.
 
         Only tensors and plain values are read (`weights_only`).
 
         Args:
             path: the file.
-            classifier: the one that the decoder was trained with.
-            make: a decoder from its options, without its weights.
+            classifier: the classifier that the decoder was trained with.
+            make: makes a decoder with random weights from a dict with the options.
 
         Raises:
-            ValueError: the file is no such decoder; the classifier is another one, or has other
-                weights, or these in another dtype.
+            ValueError: the file has no such decoder; the classifier is not the one of the file, or
+                has other weights, or weights of another dtype.
             FileNotFoundError: there is no such file.
         """
         content = io.BytesIO(Path(path).read_bytes())
         try:
             saved = torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch has many kinds of them for what it did not write
+        except Exception as error:  # torch raises many types for files of other formats
             raise ArgumentError(
                 f"`path` {path} has no decoder of {self.name} in it.", "path"
             ) from error
@@ -265,44 +295,47 @@ class SavedDecoder:
             decoder.load_state_dict(saved["decoder"])
         except RuntimeError as error:
             raise ArgumentError(
-                f"`path` {path}: its weights are of another architecture than it says: "
+                f"`path` {path}: its weights are of another architecture than its options: "
                 f"{str(error).splitlines()[1].strip()}",
                 "path",
             ) from error
-        some = next(root.parameters(), torch.empty(0))
-        return decoder.to(some.device).eval()
+        device = next(root.parameters(), torch.empty(0)).device
+        return decoder.to(device).eval()
 
 
 def _dtypes(root: Module) -> dict[str, str]:
+    """The dtypes of the parameters and buffers, by name."""
     return {k: str(v.dtype) for k, v in root.state_dict().items() if isinstance(v, Tensor)}
 
 
 def _check_classifier(file: Mapping[str, Any], root: Module, path: str | Path) -> None:
-    found, dtypes = tensor_digests(root), _dtypes(root)
-    saved, before = file["classifier"], file.get("dtypes", {})
-    missing, added = sorted(saved.keys() - found), sorted(found.keys() - saved)
-    changed = sorted(name for name in saved.keys() & found if saved[name] != found[name])
-    cast = [name for name in changed if before.get(name, dtypes[name]) != dtypes[name]]
+    """Raise a ValueError unless a decoder's classifier is the one in its file."""
+    current, dtypes = tensor_digests(root), _dtypes(root)
+    saved, saved_dtypes = file["classifier"], file.get("dtypes", dtypes)
+    missing, added = sorted(saved.keys() - current), sorted(current.keys() - saved)
+    changed = sorted(name for name in saved.keys() & current if saved[name] != current[name])
+    cast = [name for name in changed if saved_dtypes.get(name) != dtypes[name]]
     if cast and cast == changed and not missing and not added:
-        one = cast[0]
+        example = cast[0]
         raise ArgumentError(
             f"`forward_func` has {len(cast)} tensors in another dtype than when the decoder in "
-            f"{path} was saved ({one} is {dtypes[one]} and was {before[one]}, ...), so they cannot "
-            f"be compared. Load the decoder first, and convert the classifier after that.",
+            f"{path} was saved ({example} is {dtypes[example]} and was {saved_dtypes[example]}, "
+            f"...), so they cannot be compared. Load the decoder first, and convert the classifier "
+            f"after that.",
             "forward_func",
         )
-    said = [
-        f"{len(names)} of its tensors {what} ({', '.join(names[:3])}, ...)"
-        for names, what in (
+    differences = [
+        f"{len(names)} tensors {difference} ({', '.join(names[:3])}, ...)"
+        for names, difference in (
             (missing, "are not in this one"),
-            (added, "of this one are not in that"),
+            (added, "are not in that one"),
             (changed, "have other values here"),
         )
         if names
     ]
-    if said:
+    if differences:
         raise ArgumentError(
             f"`forward_func` is not the classifier that the decoder in {path} was trained with: "
-            f"{'; '.join(said)}. Load the classifier's weights first, or train a decoder for it.",
+            f"{'; '.join(differences)}. Load its weights first, or train a new decoder.",
             "forward_func",
         )

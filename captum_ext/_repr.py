@@ -17,6 +17,8 @@ _REPR.maxstring = _REPR.maxother = 80
 def options_repr(instance: object, **replaced: Any) -> str:
     """The call that makes an object, without the options that have their default.
 
+    Only the first argument of the constructor goes without its name.
+
     Args:
         instance: an object that keeps each argument of its constructor under the argument's name.
         replaced: values to show instead of the object's attributes, by the argument's name.
@@ -29,12 +31,12 @@ def options_repr(instance: object, **replaced: Any) -> str:
         LayerEigenCam(Sequential, layer='0', center=True)
     """
     arguments: list[str] = []
-    for name, parameter in inspect.signature(type(instance)).parameters.items():
+    for index, (name, parameter) in enumerate(inspect.signature(type(instance)).parameters.items()):
         value = replaced.get(name, getattr(instance, name, parameter.default))
         if value is parameter.default or _is_equal(value, parameter.default):
             continue
         text = short_repr(value)
-        arguments.append(text if not arguments and name != "layer" else f"{name}={text}")
+        arguments.append(f"{name}={text}" if index else text)
     return f"{type(instance).__name__}({', '.join(arguments)})"
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from captum_ext._checks import check_count, check_seed
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._engine.state import eval_mode, preserve_state, seeded_random
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import check_same_run, derive_seed
 
 
@@ -90,12 +91,15 @@ class DecoderModule(LightningModule):
             ValueError: the checkpoint is of a run with other settings, or of a longer run.
         """
         saved = checkpoint.get("fingerprint", {})
-        check_same_run("`checkpoints` has another run's", saved, self.fingerprint)
+        check_same_run(
+            "`checkpoints` has another run's", saved, self.fingerprint, argument="checkpoints"
+        )
         done = checkpoint["epoch"] + 1
         if self.trainer.max_epochs is not None and done > self.trainer.max_epochs >= 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"`n_epochs` is {self.trainer.max_epochs}, but `checkpoints` has a run of {done}: "
-                f"name another folder, or delete it."
+                f"name another folder, or delete it.",
+                "n_epochs",
             )
         self.unread.update(checkpoint.get("unread", ()))
         if self.order is not None:
@@ -127,7 +131,9 @@ class TrainingRun:
             check_count(name, getattr(self, name))
         check_seed(self.seed)
         if not isinstance(self.trainer, Mapping | None):
-            raise TypeError(f"`trainer` must be a mapping of arguments, got {type(self.trainer)}.")
+            raise ArgumentTypeError(
+                f"`trainer` must be a mapping of arguments, got {type(self.trainer)}.", "trainer"
+            )
 
     @contextmanager
     def prepared(self, classifier: Module) -> Iterator[torch.device]:
@@ -171,8 +177,10 @@ class TrainingRun:
             trainer, checkpoint = self._trainer(_device_of(module.classifier))
             trainer.fit(module, loader, validation, ckpt_path=checkpoint)
         if len(module.unread) == len(pictures):
-            raise ValueError(f"`data`: none of its {len(pictures)} pictures can be read.")
-        pictures.warn_of(module.unread)
+            raise ArgumentError(
+                f"`data`: none of its {len(pictures)} pictures can be read.", "data", "unreadable"
+            )
+        pictures.warn_of_unread(module.unread)
 
     def _trainer(self, device: torch.device) -> tuple[Trainer, Path | None]:
         """Lightning's trainer, and the checkpoint that it resumes from, if there is one."""

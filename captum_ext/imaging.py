@@ -1,7 +1,7 @@
 """Image operations on the device, for signals, images and volumes alike.
 
 Tensors are (B, C, *spatial) with one to three spatial dimensions. Kornia filters, warps and resizes
-images; signals, volumes and what is antialiased are resized by torch.
+images. Torch resizes signals and volumes, and images with antialiasing.
 """
 
 import math
@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from captum_ext._engine.precision import full_precision, without_autocast
+from captum_ext._errors import ArgumentError
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
-_MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
+MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
 _PADDINGS = ("zeros", "border", "reflection")
 
 
@@ -45,8 +46,8 @@ def resize(
         tensor([[[0.0000, 0.2500, 0.7500, 1.0000]]])
     """
     n = x.dim() - 2
-    if mode not in _MODES:
-        raise ValueError(f"`mode` must be one of {_MODES}, got {mode!r}.")
+    if mode not in MODES:
+        raise ArgumentError(f"`mode` must be one of {MODES}, got {mode!r}.")
     fits = n in _LINEAR and len(size) == n and (mode != "bicubic" or n == 2)
     if not fits or min(size) < 1:
         raise ValueError(
@@ -73,8 +74,8 @@ def resize(
 def lay_over(x: Tensor, size: tuple[int, int], offset: tuple[float, float] = (0.0, 0.0)) -> Tensor:
     """Upsample maps (B, C, h, w) bilinearly, with their cells' centres off by `offset` pixels.
 
-    Cell (i, j) stands at ((i + 1/2) H / h - 1/2 + offset_y, (j + 1/2) W / w - 1/2 + offset_x);
-    beyond the outermost centres the map goes on as it ends. Without an offset this is `resize`.
+    The centre of cell (i, j) is at ((i + 1/2) H / h - 1/2 + offset_y, (j + 1/2) W / w - 1/2 +
+    offset_x). Beyond the outermost centres the map is constant. Without an offset this is `resize`.
 
     Args:
         x: the maps.
@@ -82,17 +83,20 @@ def lay_over(x: Tensor, size: tuple[int, int], offset: tuple[float, float] = (0.
         offset: (y, x), in pixels, down and right positive. In a ResNet the units of layer4 are
             centred 15.5 pixels up and left of their cells: (-15.5, -15.5).
 
+    Returns:
+        (B, C, H, W).
+
     Example:
         >>> lay_over(torch.tensor([[[[0.0, 1.0]]]]), (1, 4), (0.0, 1.0))
         tensor([[[[0.0000, 0.0000, 0.2500, 0.7500]]]])
     """
     if offset == (0.0, 0.0):
         return resize(x, size)
-    lines = [
-        (torch.arange(n, device=x.device, dtype=x.dtype) + 0.5 - off) * 2 / n - 1
-        for n, off in zip(size, offset, strict=True)
+    coordinates = [
+        (torch.arange(n, device=x.device, dtype=x.dtype) + 0.5 - shift) * 2 / n - 1
+        for n, shift in zip(size, offset, strict=True)
     ]
-    rows, columns = torch.meshgrid(*lines, indexing="ij")
+    rows, columns = torch.meshgrid(*coordinates, indexing="ij")
     grid = torch.stack([columns, rows], -1).expand(len(x), -1, -1, -1)
     return F.grid_sample(x, grid, "bilinear", "border", align_corners=False)
 
@@ -100,14 +104,20 @@ def lay_over(x: Tensor, size: tuple[int, int], offset: tuple[float, float] = (0.
 def warp(
     x: Tensor, matrices: Tensor, mode: str = "bilinear", fill: str | float | Tensor = "zeros"
 ) -> Tensor:
-    """Move images by affine maps: what was at p = (x, y, 1) comes to M p. Kornia's `warp_affine`.
+    """Warp images by affine maps: the pixel at p = (x, y, 1) moves to M p.
 
     Args:
         x: images (N, C, H, W), of any dtype.
         matrices: M, (N, 3, 3) or (1, 3, 3), in pixels whose centres are whole numbers.
         mode: "bilinear" or "nearest".
-        fill: what comes in from outside: "zeros", "border" (the nearest pixel), "reflection", a
-            number, or a tensor that broadcasts to `x`.
+        fill: the pixels from outside the image: "zeros", "border" (the nearest pixel),
+            "reflection", a number, or a tensor that broadcasts to `x`.
+
+    Returns:
+        A tensor of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: an unknown `fill`.
 
     Example:
         >>> right = torch.tensor([[[1.0, 0, 1], [0, 1, 0], [0, 0, 1]]])
@@ -118,32 +128,52 @@ def warp(
     from kornia.geometry.transform import warp_affine
 
     if isinstance(fill, str) and fill not in _PADDINGS:
-        raise ValueError(f"`fill` must be one of {_PADDINGS}, a number or a tensor, got {fill!r}.")
+        raise ArgumentError(
+            f"`fill` must be one of {_PADDINGS}, a number or a tensor, got {fill!r}."
+        )
     floats = full_precision(x) if x.is_floating_point() else x.double()
     size, affine = (x.shape[2], x.shape[3]), matrices[:, :2].to(floats)
     padding = fill if isinstance(fill, str) else "zeros"
     with without_autocast(floats):
-        moved = warp_affine(floats, affine, size, mode, padding, align_corners=True)
+        warped = warp_affine(floats, affine, size, mode, padding, align_corners=True)
         if not isinstance(fill, str):
-            ones = floats.new_ones(len(moved), 1, *size)
-            moved = moved + fill * (1 - warp_affine(ones, affine, size, mode, align_corners=True))
-    return moved.to(x.dtype) if x.is_floating_point() else moved.round().to(x.dtype)
+            ones = floats.new_ones(len(warped), 1, *size)
+            inside = warp_affine(ones, affine, size, mode, align_corners=True)
+            warped = warped + fill * (1 - inside)
+    return warped.to(x.dtype) if x.is_floating_point() else warped.round().to(x.dtype)
 
 
 def blur(x: Tensor, kernel_size: int = 51, sigma: float = 50.0) -> Tensor:
-    """Gaussian blur of the spatial dimensions of `x` (B, C, *spatial).
+    r"""Gaussian blur of the spatial dimensions of `x` (B, C, \*spatial), one after the other.
+
+    Along each dimension, with the kernel size K = 2 r + 1,
+
+    .. math::
+        y_i = \frac{\sum_{j=-r}^{r} e^{-j^2 / (2 \sigma^2)} \, x_{i+j}}
+                  {\sum_{j=-r}^{r} e^{-j^2 / (2 \sigma^2)}}
+
+    Values beyond the border are those of the mirror image, which does not repeat the border itself.
+    A dimension of r values or fewer is continued by its border value instead.
 
     Args:
         x: a tensor with one to three spatial dimensions.
-        kernel_size: odd, in pixels. The default and that of `sigma` are Group-CAM's.
-        sigma: standard deviation in pixels.
+        kernel_size: K, odd, in pixels. 51 (Group-CAM).
+        sigma: standard deviation in pixels. 50 (Group-CAM).
 
-    The border is reflected, and where the tensor is too small for that, repeated.
+    Returns:
+        A tensor of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: an even or negative `kernel_size`.
+
+    Example:
+        >>> blur(torch.tensor([[[0.0, 0.0, 1.0, 0.0]]]), kernel_size=3, sigma=1.0)
+        tensor([[[0.0000, 0.2741, 0.4519, 0.5481]]])
     """
     from kornia.filters import filter2d, get_gaussian_kernel1d
 
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"`kernel_size` must be odd and positive, got {kernel_size}.")
+        raise ArgumentError(f"`kernel_size` must be odd and positive, got {kernel_size}.")
     kernel = get_gaussian_kernel1d(kernel_size, sigma, device=x.device, dtype=x.dtype)[:, None]
     for dim in range(2, x.dim()):
         line = x.movedim(dim, -1)
@@ -155,10 +185,10 @@ def blur(x: Tensor, kernel_size: int = 51, sigma: float = 50.0) -> Tensor:
 
 
 def percentile(x: Tensor, q: float) -> Tensor:
-    """The q-th percentile of each map of `x` (B, C, *spatial), kept with spatial size 1.
+    """The q-th percentile of each map of `x` (B, C, *spatial), with spatial size 1.
 
-    Between two values it is interpolated linearly, as in NumPy. Unlike `torch.quantile` it knows no
-    largest size.
+    It is interpolated linearly between two values, as in NumPy. Unlike `torch.quantile`, it takes
+    maps of any size.
 
     Example:
         >>> percentile(torch.tensor([[[4.0, 1.0, 2.0, 3.0]]]), 50)
@@ -172,9 +202,9 @@ def percentile(x: Tensor, q: float) -> Tensor:
 
 
 def one_channel(x: Tensor) -> Tensor:
-    """The sum over the channels of each map of `x` (B, C, *spatial); of equal ones, one of them.
+    """The sum over the channels of each map of `x` (B, C, *spatial), or a channel if all are equal.
 
-    Methods that give a purely spatial map repeat it over the channels.
+    Methods whose maps are purely spatial repeat them over the channels.
 
     Example:
         >>> one_channel(torch.tensor([[[2.0, 3.0], [2.0, 3.0]], [[2.0, 3.0], [0.0, 1.0]]]))[:, 0]
@@ -182,9 +212,9 @@ def one_channel(x: Tensor) -> Tensor:
                 [2., 4.]])
     """
     values = full_precision(x) if x.is_floating_point() else x.float()
-    equal = (values == values[:, :1]).flatten(1).all(1)
-    equal = equal.reshape(-1, *[1] * (x.dim() - 1))
-    return torch.where(equal, values[:, :1], values.sum(1, keepdim=True))
+    is_equal = (values == values[:, :1]).flatten(1).all(1)
+    is_equal = is_equal.reshape(-1, *[1] * (x.dim() - 1))
+    return torch.where(is_equal, values[:, :1], values.sum(1, keepdim=True))
 
 
 def min_max(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Test-time augmentation by the crop that a mask points at.
+"""Test-time augmentation by a crop around the pixels that matter.
 
-A mask of what matters to a classifier also says where to look again, closer: `mask_boxes` turns it
-into a box, `crop_tta` averages the prediction of the image and that of the crop.
+`mask_boxes` turns a mask of the pixels that matter to a classifier into a box, and `crop_tta`
+averages the predictions of the image and of its crop by that box.
 """
 
 import math
@@ -16,6 +16,7 @@ from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward
 from captum_ext._engine.outputs import Score, Scorer, compute_scores
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext.imaging import blur, resize
 from captum_ext.metrics import masks_to_boxes
 from captum_ext.metrics._inputs import checked_maps
@@ -32,15 +33,15 @@ def mask_boxes(
     min_size: int = 1,
     square: bool = False,
 ) -> Tensor:
-    """The box of what lies above the threshold: (N, 4), int64, (x1, y1, x2, y2), half-open.
+    """The box around the pixels of each mask above the threshold.
 
     The defaults are the paper's: the tightest box around mask > 0.5 (Korsch et al., "Simplified
     Concrete Dropout", 2023, section 3.3). The code that its authors published crops by about
-    `sigma=3, margin=5, min_size=64, square=True`; where nothing is above 0.5 its threshold is the
+    `sigma=3, margin=5, min_size=64, square=True`; if no pixel is above 0.5 its threshold is the
     mean of the mask.
 
-    What grows keeps its centre, to half a pixel; at a border of the mask it moves inside, and it
-    never gets larger than the mask. Where nothing is above the threshold the box is (0, 0, 0, 0).
+    A box that grows keeps its centre, to half a pixel. At a border of the mask it moves inside, and
+    it never gets larger than the mask.
 
     Args:
         masks: (N, C, H, W) or (N, H, W), of any scale, or bool. Channels that are all equal count
@@ -51,8 +52,11 @@ def mask_boxes(
         min_size: the smallest width and height, in pixels.
         square: whether the shorter side grows to the longer one.
 
+    Returns:
+        (N, 4), int64: (x1, y1, x2, y2), half-open. (0, 0, 0, 0) if no pixel is above the threshold.
+
     Raises:
-        ValueError: another shape, values that are not finite, an option out of range.
+        ValueError: masks of another shape or that are not finite; an option out of range.
 
     Example:
         >>> masks = torch.zeros(1, 1, 8, 8)
@@ -94,43 +98,46 @@ def crop_tta(
     additional_forward_args: Any = None,
     internal_batch_size: int | None = None,
 ) -> Tensor:
-    """The mean of the predictions of each image and of its crop by the box of its mask: (N, K).
+    r"""The mean of the predictions of each image and of its crop by the box of its mask.
 
-    (p(image) + p(crop)) / 2 (Korsch et al., "Simplified Concrete Dropout", 2023, sections 3.3 and
-    4.3, with the joint mask of FIDO). The crop is a plain part of the image, resized to the model's
-    input (bilinear, antialiased where it shrinks), whatever its shape. An image whose mask is
-    nowhere above the threshold has p(image) alone.
+    .. math:: \tfrac12 (p(x) + p(\mathrm{crop}(x)))
 
-    The masks must be those of the class that the model predicts. Masks made for the true label
-    tell the model what it is asked, and any gain in accuracy with them means nothing.
+    (Korsch et al., "Simplified Concrete Dropout", 2023, sections 3.3 and 4.3, with the joint mask
+    of FIDO). The crop is resized to the model's input (bilinear, antialiased where it shrinks),
+    without keeping its aspect ratio. An image whose mask is nowhere above the threshold has p(x)
+    alone.
 
-    A box is carried over to the original and widened there to whole pixels. The part of it that
-    lies outside the original, where a view does, is cut off.
+    Pass masks of the class that the model predicts. Masks made for the true label reveal the label
+    to the model, and any gain in accuracy with them means nothing.
+
+    A box is mapped to the original and widened there to whole pixels. The part of a box outside the
+    original is dropped.
 
     Args:
-        model: gives (N, K), or (N, 1) or (N,) where it has one logit.
+        model: gives (N, K), or (N, 1) or (N,) for a single logit.
         images: (N, C, H, W), as the model takes them.
-        masks: see `mask_boxes`. Of any height and width: they lie over the image, edge to edge.
-            `boxes_to_masks` of `captum_ext.metrics` makes them from boxes of any other origin.
-        originals: what to crop from, for crops sharper than the images: (N, C, H', W'), or N
-            tensors (C, H', W') of any sizes, normalised as the images are. None are the images.
-        views: (N, 4), (x1, y1, x2, y2) in pixels of the original: the part of it that the image
-            shows, where it was cut out in preprocessing. None is all of it.
-        score: what is averaged: "softmax", "sigmoid" (for one logit, or labels that do not exclude
-            each other), "logit", or a callable of the output.
-        threshold: see `mask_boxes`, as for the next four. They are in pixels of the masks.
+        masks: see `mask_boxes`. They cover the image edge to edge, at any height and width.
+            `captum_ext.metrics.boxes_to_masks` makes them from boxes of another source.
+        originals: images to crop from, for crops sharper than `images`: (N, C, H', W'), or N
+            tensors (C, H', W') of any sizes, normalised as `images` are. None crops `images`.
+        views: (N, 4), (x1, y1, x2, y2) in pixels of the original: the part that preprocessing cut
+            out for the image. None is all of the original.
+        score: p: "softmax", "sigmoid" (for a single logit, or labels that do not exclude each
+            other), "logit", or a callable of the output.
+        threshold: see `mask_boxes`, as for the next four. All lengths are in pixels of the masks.
         sigma: Gaussian blur of the masks.
         margin: added on each side.
         min_size: of the box.
         square: whether the box is made square.
-        size: (height, width) of the crop as the model gets it, or one number for both; None is that
-            of the images.
-        additional_forward_args: as in Captum; of tensors with N entries, a crop has its image's.
-        internal_batch_size: the largest batch that the model gets; None is all at once. A second
-            batch has the crops, only of those images that have a box.
+        size: (height, width) of the crop for the model, or one number for both; None is the size of
+            `images`.
+        additional_forward_args: as in Captum. Tensors with N entries follow their images into the
+            crops.
+        internal_batch_size: the largest batch for the model; None is N. The images run first, then
+            the crops of those images that have a box.
 
     Returns:
-        Of the output's shape, in float32 or better.
+        The mean predictions, of the shape of the model's output (N, K), in float32 or better.
 
     Raises:
         ValueError: shapes that do not fit, values that are not finite, an option out of range; an
@@ -153,56 +160,56 @@ def crop_tta(
     boxes = mask_boxes(
         masks, threshold, sigma=sigma, margin=margin, min_size=min_size, square=square
     )
-    # Each crop has a size of its own: they are cut and resized one by one, by numbers that the CPU
-    # must know. The boxes of all images come over in one go.
-    shape = (masks.shape[-1], masks.shape[-2])
-    places = [
-        _in_original(box, shape, window, source)
+    # Each crop has a size of its own, so crops are made one by one, with numbers on the CPU. All
+    # boxes are copied there at once.
+    mask_size = (masks.shape[-1], masks.shape[-2])
+    crop_boxes = [
+        _map_to_original(box, mask_size, window, source)
         for box, window, source in zip(boxes.tolist(), windows, sources, strict=True)
     ]
     n, device = len(images), images.device
     scorer = Scorer(model, n, None, additional_forward_args, score, device, argument="model")
 
-    def whole(chunk: list[int]) -> Tensor:
-        return images[chunk]  # a copy, which a model may change
+    def copies(examples: list[int]) -> Tensor:
+        return images[examples]  # copied by the index, since a model may write to its input
 
-    def crops(chunk: list[int]) -> Tensor:
-        return torch.cat([cut(sources[i], places[i] or (0, 0, 0, 0)) for i in chunk])
+    def crops(examples: list[int]) -> Tensor:
+        return torch.cat([crop(sources[i], crop_boxes[i] or (0, 0, 0, 0)) for i in examples])
 
-    def cut(source: Tensor, place: Box) -> Tensor:
-        x1, y1, x2, y2 = place
-        crop = source[None, :, y1:y2, x1:x2].to(images.device)
-        return resize(crop, size, antialias=True).to(images.dtype)
+    def crop(source: Tensor, box: Box) -> Tensor:
+        x1, y1, x2, y2 = box
+        part = source[None, :, y1:y2, x1:x2].to(images.device)
+        return resize(part, size, antialias=True).to(images.dtype)
 
-    def predictions(look: Callable[[list[int]], Tensor], which: list[int]) -> Tensor:
+    def predict(pictures: Callable[[list[int]], Tensor], examples: list[int]) -> Tensor:
         step = internal_batch_size or n
-        chunks = [which[i : i + step] for i in range(0, len(which), step)]
-        return torch.cat([_predicted(scorer, look(chunk), chunk) for chunk in chunks])
+        chunks = [examples[i : i + step] for i in range(0, len(examples), step)]
+        return torch.cat([_predictions(scorer, pictures(chunk), chunk) for chunk in chunks])
 
     with torch.no_grad(), preserve_state(model):
-        mean = predictions(whole, list(range(n)))
-        boxed = [i for i, place in enumerate(places) if place]
-        if boxed:
-            mean[boxed] = (mean[boxed] + predictions(crops, boxed)) / 2
+        mean = predict(copies, list(range(n)))
+        with_box = [i for i, box in enumerate(crop_boxes) if box]
+        if with_box:
+            mean[with_box] = (mean[with_box] + predict(crops, with_box)) / 2
     return mean
 
 
 # --- boxes ---------------------------------------------------------------------------------------
 
 
-def _in_original(
-    box: Sequence[int], shape: tuple[int, int], view: Sequence[float], original: Tensor
+def _map_to_original(
+    box: Sequence[int], mask_size: tuple[int, int], view: Sequence[float], original: Tensor
 ) -> Box | None:
-    """The whole pixels of the original that a box touches; None where there are none.
+    """The box of all pixels of the original that a mask's box touches; None if there are none.
 
     Args:
-        box: in pixels of a mask.
-        shape: (width, height) of the mask.
-        view: what of the original lies under the mask.
+        box: in pixels of the mask.
+        mask_size: (width, height).
+        view: the box of the original that the mask covers.
         original: (C, H', W').
     """
     edges = [
-        view[i % 2] + edge * (view[2 + i % 2] - view[i % 2]) / shape[i % 2]
+        view[i % 2] + edge * (view[2 + i % 2] - view[i % 2]) / mask_size[i % 2]
         for i, edge in enumerate(box)
     ]
     height, width = original.shape[1:]
@@ -213,10 +220,10 @@ def _in_original(
 
 def _check_box_options(threshold: float, sigma: float, margin: int, min_size: int) -> None:
     if not is_finite(threshold):
-        raise ValueError(f"`threshold` must be a finite number, got {threshold!r}.")
+        raise ArgumentError(f"`threshold` must be a finite number, got {threshold!r}.")
     check_size("sigma", sigma)
     if isinstance(margin, bool) or not isinstance(margin, int) or margin < 0:
-        raise ValueError(f"`margin` must be an integer of at least 0, got {margin!r}.")
+        raise ArgumentError(f"`margin` must be an integer of at least 0, got {margin!r}.")
     check_count("min_size", min_size)
 
 
@@ -226,11 +233,11 @@ def _check_box_options(threshold: float, sigma: float, margin: int, min_size: in
 def _check_images(images: Tensor, masks: Tensor) -> None:
     _check_floats("images", images)
     if images.dim() != 4 or 0 in images.shape:
-        raise ValueError(f"`images` must be (N, C, H, W), got {tuple(images.shape)}.")
+        raise ArgumentError(f"`images` must be (N, C, H, W), got {tuple(images.shape)}.")
     if not isinstance(masks, Tensor):
-        raise TypeError(f"`masks` must be a tensor, got {type(masks)}.")
+        raise ArgumentTypeError(f"`masks` must be a tensor, got {type(masks)}.")
     if masks.dim() == 0 or len(masks) != len(images):
-        raise ValueError(
+        raise ArgumentError(
             f"`masks` must be {len(images)}, one for each image, got {tuple(masks.shape)}."
         )
 
@@ -238,9 +245,11 @@ def _check_images(images: Tensor, masks: Tensor) -> None:
 def _check_floats(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value)
-        raise TypeError(f"`{name}` must be tensors of floats, as the model takes them, got {got}.")
+        raise ArgumentTypeError(
+            f"`{name}` must be tensors of floats, as the model takes them, got {got}."
+        )
     if not bool(torch.isfinite(value).all()):
-        raise ValueError(f"`{name}` are not finite.")
+        raise ArgumentError(f"`{name}` has values that are not finite.")
 
 
 def _checked_originals(
@@ -250,9 +259,9 @@ def _checked_originals(
     for source in sources:
         _check_floats("originals", source)
     shapes = [tuple(source.shape) for source in sources]
-    good = all(len(s) == 3 and s[0] == images.shape[1] and 0 not in s for s in shapes)
-    if len(sources) != len(images) or not good:
-        raise ValueError(
+    shapes_fit = all(len(s) == 3 and s[0] == images.shape[1] and 0 not in s for s in shapes)
+    if len(sources) != len(images) or not shapes_fit:
+        raise ArgumentError(
             f"`originals` must be {len(images)} tensors ({images.shape[1]}, H', W'), one for each "
             f"image, got {shapes}."
         )
@@ -265,34 +274,36 @@ def _checked_views(
     if views is None:
         return [[0, 0, source.shape[2], source.shape[1]] for source in sources]
     if not has_originals:
-        raise ValueError("`views` are parts of `originals`, which were not given.")
+        raise ArgumentError("`views` are parts of `originals`: pass `originals` too.")
     if not isinstance(views, Tensor) or views.shape != (len(sources), 4):
         got = tuple(views.shape) if isinstance(views, Tensor) else type(views)
-        raise ValueError(f"`views` must be a tensor ({len(sources)}, 4), got {got}.")
+        raise ArgumentError(f"`views` must be a tensor ({len(sources)}, 4), got {got}.")
     windows: list[list[float]] = views.double().tolist()
     for (x1, y1, x2, y2), source in zip(windows, sources, strict=True):
         height, width = source.shape[1:]
         finite = all(math.isfinite(edge) for edge in (x1, y1, x2, y2))
         if not (finite and x1 < x2 and y1 < y2 and x1 < width and y1 < height and min(x2, y2) > 0):
-            raise ValueError(
+            raise ArgumentError(
                 f"`views` must be (x1, y1, x2, y2) with x1 < x2 and y1 < y2, in pixels of the "
                 f"original, got {(x1, y1, x2, y2)} for one of {height} x {width}."
             )
     return windows
 
 
-def _predicted(scorer: Scorer, pictures: Tensor, examples: list[int]) -> Tensor:
-    """A row of scores for each of the pictures, which are of these images."""
+def _predictions(scorer: Scorer, pictures: Tensor, examples: list[int]) -> Tensor:
+    """A row of scores for each of the pictures, which show the images `examples`."""
     output = scorer.outputs((pictures,), torch.tensor(examples, device=pictures.device))
     _check_rows("`model` must give", output, len(pictures))
     scores = compute_scores(output, scorer.score)
-    _check_rows("`score` must leave", scores, len(pictures))
+    _check_rows("`score` must return", scores, len(pictures))
     if not bool(torch.isfinite(scores).all()):
-        raise ValueError("`model` gives predictions that are not finite.")
+        raise ArgumentError("`model` gives predictions that are not finite.")
     return scores
 
 
-def _check_rows(what: str, found: Any, n: int) -> None:
-    if not isinstance(found, Tensor) or found.dim() not in (1, 2) or len(found) != n:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found)
-        raise ValueError(f"{what} (N, K) or (N,), a row for each of {n} images, got {got}.")
+def _check_rows(requirement: str, rows: Any, n: int) -> None:
+    if not isinstance(rows, Tensor) or rows.dim() not in (1, 2) or len(rows) != n:
+        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows)
+        raise ArgumentError(
+            f"{requirement} (N, K) or (N,), a row for each of {n} images, got {got}."
+        )

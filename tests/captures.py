@@ -1,4 +1,4 @@
-"""The engine's capture as functions, as short as tests want them."""
+"""`LayerCapture` as two functions, for tests that need one pass."""
 
 from typing import Any
 

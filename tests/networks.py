@@ -186,11 +186,15 @@ class ConvMeanLinear(nn.Module):
 # --- torchvision's architectures -----------------------------------------------------------------
 
 
-def torchvision_net(name: str, **options: Any) -> nn.Module:
-    """A torchvision classifier with random weights, in eval mode."""
+def torchvision_net(name: str, device: str = "cpu", **options: Any) -> nn.Module:
+    """A torchvision classifier with random weights, in eval mode.
+
+    On the device "meta" it has shapes and no values, and is there at once.
+    """
     if name in {"googlenet", "inception_v3"}:
         options["init_weights"] = False  # its own initialisation takes minutes
-    return get_model(name, weights=None, **options).eval()
+    with torch.device(device):
+        return get_model(name, weights=None, **options).eval()
 
 
 def narrow_vgg() -> nn.Module:

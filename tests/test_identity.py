@@ -1,4 +1,4 @@
-"""How functions, models and files are known again."""
+"""Fingerprints of functions, models and methods, by which stored work is recognised."""
 
 import json
 import math
@@ -40,22 +40,22 @@ from tests.evaluation.subjects import Boxes, Of
 from tests.networks import tiny_net
 
 
-def sharpness(found, gain=1):
-    return gain * found.maps.amax((1, 2))
+def sharpness(results, gain=1):
+    return gain * results.maps.amax((1, 2))
 
 
-def nameless(found):
-    return found.maps.amax((1, 2))
+def unversioned(results):
+    return results.maps.amax((1, 2))
 
 
 class Sharpness:
     version = 3
 
-    def __call__(self, found):
-        return found.maps.amax((1, 2))
+    def __call__(self, results):
+        return results.maps.amax((1, 2))
 
-    def method(self, found):
-        return found.maps.amax((1, 2))
+    def method(self, results):
+        return results.maps.amax((1, 2))
 
 
 sharpness.version = "1"
@@ -63,7 +63,7 @@ SHARPNESS = f"{__name__}.sharpness version 1"
 
 
 @pytest.mark.parametrize(
-    ("function", "known"),
+    ("function", "fingerprint"),
     [
         (sharpness, SHARPNESS),
         (partial(sharpness, gain=2), f"{SHARPNESS}, (), [('gain', 2)]"),
@@ -85,13 +85,13 @@ SHARPNESS = f"{__name__}.sharpness version 1"
         (partial(gaussian, sigma=5.0), "gaussian, (), [('sigma', 5.0)]"),
     ],
 )
-def test_functions_are_known_by_name_and_version(function, known):
-    assert versioned_name("`f`", function) == known
-    assert json.loads(json.dumps(json_value("`f`", {"f": [function]}))) == {"f": [known]}
+def test_functions_are_identified_by_name_and_version(function, fingerprint):
+    assert versioned_name("`f`", function) == fingerprint
+    assert json.loads(json.dumps(json_value("`f`", {"f": [function]}))) == {"f": [fingerprint]}
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "same"),
+    ("one", "other", "unchanged"),
     [
         (np.float32(1), np.float32(2), 1.0),
         (torch.tensor(1), torch.tensor(2), 1),
@@ -106,28 +106,30 @@ def test_functions_are_known_by_name_and_version(function, known):
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
-def test_values_that_a_partial_fixes_are_told_apart(one, other, same):
+def test_arguments_of_a_partial_are_part_of_its_name(one, other, unchanged):
     first, second, third = (
-        versioned_name("`f`", partial(sharpness, gain=value)) for value in (one, other, same)
+        versioned_name("`f`", partial(sharpness, gain=value)) for value in (one, other, unchanged)
     )
     assert first == third != second
-    assert json_value("`f`", one) == json_value("`f`", same) != json_value("`f`", other)
+    assert json_value("`f`", one) == json_value("`f`", unchanged) != json_value("`f`", other)
     assert " at 0x" not in first
 
 
-def test_a_value_without_a_text_is_refused():
+def test_a_value_without_a_repr_is_an_error():
     for value in (object(), {object()}, np.array([object()])):
-        with pytest.raises(ValueError, match=r"^`f` is a object, which stored work cannot know"):
+        with pytest.raises(
+            ValueError, match=r"^`f` is a object, which stored work cannot recognise"
+        ):
             versioned_name("`f`", partial(sharpness, gain=value))
 
 
-def test_functions_of_one_name_in_two_modules_are_two(monkeypatch):
+def test_functions_of_two_modules_with_one_name_differ(monkeypatch):
     before = versioned_name("`f`", sharpness)
     monkeypatch.setattr(sharpness, "__module__", "elsewhere")
     assert versioned_name("`f`", sharpness) == "elsewhere.sharpness version 1" != before
 
 
-def test_tensors_that_a_partial_fixes_count():
+def test_tensor_arguments_of_a_partial_are_compared_by_value():
     names = {
         versioned_name("`f`", partial(sharpness, gain=torch.tensor([1.0] * 2000 + [last])))
         for last in (0.0, 0.0, 1.0)
@@ -135,19 +137,19 @@ def test_tensors_that_a_partial_fixes_count():
     assert len(names) == 2
 
 
-def test_modules_and_their_methods_are_known_by_weights():
-    one, same, other = tiny_net(), tiny_net(), tiny_net()
+def test_modules_and_their_methods_are_identified_by_weights():
+    one, unchanged, other = tiny_net(), tiny_net(), tiny_net()
     with torch.no_grad():
         other[4].bias += 1
     for get in (lambda m: m, lambda m: m.forward, lambda m: partial(m.forward, 2)):
-        first, again, third = (versioned_name("`f`", get(m)) for m in (one, same, other))
+        first, again, third = (versioned_name("`f`", get(m)) for m in (one, unchanged, other))
         assert first == again != third
         assert first.startswith("Sequential")
 
 
-def made(gain):
-    def scaled(found):
-        return gain * found.maps
+def scaling(gain):
+    def scaled(results):
+        return gain * results.maps
 
     scaled.version = "1"
     return scaled
@@ -156,16 +158,16 @@ def made(gain):
 @pytest.mark.parametrize(
     ("function", "line"),
     [
-        (lambda found: 0, 'def function(...)`, with the line `function.version = "1"` below'),
-        (made(2), 'def scaled(...)`, with the line `scaled.version = "1"` below'),
-        (partial(made(2), 3), '`scaled.version = "1"` below. functools.partial fixes'),
-        (nameless, 'add the line `nameless.version = "1"`, and change it when what it does'),
-        (partial(nameless), '`nameless.version = "1"`'),
+        (lambda results: 0, 'def function(...)`, with the line `function.version = "1"` below'),
+        (scaling(2), 'def scaled(...)`, with the line `scaled.version = "1"` below'),
+        (partial(scaling(2), 3), '`scaled.version = "1"` below. functools.partial fixes'),
+        (unversioned, 'add the line `unversioned.version = "1"`, and change the version whenever'),
+        (partial(unversioned), '`unversioned.version = "1"`'),
         (type("Local", (Sharpness,), {"version": None})(), '`Local.version = "1"`'),
         (Sharpness().method, '`Sharpness.method.version = "1"`'),
     ],
 )
-def test_what_cannot_be_known_again_is_refused_with_the_line_to_write(function, line, tmp_path):
+def test_a_function_without_a_version_is_an_error_with_the_line_to_write(function, line, tmp_path):
     with pytest.raises(ValueError, match=r"^`f` is ") as caught:
         versioned_name("`f`", function)
     assert line in str(caught.value)
@@ -183,7 +185,7 @@ def test_what_cannot_be_known_again_is_refused_with_the_line_to_write(function, 
     assert not list(tmp_path.iterdir())
 
 
-def as_it_is(x, gain=1):
+def scaled_scores(x, gain=1):
     return gain * x
 
 
@@ -191,10 +193,10 @@ def sums(scores):
     return scores.sum(1)
 
 
-as_it_is.version = sums.version = "1"
+scaled_scores.version = sums.version = "1"
 
 
-def same(x):
+def unchanged(x):
     return x
 
 
@@ -216,29 +218,31 @@ HOLDERS = {
 
 
 @pytest.mark.parametrize("name", HOLDERS)
-def test_what_a_method_was_made_with_is_known(name, monkeypatch):
+def test_the_options_of_a_method_are_part_of_its_fingerprint(name, monkeypatch):
     model, where = tiny_net(), "`methods`: a: " + name.replace("of a layer", "reshape_transform")
 
-    def known(f):
+    def fingerprint(f):
         return method_fingerprint(ConfiguredMethod("a", HOLDERS[name](model, f), {}), model_digest)
 
     monkeypatch.setattr("tests.evaluation.subjects.Known", lambda f: f)
     where = where.replace("within", "function")
     for f, line in (
         (lambda x: x, 'def function(...)`, with the line `function.version = "1"`'),
-        (same, 'add the line `same.version = "1"`'),
+        (unchanged, 'add the line `unchanged.version = "1"`'),
     ):
         with pytest.raises(ValueError, match=f"^{where} is ") as caught:
-            known(f)
+            fingerprint(f)
         assert line in str(caught.value)
-    texts = [known(f) for f in (as_it_is, partial(as_it_is, gain=2), sums, torch.relu)]
+    texts = [
+        fingerprint(f) for f in (scaled_scores, partial(scaled_scores, gain=2), sums, torch.relu)
+    ]
     assert len(set(texts)) == 4
-    assert known(as_it_is) == texts[0]
-    monkeypatch.setattr(as_it_is, "version", "2")
-    assert known(as_it_is) != texts[0]
+    assert fingerprint(scaled_scores) == texts[0]
+    monkeypatch.setattr(scaled_scores, "version", "2")
+    assert fingerprint(scaled_scores) != texts[0]
 
 
-def test_methods_of_captum_are_known_without_a_version_and_without_addresses():
+def test_captums_methods_need_no_version_and_have_no_addresses():
     model = tiny_net()
     for method in (
         KernelShap(model), Lime(model), FeaturePermutation(model), ShapleyValueSampling(model),
@@ -252,7 +256,7 @@ def test_methods_of_captum_are_known_without_a_version_and_without_addresses():
     assert one != other
 
 
-def test_rows_and_maps_of_another_function_are_refused(tmp_path):
+def test_stored_rows_and_maps_of_another_function_are_errors(tmp_path):
     pytest.importorskip("lightning")
     from captum_ext.fcam import fit_fcam
 
@@ -304,14 +308,14 @@ def colour(foreground, pixels, gain=1):
 mean.version = colour.version = "1"
 
 
-def test_another_version_is_another_run_and_a_docstring_is_not(tmp_path, monkeypatch):
+def test_another_version_is_another_run_and_another_docstring_is_not(tmp_path, monkeypatch):
     def run(metric):
         run = {"output": tmp_path, "show_progress": False, "batch_size": 3}
         return evaluate({"a": Of(tiny_net())}, Boxes(), {"mine": metric}, **run)
 
     first = run(sharpness)
     monkeypatch.setattr(sharpness, "__doc__", "Another text.")
-    monkeypatch.setattr(sharpness, "__code__", (lambda found, gain=1: 0 * found.maps).__code__)
+    monkeypatch.setattr(sharpness, "__code__", (lambda results, gain=1: 0 * results.maps).__code__)
     assert run(sharpness).figures == first.figures  # the rows of the function as it was
     with pytest.raises(ValueError, match=r"metrics: mine was .*version 1.*gain"):
         run(partial(sharpness, gain=2))
@@ -320,7 +324,7 @@ def test_another_version_is_another_run_and_a_docstring_is_not(tmp_path, monkeyp
         run(sharpness)
 
 
-def test_one_model_is_hashed_once_in_a_run_and_anew_in_the_next(tmp_path, monkeypatch):
+def test_a_model_is_hashed_once_in_each_run(tmp_path, monkeypatch):
     hashed = []
     tensor_digests = _identity.tensor_digests
     monkeypatch.setattr(
@@ -347,7 +351,7 @@ def test_one_model_is_hashed_once_in_a_run_and_anew_in_the_next(tmp_path, monkey
     assert hashed == [model, other] * 2
 
 
-def test_a_trained_classifier_is_hashed_once(tmp_path, monkeypatch):
+def test_fit_fcam_hashes_the_classifier_once(tmp_path, monkeypatch):
     pytest.importorskip("lightning")
     from captum_ext.fcam import fit_fcam
 
@@ -382,7 +386,7 @@ def write_half(file):
         raise OSError("the disk is full")
 
 
-def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+def test_atomic_write_writes_a_complete_file_or_none(tmp_path):
     file = tmp_path / "new" / "a.txt"
     with atomic_write(file) as unfinished:
         unfinished.write_text("first")

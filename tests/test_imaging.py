@@ -1,4 +1,4 @@
-"""Image operations against closed forms and against the libraries they stand for."""
+"""Image operations against closed forms, torch, torchvision, NumPy and Kornia."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kornia.filters import gaussian_blur2d
 from torch.nn import functional as F
@@ -16,7 +16,6 @@ from captum_ext.imaging import blur, lay_over, min_max, percentile, resize, warp
 D = torch.float64
 
 
-@settings(max_examples=30, deadline=None)
 @given(dims=st.integers(1, 3), size=st.integers(1, 9), new=st.integers(1, 20))
 def test_resizing_keeps_constants_and_ramps_in_range(dims: int, size: int, new: int) -> None:
     flat = torch.full((1, 2, *[size] * dims), 3.5, dtype=D)
@@ -39,8 +38,8 @@ def test_resize_is_linear_between_pixel_centres() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [D, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest", "nearest-exact", "area"])
-def test_images_are_resized_as_by_torch(mode: str, dtype: torch.dtype, autocast: bool) -> None:
-    """By Kornia, with a difference of 0: mode by mode, on odd sizes, up, down and to one pixel."""
+def test_resize_of_images_equals_torchs(mode: str, dtype: torch.dtype, autocast: bool) -> None:
+    """Kornia gives the same bits in each mode, for odd sizes, up, down and to one pixel."""
     linear = mode in ("bilinear", "bicubic")
     for size, new in (((7, 5), (13, 9)), ((13, 9), (7, 5)), ((6, 8), (3, 20)), ((4, 4), (1, 1))):
         for channels_last in (False, True):
@@ -48,50 +47,49 @@ def test_images_are_resized_as_by_torch(mode: str, dtype: torch.dtype, autocast:
             x = x.to(memory_format=torch.channels_last) if channels_last else x
             for align in (False, True) if linear else (None,):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    found = resize(x, new, mode, bool(align))
+                    result = resize(x, new, mode, bool(align))
                     theirs = F.interpolate(x, size=new, mode=mode, align_corners=align)
                 theirs = theirs.to(dtype) if linear else theirs
-                assert found.dtype == theirs.dtype
-                assert torch.equal(found, theirs)
+                assert result.dtype == theirs.dtype
+                assert torch.equal(result, theirs)
 
 
-def test_importing_the_operations_costs_no_kornia() -> None:
+def test_import_does_not_load_kornia() -> None:
     code = "import sys, captum_ext.imaging; print('kornia' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
 
 
-def test_antialias_is_torchvisions() -> None:
+def test_antialias_equals_torchvisions() -> None:
     from torchvision.transforms.functional import resize as theirs
 
     x = torch.rand(1, 3, 40, 30, dtype=D)
     torch.testing.assert_close(resize(x, (13, 11), antialias=True), theirs(x, [13, 11]))
 
 
-def test_maps_are_laid_over_with_their_units_off_centre() -> None:
+def test_lay_over_moves_units_off_the_centres_of_cells() -> None:
     x = torch.rand(2, 1, 4, 3, dtype=D)
     torch.testing.assert_close(lay_over(x, (12, 9), (1e-12, 0.0)), resize(x, (12, 9)))
-    # A whole pixel moves the map, and its edge goes on as it ends.
+    # An offset of a whole pixel moves the map, and its edge is repeated.
     moved = lay_over(x, (12, 9), (2.0, -1.0))
     torch.testing.assert_close(moved[..., 2:, :-1], resize(x, (12, 9))[..., :-2, 1:])
     torch.testing.assert_close(moved[..., :2, :-1], moved[..., 2:3, :-1].expand(-1, -1, 2, -1))
     # A ramp over units at 32 i, as in a ResNet, is the ramp of the pixels between them.
     ramp = torch.arange(7, dtype=D).reshape(1, 1, 1, 7) * 32
-    found = lay_over(ramp, (1, 224), (0.0, -15.5))[0, 0, 0]
-    torch.testing.assert_close(found[:193], torch.arange(193, dtype=D))
-    assert (found[193:] == 192).all()
+    result = lay_over(ramp, (1, 224), (0.0, -15.5))[0, 0, 0]
+    torch.testing.assert_close(result[:193], torch.arange(193, dtype=D))
+    assert (result[193:] == 192).all()
 
 
-@settings(max_examples=30, deadline=None)
 @given(size=st.integers(1, 40), q=st.floats(0, 100), ties=st.booleans())
-def test_percentiles_are_numpys(size: int, q: float, ties: bool) -> None:
+def test_percentile_equals_numpys(size: int, q: float, ties: bool) -> None:
     x = torch.rand(2, 1, size, 3, dtype=D)
     x = (x * 4).round() if ties else x
     expected = np.percentile(x.numpy(), q, axis=(2, 3), keepdims=True)
     torch.testing.assert_close(percentile(x, q), torch.from_numpy(expected))
 
 
-def test_warp_moves_a_point_to_where_the_matrix_says() -> None:
+def test_warp_moves_a_point_by_the_matrix() -> None:
     x = torch.zeros(1, 1, 7, 9, dtype=D)
     x[0, 0, 2, 3] = 1  # (x, y) = (3, 2)
     quarter = torch.tensor([[[0.0, 1, 1], [-1, 0, 7], [0, 0, 1]]], dtype=D)  # to (3, 4)
@@ -106,7 +104,7 @@ def test_warp_moves_a_point_to_where_the_matrix_says() -> None:
     torch.testing.assert_close(inverse, x)
 
 
-def test_warp_fills() -> None:
+def test_warp_fills_pixels_from_outside() -> None:
     x = torch.arange(1.0, 9.0, dtype=D).reshape(1, 2, 2, 2)
     right = torch.eye(3)[None].clone()
     right[0, 0, 2] = 1.5
@@ -129,7 +127,7 @@ def test_warp_by_the_identity_changes_nothing(dtype: torch.dtype, shape: tuple[i
         assert torch.equal(moved, x)
 
 
-def test_resize_refuses() -> None:
+def test_resize_raises_for_wrong_modes_and_sizes() -> None:
     with pytest.raises(ValueError, match="`mode` must be one of"):
         resize(torch.zeros(1, 1, 4), [8], "lanczos")
     for x, size, mode in (
@@ -143,14 +141,26 @@ def test_resize_refuses() -> None:
 
 
 @pytest.mark.parametrize(("kernel", "sigma"), [(51, 50.0), (5, 1.3)])
-def test_blur_is_kornias(kernel: int, sigma: float) -> None:
+def test_blur_equals_kornias(kernel: int, sigma: float) -> None:
     x = torch.randn(2, 3, 60, 40, dtype=D)
     expected = gaussian_blur2d(x, (kernel, kernel), (sigma, sigma), "reflect")
     torch.testing.assert_close(blur(x, kernel, sigma), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("size", "mode"), [(2, "edge"), (3, "edge"), (4, "reflect"), (5, "reflect")]
+)
+def test_blur_reflects_the_border_where_the_tensor_is_large_enough(size: int, mode: str) -> None:
+    """A kernel of 7 pixels reaches 3 beyond the border; reflection needs 4 pixels for that."""
+    x = torch.randn(size, dtype=D)
+    weights = np.exp(-(np.arange(-3.0, 4.0) ** 2) / (2 * 1.5**2))
+    padded = np.pad(x.numpy(), 3, mode=mode)
+    expected = np.convolve(padded, weights / weights.sum(), mode="valid")
+    torch.testing.assert_close(blur(x[None, None], 7, 1.5)[0, 0], torch.from_numpy(expected))
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_blur_keeps_the_mean_of_an_impulse_and_small_inputs(dims: int) -> None:
+def test_blur_keeps_the_sum_of_an_impulse_and_takes_small_inputs(dims: int) -> None:
     x = torch.zeros(1, 1, *[15] * dims, dtype=D)
     x[(0, 0, *[7] * dims)] = 1
     y = blur(x, 7, 1.0)
@@ -164,8 +174,17 @@ def test_blur_keeps_the_mean_of_an_impulse_and_small_inputs(dims: int) -> None:
         blur(x, 4)
 
 
+@pytest.mark.parametrize(("size", "border"), [(4, "reflect"), (3, "reflect"), (2, "replicate")])
+def test_blur_reflects_at_the_border_unless_the_input_is_too_small(size: int, border: str) -> None:
+    x = torch.randn(1, 2, size, dtype=D)
+    weights = torch.exp(-(torch.arange(-2.0, 3.0, dtype=D) ** 2) / 2)
+    windows = F.pad(x, (2, 2), border).unfold(-1, 5, 1)
+    expected = (windows * weights).sum(-1) / weights.sum()
+    torch.testing.assert_close(blur(x, 5, 1.0), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_min_max(dtype: torch.dtype) -> None:
+def test_min_max_scales_each_map_to_0_1(dtype: torch.dtype) -> None:
     x = torch.tensor([[[-2.0, 0.0, 2.0], [7.0, 7.0, 7.0]]], dtype=dtype)
     assert min_max(x).tolist() == [[[0, 0.5, 1], [0, 0, 0]]]
     assert min_max(3 * x + 1).tolist() == [[[0, 0.5, 1], [0, 0, 0]]]

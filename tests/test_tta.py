@@ -1,11 +1,11 @@
-"""Boxes of masks and the crops they make, by hand and against a few lines of plain torch."""
+"""Boxes of masks and crops, against values by hand and a few lines of plain torch."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -58,7 +58,7 @@ def test_the_box_is_tight_half_open_and_strictly_above_the_threshold() -> None:
         ({"min_size": 99}, [0, 0, 10, 12]),
     ],
 )
-def test_what_grows_keeps_its_centre(options: dict[str, Any], expected: list[int]) -> None:
+def test_a_growing_box_keeps_its_centre(options: dict[str, Any], expected: list[int]) -> None:
     assert mask_boxes(at([4, 5, 7, 6]), **options).tolist() == [expected]
 
 
@@ -68,14 +68,13 @@ def test_at_a_border_a_box_moves_inside() -> None:
     assert mask_boxes(corners, square=True).tolist() == [[0, 0, 2, 2], [8, 10, 10, 12]]
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     margin=st.integers(0, 9),
     min_size=st.integers(1, 20),
     square=st.booleans(),
 )
-def test_a_grown_box_holds_the_tight_one(
+def test_a_grown_box_contains_the_tight_one(
     seed: int, margin: int, min_size: int, square: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -96,15 +95,15 @@ def test_a_grown_box_holds_the_tight_one(
 def test_the_blur_comes_before_the_threshold() -> None:
     masks = torch.zeros(1, 1, 40, 40)
     masks[0, 0, 10:30, 10:30] = 1
-    masks[0, 0, 2, 2] = 1  # a speck, which the blur removes
+    masks[0, 0, 2, 2] = 1  # the blur removes this speck
     assert mask_boxes(masks).tolist() == [[2, 2, 30, 30]]
     x1, y1, x2, y2 = mask_boxes(masks, sigma=2.0)[0].tolist()
     assert (x1, y1) == (10, 10)
     assert (x2, y2) == (30, 30)  # half of a blurred edge is at the edge
 
 
-def test_wrong_masks_and_options_are_named() -> None:
-    good = at([1, 1, 3, 3])
+def test_wrong_masks_and_options_raise() -> None:
+    masks = at([1, 1, 3, 3])
     for shape in ((3, 4), (1, 0, 4), (1, 1, 1, 3, 4)):
         with pytest.raises(ValueError, match=r"`masks` must be \(B, C, H, W\)"):
             mask_boxes(torch.zeros(shape))
@@ -120,15 +119,15 @@ def test_wrong_masks_and_options_are_named() -> None:
         ("min_size", 0),
     ):
         with pytest.raises(ValueError, match=f"`{name}` must be"):
-            mask_boxes(good, **{name: wrong})
+            mask_boxes(masks, **{name: wrong})
         with pytest.raises(ValueError, match=f"`{name}` must be"):
-            crop_tta(means, torch.rand(1, 3, 12, 10), good, **{name: wrong})
+            crop_tta(means, torch.rand(1, 3, 12, 10), masks, **{name: wrong})
 
 
 # --- predictions ---------------------------------------------------------------------------------
 
 
-def test_the_mean_of_two_predictions_by_hand() -> None:
+def test_the_mean_equals_one_computed_by_hand() -> None:
     # One bright channel in a twelfth of the image, all of the crop.
     images, masks = torch.zeros(1, 2, 6, 8, dtype=D), torch.zeros(1, 1, 6, 8, dtype=D)
     images[0, 1, 2:4, 3:5], masks[0, 0, 2:4, 3:5] = 12, 1
@@ -142,24 +141,24 @@ def test_the_mean_of_two_predictions_by_hand() -> None:
     torch.testing.assert_close(
         softmax, torch.tensor([[0.0, 1.0], [0.0, 12.0]], dtype=D).softmax(1).mean(0)[None]
     )
-    own = crop_tta(means, images, masks, score=lambda output: output[:, 1])
-    assert own.tolist() == [6.5]
+    by_callable = crop_tta(means, images, masks, score=lambda output: output[:, 1])
+    assert by_callable.tolist() == [6.5]
 
 
-def test_without_a_box_the_image_alone_counts() -> None:
+def test_an_image_without_a_box_has_its_own_prediction() -> None:
     network, images = quadrants_net(), torch.randn(3, 3, 12, 10, dtype=D)
     masks = at([1, 2, 5, 6], [0, 0, 0, 0], [3, 3, 9, 11])
     alone = network(images).softmax(1)
-    found = crop_tta(network, images, masks)
-    assert torch.equal(found[1], alone[1])
-    assert not torch.isclose(found[[0, 2]], alone[[0, 2]]).any()
+    result = crop_tta(network, images, masks)
+    assert torch.equal(result[1], alone[1])
+    assert not torch.isclose(result[[0, 2]], alone[[0, 2]]).any()
     assert torch.equal(crop_tta(network, images, torch.full((3, 12, 10), 0.5)), alone)
 
 
 @pytest.mark.parametrize(
     "box", [[0, 0, 3, 2], [6, 7, 10, 12], [9, 0, 10, 1], [0, 0, 10, 12], [2, 5, 9, 6]]
 )
-def test_the_crop_is_torchvisions(box: list[int]) -> None:
+def test_the_crop_equals_torchvisions(box: list[int]) -> None:
     network, images = quadrants_net(), torch.randn(1, 3, 12, 10, dtype=D)
     x1, y1, x2, y2 = box
     crop = resized_crop(images, y1, x1, y2 - y1, x2 - x1, [12, 10])
@@ -175,7 +174,7 @@ def test_box_options_and_the_size_reach_the_crop() -> None:
     network, images = quadrants_net(), torch.randn(1, 3, 12, 10, dtype=D)
     crop = resized_crop(images, 3, 2, 5, 5, [7, 9])
     expected = (network(images) + network(crop)) / 2
-    found = crop_tta(
+    result = crop_tta(
         network,
         images,
         at([3, 5, 6, 6]) - 0.2,
@@ -185,10 +184,10 @@ def test_box_options_and_the_size_reach_the_crop() -> None:
         square=True,
         size=(7, 9),
     )
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
 
 
-def test_it_crops_from_larger_originals() -> None:
+def test_crops_come_from_the_originals() -> None:
     network = quadrants_net()
     originals = [torch.randn(3, 48, 30, dtype=D), torch.randn(3, 25, 7, dtype=D)]
     images = torch.cat([F.interpolate(o[None], (12, 10), mode="bilinear") for o in originals])
@@ -199,14 +198,14 @@ def test_it_crops_from_larger_originals() -> None:
         resized_crop(originals[1][None], 6, 1, 7, 4, [12, 10], antialias=True),
     ]
     expected = (network(images) + network(torch.cat(crops))) / 2
-    found = crop_tta(network, images, masks, originals=originals, score="logit")
-    torch.testing.assert_close(found, expected)
+    result = crop_tta(network, images, masks, originals=originals, score="logit")
+    torch.testing.assert_close(result, expected)
     for source in (originals[0][None], tuple(originals[:1])):
-        one = crop_tta(network, images[:1], masks[:1], originals=source, score="logit")
-        torch.testing.assert_close(one, expected[:1])
+        of_one_image = crop_tta(network, images[:1], masks[:1], originals=source, score="logit")
+        torch.testing.assert_close(of_one_image, expected[:1])
 
 
-def test_a_view_says_which_part_of_the_original_the_image_shows() -> None:
+def test_views_map_boxes_to_the_original() -> None:
     network = quadrants_net()
     original = torch.randn(1, 3, 60, 50, dtype=D)
     view = torch.tensor([[20, 10, 40, 34]])  # twice the image
@@ -214,13 +213,13 @@ def test_a_view_says_which_part_of_the_original_the_image_shows() -> None:
     crop = resized_crop(original, 10 + 6, 20 + 4, 6, 10, [12, 10], antialias=True)
     expected = (network(images) + network(crop)) / 2
     options: dict[str, Any] = {"originals": original, "score": "logit"}
-    found = crop_tta(network, images, at([2, 3, 7, 6]), views=view, **options)
-    torch.testing.assert_close(found, expected)
-    # A view that reaches outside (padding): what is outside is cut off, or there is no crop.
+    result = crop_tta(network, images, at([2, 3, 7, 6]), views=view, **options)
+    torch.testing.assert_close(result, expected)
+    # A view may reach outside the original (padding): that part is dropped, or there is no crop.
     outside = torch.tensor([[-20.0, -24.0, 20.0, 24.0]])
     crop = resized_crop(original, 0, 0, 12, 12, [12, 10], antialias=True)
-    found = crop_tta(network, images, at([2, 3, 8, 9]), views=outside, **options)
-    torch.testing.assert_close(found, (network(images) + network(crop)) / 2)
+    result = crop_tta(network, images, at([2, 3, 8, 9]), views=outside, **options)
+    torch.testing.assert_close(result, (network(images) + network(crop)) / 2)
     nothing = crop_tta(network, images, at([0, 0, 5, 12]), views=outside, **options)
     assert torch.equal(nothing, network(images))
 
@@ -241,11 +240,11 @@ def test_a_batch_equals_its_images_and_each_crop_has_the_arguments_of_its_image(
     extra = (scale, shared, -1)
     together = crop_tta(model, images, masks, additional_forward_args=extra)
     assert sizes == [5, 4]
-    each = [
+    alone = [
         crop_tta(model, x[None], m[None], additional_forward_args=(s[None], shared, -1))
         for x, m, s in zip(images, masks, scale, strict=True)
     ]
-    torch.testing.assert_close(together, torch.cat(each))
+    torch.testing.assert_close(together, torch.cat(alone))
     sizes.clear()
     chunks = crop_tta(model, images, masks, additional_forward_args=extra, internal_batch_size=3)
     assert sizes == [3, 2, 3, 1]
@@ -253,44 +252,44 @@ def test_a_batch_equals_its_images_and_each_crop_has_the_arguments_of_its_image(
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_models_with_one_logit(flat: bool) -> None:
+def test_models_with_one_logit_work(flat: bool) -> None:
     def model(x: Tensor) -> Tensor:
         logit = x.mean((1, 2, 3))
         return logit if flat else logit[:, None]
 
     images, masks = torch.randn(2, 3, 12, 10, dtype=D), at([0, 0, 3, 2], [4, 4, 9, 9])
     crops = torch.stack([images[0, :, 0:2, 0:3].mean(), images[1, :, 4:9, 4:9].mean()])
-    found = crop_tta(model, images, masks, score="sigmoid", size=(2, 3))
+    result = crop_tta(model, images, masks, score="sigmoid", size=(2, 3))
     exact = crop_tta(model, images[:1], masks[:1], score="sigmoid", size=(2, 3))
-    assert found.shape == model(images).shape
+    assert result.shape == model(images).shape
     expected = (images[0].mean().sigmoid() + crops[0].sigmoid()) / 2
     assert exact.item() == pytest.approx(expected.item())
-    torch.testing.assert_close(found[:1], exact)
+    torch.testing.assert_close(result[:1], exact)
     with pytest.raises(ValueError, match="`score` 'softmax' needs two classes or more"):
         crop_tta(model, images, masks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype: torch.dtype) -> None:
+def test_half_precision_is_averaged_in_float32(dtype: torch.dtype) -> None:
     network, images = quadrants_net().to(dtype), torch.randn(2, 3, 12, 10).to(dtype)
     masks = at([0, 0, 7, 8], [4, 4, 9, 9]).to(dtype)
-    kinds = []
+    dtypes = []
 
     def model(x: Tensor) -> Tensor:
-        kinds.append(x.dtype)
+        dtypes.append(x.dtype)
         return network(x)
 
-    found = crop_tta(model, images, masks, originals=images.float())
-    assert kinds == [dtype, dtype]
-    assert found.dtype == torch.float32
+    result = crop_tta(model, images, masks, originals=images.float())
+    assert dtypes == [dtype, dtype]
+    assert result.dtype == torch.float32
     full = crop_tta(network.double(), images.double(), masks)
-    torch.testing.assert_close(found.double(), full, atol=1e-2, rtol=0)
+    torch.testing.assert_close(result.double(), full, atol=1e-2, rtol=0)
 
 
-# --- no trace ------------------------------------------------------------------------------------
+# --- state ---------------------------------------------------------------------------------------
 
 
-def test_nothing_is_left_behind(trace_free: Callable[..., Any]) -> None:
+def test_the_model_is_left_unchanged(trace_free: Callable[..., Any]) -> None:
     network = quadrants_net().train()
     images = torch.randn(2, 3, 12, 10, dtype=D, requires_grad=True)
     masks = at([0, 0, 3, 2], [4, 4, 9, 9])
@@ -299,8 +298,8 @@ def test_nothing_is_left_behind(trace_free: Callable[..., Any]) -> None:
         trace_free(network, images, masks, originals),
         pytest.warns(UserWarning, match="train mode"),
     ):
-        found = crop_tta(network, images, masks, originals=originals)
-    assert not found.requires_grad
+        result = crop_tta(network, images, masks, originals=originals)
+    assert not result.requires_grad
     network.eval()
     network.add_module("broken", RaisingLayer(at_call=2))
     with (
@@ -310,7 +309,7 @@ def test_nothing_is_left_behind(trace_free: Callable[..., Any]) -> None:
         crop_tta(network, images, masks, originals=originals)
 
 
-def test_a_model_that_works_in_place_does_not_reach_the_images() -> None:
+def test_a_model_that_works_in_place_leaves_the_images() -> None:
     images, masks = torch.rand(2, 3, 12, 10), at([0, 0, 3, 2], [0, 0, 10, 12])
     before = images.clone()
     changed = crop_tta(lambda x: x.mul_(2).mean((2, 3)), images, masks, score="logit")
@@ -328,7 +327,7 @@ def never(x: Tensor) -> Tensor:
     raise AssertionError("the model was called")
 
 
-def test_wrong_arguments_are_named_before_the_model_is_called() -> None:
+def test_wrong_arguments_raise_before_the_model_runs() -> None:
     images, masks = torch.rand(2, 3, 12, 10), at([0, 0, 3, 2], [4, 4, 9, 9])
 
     def refused(message: str, error: type[Exception] = ValueError, **changed: Any) -> None:
@@ -362,7 +361,7 @@ def test_wrong_arguments_are_named_before_the_model_is_called() -> None:
     refused("`internal_batch_size` must be an integer", internal_batch_size=0)
 
 
-def test_an_output_that_is_no_prediction_is_named() -> None:
+def test_unusable_outputs_raise() -> None:
     images, masks = torch.rand(2, 3, 12, 10), at([0, 0, 3, 2], [4, 4, 9, 9])
     for model in (lambda x: x, lambda x: x.mean(), lambda x: means(x)[:1]):
         with pytest.raises(
@@ -373,23 +372,23 @@ def test_an_output_that_is_no_prediction_is_named() -> None:
         with pytest.raises(TypeError, match="`model` must give a tensor of floats, got"):
             crop_tta(model, images, masks)
     for score in (lambda p: p.mean(), lambda p: (p,), lambda p: p[0]):
-        with pytest.raises(ValueError, match="`score` must leave"):
+        with pytest.raises(ValueError, match="`score` must return"):
             crop_tta(means, images, masks, score=score)
     with pytest.raises(ValueError, match="`model` gives predictions that are not finite"):
         crop_tta(lambda x: means(x) / 0, images, masks)
     for name in ("images", "originals"):
         broken = images.clone()
         broken[1, 0, 0, 0] = torch.nan
-        with pytest.raises(ValueError, match=f"`{name}` are not finite"):
+        with pytest.raises(ValueError, match=f"`{name}` has values that are not finite"):
             crop_tta(means, **{"images": images, "masks": masks, name: broken})
 
 
 @pytest.mark.gpu
-def test_on_the_device() -> None:
+def test_a_gpu_gives_the_values_of_a_cpu() -> None:
     network, images = quadrants_net(), torch.randn(2, 3, 12, 10, dtype=D)
     masks, originals = at([0, 0, 3, 2], [4, 4, 9, 9]), torch.randn(2, 3, 48, 40, dtype=D)
     expected = crop_tta(network, images, masks, originals=originals)
     for source in (originals, originals.cuda()):
-        found = crop_tta(network.cuda(), images.cuda(), masks.cuda(), originals=source)
-        assert found.is_cuda
-        torch.testing.assert_close(found.cpu(), expected)
+        result = crop_tta(network.cuda(), images.cuda(), masks.cuda(), originals=source)
+        assert result.is_cuda
+        torch.testing.assert_close(result.cpu(), expected)

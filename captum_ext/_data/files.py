@@ -1,4 +1,4 @@
-"""Files to pictures in RGB."""
+"""Reading picture files, upright and in RGB."""
 
 import errno
 import struct
@@ -14,25 +14,25 @@ from PIL import Image, ImageOps
 from captum_ext._checks import first_line
 
 MAX_PIXELS = 50_000_000
-# Errors of Pillow for files that are missing, cut off, damaged, too large or no pictures.
+# Errors that Pillow raises for files that are missing, damaged, too large or no pictures.
 UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
 def is_resource_error(error: BaseException) -> bool:
-    """Whether an error says nothing of a picture or a method: it would come again and again."""
+    """Return whether an error is about memory, open files or CUDA, and not about a picture."""
     if isinstance(error, OSError):
         return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
-    said = str(error) if isinstance(error, RuntimeError) else ""
-    return any(words in said for words in ("CUDA error", "DefaultCPUAllocator", "out of memory"))
+    message = str(error) if isinstance(error, RuntimeError) else ""
+    return any(words in message for words in ("CUDA error", "DefaultCPUAllocator", "out of memory"))
 
 
 def read_stored(path: str | Path, mode: str) -> Image.Image:
-    """The picture as it is stored, in one of Pillow's modes.
+    """Read a picture without rotation, and convert it to one of Pillow's modes.
 
     Raises:
-        OSError: a file that cannot be read, with its name.
+        OSError: the file cannot be read.
     """
     return _read(
         path,
@@ -42,14 +42,14 @@ def read_stored(path: str | Path, mode: str) -> Image.Image:
 
 
 def read_upright(path: str | Path) -> Image.Image:
-    """The picture upright and in RGB, whatever its mode.
+    """Read a picture of any mode, upright and in RGB.
 
-    Transparency is laid on white, 16 bits become 8, and other integers and floats are stretched
-    from their smallest to their largest value.
+    Transparent pixels are blended with white. 16-bit values are reduced to 8 bits. Other integers
+    and floats are stretched from their minimum and maximum to 0 and 255.
 
     Raises:
-        OSError: a file that is missing, that cannot be read or that has more than 50 megapixels
-            (which is seen before it is decoded), with its name and advice.
+        OSError: the file is missing, cannot be read or has more than 50 megapixels. (The size is
+            checked before decoding.)
     """
     if not Path(path).is_file():
         raise OSError(f"the image {str(path)!r} does not exist or is not a file")
@@ -59,7 +59,7 @@ def read_upright(path: str | Path) -> Image.Image:
 
 
 def unreadable_message(path: str | Path, error: BaseException) -> str:
-    """The sentence for a file that is no picture, or too large a one."""
+    """The error message for a file that is no picture, or too large."""
     if isinstance(error, Image.DecompressionBombError):
         size = f"{MAX_PIXELS // 10**6} megapixels"
         return f"the image {str(path)!r} is larger than {size}: make it smaller"
@@ -72,17 +72,18 @@ def unreadable_message(path: str | Path, error: BaseException) -> str:
 def _read(
     path: str | Path,
     convert: Callable[[Image.Image], Image.Image],
-    said: Callable[[Exception], str],
+    describe: Callable[[Exception], str],
 ) -> Image.Image:
+    """Open a picture and convert it; errors become an OSError with the message of `describe`."""
     try:
         with Image.open(path) as image:
             return convert(image)
     except MemoryError:
         raise
-    except Exception as error:  # a broken file raises anything, from SyntaxError to struct.error
+    except Exception as error:  # broken files raise many types, like SyntaxError, struct.error
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
-        raise OSError(said(error)) from error
+        raise OSError(describe(error)) from error
 
 
 def _to_upright_rgb(image: Image.Image) -> Image.Image:
@@ -102,6 +103,6 @@ def _to_8_bits(image: Image.Image) -> np.ndarray[Any, Any]:
     values = np.nan_to_num(np.asarray(image).astype(np.float64))
     low, high = values.min(), values.max()
     if not image.mode.startswith("F") and low >= 0 and high <= 65535:
-        low, high = 0, 65535  # Pillow opens 16-bit greys as "I;16" or, of some formats, as "I"
+        low, high = 0, 65535  # 16-bit greys have the mode "I;16" or, from some formats, "I"
     grey: np.ndarray[Any, Any] = np.round(255 * (values - low) / ((high - low) or 1))
     return grey.astype(np.uint8)

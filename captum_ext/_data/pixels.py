@@ -1,4 +1,4 @@
-"""Pixels in memory: bytes of one form and size, and what a model takes."""
+"""Pixels in memory: tensors of bytes, resizing, and the normalisation of model inputs."""
 
 from collections.abc import Iterable
 from typing import Any, Self
@@ -15,7 +15,7 @@ IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def to_byte_tensor(picture: Any) -> Tensor:
-    """A PIL image, or a tensor of bytes or of floats in [0, 1], as bytes (3, H, W)."""
+    """Convert a PIL image, or a tensor of bytes or of floats in [0, 1], to bytes (3, H, W)."""
     if isinstance(picture, Tensor):
         if picture.dim() != 3 or picture.shape[0] not in (1, 3):
             raise ValueError(f"tensors must be (3, H, W) or (1, H, W), got {tuple(picture.shape)}.")
@@ -29,14 +29,14 @@ def to_byte_tensor(picture: Any) -> Tensor:
         return expanded
     if not isinstance(picture, Image.Image):
         raise TypeError(f"pictures must be PIL images or tensors, got {type(picture)}.")
-    if picture.mode.startswith("I;16"):  # which `convert` would cut off at 255
+    if picture.mode.startswith("I;16"):  # `convert` would clip the values at 255
         picture = Image.fromarray((np.array(picture) / 257).round().astype(np.uint8))
     pixels: Tensor = torch.from_numpy(np.array(picture.convert("RGB")))
     return pixels.permute(2, 0, 1)
 
 
 def resize_pixels(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pixels (C, H, W) at another size, antialiased."""
+    """Resize pixels (C, H, W), with antialiasing."""
     if tuple(pixels.shape[1:]) == size:
         return pixels.contiguous()
     from torchvision.transforms.v2.functional import resize
@@ -46,10 +46,14 @@ def resize_pixels(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def mean_and_std(normalize: Any, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The mean and the standard deviation of each channel, (C,) each.
+    """The mean and the standard deviation of each channel, two tensors (C,).
+
+    Args:
+        normalize: (mean, std), or an object with the attributes `mean` and `std`.
+        dtype: the dtype of the tensors.
 
     Raises:
-        ValueError: other values.
+        ValueError: `normalize` is neither, or a standard deviation is not positive.
     """
     if not isinstance(normalize, Iterable) and hasattr(normalize, "mean"):
         normalize = (normalize.mean, getattr(normalize, "std", None))
@@ -61,7 +65,7 @@ def mean_and_std(normalize: Any, dtype: torch.dtype = torch.float32) -> tuple[Te
         ) from error
     if mean.dim() != 1 or mean.shape != std.shape or not mean.numel() or not bool((std > 0).all()):
         raise ArgumentError(
-            f"`normalize` must be means and standard deviations, greater than 0, one of each "
+            f"`normalize` must be means and standard deviations, greater than 0, one for each "
             f"channel, got {normalize!r}.",
             "normalize",
         )
@@ -69,17 +73,18 @@ def mean_and_std(normalize: Any, dtype: torch.dtype = torch.float32) -> tuple[Te
 
 
 class Normalize:
-    """Pictures in [0, 1] to what a model takes, and back.
+    """Normalises pictures in [0, 1] to the inputs of a model, and back.
 
     Args:
-        normalize: (mean, std) of each channel, or an object with these attributes; of one channel
-            for a model of grey pictures.
+        normalize: (mean, std) with one entry for each of the model's channels, 3 or 1; or an object
+            with the attributes `mean` and `std`.
 
     Attributes:
-        mean: (C, 1, 1), float32; likewise `std`.
+        mean: (C, 1, 1), float32.
+        std: (C, 1, 1), float32.
 
     Raises:
-        ValueError: other values.
+        ValueError: `normalize` is neither, or not for 3 channels or 1.
     """
 
     def __init__(self, normalize: Any) -> None:
@@ -91,27 +96,27 @@ class Normalize:
         self.mean, self.std = mean.reshape(-1, 1, 1), std.reshape(-1, 1, 1)
 
     def to(self, device: torch.device) -> Self:
-        """Move its numbers to a device, where they are used often."""
+        """Move mean and standard deviation to a device, and return the object."""
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 
     @property
     def channels(self) -> int:
-        """Those of the model's images, 3 or 1."""
+        """The number of channels of the model's inputs, 3 or 1."""
         return len(self.mean)
 
     def to_lists(self) -> list[list[float]]:
-        """[mean, std], for files."""
+        """[mean, std] as lists, for files."""
         return [self.mean.flatten().tolist(), self.std.flatten().tolist()]
 
     def grey(self, pictures: Tensor) -> Tensor:
-        """Pictures (..., C, H, W) in grey if the model takes these, else as they are."""
+        """Convert pictures (..., C, H, W) to grey if the model takes one channel."""
         return rgb_to_grayscale(pictures) if self.channels == 1 < pictures.shape[-3] else pictures
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        """Pictures (..., C, H, W) in [0, 1] as the model takes them."""
+        """Normalise pictures (..., C, H, W) in [0, 1]."""
         return (self.grey(pictures) - self.mean.to(pictures)) / self.std.to(pictures)
 
     def inverse(self, images: Tensor) -> Tensor:
-        """Images as the model takes them as pictures, cut off at [0, 1]."""
+        """Convert model inputs back to pictures, clipped to [0, 1]."""
         return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""The one parser of sizes. It imports neither Pillow nor torchvision."""
+"""Arguments that are a height and a width. This module imports neither Pillow nor torchvision."""
 
 from collections.abc import Sequence
 from operator import index
@@ -9,19 +9,23 @@ from captum_ext._errors import ArgumentError
 
 
 def height_width(name: str, value: Any) -> tuple[int, int]:
-    """(H, W) from one number of pixels or two, also in an array or a tensor.
+    """Parse a size in pixels, (H, W) or one number for both.
+
+    Args:
+        name: the argument's name, for errors.
+        value: one integer or two, also in an array or a tensor.
 
     Raises:
-        ValueError: neither, or no whole number of at least 1.
+        ValueError: another number of values, or values that are no integers of at least 1.
 
     Example:
         >>> height_width("size", 224), height_width("size", [4, 6])
         ((224, 224), (4, 6))
     """
-    given = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
-        given = (given, given)
-    sides = [_as_int(side) for side in given]
+    size = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(size, Sequence) or isinstance(size, str | bytes):
+        size = (size, size)
+    sides = [_as_int(side) for side in size]
     if len(sides) != 2 or any(isinstance(side, list | tuple) for side in sides):
         raise ArgumentError(
             f"`{name}` must be one or two numbers of pixels, (height, width), got {value!r}.", name
@@ -32,6 +36,6 @@ def height_width(name: str, value: Any) -> tuple[int, int]:
 
 
 def _as_int(side: Any) -> Any:
-    """NumPy's and torch's integers as Python's; else as it is, for `check_count` to refuse."""
+    """Convert integers of NumPy and torch to int. Other values stay; `check_count` rejects them."""
     side = side.tolist() if hasattr(side, "tolist") else side
     return index(side) if hasattr(side, "__index__") and not isinstance(side, bool) else side

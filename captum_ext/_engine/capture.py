@@ -153,11 +153,7 @@ class LayerCapture:
 
     def _differentiate(self, score: Tensor, grad_kwargs: dict[str, Any]) -> None:
         """Replace the captured activations by the gradients of the score."""
-        keys = [
-            (index, device)
-            for index, layer_devices in enumerate(self.devices())
-            for device in layer_devices
-        ]
+        keys = [(i, device) for i, devices in enumerate(self.devices()) for device in devices]
         leaves = [self.captured[index][device] for index, device in keys]
         flat = [tensor for tensors in leaves for tensor in tensors]
         gradients: Sequence[Tensor | None] = [None] * len(flat)
@@ -169,10 +165,10 @@ class LayerCapture:
         for (index, device), tensors in zip(keys, leaves, strict=True):
             own_gradients = [next(remaining) for _ in tensors]
             if all(gradient is None for gradient in own_gradients):
-                raise ValueError(
-                    f"The target does not depend on `layer` "
-                    f"{module_name(self.forward_func, self.layers[index])}: it has no gradient "
-                    f"there."
+                name = module_name(self.forward_func, self.layers[index])
+                raise ArgumentError(
+                    f"The target does not depend on `layer` {name}: it has no gradient there.",
+                    "layer",
                 )
             self.captured[index][device] = tuple(
                 torch.zeros_like(t) if g is None else g
@@ -255,10 +251,7 @@ class LayerCapture:
     def gather(self) -> list[Tensors]:
         """The tensors of each layer, concatenated over devices."""
         pairs = zip(self.captured, self.devices(), strict=True)
-        return [
-            _reduce_list([tensors_on[device] for device in devices])
-            for tensors_on, devices in pairs
-        ]
+        return [_reduce_list([on[device] for device in devices]) for on, devices in pairs]
 
 
 def clone_tensors(inputs: Tensor | Tensors) -> Tensors:

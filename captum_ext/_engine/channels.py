@@ -29,31 +29,13 @@ from captum_ext._errors import ArgumentError
 
 Dims = frozenset[int]  # several if the channels are split, as in attention heads
 
-_CHANNELS_FIRST = (
-    "conv",
-    "grid_sample",
-    "batch_norm",
-    "instance_norm",
-    "group_norm",
-    "pixel_shuffle",
-    "local_response",
-)
+_CHANNELS_FIRST = ("conv", "grid_sample", "batch_norm", "instance_norm", "group_norm",
+                   "pixel_shuffle", "local_response")  # fmt: skip
 _CHANNELS_LAST = ("embedding", "multi_head_attention_forward", "native_multi_head_attention",
          "transformer_encoder_layer_fwd")  # fmt: skip
 _UNTRACED = ("einsum", "tensordot", "T", "H", "t", "as_strided", "cdist", "fold")
-_REDUCTIONS = (
-    "sum",
-    "mean",
-    "std",
-    "var",
-    "amax",
-    "amin",
-    "max",
-    "min",
-    "prod",
-    "logsumexp",
-    "norm",
-)
+_REDUCTIONS = ("sum", "mean", "std", "var", "amax", "amin", "max", "min", "prod", "logsumexp",
+               "norm")  # fmt: skip
 _CHANNELS_FIRST_MODULES = (
     nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm,
     nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
@@ -144,7 +126,7 @@ def check_channels_first(tensor: Tensor, dims: Dims | None, layer: Module) -> No
     shape, name = tuple(tensor.shape), type(layer).__name__
     if dims is None:
         raise ArgumentError(
-            f"`layer` {name} has shape {shape}, and the dimension of its channels is not known "
+            f"`layer` {name}, of shape {shape}, has its channels in a dimension that is not known "
             f"from the operations that made it. A map needs them in dimension 1. Pass "
             f"`reshape_transform=torch.nn.Identity()` if they are there, `tokens_to_grid` for "
             f"(B, T, C), `channels_last_to_first` for (B, h, w, C), or your own callable.",
@@ -318,11 +300,8 @@ class LayerChannelTracer:
         from_input: bool = False,
     ) -> None:
         # The inputs of these layers have their channels in dimension 1, without any trace.
-        self.untraced = {
-            i
-            for i, layer in enumerate(layers)
-            if at_input and isinstance(layer, _CHANNELS_FIRST_MODULES)
-        }
+        known = [at_input and isinstance(layer, _CHANNELS_FIRST_MODULES) for layer in layers]
+        self.untraced = {i for i, is_known in enumerate(known) if is_known}
         traced = [layer for i, layer in enumerate(layers) if i not in self.untraced]
         starts = [None if at_input else trace_start(layer) for layer in traced]
         self.from_input = from_input or None in starts

@@ -102,7 +102,7 @@ class Tape(LockedFunctionMode):
         self.has_failed = False
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run a torch function, or return its recorded result."""
+        """Run a torch function, or return its recorded result in front of the layer."""
         if self.is_behind:
             if not self.is_recorded:
                 self.arguments |= {id(x): weakref.ref(x) for x in _tensor_leaves((args, kwargs))}
@@ -141,6 +141,7 @@ class Tape(LockedFunctionMode):
         self.is_recorded, self.is_behind, self.position = True, False, 0
 
     def _check_versions(self) -> None:
+        """Raise a TapeError if a recorded tensor has been written to."""
         if any(_version(tensor) != version for tensor, version in self.versions):
             raise TapeError("it writes in place into tensors from in front of the layer")
 
@@ -188,11 +189,10 @@ class Dependents:
 
     def outlive_pass(self) -> bool:
         """Return whether one of the collected tensors still exists."""
-        for collect in (lambda: None, gc.collect):  # garbage collection takes long
-            collect()
-            if all(reference() is None for reference in self.references):
-                return False
-        return True
+        if all(reference() is None for reference in self.references):
+            return False
+        gc.collect()  # only if needed, because it takes long
+        return any(reference() is not None for reference in self.references)
 
 
 class LayerReplay:
@@ -293,7 +293,7 @@ class LayerReplay:
         )
 
     def __call__(
-        self, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, which: int = 0
+        self, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, tensor_index: int = 0
     ) -> Tensor:
         """Scores after each of `len(chunk)` edits, (len(chunk), B).
 
@@ -301,12 +301,12 @@ class LayerReplay:
             edit: takes the activation (B, ...) and one entry of `chunk`, and returns the new
                 activation, by operations that `torch.vmap` supports.
             chunk: the parameters of the edits, along dimension 0.
-            which: the index of the tensor to edit, for a layer with several.
+            tensor_index: the index of the tensor to edit, for a layer with several.
         """
 
         def score_after(entry: Tensor) -> Tensor:
             edited = list(self.activations)
-            edited[which] = edit(edited[which], entry)
+            edited[tensor_index] = edit(edited[tensor_index], entry)
             return self._replay(tuple(edited))
 
         depth = torch._C._functorch.get_dynamic_layer_stack_depth()

@@ -23,7 +23,7 @@ class _BufferSnapshot:
         self.values = {n: b.detach().clone() for n, b in self.named.items() if b is not None}
 
     def restore(self) -> None:
-        """Give the module its buffers of before, with their values."""
+        """Restore the module's buffers: their names, the tensors and their values."""
         if not isinstance(self.module, ScriptModule):  # scripted modules cannot lose or gain names
             for name in self.module._buffers.keys() - self.named.keys():
                 del self.module._buffers[name]
@@ -81,14 +81,14 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
         if module.training or not type(module).__module__.startswith("torch.nn."):
             with _buffers_lock:
                 first, calls = _buffers_of_modules.get(id(module), (None, WeakSet()))
-                now = None
+                own_snapshot = None
                 if all(other.thread == call.thread for other in calls):
-                    now = _BufferSnapshot(module)
+                    own_snapshot = _BufferSnapshot(module)
                 # Before `_buffers_of_modules`: an interrupt may come in between, and `_release`
                 # must know of every module that is in there.
-                snapshots[id(module)] = now
+                snapshots[id(module)] = own_snapshot
                 if first is None or not calls:
-                    first = now or _BufferSnapshot(module)
+                    first = own_snapshot or _BufferSnapshot(module)
                 _buffers_of_modules[id(module)] = (first, calls)
                 calls.add(call)
 
@@ -110,7 +110,10 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
 
 
 def _release(key: int, call: _PreservingCall, own_snapshot: _BufferSnapshot | None) -> None:
-    """End a call's interest in the module with id `key`; restore the buffers if it is time to."""
+    """Remove a call from those that use the module with id `key`, and restore the buffers.
+
+    They are restored by the last call, and by a nested call of the only thread in progress.
+    """
     with _buffers_lock:
         if key not in _buffers_of_modules:
             return

@@ -1,25 +1,28 @@
 """The chain of wrapped methods: a wrapper, the method that it wraps, and so on to the innermost."""
 
+import copy
 import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from captum.attr import Attribution
+from captum.attr import Attribution, GuidedGradCam, LayerAttribution, NeuronAttribution
 
 from captum_ext._checks import closest
+from captum_ext._engine.modules import Forward
+from captum_ext._errors import ArgumentError
 
-# The default of a wrapper's argument that is not handed on unless it is passed: some methods take
-# no `target`, and of the others each has a default of its own.
-NOT_PASSED: Any = ...
-
-
-def passed(**arguments: Any) -> dict[str, Any]:
-    """The arguments that were passed."""
-    return {name: value for name, value in arguments.items() if value is not NOT_PASSED}
+# The default of a wrapper's argument that is handed on only where the caller passed it: some
+# methods take no `target`, and each of the others has its own default.
+UNSET: Any = ...
 
 
-def wrapped(method: Attribution) -> Attribution | None:
-    """The method that a wrapper, such as Captum's NoiseTunnel or ours, is made with."""
+def drop_unset(**arguments: Any) -> dict[str, Any]:
+    """The arguments without those that are `UNSET`."""
+    return {name: value for name, value in arguments.items() if value is not UNSET}
+
+
+def wrapped_method(method: Attribution) -> Attribution | None:
+    """The method inside a wrapper, such as Captum's NoiseTunnel or ours; None inside another."""
     inner = getattr(method, "attribution_method", None)
     return inner if isinstance(inner, Attribution) else None
 
@@ -29,7 +32,7 @@ def chain(method: Attribution) -> Iterator[Attribution]:
     inner: Attribution | None = method
     while inner is not None:
         yield inner
-        inner = wrapped(inner)
+        inner = wrapped_method(inner)
 
 
 def innermost(method: Attribution) -> Attribution:
@@ -39,21 +42,24 @@ def innermost(method: Attribution) -> Attribution:
 
 
 def keywords_of(method: Attribution) -> set[str] | None:
-    """The names that `attribute` takes, a wrapper's with those of its method; None: any name."""
+    """The names that `attribute` takes; None if it takes any name.
+
+    Those of a wrapper include the names of the method that it wraps.
+    """
     _, *parameters = inspect.signature(type(method).attribute).parameters.values()
-    own = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if all(p.kind != p.VAR_KEYWORD for p in parameters):
-        return own
-    inner = wrapped(method)
-    others = None if inner is None else keywords_of(inner)
-    return None if others is None else own | others
+        return names
+    inner = wrapped_method(method)
+    inner_names = None if inner is None else keywords_of(inner)
+    return None if inner_names is None else names | inner_names
 
 
 def check_keywords(method: Attribution, names: Iterable[str]) -> None:
     """Raise Python's TypeError, before a model runs, for a name that no method of the chain takes.
 
     Raises:
-        TypeError: an unexpected name; the closest ones are named.
+        TypeError: an unexpected name; the message has the closest known ones.
     """
     known = keywords_of(method)
     if known is None:
@@ -64,3 +70,23 @@ def check_keywords(method: Attribution, names: Iterable[str]) -> None:
                 f"{type(innermost(method)).__name__}.attribute() got an unexpected keyword "
                 f"argument {name!r}. Closest: {closest(name, sorted(known - {'inputs'}))}."
             )
+
+
+def with_forward_func(method: Attribution, forward_func: Forward) -> Attribution:
+    """A shallow copy of `method`, and of all that it wraps, that explains `forward_func`.
+
+    Raises:
+        ValueError: a method of a layer or a neuron, or one that needs the module itself.
+    """
+    needs_module = LayerAttribution | NeuronAttribution | GuidedGradCam
+    if isinstance(method, needs_module) or hasattr(method, "model"):
+        raise ArgumentError(
+            f"`attribution_method` {type(method).__name__} needs the module itself, so it cannot "
+            f"explain a function of it."
+        )
+    copied = copy.copy(method)
+    copied.forward_func = forward_func
+    inner = wrapped_method(method)
+    if inner is not None:
+        copied.attribution_method = with_forward_func(inner, forward_func)
+    return copied

@@ -5,7 +5,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
 from captum_ext._identity import versioned_name
-from captum_ext.attr._chain import wrapped
+from captum_ext.attr._chain import wrapped_method
 
 
 def attribution_fingerprint(argument: str, attribution: Attribution, model: Module) -> str:
@@ -33,7 +33,7 @@ def attribution_fingerprint(argument: str, attribution: Attribution, model: Modu
         for leaf in tree_leaves(value):
             if _is_function_option(name, leaf, attribution):
                 options.append(f"{name}={versioned_name(f'{argument}: {name}', leaf)}")
-    inner = wrapped(attribution)
+    inner = wrapped_method(attribution)
     if inner is not None:
         options.insert(0, attribution_fingerprint(argument, inner, model))
     return f"{attribution.get_name()}({', '.join(options)})"

@@ -7,13 +7,14 @@ from torch import Generator, Tensor
 
 from captum_ext._checks import check_count, is_finite
 from captum_ext._engine.precision import full_precision, without_autocast
+from captum_ext._errors import ArgumentError
 from captum_ext.imaging import resize
 
-BLOCK = 256  # masks whose random numbers are drawn at once; between blocks RISE may stop
+BLOCK = 256  # masks whose random numbers are drawn together; RISE may stop after each block
 
 
 class GridMasks:
-    """Random masks of the spatial size of `x`, in [0, 1] and of mean `p`: coarse, shifted grids.
+    """Random masks of the spatial size of `x`, in [0, 1] and of mean `p`: upsampled random grids.
 
     Args:
         x: (B, C, *spatial).
@@ -22,7 +23,7 @@ class GridMasks:
         generator: of all random numbers.
 
     Raises:
-        ValueError: `p` outside (0, 1); a grid that is not one of whole cells, or finer than `x`.
+        ValueError: `p` outside (0, 1); a grid without whole numbers of cells, or finer than `x`.
     """
 
     def __init__(
@@ -31,19 +32,19 @@ class GridMasks:
         size = tuple(x.shape[2:])
         cells = grid if isinstance(grid, tuple | list) else (grid,) * len(size)
         if not is_finite(p) or not 0 < p < 1:
-            raise ValueError(f"`p` must be a number greater than 0 and less than 1, got {p!r}.")
+            raise ArgumentError(f"`p` must be a number greater than 0 and less than 1, got {p!r}.")
         if len(cells) != len(size):
-            raise ValueError(f"`grid` must have a number for each of {size}, got {grid!r}.")
+            raise ArgumentError(f"`grid` must have a number for each of {size}, got {grid!r}.")
         for n in cells:
             check_count("grid", n)
         if any(n > pixels for n, pixels in zip(cells, size, strict=True)):
-            raise ValueError(f"`grid` is finer than the inputs' {size}: got {grid!r}.")
+            raise ArgumentError(f"`grid` is finer than the inputs' {size}: got {grid!r}.")
         self.cells, self.p, self.generator = tuple(cells), p, generator
         self.device = x.device
         self.shifts = [math.ceil(pixels / n) for n, pixels in zip(cells, size, strict=True)]
         self.pixels = [torch.arange(pixels, device=x.device) for pixels in size]
-        # Bilinear upsampling is one small matrix for each dimension, so that a mask is made where
-        # it is cut, and the cuts of a chunk, each elsewhere, need no loop.
+        # Bilinear upsampling is a product with one small matrix for each dimension. Rows of that
+        # matrix crop the mask, so that a chunk of masks with different shifts needs no loop.
         self.upsampling = [
             resize(
                 torch.eye(n, dtype=full_precision(x).dtype, device=x.device)[:, None],
@@ -54,7 +55,7 @@ class GridMasks:
         self.numbers: Tensor | None = None
 
     def __call__(self, start: int, stop: int) -> Tensor:
-        """The masks from `start` to `stop`, (stop - start, *spatial), within the next block."""
+        """The masks from `start` to `stop`, (stop - start, *spatial), in one block and in order."""
         n_cells = math.prod(self.cells)
         if start % BLOCK == 0:
             self.numbers = torch.rand(
@@ -64,23 +65,23 @@ class GridMasks:
         assert self.numbers is not None
         first = start - start % BLOCK
         numbers = self.numbers[start - first : stop - first]
-        shown = numbers[:, :n_cells] < self.p
-        masks = shown.reshape(-1, *self.cells).to(self.upsampling[0])
+        is_shown = numbers[:, :n_cells] < self.p
+        masks = is_shown.reshape(-1, *self.cells).to(self.upsampling[0])
         with without_autocast(masks):
             for dim, (matrix, shift, pixels) in enumerate(
                 zip(self.upsampling, self.shifts, self.pixels, strict=True), 1
             ):
                 if shift > 1:
-                    at = (numbers[:, n_cells + dim - 1] * shift).long().clamp(max=shift - 1)
-                    rows = matrix[at[:, None] + pixels]  # (n, pixels, cells)
-                    line = masks.movedim(dim, 1)
-                    cut = rows @ line.reshape(len(masks), line.shape[1], -1)
-                    masks = cut.reshape(cut.shape[:2] + line.shape[2:]).movedim(1, dim)
-        return masks.clamp(max=1)  # TF32, where it is switched on, rounds the weights up, too
+                    first_row = (numbers[:, n_cells + dim - 1] * shift).long().clamp(max=shift - 1)
+                    rows = matrix[first_row[:, None] + pixels]  # (n, pixels, cells)
+                    cells = masks.movedim(dim, 1)
+                    crops = rows @ cells.reshape(len(masks), cells.shape[1], -1)
+                    masks = crops.reshape(crops.shape[:2] + cells.shape[2:]).movedim(1, dim)
+        return masks.clamp(max=1)  # TF32, if it is switched on, may round the weights up
 
 
-def chunks_of(n_masks: int, size: int) -> list[tuple[int, int]]:
-    """From where to where each pass goes, within blocks, and in about equal parts of these."""
+def chunk_bounds(n_masks: int, size: int) -> list[tuple[int, int]]:
+    """The first mask of each pass, and the one behind its last: equal parts of blocks."""
     chunks = []
     for first in range(0, n_masks, BLOCK):
         count = min(BLOCK, n_masks - first)

@@ -16,40 +16,40 @@ def log_odds(output: Tensor, target: TargetType, outputs: str = "logits") -> Ten
     .. math::
         s_c = \log \frac{p_c}{1 - p_c} = l_c - \log \sum_{j \neq c} e^{l_j}
 
-    (Eq. 4 of Korsch et al., 2023.) Its derivative by l_c is 1, however sure the model is. Any shift
-    of the logits cancels, so that logarithms of probabilities are as good.
+    (Eq. 4 of Korsch et al., 2023.) Its derivative by l_c is 1, even where the probability is close
+    to 1. A shift of all logits cancels, so that logarithms of probabilities give the same result.
 
     Args:
         output: (B, K), or (B, K, ...) with classes in dimension 1 and targets that are tuples, the
-            class first. (B,), (B, 1) or (B, 1, ...) is the one logit of a model of two classes:
-            target 1 or None is the class that it speaks for, with s = l, and 0 the other, -l.
+            class first. (B,), (B, 1) or (B, 1, ...) is the single logit of a model of two classes:
+            target 1 or None is its class, with s = l, and target 0 is the other one, with s = -l.
         target: in any of Captum's forms.
-        outputs: "logits", also shifted ones like log-probabilities, or "probabilities".
+        outputs: "logits" (also shifted ones, like log-probabilities) or "probabilities".
 
     Raises:
         AssertionError: a target that does not select one class for each example.
     """
     values = full_precision(output)
     if values.dim() == 1 or values.shape[1] == 1:
-        return _of_one(values, target, outputs)
+        return _single_log_odds(values, target, outputs)
     if outputs == "probabilities":
         values = values.clamp(min=torch.finfo(values.dtype).tiny).log()
-    n, classes, places = len(values), values.shape[1], values[0, 0].numel()
-    # Where Captum finds the target of each example.
-    numbers = torch.arange(classes * places, device=values.device)
-    chosen = _select_targets(numbers.reshape(1, *values.shape[1:]).expand_as(values), target)
-    check_one_score_per_example(chosen)
-    at_class, at_place = chosen.reshape(-1) // places, chosen.reshape(-1) % places
-    every = torch.arange(n, device=values.device)
-    logits = values.reshape(n, classes, places)[every, :, at_place]
-    is_target = torch.arange(classes, device=values.device) == at_class[:, None]
+    n, n_classes, n_cells = len(values), values.shape[1], values[0, 0].numel()
+    # Captum's selection from the indices of the values tells the class and cell of each target.
+    indices = torch.arange(n_classes * n_cells, device=values.device)
+    selected = _select_targets(indices.reshape(1, *values.shape[1:]).expand_as(values), target)
+    check_one_score_per_example(selected)
+    target_class, cell = selected.reshape(-1) // n_cells, selected.reshape(-1) % n_cells
+    rows = torch.arange(n, device=values.device)
+    logits = values.reshape(n, n_classes, n_cells)[rows, :, cell]
+    is_target = torch.arange(n_classes, device=values.device) == target_class[:, None]
     others = logits.masked_fill(is_target, -torch.inf).logsumexp(1)
-    odds: Tensor = logits[every, at_class] - others
+    odds: Tensor = logits[rows, target_class] - others
     return odds
 
 
-def _of_one(values: Tensor, target: TargetType, outputs: str) -> Tensor:
-    """The log-odds of an output that speaks for class 1 of two."""
+def _single_log_odds(values: Tensor, target: TargetType, outputs: str) -> Tensor:
+    """The log-odds of a single output, which stands for class 1 of two."""
     if values.dim() == 1:
         values = values[:, None]
     if outputs == "probabilities":

@@ -1,4 +1,4 @@
-"""The sums of RISE, and the maps that follow from them."""
+"""Sums over the masks of RISE, and the maps computed from them."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,12 @@ from captum_ext._engine.precision import without_autocast
 class MaskedMeans:
     """Running sums over masks, from which both estimators and their standard errors follow.
 
-    Scores are counted from that of the first mask: large scores that hardly differ lose no digits,
-    and a constant one is exact.
+    With masks m and scores f, the sums are of g, m, m^2, g m, g m^2 and g^2 m^2, for g = f - f_0
+    with the score f_0 of the first mask. So large scores that differ little lose no digits, and a
+    constant score is exact.
+
+    Args:
+        with_errors: whether to keep the sums for standard errors.
     """
 
     def __init__(self, with_errors: bool) -> None:
@@ -43,7 +47,7 @@ class MaskedMeans:
                 self.ggmm.addmm_(g.square().T, squares)
 
     def check(self) -> None:
-        """Raise a ValueError for scores that are not finite. It waits for the device."""
+        """Raise a ValueError if a score was not finite. This synchronises with the device."""
         if self.is_finite is None or not bool(self.is_finite):
             raise ValueError("The scores of the masked inputs are not finite.")
 

@@ -1,4 +1,4 @@
-"""The terms of FIDO's loss, and the gradient of the one that needs the model."""
+"""The terms of FIDO's loss: the score under masks, with its gradient, and the penalty of masks."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -12,7 +12,8 @@ from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward
 from captum_ext._engine.outputs import Scorer, even_chunk_size
 from captum_ext._engine.precision import full_precision, gradient_of_sum, without_autocast
-from captum_ext.attr._concrete_dropout import draw_uniform
+from captum_ext._errors import ArgumentError
+from captum_ext.attr._concrete_dropout import draw_uniform_noise
 from captum_ext.attr._log_odds import log_odds
 from captum_ext.imaging import resize
 from captum_ext.infill import Infill
@@ -27,8 +28,8 @@ class LogOddsScorer:
         forward_func: the model.
         outputs: "logits" or "probabilities".
         target: in any of Captum's forms, for all images.
-        additional_forward_args: tensors with an entry for each image follow it, anything else is
-            handed on.
+        additional_forward_args: tensors with an entry for each image are indexed by image;
+            everything else is handed on unchanged.
         images: (N, C, H, W).
 
     Raises:
@@ -47,56 +48,56 @@ class LogOddsScorer:
         self.scorer = Scorer(
             forward_func, len(images), target, additional_forward_args, device=images.device
         )
-        self.numbers = torch.arange(len(images), device=images.device)
+        self.indices = torch.arange(len(images), device=images.device)
         self.channels_last = not images.is_contiguous() and images.is_contiguous(
             memory_format=torch.channels_last
         )
         self.is_checked = False
 
     def __call__(self, composites: Tensor, examples: slice) -> Tensor:
-        """Log-odds (n, p), of composites (n, p, C, H, W) of these examples."""
+        """The log-odds (n, p) of n images under p masks each, (n, p, C, H, W)."""
         n, p = composites.shape[:2]
-        rows = self.numbers[examples].repeat_interleave(p)
+        indices = self.indices[examples].repeat_interleave(p)
         flat = composites.flatten(0, 1)
         if self.channels_last:
             flat = flat.contiguous(memory_format=torch.channels_last)
-        output = self.scorer.outputs((flat,), rows)
+        output = self.scorer.outputs((flat,), indices)
         with without_autocast(output):
-            odds = log_odds(output, self.scorer.targets_for(rows), self.outputs)
+            odds = log_odds(output, self.scorer.targets_for(indices), self.outputs)
         if not self.is_checked:
             self._check(output.detach(), odds.detach())
         return odds.reshape(n, p)
 
     def _check(self, output: Tensor, odds: Tensor) -> None:
-        """Look at the first values; to look at all would wait for the device each time."""
+        """Check the first values only, because each check synchronises with the device."""
         self.is_checked = True
         if not bool(torch.isfinite(odds).all()):
-            raise ValueError("`forward_func` gives scores that are not finite.")
-        of_shares = bool(((output >= 0) & (output <= 1 + 1e-3)).all())
-        if self.outputs == "probabilities" and not of_shares:
-            raise ValueError(
+            raise ArgumentError("`forward_func` gives scores that are not finite.")
+        is_in_0_1 = bool(((output >= 0) & (output <= 1 + 1e-3)).all())
+        if self.outputs == "probabilities" and not is_in_0_1:
+            raise ArgumentError(
                 "`outputs` is 'probabilities', but `forward_func` gives values beyond [0, 1]."
             )
-        if self.outputs == "logits" and of_shares and output.dim() > 1 and output.shape[1] > 1:
+        if self.outputs == "logits" and is_in_0_1 and output.dim() > 1 and output.shape[1] > 1:
             sums = full_precision(output).sum(1)
             if bool(((sums - 1).abs() < 1e-3).all()):
                 warn(
-                    "`outputs` is 'logits', but what `forward_func` gives looks like "
-                    "probabilities: say outputs='probabilities'."
+                    "`outputs` is 'logits', but `forward_func` seems to give probabilities: pass "
+                    "outputs='probabilities' if it does."
                 )
 
 
 class MaskedScores:
-    """What the score adds to the loss: -E[s] under the masks of SSR, +E[s] under those of SDR.
+    """The score's term of the loss: -E[s] under the masks of SSR, +E[s] under those of SDR.
 
     Args:
-        score: log-odds (n, p) of composites (n, p, C, H, W).
+        score: the log-odds (n, p) of n images under p masks each.
         images: (N, C, H, W).
-        infill: what shows in the place of what is masked.
-        sample: z of logits and uniform noise.
-        rows: which of SSR and SDR.
-        n_masks: for each.
-        internal_batch_size: the most composites in one pass. Passes are made about equal.
+        infill: of the replaced pixels.
+        dropout: z from logits and uniform noise.
+        rows: SSR, SDR or both.
+        n_masks: of each.
+        internal_batch_size: the most masked images in one pass. Passes have about equal sizes.
     """
 
     def __init__(
@@ -104,18 +105,18 @@ class MaskedScores:
         score: LogOddsScorer,
         images: Tensor,
         infill: Infill,
-        sample: Callable[[Tensor, Tensor], Tensor],
+        dropout: Callable[[Tensor, Tensor], Tensor],
         rows: tuple[int, ...],
         n_masks: int,
         internal_batch_size: int,
     ) -> None:
-        self.score, self.images, self.infill, self.sample = score, images, infill, sample
+        self.score, self.images, self.infill, self.dropout = score, images, infill, dropout
         self.rows, self.n_masks = rows, n_masks
         n_planes = n_masks * len(rows)
         self.images_at_once = even_chunk_size(len(images), internal_batch_size)
         self.planes_at_once = even_chunk_size(n_planes, internal_batch_size // len(images))
-        kind = full_precision(images).dtype
-        signs = torch.tensor([-1.0 if row == SSR else 1.0 for row in rows], dtype=kind)
+        dtype = full_precision(images).dtype
+        signs = torch.tensor([-1.0 if row == SSR else 1.0 for row in rows], dtype=dtype)
         self.signs = signs.repeat(n_masks).to(images.device)
 
     def __call__(self, logits: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
@@ -123,30 +124,30 @@ class MaskedScores:
         total, gradient = torch.zeros_like(logits[:, 0, 0, 0]), torch.zeros_like(logits)
         self.infill.draw(generator)
         planes, first = self._planes(logits, generator), 0
-        while some := list(islice(planes, self.planes_at_once)):
-            uniform = torch.stack([u for _, u in some])
-            signs = self.signs[first : first + len(some)]
-            first += len(some)
+        while chunk := list(islice(planes, self.planes_at_once)):
+            uniform = torch.stack([u for _, u in chunk])
+            signs = self.signs[first : first + len(chunk)]
+            first += len(chunk)
             for start in range(0, len(self.images), self.images_at_once):
                 examples = slice(start, start + self.images_at_once)
                 leaf = logits[examples].detach().requires_grad_()
                 by_row = leaf.unbind(1)
-                z = self.sample(torch.stack([by_row[row] for row, _ in some], 1), uniform)
+                z = self.dropout(torch.stack([by_row[row] for row, _ in chunk], 1), uniform)
                 odds = self.score(self._composites(examples, z), examples) * signs
                 gradient[examples] += gradient_of_sum(odds, leaf, self.images.dtype)
                 total[examples] += odds.detach().sum(1)
         return total / self.n_masks, gradient / self.n_masks
 
     def _planes(self, logits: Tensor, generator: Generator | None) -> Iterator[tuple[int, Tensor]]:
-        """One mask's noise (h, w) after the other; that of both objectives is always drawn."""
+        """The row of each mask and its noise (h, w). Noise is always drawn for both objectives."""
         size = (logits.shape[2], logits.shape[3])
         for _ in range(self.n_masks):
-            both = draw_uniform((2, *size), logits, generator)
+            both = draw_uniform_noise((2, *size), logits, generator)
             for i, row in enumerate(self.rows):
                 yield i, both[row]
 
     def _composites(self, examples: slice, z: Tensor) -> Tensor:
-        """X kept where z is 0 and replaced where it is 1: (n, p, C, H, W)."""
+        """The images (n, p, C, H, W), kept where z is 0 and replaced where it is 1."""
         x = self.images[examples, None]
         keep = 1 - resize(z, x.shape[3:])[:, :, None].to(x.dtype)
         fill = self.infill(examples, keep)
@@ -160,7 +161,18 @@ def regulariser(
     tv: float,
     difference: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """What sizes and edges add to the loss of each image: (N,), of theta (N, rows, h, w)."""
+    """The penalty of the size and the edges of masks.
+
+    Args:
+        theta: (N, rows, h, w), probabilities of a replacement.
+        rows: SSR, SDR or both.
+        l1: the weight of the size.
+        tv: the weight of the edges.
+        difference: of the differences between neighbours, before they are summed.
+
+    Returns:
+        (N,).
+    """
     by_row = zip(rows, theta.unbind(1), strict=True)
     size = sum((1 - t if row == SSR else t).sum((1, 2)) for row, t in by_row)
     down = difference(theta[..., 1:, :] - theta[..., :-1, :]).sum((1, 2, 3))

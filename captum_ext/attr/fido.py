@@ -29,11 +29,13 @@ from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import default_batch_size
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError, ArgumentTypeError
+from captum_ext._repr import fields_repr
 from captum_ext.attr._concrete_dropout import DROPOUTS
 from captum_ext.attr._log_odds import OUTPUTS
 from captum_ext.attr._masked_scores import SDR, SSR, LogOddsScorer, MaskedScores, regulariser
 from captum_ext.attr._method_info import Paper
-from captum_ext.attr._named import Named
+from captum_ext.attr._mixin import AttributionMixin
 from captum_ext.imaging import resize
 from captum_ext.infill import Baselines, Infill, gaussian
 
@@ -43,16 +45,16 @@ TV_NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l1": torch.abs, "l2": torch.
 
 @dataclass(frozen=True, eq=False)
 class FIDOMasks:
-    """What FIDO found. All three maps are high where it matters, and 1/2 where nothing is known.
+    """FIDO's masks. The three maps are high where a pixel matters, and 1/2 without any evidence.
 
     Attributes:
         ssr: (N, 1, H, W), in [0, 1]: the probability that the smallest sufficient region keeps the
-            pixel; None if it was not asked for, as for the next two.
-        sdr: (N, 1, H, W): the probability that the smallest destroying region takes it.
+            pixel; None if `objective` left it out, as for the next two.
+        sdr: (N, 1, H, W): the probability that the smallest destroying region contains the pixel.
         joint: (N, 1, H, W): sqrt(ssr * sdr), Eq. 9.
         logits: (N, 2, h, w), of the mask's own size: log-odds of the probability that the pixel is
-            replaced, of SSR and of SDR; (N, 1, h, w) of the one that was asked for.
-        losses: (n_steps, N): the loss of each image, at the random masks of that step.
+            replaced, of SSR and of SDR; (N, 1, h, w) of the only objective.
+        losses: (n_steps, N): the loss of each image, at the random masks of each step.
     """
 
     ssr: Tensor | None
@@ -61,9 +63,12 @@ class FIDOMasks:
     logits: Tensor
     losses: Tensor
 
+    def __repr__(self) -> str:
+        return fields_repr(self)
+
 
 class FIDOOptions(TypedDict, total=False):
-    """The options of `FIDO.attribute`, for a type checker; `return_masks` decides what it gives."""
+    """The options of `FIDO.attribute` but `return_masks`, for a type checker."""
 
     objective: str
     n_steps: int
@@ -83,14 +88,14 @@ class FIDOOptions(TypedDict, total=False):
     callback: Callable[[int, FIDOMasks], Any] | None
 
 
-class FIDO(Named, PerturbationAttribution):
-    r"""FIDO: which pixels suffice for the model's decision, and which does it need?
+class FIDO(AttributionMixin, PerturbationAttribution):
+    r"""FIDO: the pixels that suffice for the model's decision, and those that it needs.
 
-    Each pixel is replaced by the infill with a probability theta = sigmoid(logit) of its own, and
-    the logits are learned by gradient descent through random masks z, drawn by (simplified)
-    concrete dropout (z near 1: replaced). With :math:`x(z) = (1 - z) \odot x + z \odot \hat x` and
-    the log-odds :math:`s_c = \log p_c - \log (1 - p_c)` (Eqs. 1 to 4, written for the probability
-    of a replacement), the smallest sufficient and the smallest destroying region are
+    Each pixel is replaced by the infill with a probability theta = sigmoid(logit) of its own. The
+    logits are learned by gradient descent through random masks z, drawn by (simplified) concrete
+    dropout (z near 1: replaced). With :math:`x(z) = (1 - z) \odot x + z \odot \hat x` and the
+    log-odds :math:`s_c = \log p_c - \log (1 - p_c)` (Eqs. 1 to 4, written for the probability of a
+    replacement), the smallest sufficient region (SSR) and the smallest destroying region (SDR) are
 
     .. math::
         \theta_{SSR} &= \arg\min_\theta E_z[-s_c(x(z))]
@@ -99,39 +104,40 @@ class FIDO(Named, PerturbationAttribution):
             + w (\lambda_1 \textstyle\sum \theta + \lambda_{TV} TV(\theta))
 
     with w = 1 after a warm-up. The maps are 1 - theta of SSR, theta of SDR, and jointly their
-    geometric mean (Eq. 9). The two problems share nothing, and one run solves both. In a batch,
-    each image has its own problem, with the same random numbers, and the result of a run by itself,
-    up to rounding (which the l1 form of TV, whose slope jumps between equal neighbours, amplifies).
+    geometric mean (Eq. 9). The two problems are independent, and one run solves both. Each image of
+    a batch has its own problem, with the same random numbers, and the result of a run by itself, up
+    to rounding (amplified by the l1 form of TV, whose slope jumps between equal neighbours).
 
-    The sums are over pixels, and the learning rate is for logits that weigh on the score as the
-    pixels of a 224-pixel image do: these numbers mean what they meant at about that size. On much
-    smaller masks logits become large within a few steps. Where the infill alone has the class, as
-    it has for the class that a network answers when it sees nothing, no pixel is needed: the masks
-    of such images are empty.
+    The sums are over pixels, and the learning rate is for logits that affect the score as the
+    pixels of a 224-pixel image do: the defaults are meant for about that size. On much smaller
+    masks, logits become large within a few steps. If the infill alone has the class, as it has for
+    the class that a network predicts for an empty image, no pixel is needed: the masks of such
+    images are empty.
 
-    **Temperature and weights.** The paper says that t = 0.1 for both dropouts. The published code
-    runs its simplified one at 1.0 and its original one at 0.1. The two are one function; in float32
-    they differ where \|logit\| is beyond 8 or so. What differs is the temperature. On forty
-    pictures whose decisive part is known, joint masks of 100 steps with 8 masks have at t = 1 an
-    IoU with that part of 0.67, at t = 0.1 of 0.62, with either dropout; at t = 1 they have 0.54
-    times the TV, and 2 masks do as well as 32. The published code's `l1` does better (0.67) than
-    the paper's (0.57), at which masks go on shrinking. Both are the defaults for that. (`python -m
-    tests.benchmarks.fido_ablation`; a mask of 56 x 56, with weights to match, has 0.71.)
+    **Temperature and weights.** The paper states t = 0.1 for both dropouts. The published code runs
+    its simplified dropout at 1.0 and its original one at 0.1. The two dropouts are the same
+    function; in float32 they differ only for \|logit\| beyond about 8. The temperature does make a
+    difference. On forty pictures whose decisive part is known, joint masks of 100 steps with 8
+    masks have at t = 1 an IoU with that part of 0.67, at t = 0.1 of 0.62, with either dropout. At
+    t = 1 they have 0.54 times the TV, and 2 masks do as well as 32. The published code's `l1` does
+    better (0.67) than the paper's (0.57), with which masks go on shrinking. Hence both defaults.
+    (`python -m tests.benchmarks.fido_ablation`; a mask of 56 x 56, with weights to match, has
+    0.71.)
 
     Named settings, for ``attribute(x, target=3, **{**FIDO.RELEASED, "n_steps": 30})``:
 
     - `FIDO.RELEASED`: the code published with the paper (its simplified dropout, at t = 1; for its
-      original one add ``dropout="cd", temperature=0.1``): the defaults, but for a blur of 11.6
-      pixels whatever the image's size. Its log-odds are those above, as in the version of the
-      paper's time; later versions of that code fall back on log p/(2 - p).
-    - `FIDO.PAPER`: the paper's text: t = 0.1, twice the `l1`, TV of squares, no warm-up. On the
-      optimiser it is silent, so that is the same.
+      original one add ``dropout="cd", temperature=0.1``): the defaults, except for a blur of 11.6
+      pixels at any size of the image. Its log-odds are those above, as in the version of the
+      paper's time; later versions of that code use log p/(2 - p).
+    - `FIDO.PAPER`: the paper's text: t = 0.1, twice the `l1`, TV of squares, no warm-up. The text
+      names no optimiser, so that is the same.
 
     Args:
-        forward_func: gives the scores of all classes: (B, K), (B, K, ...), or one logit, (B,) or
-            (B, 1), whose target 1 or None is the class that it speaks for and 0 the other.
-        outputs: "logits" (log-probabilities are as good), or "probabilities" of classes that
-            exclude each other.
+        forward_func: gives the scores of all classes: (B, K), (B, K, ...), or one logit of two
+            classes, (B,) or (B, 1): target 1 or None is the class of the logit, 0 the other one.
+        outputs: "logits" (log-probabilities also work), or "probabilities" of classes that exclude
+            each other.
 
     Raises:
         ValueError: unknown `outputs`.
@@ -246,7 +252,7 @@ class FIDO(Named, PerturbationAttribution):
         return_masks: bool = False,
         callback: Callable[[int, FIDOMasks], Any] | None = None,
     ) -> Any:
-        """The map of each image: `n_steps` of descent, each of 2 `n_masks` passes and backwards.
+        """The map of each image, learned in `n_steps` steps with 2 `n_masks` masks each.
 
         Gradients are taken with respect to masks alone, also inside `no_grad` and
         `inference_mode`.
@@ -257,92 +263,91 @@ class FIDO(Named, PerturbationAttribution):
                 "noise", or a callable; see `captum_ext.infill.Infill`. `NoiseTunnel` knows None,
                 numbers and tensors only.
             target: the class, as in Captum; one for each image.
-            additional_forward_args: as in Captum. Tensors with an entry for each image follow
-                it, all else is handed on as it is.
-            objective: "joint", "ssr" or "sdr". One alone costs half, and is what it is in "joint".
-            n_steps: of the optimisation. 100 (paper; 30 in its first figure).
+            additional_forward_args: as in Captum. Tensors with an entry for each image are indexed
+                by image; everything else is handed on unchanged.
+            objective: "joint", "ssr" or "sdr". A single one takes half the time, and has the same
+                mask as in "joint".
+            n_steps: steps of the optimisation. 100 (paper; 30 in its first figure).
             n_masks: random masks for each objective, image and step. 8 (paper).
             dropout: "scd", simplified concrete dropout, or "cd", the original.
-            temperature: t of the dropout; see above.
+            temperature: t of the dropout. 1.0 (published code; see above).
             l1: lambda_1, of each objective. 5e-4 (published code; 1e-3 in the paper).
             tv: lambda_TV. 1e-2 (paper).
             tv_norm: "l1", sums of absolute differences of neighbours (published code), or "l2", of
                 squared ones (Eq. 10).
-            lr: of AdamW without decay of weights. 10 (published code).
+            lr: learning rate of AdamW, without weight decay. 10 (published code).
             eps: of AdamW, large enough that it is nearly gradient descent with momentum. 0.1
                 (published code).
-            warmup: w = min(1, step / warmup), step from 0. 5 (published code).
+            warmup: steps; w = min(1, step / warmup), with steps from 0. 5 (published code).
             mask_size: (h, w), or one number for both: masks are drawn at this size and upsampled
-                bilinearly, and `l1` and `tv` count its pixels. None is the image's. On a GPU the
-                gradient of the upsampling is not deterministic.
-            generator: of all random numbers; None takes torch's global one. They are shared by the
-                images of a batch.
+                bilinearly, and `l1` and `tv` sum over its pixels. None is the image's size. On a
+                GPU the gradient of the upsampling is not deterministic.
+            generator: of all random numbers; None takes torch's global one. The images of a batch
+                share the numbers.
             internal_batch_size: masked images in one pass of the model. None is 16 on a CPU and 64
-                elsewhere. Memory beyond a pass of so many grows with images only: logits, infill.
+                elsewhere. Memory beyond such a pass grows only with the images (logits, infill).
             show_progress: whether to draw a progress bar.
-            return_masks: whether to give all masks too.
-            callback: called with the number of steps done and the masks as they are, after each.
+            return_masks: whether to return also the masks of all objectives.
+            callback: called after each step, with the number of steps so far and the current masks.
 
         Returns:
-            The map asked for, of the inputs' shape and dtype, equal in all channels, in [0, 1];
-            with `return_masks` a tuple of it and `FIDOMasks`, in float32 (float64 for inputs in
-            float64).
+            The map of `objective`, of the inputs' shape and dtype, equal in all channels, in
+            [0, 1]; with `return_masks` a tuple of it and `FIDOMasks`, in float32 (float64 for
+            inputs in float64).
 
         Raises:
             ValueError: inputs that are not images, not of floats or not finite; an option out of
                 range; outputs that are no scores, not finite, or not differentiable.
-            TypeError: an infill or a generator of another type.
+            TypeError: an infill, a generator or a callback of another type.
             AssertionError: a target that does not select one class for each image, as in Captum.
         """
         images = check_images(inputs)
         _check_choices(objective=objective, dropout=dropout, tv_norm=tv_norm)
-        _check_numbers(n_steps, n_masks, temperature=temperature, lr=lr, eps=eps)
-        for name, value in (("l1", l1), ("tv", tv), ("warmup", warmup)):
-            check_size(name, value)
+        _check_numbers(
+            counts={"n_steps": n_steps, "n_masks": n_masks},
+            positive={"temperature": temperature, "lr": lr, "eps": eps},
+            non_negative={"l1": l1, "tv": tv, "warmup": warmup},
+        )
         if internal_batch_size is None:
             internal_batch_size = default_batch_size(images.device)
         check_count("internal_batch_size", internal_batch_size)
         check_generator(generator, images.device)
         size = _checked_size(mask_size, images)
-        rows = OBJECTIVES[objective]
         if callback is not None and not callable(callback):
-            raise TypeError(f"`callback` must be callable or None, got {type(callback)}.")
-        shape = (images.shape[2], images.shape[3])
+            raise ArgumentTypeError(f"`callback` must be callable or None, got {type(callback)}.")
+        rows = OBJECTIVES[objective]
         with torch.inference_mode(False), preserve_state(self.forward_func), torch.enable_grad():
+            scorer = LogOddsScorer(
+                self.forward_func, self.outputs, target, additional_forward_args, images
+            )
+            dropout_func = partial(DROPOUTS[dropout], temperature=temperature)
+            infill = Infill(images, baselines)
             scores = MaskedScores(
-                LogOddsScorer(
-                    self.forward_func, self.outputs, target, additional_forward_args, images
-                ),
-                images,
-                Infill(images, baselines),
-                partial(DROPOUTS[dropout], temperature=temperature),
-                rows,
-                n_masks,
-                internal_batch_size,
+                scorer, images, infill, dropout_func, rows, n_masks, internal_batch_size
             )
             penalty = partial(regulariser, rows=rows, l1=l1, tv=tv, difference=TV_NORMS[tv_norm])
-            kind = full_precision(images).dtype
-            logits = torch.zeros(len(images), len(rows), *size, dtype=kind, device=images.device)
+            dtype = full_precision(images).dtype
+            logits = torch.zeros(len(images), len(rows), *size, dtype=dtype, device=images.device)
             optimiser = torch.optim.AdamW([logits], lr=lr, eps=eps, weight_decay=0.0)
             losses = logits.new_zeros(n_steps, len(images))
-            steps = with_progress(range(n_steps), show_progress, f"{self.get_name()} attribution")
-            for step in steps:
+            shape = (images.shape[2], images.shape[3])
+            for step in with_progress(
+                range(n_steps), show_progress, f"{self.get_name()} attribution"
+            ):
                 weight = min(1.0, step / warmup) if warmup else 1.0
-                values, gradient = scores(logits, generator)
-                penalties, shrinking = _with_gradient(penalty, logits, weight)
-                logits.grad = gradient + shrinking
-                losses[step] = values + penalties
+                losses[step], logits.grad = _loss_and_gradient(
+                    scores, penalty, logits, weight, generator
+                )
                 optimiser.step()
                 if callback is not None:
-                    done = step + 1
-                    callback(done, _masks(logits.clone(), losses[:done].clone(), rows, shape))
+                    n = step + 1
+                    callback(n, _make_masks(logits.clone(), losses[:n].clone(), rows, shape))
         if not bool(torch.isfinite(logits).all() & torch.isfinite(losses).all()):
-            raise ValueError("`forward_func` gave scores or gradients that are not finite.")
-        masks = _masks(logits.detach(), losses, rows, shape)
-        found = {"joint": masks.joint, "ssr": masks.ssr, "sdr": masks.sdr}[objective]
-        assert found is not None
-        whole = found.to(images.dtype).repeat(1, images.shape[1], 1, 1)
-        attributions = _format_output(isinstance(inputs, tuple), (whole,))
+            raise ArgumentError("`forward_func` gave scores or gradients that are not finite.")
+        masks = _make_masks(logits.detach(), losses, rows, shape)
+        maps: Tensor = getattr(masks, objective)
+        repeated = maps.to(images.dtype).repeat(1, images.shape[1], 1, 1)
+        attributions = _format_output(isinstance(inputs, tuple), (repeated,))
         return (attributions, masks) if return_masks else attributions
 
 
@@ -352,35 +357,44 @@ def _check_choices(**options: str) -> None:
         check_choice(name, value, choices[name])
 
 
-def _check_numbers(n_steps: int, n_masks: int, **positive: float) -> None:
-    check_count("n_steps", n_steps)
-    check_count("n_masks", n_masks)
+def _check_numbers(
+    counts: dict[str, int], positive: dict[str, float], non_negative: dict[str, float]
+) -> None:
+    for name, count in counts.items():
+        check_count(name, count)
     for name, value in positive.items():
         check_size(name, value, positive=True)
+    for name, value in non_negative.items():
+        check_size(name, value)
 
 
-def _with_gradient(
-    penalty: Callable[[Tensor], Tensor], logits: Tensor, weight: float
+def _loss_and_gradient(
+    scores: MaskedScores,
+    penalty: Callable[[Tensor], Tensor],
+    logits: Tensor,
+    weight: float,
+    generator: Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted penalties of the probabilities (N,), and their gradient by the logits."""
+    """The loss of each image (N,), and its gradient by the logits (N, rows, h, w)."""
+    values, gradient = scores(logits, generator)
     leaf = logits.clone().requires_grad_()
     penalties = weight * penalty(torch.sigmoid(leaf))
-    (gradient,) = torch.autograd.grad(penalties.sum(), leaf)
-    return penalties.detach(), gradient
+    (penalty_gradient,) = torch.autograd.grad(penalties.sum(), leaf)
+    return values + penalties.detach(), gradient + penalty_gradient
 
 
 @torch.no_grad()
-def _masks(
+def _make_masks(
     logits: Tensor, losses: Tensor, rows: tuple[int, ...], size: tuple[int, int]
 ) -> FIDOMasks:
-    """The importance maps of drop logits: what SSR keeps, what SDR drops, and both."""
-    found = {
+    """The maps of the logits: the region that SSR keeps, the one that SDR replaces, and both."""
+    maps = {
         row: resize(
             torch.sigmoid(-logits[:, i : i + 1] if row == SSR else logits[:, i : i + 1]), size
         )
         for i, row in enumerate(rows)
     }
-    ssr, sdr = found.get(SSR), found.get(SDR)
+    ssr, sdr = maps.get(SSR), maps.get(SDR)
     joint = None if ssr is None or sdr is None else ssr.sqrt() * sdr.sqrt()
     return FIDOMasks(ssr, sdr, joint, logits, losses)
 
@@ -389,7 +403,7 @@ def _checked_size(mask_size: Any, images: Tensor) -> tuple[int, int]:
     height, width = images.shape[2:]
     size = (height, width) if mask_size is None else height_width("mask_size", mask_size)
     if size[0] > height or size[1] > width:
-        raise ValueError(
+        raise ArgumentError(
             f"`mask_size` must be at most the image's {height} x {width}, got {mask_size!r}."
         )
     return size

@@ -1,7 +1,7 @@
 """The command line: `explain`, `methods`, `train-fcam` and `evaluate`, a module each.
 
-Without arguments, `captum-ext explain` explains a photograph by every layer method. What
-takes long to import is imported only where it is used, so that `--help` and `methods` are quick.
+Modules that take long to import, such as torch, are imported only where they are used, so that
+`--help` is quick.
 """
 
 import argparse
@@ -24,7 +24,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("captum-ext", description="More attribution methods for Captum.")
+    parser = _Parser(
+        "captum-ext",
+        description="Attribution maps of image classifiers: draw them, measure them, and train a "
+        "decoder for them.",
+    )
     parser.add_argument("--version", action="version", version=f"captum-ext {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (explain, methods, train_fcam, evaluate):
@@ -33,13 +37,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code.
+    """Run the command line.
 
-    0; 1 where a part of an evaluation failed; 2 for what the user can put right; 130 for Ctrl-C.
+    Returns:
+        The exit code: 0; 1 where a part of an evaluation failed; 2 for errors that the user can
+        correct; 130 for Ctrl-C.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int | None] = arguments.run
     try:

@@ -1,16 +1,15 @@
-"""The attributions that `captum-ext evaluate` is asked for, by name or with options."""
+"""The attributions of `captum-ext evaluate`: methods by name, or with options."""
 
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from captum_ext.cli.methods import (
-    METHODS,
-    ON_REQUEST,
     Method,
-    arguments_of,
-    attribution,
+    default_methods,
     find_methods,
+    kebab,
+    parameters_of,
+    required_of,
 )
 
 if TYPE_CHECKING:
@@ -19,51 +18,65 @@ if TYPE_CHECKING:
 
     from captum_ext.zoo import LoadedModel
 
-_WRAPPERS = {"sess": "SESSWrapper", "augmented-sr": "AugmentedSR"}
-_KEYS = ("method", "layer", "arguments", *_WRAPPERS)
-_REFUSALS = (ValueError, RuntimeError, AssertionError)
-# What a trial runs of the methods that take minutes.
-_TRIED = {"RISE": {"n_masks": 1}, "FIDO": {"n_steps": 1}}
 
-
-class Asked(NamedTuple):
-    """An attribution that is asked for.
+class Request(NamedTuple):
+    """An attribution that the user asks for.
 
     Attributes:
-        name: what it is called in the results.
-        kind: a method of `captum-ext methods`, or a class that takes a model.
-        layer: of the layer method; None is the command's.
-        wrappers: around it, from the inside out, with their options.
-        arguments: of `attribute`.
+        name: the attribution's name in the results.
+        method: the method.
+        layer: the layer to explain; None is the command's.
+        wrappers: options of the wrappers around the method, from the inside out, by their keys.
+        arguments: arguments of `attribute`.
     """
 
     name: str
-    kind: "Method | type[Attribution]"
+    method: Method
     layer: str | None = None
     wrappers: Mapping[str, Mapping[str, Any]] = {}
     arguments: Mapping[str, Any] = {}
 
     @property
-    def has_options(self) -> bool:
-        """Whether there is more of it than the name of a method."""
-        return not isinstance(self.kind, Method) or bool(self.wrappers or self.arguments)
+    def refusals(self) -> tuple[type[Exception], ...]:
+        """The errors by which it says that it does not work on a model, or with its options."""
+        has_options = bool(self.wrappers or self.arguments)
+        return (*self.method.refusals, *((TypeError, LookupError) if has_options else ()))
 
 
-def find_attributions(asked: Iterable[str] | Mapping[str, Any] | None) -> list[Asked]:
-    """What is asked for by names, or by a mapping from names to options; None is all layer methods.
+def wrapper_classes() -> "dict[str, type[Attribution]]":
+    """This package's wrappers of attributions, by their keys: "sess" is `SESSWrapper`."""
+    import captum.attr
+
+    import captum_ext.attr
+
+    return {
+        kebab(name.removesuffix("Wrapper")): cls
+        for name, cls in vars(captum_ext.attr).items()
+        if isinstance(cls, type)
+        and issubclass(cls, captum.attr.Attribution)
+        and required_of(cls) == ["attribution_method"]
+    }
+
+
+def find_attributions(
+    methods: Iterable[str] | Mapping[str, Any] | None,
+) -> list[Request]:
+    """The attributions of a list of names, or of a mapping from names to options.
+
+    Args:
+        methods: names of methods, or the mapping; None is the default methods.
 
     Raises:
         InputError: an unknown name or option.
     """
-    if asked is None:
-        return [Asked(method.name, method) for method in METHODS]
-    if isinstance(asked, Mapping):
-        return [_with_options(str(name), options) for name, options in asked.items()]
-    kinds = dict.fromkeys(_find(name) for name in asked)
-    return [Asked(k.name if isinstance(k, Method) else k.__name__, k) for k in kinds]
+    if methods is None:
+        return [Request(method.name, method) for method in default_methods()]
+    if isinstance(methods, Mapping):
+        return [_with_options(str(name), options) for name, options in methods.items()]
+    return [Request(method.name, method) for method in find_methods(list(methods), image="")]
 
 
-def _with_options(name: str, options: Any) -> Asked:
+def _with_options(name: str, options: Any) -> Request:
     """An entry of a mapping.
 
     ``name: {}``, ``name: method`` or ``name: {method: ..., sess: {...}, arguments: {...}}``.
@@ -75,74 +88,37 @@ def _with_options(name: str, options: Any) -> Asked:
         raise InputError(f"method: expected names of one line, got {name!r}")
     options = {} if options is None else options
     options = {"method": options} if isinstance(options, str) else options
+    wrappers = wrapper_classes()
+    keys = ("method", "layer", "arguments", *wrappers)
     if not isinstance(options, Mapping):
-        raise InputError(f"method: {name}: expected options of {', '.join(_KEYS)}, got {options!r}")
+        raise InputError(f"method: {name}: expected options of {', '.join(keys)}, got {options!r}")
     for key, value in options.items():
-        if key not in _KEYS:
+        if key not in keys:
             raise InputError(
-                f"method: {name}: unknown key {key!r}. Closest: {closest(str(key), _KEYS)}"
+                f"method: {name}: unknown key {key!r}. Closest: {closest(str(key), keys)}"
             )
         if key in ("method", "layer"):
             if not isinstance(value, str):
                 raise InputError(f"method: {name}: {key}: expected text, got {value!r}")
         elif not isinstance(value, Mapping | None):
             raise InputError(f"method: {name}: {key}: expected a mapping, got {value!r}")
-    kind = _find(options.get("method", name))
-    if "layer" in options and not (isinstance(kind, Method) and kind.at_layer):
-        raise InputError(f"method: {name}: {_class_name(kind)} takes no layer")
-    wrappers = {key: _plain(options[key] or {}) for key in options if key in _WRAPPERS}
-    arguments = _plain(options.get("arguments") or {})
-    return Asked(name, kind, options.get("layer"), wrappers, arguments)
+    (method,) = find_methods([options.get("method", name)], image="")
+    if "layer" in options and not method.at_layer:
+        raise InputError(f"method: {name}: {method.cls.__name__} takes no layer")
+    wrapped = {key: _with_tuples(options[key] or {}) for key in options if key in wrappers}
+    arguments = _with_tuples(options.get("arguments") or {})
+    return Request(name, method, options.get("layer"), wrapped, arguments)
 
 
-def _plain(value: Any) -> Any:
-    """With tuples, as Captum wants them, in place of lists."""
+def _with_tuples(value: Any) -> Any:
+    """The value with tuples, which Captum expects, in place of YAML's lists."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return tuple(_plain(inner) for inner in value) if isinstance(value, list) else value
-
-
-def _find(name: str) -> "Method | type[Attribution]":
-    from captum_ext._checks import closest
-    from captum_ext._errors import InputError
-
-    try:
-        return find_methods([name], "")[0]
-    except InputError:
-        classes = _classes()
-        if name in classes:
-            return classes[name]
-        names = [*(method.name for method in (*METHODS, *ON_REQUEST)), *classes]
-        raise InputError(f"unknown method {name!r}. Closest: {closest(name, names)}") from None
-
-
-def _class_name(kind: "Method | type[Attribution]") -> str:
-    return kind.class_name if isinstance(kind, Method) else kind.__name__
-
-
-def _classes() -> "dict[str, type[Attribution]]":
-    """The classes of Captum and of this package that are made of a model alone."""
-    import captum.attr
-
-    import captum_ext.attr
-
-    found = {}
-    for name, kind in [*vars(captum.attr).items(), *vars(captum_ext.attr).items()]:
-        if not isinstance(kind, type) or not issubclass(kind, captum.attr.Attribution):
-            continue
-        needed = [
-            parameter.name
-            for parameter in inspect.signature(kind).parameters.values()
-            if parameter.default is parameter.empty
-        ]
-        is_base = "._utils." in kind.__module__
-        if needed in (["model"], ["forward_func"]) and not is_base:
-            found[name] = kind
-    return found
+        return {key: _with_tuples(inner) for key, inner in value.items()}
+    return tuple(_with_tuples(inner) for inner in value) if isinstance(value, list) else value
 
 
 def make_attributions(
-    asked: Iterable[Asked],
+    requests: Iterable[Request],
     loaded: "LoadedModel",
     x: "Tensor",
     *,
@@ -151,17 +127,17 @@ def make_attributions(
     seed: int,
     keep_going: bool,
 ) -> tuple[dict[str, tuple["Attribution", dict[str, Any]]], list[str]]:
-    """Attributions of a model and arguments of their `attribute`, each tried on a picture.
+    """Attributions of a model with arguments of their `attribute`, each tried on an input.
 
     Args:
-        asked: which.
+        requests: the attributions to make.
         loaded: the model.
-        x: the picture, (1, 3, H, W), on the model's device.
-        layer: of the layer methods that do not name one; None is the model's own.
-        batch_size: as many copies of pictures a method takes at once that has `internal_batch_size`
-            and would take all of them.
-        seed: of the wrappers that draw numbers when they are made.
-        keep_going: leave out one that does not work on this model, with a note, instead of raising.
+        x: the input, (1, 3, H, W), on the model's device.
+        layer: the layer of the methods that do not name one; None is the model's own.
+        batch_size: inputs in one pass of a method that would take all at once.
+        seed: of the wrappers that draw random numbers.
+        keep_going: leave out an attribution that does not work on this model, with a note, instead
+            of raising.
 
     Returns:
         The attributions, and the notes.
@@ -174,63 +150,56 @@ def make_attributions(
     from captum_ext import zoo
     from captum_ext._errors import InputError
 
-    made: dict[str, tuple[Attribution, dict[str, Any]]] = {}
+    attributions: dict[str, tuple[Attribution, dict[str, Any]]] = {}
     notes = []
     target = torch.zeros(1, dtype=torch.int64, device=x.device)
-    for one in asked:
-        where, reshape_transform = zoo.find_layer(loaded, x, one.layer or layer)
-        refusals = (*_REFUSALS, TypeError, LookupError) if one.has_options else _REFUSALS
-        at_layer = isinstance(one.kind, Method) and one.kind.at_layer
-        at = f"at layer {where} of" if at_layer else "on"
+    for request in requests:
+        layer_name, reshape_transform = zoo.find_layer(loaded, x, request.layer or layer)
+        method = request.method
+        arguments = {**method.attribute_arguments(x, batch_size), **request.arguments}
         try:
-            found, kwargs = _made(one, loaded, where, reshape_transform, batch_size, seed)
-            found.attribute(x, target=target, **_short(one, kwargs))
-        except refusals as error:
-            said = f"{one.name} does not work {at} {loaded.name}: {error}"
+            attribution = method.attribution(loaded, layer_name, reshape_transform)
+            attribution = _wrapped(attribution, request, seed)
+            attribution.attribute(x, target=target, **_trial_arguments(method, arguments))
+        except request.refusals as error:
+            at = f"at layer {layer_name} of" if method.at_layer else "on"
+            note = f"{request.name} does not work {at} {loaded.name}: {error}"
             if not keep_going:
-                raise InputError(said) from error
-            notes.append(f"{said} (left out)")
+                raise InputError(note) from error
+            notes.append(f"{note} (left out)")
             continue
-        made[one.name] = (found, kwargs)
-    if not made:
-        where = zoo.find_layer(loaded, x, layer)[0]
-        raise InputError(f"no method works at layer {where} of {loaded.name}: name another --layer")
-    return made, notes
+        attributions[request.name] = (attribution, arguments)
+    if not attributions:
+        layer_name = zoo.find_layer(loaded, x, layer)[0]
+        raise InputError(
+            f"no method works at layer {layer_name} of {loaded.name}: name another --layer"
+        )
+    return attributions, notes
 
 
-def _short(one: Asked, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a trial. What is wrong stays as it is, to be refused."""
-    few = _TRIED.get(_class_name(one.kind), {})
-    cut = {
-        key: n
-        for key, n in few.items()
-        if isinstance(kwargs.get(key, n), int) and kwargs.get(key, n) >= n
-    }
-    return {**kwargs, **cut}
-
-
-def _made(
-    one: Asked,
-    loaded: "LoadedModel",
-    layer: str,
-    reshape_transform: Any,
-    batch_size: int,
-    seed: int,
-) -> tuple["Attribution", dict[str, Any]]:
+def _wrapped(attribution: "Attribution", request: Request, seed: int) -> "Attribution":
     import torch
 
-    import captum_ext.attr
+    for key, options in request.wrappers.items():
+        wrapper = wrapper_classes()[key]
+        if "generator" in parameters_of(wrapper):
+            options = {"generator": torch.Generator().manual_seed(seed), **options}
+        attribution = wrapper(attribution, **options)
+    return attribution
 
-    kwargs: dict[str, Any] = {}
-    if isinstance(one.kind, Method):
-        found = attribution(one.kind, loaded, layer, reshape_transform)
-        kwargs |= arguments_of(one.kind)
-    else:
-        found = one.kind(loaded.module)
-        known = inspect.signature(one.kind.attribute).parameters
-        if "internal_batch_size" in known and known["internal_batch_size"].default is None:
-            kwargs["internal_batch_size"] = batch_size
-    for key, options in one.wrappers.items():
-        drawn = {"generator": torch.Generator().manual_seed(seed)} if key == "augmented-sr" else {}
-        found = getattr(captum_ext.attr, _WRAPPERS[key])(found, **{**drawn, **options})
-    return found, {**kwargs, **one.arguments}
+
+def _trial_arguments(method: Method, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a short trial: one step or mask of the masking methods that take minutes.
+
+    Invalid values stay, so that the trial finds them.
+    """
+    if method.family != "masking" or method.at_layer:
+        return dict(arguments)
+    short = {}
+    for name in ("n_steps", "n_masks"):
+        parameter = method.arguments.get(name)
+        if parameter is not None:
+            value = arguments.get(name, parameter.default)
+            if isinstance(value, int) and value >= 1:
+                short[name] = 1
+    return {**arguments, **short}

@@ -9,18 +9,18 @@ from typing import Any
 def read_config(
     file: str, options: Sequence[argparse.Action], mappings: Collection[str] = ()
 ) -> dict[str, Any]:
-    """What a file says, by the names that argparse has for the options.
+    """The settings in a file, by the names that argparse has for the options.
 
-    Values are checked as argparse checks those of the command line. Paths are from the working
-    folder, as there. What is empty counts as not given.
+    Values are checked as argparse checks those of the command line, and paths start in the working
+    folder, too. Keys without a value are ignored.
 
     Args:
-        file: its name.
-        options: of the command, as `add_argument` returned them.
-        mappings: names of options that may have options of their own, a mapping.
+        file: the name of the file.
+        options: the options of the command, as `add_argument` returned them.
+        mappings: names of options that may be a mapping from names to options of their own.
 
     Raises:
-        InputError: a file that is no mapping in YAML, an unknown key, a value of another type.
+        InputError: the file is no mapping in YAML, or has an unknown key or an invalid value.
     """
     import yaml
 
@@ -53,11 +53,11 @@ def read_config(
 
 
 def _checked(option: argparse.Action, value: Any) -> Any:
-    """A value as the option has it.
+    """The value of an option, checked.
 
     Raises:
-        ValueError: of another type, or none of the choices.
-        argparse.ArgumentTypeError: out of range.
+        ValueError: a value of another type, or none of the choices.
+        argparse.ArgumentTypeError: an integer out of range.
     """
     if option.nargs == 0:
         if not isinstance(value, bool):
@@ -68,7 +68,7 @@ def _checked(option: argparse.Action, value: Any) -> Any:
         if not items or not all(isinstance(item, str) for item in items):
             raise ValueError(f"expected one or more names, got {value!r}")
         return items
-    if option.type is not None:  # of this package's commands, an integer
+    if option.type is not None:  # all types of our options are integers
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"expected an integer, got {value!r}")
         return option.type(str(value))  # type: ignore[operator]

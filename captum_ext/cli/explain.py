@@ -1,23 +1,17 @@
-"""The command `captum-ext explain`: what a classifier saw in a picture, by each method."""
+"""The command `captum-ext explain`: a classifier's decision on an image, by many methods."""
 
 import argparse
 import sys
 import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captum_ext.cli.methods import (
-    METHODS,
-    Method,
-    arguments_of,
-    attribution,
-    find_methods,
-)
-from captum_ext.cli.options import add_options, find_device
-from captum_ext.cli.output import check_output, say, table
+from captum_ext.cli.methods import Method, find_methods
+from captum_ext.cli.models import find_device
+from captum_ext.cli.options import SHARED, Options, add_options
+from captum_ext.cli.output import check_output_file, collected_warnings, say, table
 
 if TYPE_CHECKING:
     from captum.attr import Attribution
@@ -27,10 +21,32 @@ if TYPE_CHECKING:
     from captum_ext.attr.layer.base import ReshapeTransform
     from captum_ext.zoo import LoadedModel
 
+_OPTIONS: Options = {
+    "image": {
+        "nargs": "?",
+        "metavar": "IMAGE",
+        "help": "an image file (default: a photograph of a cup of coffee)",
+    },
+    "--model": SHARED["--model"] | {"default": "efficientnet-lite0"},
+    "--weights": SHARED["--weights"],
+    "--method": SHARED["--method"],
+    "--target": {
+        "metavar": "INDEX|NAME",
+        "help": "the class to explain (default: the one with the highest probability)",
+    },
+    "--layer": SHARED["--layer"],
+    "--device": SHARED["--device"],
+    "--output": {
+        "metavar": "PNG",
+        "default": "explanation.png",
+        "help": "the picture to write",
+    },
+}
+
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a method gave: the map to be drawn, (H, W) as the input, and the seconds it took."""
+    """The map of a method, (H, W) as the input, and the seconds that it took."""
 
     method: Method
     map: "Tensor"
@@ -39,49 +55,30 @@ class Explanation:
 
 def add_command(commands: Any) -> None:
     """Add `explain` to the subparsers of the command line."""
-    one = commands.add_parser(
+    parser = commands.add_parser(
         "explain",
-        help="explain an image by many methods, as a picture",
-        description="Explain what an image classifier saw in an image, by one or many methods. "
-        "Without arguments: a photograph of a cup of coffee, a trained network, and every "
-        "method of a layer.",
+        help="explain a classifier's decision on an image, and draw the maps of many methods",
+        description="Explain why a classifier gives an image a class, by one or many methods, and "
+        "draw their maps. Without arguments, a trained network and a photograph of a cup of coffee "
+        "are used.",
     )
-    one.add_argument(
-        "image", nargs="?", metavar="IMAGE", help="an image file (default: a cup of coffee)"
-    )
-    add_options(
-        one,
-        "--model",
-        default="efficientnet-lite0",
-        help="efficientnet-lite0 (default) or any classifier of torchvision",
-    )
-    add_options(one, "--weights", "--method")
-    one.add_argument(
-        "--target", metavar="INDEX|NAME", help="the class to explain (default: the likeliest)"
-    )
-    add_options(one, "--layer", "--device")
-    one.add_argument(
-        "--output", default="explanation.png", metavar="PNG", help="default: explanation.png"
-    )
-    one.set_defaults(run=explain)
+    _, defaults = add_options(parser, _OPTIONS)
+    parser.set_defaults(run=explain, **defaults)
 
 
 def explain(arguments: argparse.Namespace) -> None:
     """Run `captum-ext explain`.
 
     Raises:
-        InputError: anything that the user can put right.
+        InputError: anything that the user can correct.
     """
     output = Path(arguments.output)
-    check_output(output, arguments.image)
+    check_output_file(output, arguments.image)
     methods = find_methods(arguments.method, arguments.image)
     at_layer = any(method.at_layer for method in methods)
+    _check_methods(methods, arguments.layer)
     from captum_ext import zoo
-    from captum_ext._errors import InputError
     from captum_ext._identity import atomic_write
-
-    if arguments.layer is not None and not at_layer:
-        raise InputError(f"{methods[0].name} takes no --layer: it explains the whole model")
 
     image = zoo.load_image(arguments.image)
     device = find_device(arguments.device)
@@ -107,23 +104,36 @@ def explain(arguments: argparse.Namespace) -> None:
     print(f"\nwritten to {output}")
 
 
+def _check_methods(methods: Sequence[Method], layer: str | None) -> None:
+    from captum_ext._errors import InputError
+
+    for method in methods:
+        if method.needed:
+            raise InputError(
+                f"{method.name} needs `{'`, `'.join(method.needed)}`, for which there is no flag: "
+                f"use {method.cls.__name__} in Python, or a file of `captum-ext evaluate --config`"
+            )
+    if layer is not None and not any(method.at_layer for method in methods):
+        raise InputError(f"{methods[0].name} takes no --layer: it explains the model as a whole")
+
+
 def run_methods(
     loaded: "LoadedModel",
     x: "Tensor",
     target: int,
-    methods: Sequence[Method] = METHODS,
+    methods: Iterable[Method],
     layer: str | None = None,
     reshape_transform: "ReshapeTransform | None" = None,
     keep_going: bool = True,
 ) -> tuple[list[Explanation], list[str]]:
-    """Explain class `target` of the input `x` (1, C, H, W) by each method.
+    """Explain class `target` of the input `x` (1, C, H, W) by several methods.
 
     Args:
         loaded: the model.
         x: the input, on the model's device.
         target: a class.
-        methods: which.
-        layer: its name; None is the model's own, with its own `reshape_transform`.
+        methods: the methods.
+        layer: the name of a layer; None is the model's own, with its own `reshape_transform`.
         reshape_transform: of the named layer.
         keep_going: leave out a method that does not work on this model, with a note, instead of
             raising.
@@ -142,40 +152,44 @@ def run_methods(
         layer, reshape_transform = loaded.layer, loaded.reshape_transform
     explanations, notes = [], []
     bar = tqdm(methods, unit="method", leave=False, disable=None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", category=UserWarning, module="captum_ext|__main__")
+    with collected_warnings() as warned:
         for method in bar:
             bar.set_description(method.title)
             try:
-                explanations.append(
-                    _run(method, attribution(method, loaded, layer, reshape_transform), x, target)
-                )
-            except (ValueError, RuntimeError, AssertionError) as error:
-                where = f"at layer {layer} of" if method.at_layer else "on"
-                note = f"{method.name} does not work {where} {loaded.name}: {error}"
+                cam = method.attribution(loaded, layer, reshape_transform)
+                explanations.append(_run(method, cam, x, target))
+            except method.refusals as error:
+                at = f"at layer {layer} of" if method.at_layer else "on"
+                note = f"{method.name} does not work {at} {loaded.name}: {error}"
                 if not keep_going:
                     raise InputError(note) from error
                 notes.append(f"{note} (left out)")
     if not explanations:
         raise InputError(f"no method works here; name another --layer. {notes[0]}")
-    return explanations, notes + [str(warning.message) for warning in caught]
+    return explanations, notes + warned
 
 
 def _run(method: Method, cam: "Attribution", x: "Tensor", target: int) -> Explanation:
     import torch
 
     from captum_ext.attr import UpsampleWrapper
+    from captum_ext.imaging import one_channel
 
-    arguments = arguments_of(method)
-    if method.family == "masking":
+    arguments = method.attribute_arguments(x)
+    if "show_progress" in method.arguments:
         arguments["show_progress"] = sys.stderr.isatty()
-    if method.n_masks is not None:
+    if "generator" in method.arguments:
         arguments["generator"] = torch.Generator(x.device).manual_seed(0)
     start = time.perf_counter()
-    found = UpsampleWrapper(cam).attribute(x, target=target, **arguments)[0, 0].detach().cpu()
+    # Captum's random methods have no generator.
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        maps = UpsampleWrapper(cam).attribute(x, target=target, **arguments)
+    cam_map = one_channel(maps.detach())[0, 0].cpu()
     seconds = time.perf_counter() - start
-    return Explanation(method, found if method.has_zero else found - found.min(), seconds)
+    if not method.zero_is_neutral:
+        cam_map = cam_map - cam_map.min()
+    return Explanation(method, cam_map, seconds)
 
 
 def draw(
@@ -186,13 +200,13 @@ def draw(
     target: int,
     layer: str | None,
 ) -> "Figure":
-    """The gallery: what the network saw of the PIL `image`, and one panel for each method."""
+    """The gallery: the part of the PIL `image` that the network sees, and a panel for each map."""
     from captum_ext.gallery import gallery
 
-    maps = {f"{one.method.title} ({one.method.year})": one.map for one in explanations}
-    title = f"{_class(loaded, target)}: {_percent(float(probabilities[target]))}"
-    where = loaded.name if layer is None else f"{loaded.name}, layer {layer}"
-    return gallery(loaded.preprocess.view(image), maps, title, where)
+    maps = {explanation.method.caption: explanation.map for explanation in explanations}
+    title = f"{_class_name(loaded, target)}: {_percent(float(probabilities[target]))}"
+    subtitle = loaded.name if layer is None else f"{loaded.name}, layer {layer}"
+    return gallery(loaded.preprocess.view(image), maps, title, subtitle)
 
 
 def report(
@@ -211,13 +225,13 @@ def report(
     ]
     heads = [("model", loaded.name), *([] if layer is None else [("layer", layer)])]
     timed = [("method", "seconds", "")]
-    for one in explanations:
-        remark = "" if one.map.max() > 0 else "nothing speaks for the target"
-        timed.append((one.method.name, f"{one.seconds:7.2f}", remark))
+    for explanation in explanations:
+        remark = "" if explanation.map.max() > 0 else "nothing speaks for the target"
+        timed.append((explanation.method.name, f"{explanation.seconds:7.2f}", remark))
     return "\n\n".join(table(rows) for rows in (heads, classes, timed))
 
 
-def _class(loaded: "LoadedModel", index: int) -> str:
+def _class_name(loaded: "LoadedModel", index: int) -> str:
     name = loaded.categories[index]
     return f"class {name}" if name == str(index) else name
 

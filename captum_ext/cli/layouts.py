@@ -1,4 +1,4 @@
-"""Data sets by the layouts of their folders, and how their labels meet a model's classes."""
+"""Data sets by the layouts of their folders, and checks of their labels."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -6,12 +6,13 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from captum_ext.cli.output import in_flags
 from captum_ext.cli.pictures import check_is_folder, no_pictures_by_class
 
 if TYPE_CHECKING:
     from captum_ext.zoo import LoadedModel
 
-# The layouts of folders, and their classes in `captum_ext.datasets`.
+# Layouts of folders, and their classes in `captum_ext.datasets`.
 LAYOUTS: Mapping[str, str] = {
     "classes": "ClassFolders",
     "cub": "Cub",
@@ -19,9 +20,9 @@ LAYOUTS: Mapping[str, str] = {
     "wsol": "WsolFolder",
     "coco": "Coco",
 }
-DRAWN = ("pasted-scenes", "textured-ellipses", "fine-grained-parts")  # which need no folder
-# Options beyond DATA, and the arguments that they are for.
-OPTIONS: Mapping[str, str] = {
+DRAWN = ("pasted-scenes", "textured-ellipses", "fine-grained-parts")  # they need no folder
+# Names of options in a namespace, and the arguments of the classes that they stand for.
+ARGUMENTS: Mapping[str, str] = {
     "split": "split",
     "images": "images",
     "masks": "masks",
@@ -31,16 +32,16 @@ OPTIONS: Mapping[str, str] = {
 }
 
 
-class Opened(NamedTuple):
-    """A data set, and what the command line knows of it.
+class DataSource(NamedTuple):
+    """A data set with its layout and its labels.
 
     Attributes:
-        data: as `captum_ext.evaluation.evaluate` takes it.
-        layout: its layout.
-        title: what messages call the origin of its classes.
-        n_classes: how many it has.
-        labels: see `captum_ext.datasets._files.LayoutFiles`, as for the next.
-        has_objects: whether it is known where the objects are.
+        data: the data set, as `captum_ext.evaluation.evaluate` takes it.
+        layout: the name of the layout.
+        title: the name of the source of its classes in messages.
+        n_classes: the number of classes.
+        labels: "all", "nameless" or "used", see `captum_ext.datasets._files.LayoutDataset`.
+        has_objects: whether boxes or masks of objects are known.
     """
 
     data: Any
@@ -51,8 +52,8 @@ class Opened(NamedTuple):
     has_objects: bool = True
 
 
-def open_data(arguments: argparse.Namespace) -> Opened:
-    """The data set that the command line asks for.
+def open_data(arguments: argparse.Namespace) -> DataSource:
+    """The data set of the command line.
 
     Raises:
         InputError: no such folder, options of another layout, files that do not fit together.
@@ -63,77 +64,79 @@ def open_data(arguments: argparse.Namespace) -> Opened:
     if layout not in DRAWN:
         check_is_folder(arguments.data)
         layout = layout or find_layout(arguments.data)
-    given = {name: vars(arguments)[name] for name in OPTIONS if vars(arguments)[name]}
-    for name in given.keys() - _options(layout).keys():
-        fitting = " or ".join(key for key in (*LAYOUTS, *DRAWN) if name in _options(key))
+    options = {name: vars(arguments)[name] for name in ARGUMENTS if vars(arguments)[name]}
+    for name in options.keys() - _defaults(layout).keys():
+        fitting = " or ".join(key for key in (*LAYOUTS, *DRAWN) if name in _defaults(key))
         raise InputError(f"--{name.replace('_', '-')} is for --layout {fitting}, not for {layout}")
     if layout in DRAWN:
-        return _drawn(layout, arguments)
-    if "images" not in given and _options(layout).get("images") is Parameter.empty:
+        return _drawn_data(layout, arguments)
+    if "images" not in options and _defaults(layout).get("images") is Parameter.empty:
         raise InputError(f"--layout {layout} needs the folder of the pictures: give --images DIR")
     title = f"the folder {arguments.data!r}"
-    if "class_names" in given:
-        title = f"--class-names {given['class_names']}"
-        given["class_names"] = _class_names(given["class_names"], title)
+    if "class_names" in options:
+        title = f"--class-names {options['class_names']}"
+        options["class_names"] = _class_names(options["class_names"], title)
     try:
-        data = _reader(layout)(arguments.data, **{OPTIONS[name]: v for name, v in given.items()})
+        data = _reader(layout)(
+            arguments.data, **{ARGUMENTS[name]: value for name, value in options.items()}
+        )
     except FileNotFoundError as error:
         if layout == "classes":
             raise no_pictures_by_class(arguments.data, error) from error
-        split = given.get("split", _options(layout).get("split"))
+        split = options.get("split", _defaults(layout).get("split"))
         raise InputError(
             f"{str(error).rstrip('.')}: the layout is {layout} and the split {split!r} (--layout, "
             f"--split)"
         ) from error
     except ValueError as error:
-        said = str(error).replace("`split`", "--split").replace("`classes`", "--class-names")
-        raise InputError(said) from error
-    return Opened(data, layout, title, data.n_classes, data.labels, data.has_objects)
+        flags = {"split": "--split", "classes": "--class-names"}
+        raise InputError(in_flags(error, flags)) from error
+    return DataSource(data, layout, title, data.n_classes, data.labels, data.has_objects)
 
 
-def _layout(name: str) -> Any:
-    """The class of a layout that is not drawn."""
+def _layout_class(name: str) -> Any:
+    """The class of a layout of folders."""
     from captum_ext import datasets
 
     return getattr(datasets, LAYOUTS[name])
 
 
 def _reader(name: str) -> Callable[..., Any]:
-    """What makes a data set of a folder."""
-    kind = _layout(name)
-    reader: Callable[..., Any] = getattr(kind, "from_folder", kind)
+    """The class or function that makes a data set of a folder."""
+    cls = _layout_class(name)
+    reader: Callable[..., Any] = getattr(cls, "from_folder", cls)
     return reader
 
 
-def _options(name: str) -> dict[str, Any]:
-    """The options that a layout has, and the defaults of their arguments."""
+def _defaults(name: str) -> dict[str, Any]:
+    """The options that a layout has, with the defaults of their arguments."""
     known = {"n": None} if name in DRAWN else signature(_reader(name)).parameters
     return {
         option: getattr(known[argument], "default", None)
-        for option, argument in OPTIONS.items()
+        for option, argument in ARGUMENTS.items()
         if argument in known
     }
 
 
 def find_layout(root: str) -> str:
-    """The layout whose files a folder has; that of folders by class where it has none of them.
+    """The layout that the files in a folder have; "classes" where they have no other.
 
     Raises:
-        InputError: the files of several layouts, or of one in a folder inside.
+        InputError: the folder has the files of several layouts, or a folder in it has those of one.
     """
     from captum_ext._errors import InputError
 
     folder = Path(root)
-    found = [layout for layout in LAYOUTS if _layout(layout).is_in(folder)]
-    if len(found) > 1:
+    layouts = [layout for layout in LAYOUTS if _layout_class(layout).matches(folder)]
+    if len(layouts) > 1:
         raise InputError(
-            f"the folder {root!r} has the files of {' and '.join(found)}: give --layout"
+            f"the folder {root!r} has the files of {' and '.join(layouts)}: give --layout"
         )
-    if found:
-        return found[0]
+    if layouts:
+        return layouts[0]
     for inside in sorted(child for child in folder.iterdir() if child.is_dir()):
         for layout in LAYOUTS:
-            if _layout(layout).is_in(inside):
+            if _layout_class(layout).matches(inside):
                 raise InputError(
                     f"the folder {root!r} has no files of a layout, but {str(inside)!r} has those "
                     f"of {layout}: give that one, or --layout classes"
@@ -141,53 +144,58 @@ def find_layout(root: str) -> str:
     return "classes"
 
 
-def check_labels(opened: Opened, loaded: "LoadedModel", target: str) -> str | None:
-    """A remark where the classes of a data set are not all of the model's.
+def check_labels(source: DataSource, loaded: "LoadedModel", target: str) -> str | None:
+    """A note where a data set has other classes than the model; None where they agree.
+
+    Args:
+        source: the data set.
+        loaded: the model.
+        target: "label" or "predicted", the class that is explained.
 
     Raises:
-        InputError: labels that are explained and are no classes of the model, or other ones.
+        InputError: labels are explained that need not be the model's classes.
     """
     from captum_ext._errors import InputError
 
-    found, known = opened.n_classes, len(loaded.categories)
-    has = f"{opened.title} has {found} classes"
-    if opened.labels == "used":
-        has = f"{opened.title} has labels up to {found - 1}"
+    n_data, n_model = source.n_classes, len(loaded.categories)
+    has = f"{source.title} has {n_data} classes"
+    if source.labels == "used":
+        has = f"{source.title} has labels up to {n_data - 1}"
     if target == "predicted":
-        if found == known or (opened.labels == "used" and found < known):
+        if n_data == n_model or (source.labels == "used" and n_data < n_model):
             return None
-        return f"{has}, and {loaded.name} {known} classes: the predicted ones are explained"
-    if found > known or (found < known and opened.labels != "used"):
+        return f"{has}, and {loaded.name} {n_model} classes: the predicted ones are explained"
+    if n_data > n_model or (n_data < n_model and source.labels != "used"):
         names = (
-            ", --class-names with them in the model's order" if opened.labels == "nameless" else ""
+            ", --class-names with them in the model's order" if source.labels == "nameless" else ""
         )
         raise InputError(
-            f"{has}, and {loaded.name} has {known} classes: give --weights of a classifier of "
+            f"{has}, and {loaded.name} has {n_model} classes: give --weights of a classifier of "
             f"these classes{names}, or --target predicted"
         )
-    if found < known:
-        return f"{has}, and {loaded.name} {known} classes: label i is taken for class i"
+    if n_data < n_model:
+        return f"{has}, and {loaded.name} {n_model} classes: label i is taken for class i"
     return None
 
 
-def _drawn(layout: str, arguments: argparse.Namespace) -> Opened:
+def _drawn_data(layout: str, arguments: argparse.Namespace) -> DataSource:
     from captum_ext import datasets
     from captum_ext._errors import InputError
 
     if arguments.data is not None:
         raise InputError(f"--layout {layout} is drawn: leave out DATA, {arguments.data!r}")
-    kind, n_classes = {
-        "pasted-scenes": (datasets.PastedScenes, 1000),  # its objects are of ImageNet
+    cls, n_classes = {
+        "pasted-scenes": (datasets.PastedScenes, 1000),  # with objects of ImageNet's classes
         "textured-ellipses": (datasets.TexturedEllipses, len(datasets.TEXTURES)),
         "fine-grained-parts": (datasets.FineGrainedParts, len(datasets.PATTERNS)),
     }[layout]
     options = {} if arguments.pictures is None else {"n": arguments.pictures}
-    data: Any = kind(seed=arguments.seed, **options)
-    return Opened(data, layout, f"--layout {layout}", n_classes)
+    data: Any = cls(seed=arguments.seed, **options)
+    return DataSource(data, layout, f"--layout {layout}", n_classes)
 
 
 def _class_names(file: str, title: str) -> list[str]:
-    """The names in the file of --class-names, which messages call `title`."""
+    """The names in a file; messages call it `title`."""
     from captum_ext._errors import InputError
 
     try:

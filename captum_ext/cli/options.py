@@ -1,19 +1,17 @@
-"""The options that several commands have, and what is made of them."""
+"""The options of the commands: tables of `argparse` settings, and those that commands share."""
 
 import argparse
-import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+# Settings of `add_argument` by flag or, for an argument without a flag, by its name.
+Options = Mapping[str, Mapping[str, Any]]
 
 LARGEST_SEED = 2**32 - 1
 
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    """What reads an integer from `low` to `high`, as the type of an option."""
+    """A function that reads an integer from `low` to `high`, the `type` of an option."""
 
     def read(text: str) -> int:
         value = int(text)
@@ -26,90 +24,63 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
     return read
 
 
-_SHARED: Mapping[str, Mapping[str, Any]] = {
+COUNT: dict[str, Any] = {"metavar": "N", "type": integer(1)}
+
+SHARED: Mapping[str, dict[str, Any]] = {
     "--model": {
         "metavar": "NAME",
-        "help": "efficientnet-lite0 or any classifier of torchvision",
+        "help": "the classifier: efficientnet-lite0 or any classifier of torchvision",
     },
     "--weights": {
         "metavar": "FILE",
-        "help": "a file with the model's state dict; nothing is downloaded",
+        "help": "a file with the model's state dict, to use instead of the published weights",
     },
     "--method": {
         "nargs": "+",
         "action": "extend",
         "metavar": "NAME",
-        "help": "see `captum-ext methods` (default: all of a layer)",
+        "help": "the methods, by their names in `captum-ext methods` (default: all of this package "
+        "that explain a layer)",
     },
-    "--layer": {"metavar": "NAME", "help": "a dotted name (default: the last with a map)"},
-    "--device": {"metavar": "D", "help": "cpu, cuda, cuda:1, mps (default: a GPU if any)"},
-    "--devices": {
-        "default": 1,
-        "type": integer(1),
+    "--layer": {
+        "metavar": "NAME",
+        "help": "the layer to explain, by its dotted name in the model (default: the last layer "
+        "that has a map)",
+    },
+    "--device": {
+        "metavar": "D",
+        "help": "the device to run on: cpu, cuda, cuda:1, mps (default: a GPU if there is one)",
+    },
+    "--devices": COUNT | {"help": "the number of GPUs, or of processes on a CPU"},
+    "--seed": {
         "metavar": "N",
-        "help": "GPUs to run on, or processes of a CPU (default: 1)",
+        "type": integer(0, LARGEST_SEED),
+        "help": "the seed of all random numbers",
+    },
+    "--workers": {
+        "metavar": "N",
+        "type": integer(0),
+        "help": "the number of processes that read pictures",
     },
 }
 
 
 def add_options(
-    parser: argparse.ArgumentParser, *flags: str, **changes: Any
-) -> list[argparse.Action]:
-    """Add options that several commands have, each with these `changes`."""
-    return [parser.add_argument(flag, **{**_SHARED[flag], **changes}) for flag in flags]
+    parser: argparse.ArgumentParser, options: Options
+) -> tuple[list[argparse.Action], dict[str, Any]]:
+    """Add options to a parser of which the namespace has only those that the user gives.
 
+    A `default` in the table is shown in the option's help.
 
-def find_device(name: str | None) -> "torch.device":
-    """The device called `name`; None is the first GPU, or the CPU where there is none.
-
-    Raises:
-        InputError: a device that is unknown or cannot be used.
+    Returns:
+        The options as argparse has them, and their defaults by their names in a namespace.
     """
-    import torch
-
-    from captum_ext._errors import InputError
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            device = torch.device(name)
-            torch.zeros(1, device=device).item()
-    except (
-        RuntimeError,
-        AssertionError,
-        ImportError,
-    ) as error:  # what torch says of it takes many lines
-        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        mps = ["mps"] if torch.backends.mps.is_available() else []
-        raise InputError(
-            f"the device {name!r} cannot be used here. Available: {', '.join(['cpu', *gpus, *mps])}"
-        ) from error
-    return device
-
-
-def check_devices(count: int, device: "torch.device") -> None:
-    """Refuse more devices than there are, or one by name where several are asked for.
-
-    Raises:
-        InputError: either.
-    """
-    import torch
-
-    from captum_ext._errors import InputError
-
-    if device.type == "cpu":
-        return
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 1
-    if count > gpus:
-        raise InputError(f"--devices {count} are more than the GPUs here, {gpus}")
-    if device.index is not None:
-        raise InputError(f"--devices {count} begin at the first GPU: leave out --device {device}")
-
-
-def noise(size: int) -> "Tensor":
-    """A picture (1, 3, size, size) on which a model and a method are tried."""
-    import torch
-
-    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    actions, defaults = [], {}
+    for name, settings in options.items():
+        default = settings.get("default")
+        shown = "" if default is None or default is False else f" (default: {default})"
+        settings = {**settings, "default": argparse.SUPPRESS, "help": settings["help"] + shown}
+        action = parser.add_argument(name, **settings)
+        actions.append(action)
+        defaults[action.dest] = default
+    return actions, defaults

@@ -1,18 +1,50 @@
-"""What the command line says and writes."""
+"""Lines, tables and files that the commands write."""
 
 import sys
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def say(kind: str, text: str) -> None:
-    """One line on stderr; a `kind` is "note", "error" or "stopped"."""
-    print(f"captum-ext: {kind}: {' '.join(text.split())}", file=sys.stderr)
+def say(level: str, text: str) -> None:
+    """Print one line on stderr; the level is "note", "error" or "stopped"."""
+    print(f"captum-ext: {level}: {' '.join(text.split())}", file=sys.stderr)
+
+
+@contextmanager
+def collected_warnings(*ignored: str) -> Iterator[list[str]]:
+    """Hide all warnings, and collect those of this package, each once, for notes.
+
+    Args:
+        ignored: patterns of messages that are not collected.
+    """
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning, module="captum_ext|__main__")
+        for pattern in ignored:
+            warnings.filterwarnings("ignore", message=pattern)
+        yield notes
+        notes += dict.fromkeys(str(warning.message) for warning in caught)
+
+
+def in_flags(error: Exception, flags: Mapping[str, str]) -> str:
+    """The message of an error of the library, with flags for the arguments in it.
+
+    Args:
+        error: names arguments in backticks.
+        flags: for an argument's name, the flag of the command line.
+    """
+    message = str(error)
+    for argument, flag in flags.items():
+        message = message.replace(f"`{argument}`", flag)
+    return message
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text, in columns."""
+    """Rows as text, in aligned columns."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -21,10 +53,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def check_output(
+def check_output_file(
     output: Path, image: str | None = None, endings: tuple[str, ...] = (".png",)
 ) -> None:
-    """Refuse, before anything is computed, an output that could not be written.
+    """Raise an error, before anything is computed, unless the output file can be written.
 
     Raises:
         InputError: another ending, no folder, a folder that is not writable, or the image itself.
@@ -36,36 +68,34 @@ def check_output(
         raise InputError(
             f"the output {str(output)!r} must have a name that ends in {' or '.join(endings)}"
         )
-    if not folder.is_dir():
-        raise InputError(f"the output folder {str(folder)!r} does not exist: make it first")
+    _check_writable(folder)
     if output.is_dir():
         raise InputError(f"the output {str(output)!r} is a folder: give the name of a file")
     if image is not None and output.exists() and Path(image).exists() and output.samefile(image):
         raise InputError(f"the output {str(output)!r} is the image itself: give another name")
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(
-            f"the output folder {str(folder)!r} is not writable ({error.strerror}): give another"
-        ) from error
 
 
-def check_folder(output: Path) -> None:
-    """Refuse, before anything is computed, a folder that files could not be written to.
+def check_output_folder(output: Path) -> None:
+    """Raise an error, before anything is computed, unless files can be written to the folder.
 
     Raises:
-        InputError: a file, nothing to make it in, or a folder that is not writable.
+        InputError: a file, no folder to make it in, or a folder that is not writable.
     """
     from captum_ext._errors import InputError
 
     if output.exists() and not output.is_dir():
         raise InputError(f"the output {str(output)!r} is a file: give a folder")
-    above = output if output.is_dir() else output.parent
-    if not above.is_dir():
-        raise InputError(f"the output folder {str(above)!r} does not exist: make it first")
+    _check_writable(output if output.is_dir() else output.parent)
+
+
+def _check_writable(folder: Path) -> None:
+    from captum_ext._errors import InputError
+
+    if not folder.is_dir():
+        raise InputError(f"the output folder {str(folder)!r} does not exist: make it first")
     try:
-        tempfile.TemporaryFile(dir=above).close()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(
-            f"the output folder {str(above)!r} is not writable ({error.strerror}): give another"
+            f"the output folder {str(folder)!r} is not writable ({error.strerror}): give another"
         ) from error

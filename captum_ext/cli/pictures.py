@@ -1,4 +1,4 @@
-"""The pictures that a command is given, and whether their classes are the model's."""
+"""Folders of pictures by class, and checks of their classes."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Folder:
-    """The pictures of a folder with a folder for each class, and which of them cannot be read.
+    """The pictures of a folder with a folder for each class; it remembers those it cannot read.
 
     Pictures are read as `explain` reads them: upright, and in RGB.
 
@@ -19,10 +19,10 @@ class Folder:
     Attributes:
         classes: the names of the folders, in the order of the labels.
         samples: (file, label) of each picture.
-        unread: (n,), bool, in memory that all processes that read pictures share.
+        is_unreadable: (n,), bool, in memory that the processes that read pictures share.
 
     Raises:
-        InputError: no folder, or one without such pictures.
+        InputError: no folder, or a folder without pictures by class.
     """
 
     def __init__(self, root: str) -> None:
@@ -36,7 +36,7 @@ class Folder:
         except FileNotFoundError as error:
             raise no_pictures_by_class(root, error) from error
         self.root, self.classes, self.samples = root, self._folders.classes, self._folders.samples
-        self.unread = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
+        self.is_unreadable = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -44,33 +44,33 @@ class Folder:
     def __getitem__(self, index: int) -> tuple[Any, int]:
         try:
             example = self._folders[index]
-        except OSError:  # which `fit_fcam` leaves out
-            self.unread[index] = True
+        except OSError:  # `fit_fcam` leaves the picture out
+            self.is_unreadable[index] = True
             raise
         return example.image, example.target
 
-    def why(self, index: int) -> str:
-        """Why a picture is left out: it is tried once more."""
+    def reason(self, index: int) -> str:
+        """The reason why a picture was left out, from a second attempt to read it."""
         try:
             self[index]
         except OSError as error:
             return str(error)
         return f"{self.samples[index][0]!r} could not be read at first"
 
-    def unread_in_all(self) -> list[int]:
-        """The pictures that could not be read, in any of the processes that trained."""
+    def unreadable_indices(self) -> list[int]:
+        """The pictures that any of the processes that train could not read."""
         import torch.distributed as dist
 
-        found = set(self.unread.nonzero().flatten().tolist())
+        indices = set(self.is_unreadable.nonzero().flatten().tolist())
         if dist.is_available() and dist.is_initialized():
-            others: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(others, found)
-            found = found.union(*others)
-        return sorted(found)
+            of_processes: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(of_processes, indices)
+            indices = indices.union(*of_processes)
+        return sorted(indices)
 
 
 def check_is_folder(root: str) -> None:
-    """Raise an InputError unless there is such a folder."""
+    """Raise an InputError unless `root` is a folder."""
     from captum_ext._errors import InputError
 
     if not Path(root).is_dir():
@@ -78,37 +78,34 @@ def check_is_folder(root: str) -> None:
 
 
 def no_pictures_by_class(root: str, error: FileNotFoundError) -> "InputError":
-    """What torchvision says of a folder that is not by class, as an error of the user's."""
+    """The user's error where torchvision finds no pictures by class in a folder."""
+    from captum_ext._checks import first_line
     from captum_ext._errors import InputError
 
-    first = str(error).partition(". ")[0].rstrip(".")
-    return InputError(f"the folder {root!r} must have a folder of pictures for each class: {first}")
+    return InputError(
+        f"the folder {root!r} must have a folder of pictures for each class ({first_line(error)})"
+    )
 
 
-def check_classes(folder: Any, loaded: "LoadedModel", title: str) -> str | None:
-    """A remark where the classifier has more classes than the folder.
-
-    Args:
-        folder: has `classes`.
-        loaded: the classifier.
-        title: what the folder is called.
+def check_classes(folder: Folder, loaded: "LoadedModel") -> str | None:
+    """A note where the classifier has more classes than the folder.
 
     Raises:
-        InputError: it has fewer.
+        InputError: the classifier has fewer classes.
     """
     from captum_ext._errors import InputError
 
-    found, known = len(folder.classes), len(loaded.categories)
-    if found > known:
+    n_folders, n_model = len(folder.classes), len(loaded.categories)
+    if n_folders > n_model:
         raise InputError(
-            f"{title} has {found} classes, and {loaded.name} has {known}: give the weights of a "
-            f"classifier of these classes"
+            f"the folder {folder.root!r} has {n_folders} classes, and {loaded.name} has {n_model}: "
+            f"give the weights of a classifier of these classes"
         )
-    if found == known:
+    if n_folders == n_model:
         return None
     return (
-        f"the folder has {found} classes and {loaded.name} {known}: its folders are taken for the "
-        f"first of them in the order of their names, {folder.classes[0]} for class 0 "
-        f"({loaded.categories[0]}) to {folder.classes[-1]} for class {found - 1} "
-        f"({loaded.categories[found - 1]})"
+        f"the folder has {n_folders} classes and {loaded.name} {n_model}: its folders are taken "
+        f"for the first of them in the order of their names, {folder.classes[0]} for class 0 "
+        f"({loaded.categories[0]}) to {folder.classes[-1]} for class {n_folders - 1} "
+        f"({loaded.categories[n_folders - 1]})"
     )

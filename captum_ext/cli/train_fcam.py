@@ -1,30 +1,23 @@
 """The command `captum-ext train-fcam`: a decoder for a classifier, from a folder of pictures.
 
-Like `cli`, it imports what takes long only where it is used.
+Modules that take long to import are imported only where they are used.
 """
 
 import argparse
-import inspect
+import functools
 import logging
-import re
 import sys
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captum_ext.cli.methods import PERTURBATIONS_PER_EVAL, Method, attribution, find_methods
-from captum_ext.cli.options import (
-    LARGEST_SEED,
-    add_options,
-    check_devices,
-    find_device,
-    integer,
-    noise,
-)
-from captum_ext.cli.output import check_output, say, table
+from captum_ext.cli.methods import Method, find_methods
+from captum_ext.cli.models import check_devices, check_input_size, find_device, random_input
+from captum_ext.cli.options import COUNT, SHARED, Options, add_options
+from captum_ext.cli.output import check_output_file, collected_warnings, in_flags, say, table
 from captum_ext.cli.pictures import Folder, check_classes
+from captum_ext.cli.signatures import defaults_of
 
 if TYPE_CHECKING:
     from captum.attr import Attribution
@@ -35,100 +28,123 @@ if TYPE_CHECKING:
 
 _ENDINGS = (".pt", ".pth")
 
-# Arguments of `fit_fcam` and their options: flag, metavar, type, help.
-_OPTIONS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
-    "n_epochs": ("--epochs", "N", integer(1), "how often each picture is seen"),
-    "batch_size": ("--batch-size", "N", integer(1), "pictures in a step, of each device"),
-    "size": ("--size", "N", integer(1), "the side of what the classifier sees, in pixels"),
-    "resize": (
-        "--resize",
-        "N",
-        integer(1),
-        "the side that pictures are brought to before crops of --size are taken (default: --size)",
-    ),
-    "checkpoints": (
-        "--checkpoints",
-        "DIR",
-        str,
-        "store each epoch there, and go on from the last one (default: nothing is stored)",
-    ),
-    "cache": (
-        "--cache",
-        "DIR",
-        str,
-        "store the guide's maps of the whole pictures there, once (default: explain each crop)",
-    ),
-    "seed": ("--seed", "N", integer(0, LARGEST_SEED), "of all random numbers"),
-    "num_workers": ("--workers", "N", integer(0), "processes that read pictures"),
+# Arguments of `fit_fcam`, and their flags.
+_FLAGS: Mapping[str, str] = {
+    "n_epochs": "--epochs",
+    "batch_size": "--batch-size",
+    "size": "--size",
+    "resize": "--resize",
+    "checkpoints": "--checkpoints",
+    "cache": "--cache",
+    "seed": "--seed",
+    "num_workers": "--workers",
 }
+_FIT_OPTIONS: Mapping[str, dict[str, Any]] = {
+    "--epochs": COUNT | {"help": "the number of times that each picture is seen"},
+    "--batch-size": COUNT | {"help": "the number of pictures in a step, on each device"},
+    "--size": COUNT | {"help": "the side of the classifier's input, in pixels"},
+    "--resize": COUNT
+    | {
+        "help": "the side to which pictures are resized before crops of --size are taken (default: "
+        "--size)",
+    },
+    "--checkpoints": {
+        "metavar": "DIR",
+        "help": "a folder to store each epoch in; a run that was stopped continues from the last "
+        "one (default: nothing is stored)",
+    },
+    "--cache": {
+        "metavar": "DIR",
+        "help": "a folder to store the guide's maps of the whole pictures in (default: each crop "
+        "is explained anew)",
+    },
+    "--seed": SHARED["--seed"],
+    "--workers": SHARED["--workers"],
+}
+
+
+def _options() -> Options:
+    """The options, with the defaults of `captum_ext.fcam.fit_fcam`."""
+    defaults = defaults_of("fcam.fit", "fit_fcam")
+    fit_options = {
+        flag: _FIT_OPTIONS[flag] | {"dest": name, "default": defaults[name]}
+        for name, flag in _FLAGS.items()
+    }
+    return {
+        "data": {"metavar": "DATA", "help": "a folder with a folder of pictures for each class"},
+        "--model": SHARED["--model"] | {"required": True},
+        "--weights": SHARED["--weights"],
+        "--guide": {
+            "metavar": "METHOD",
+            "default": "grad-cam",
+            "help": "the method whose maps teach the decoder, by its name in `captum-ext methods`",
+        },
+        "--layer": SHARED["--layer"],
+        "--output": {
+            "metavar": "FILE",
+            "default": "fcam.pt",
+            "help": "the file to write the decoder to",
+        },
+        **fit_options,
+        "--paper": {
+            "action": "store_true",
+            "default": False,
+            "help": "use the paper's settings in place of the defaults",
+        },
+        "--devices": SHARED["--devices"] | {"default": 1},
+        "--device": SHARED["--device"],
+    }
 
 
 def add_command(commands: Any) -> None:
     """Add `train-fcam` to the subparsers of the command line."""
-    one = commands.add_parser(
+    parser = commands.add_parser(
         "train-fcam",
-        help="train a decoder for full-resolution maps of a classifier",
-        description="Train an F-CAM decoder for an image classifier, which stays as it is, on a "
-        "folder with one folder of pictures for each class. What is not given is as in "
-        "captum_ext.fcam.fit_fcam.",
+        help="train a decoder that gives full-resolution maps of a classifier",
+        description="Train an F-CAM decoder on the features of an image classifier, which does not "
+        "change. The folder of pictures needs no boxes and no masks.",
     )
-    one.add_argument("data", metavar="DATA", help="a folder with a folder for each class")
-    add_options(one, "--model", required=True)
-    add_options(one, "--weights")
-    one.add_argument(
-        "--guide",
-        default="grad-cam",
-        metavar="METHOD",
-        help="what teaches the decoder, see `captum-ext methods` (default: grad-cam)",
-    )
-    add_options(one, "--layer", help="of the guide, a dotted name (default: the last with a map)")
-    one.add_argument("--output", default="fcam.pt", metavar="FILE", help="default: fcam.pt")
-    for name, (flag, metavar, read, said) in _OPTIONS.items():
-        one.add_argument(
-            flag, dest=name, metavar=metavar, type=read, help=said, default=argparse.SUPPRESS
-        )
-    one.add_argument(
-        "--paper", action="store_true", help="the paper's settings, where no option says otherwise"
-    )
-    add_options(one, "--devices", help="GPUs to train on, or processes of a CPU (default: 1)")
-    add_options(one, "--device")
-    one.set_defaults(run=train_fcam)
+    _, defaults = add_options(parser, _options())
+    parser.set_defaults(run=functools.partial(train_fcam, defaults))
 
 
-def train_fcam(arguments: argparse.Namespace) -> None:
+def train_fcam(defaults: Mapping[str, Any], command_line: argparse.Namespace) -> None:
     """Run `captum-ext train-fcam`.
 
+    Args:
+        defaults: the options' defaults.
+        command_line: the options on the command line, and no others.
+
     Raises:
-        InputError: anything that the user can put right.
+        InputError: anything that the user can correct.
         KeyboardInterrupt: Ctrl-C; its message says what was stored.
     """
+    arguments = argparse.Namespace(**{**defaults, **vars(command_line)})
     output = Path(arguments.output)
-    _check_files(output, arguments.weights, getattr(arguments, "checkpoints", None))
+    _check_files(output, arguments.weights, arguments.checkpoints)
     (method,) = find_methods([arguments.guide], arguments.data, at_layer=True)
-    fit_fcam, settings = _trainer(arguments)
+    fit_fcam, settings = _fit_settings(arguments, command_line)
     folder = Folder(arguments.data)
     device = find_device(arguments.device)
-    if arguments.devices > 1:  # as it comes, `fit_fcam` trains where the classifier is
+    if arguments.devices > 1:  # without it, `fit_fcam` trains on the classifier's device
         check_devices(arguments.devices, device)
         settings["trainer"] = {"devices": arguments.devices}
     from captum_ext import zoo
 
     loaded = zoo.load_model(arguments.model, arguments.weights)
-    fewer = check_classes(folder, loaded, f"the folder {folder.root!r}")
+    classes_note = check_classes(folder, loaded)
     loaded.module.to(device)
     checkpoint = _checkpoint(settings["checkpoints"])
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", category=UserWarning, module="captum_ext|__main__")
-        # The folder keeps these itself: warnings of other processes do not come here.
-        warnings.filterwarnings("ignore", message=".* cannot be read and (is|are) left out")
-        x = noise(settings["size"]).to(device)
-        taps = _check_sees(loaded, x)
+    # Warnings of other processes do not come here, so the folder remembers unreadable pictures.
+    with collected_warnings(".* cannot be read and (is|are) left out") as notes:
+        x = random_input(settings["size"]).to(device)
+        check_input_size(loaded, x)
+        taps = _find_taps(loaded, x)
         layer, reshape_transform = zoo.find_layer(loaded, x, arguments.layer)
         guide, guide_kwargs = _guide(method, loaded, layer, reshape_transform, x)
-        if fewer and _is_first():  # before hours are spent on it
-            say("note", fewer)
+        if classes_note and _is_first_process():  # before hours are spent on the training
+            say("note", classes_note)
         fcam = _fit(
             lambda: fit_fcam(
                 loaded.module,
@@ -137,27 +153,26 @@ def train_fcam(arguments: argparse.Namespace) -> None:
                 layers=taps,
                 normalize=(loaded.preprocess.mean, loaded.preprocess.std),
                 guide_kwargs=guide_kwargs,
-                rectify=method.name != "cam",  # as the authors have it
+                rectify=method.name != "cam",  # as in the authors' code
                 **settings,
             ),
             settings["checkpoints"],
             folder,
         )
-    unread = folder.unread_in_all()
-    if not _is_first():
+    unreadable = folder.unreadable_indices()
+    if not _is_first_process():
         return
-    for text in dict.fromkeys(str(warning.message) for warning in caught):
-        say("note", text)
-    if unread:
-        say("note", f"{len(unread)} of {len(folder)} pictures were left out:")
-    for index in unread:
-        say("note", folder.why(index))
+    if unreadable:
+        notes.append(f"{len(unreadable)} of {len(folder)} pictures were left out:")
+        notes += map(folder.reason, unreadable)
+    for note in notes:
+        say("note", note)
     fcam.save(output)
     rows = [
         ("model", loaded.name),
         ("guide", f"{method.name} at layer {layer}"),
         ("decoder", f"reads {', '.join(taps)}"),
-        ("pictures", f"{len(folder) - len(unread)} of {len(folder.classes)} classes"),
+        ("pictures", f"{len(folder) - len(unreadable)} of {len(folder.classes)} classes"),
         ("epochs", str(settings["n_epochs"])),
         *([("went on", f"from {checkpoint}")] if checkpoint else []),
     ]
@@ -167,11 +182,11 @@ def train_fcam(arguments: argparse.Namespace) -> None:
 
 def _recipe(arguments: argparse.Namespace, output: Path) -> str:
     """The lines of Python that load the decoder."""
-    given = [arguments.model] + ([] if arguments.weights is None else [arguments.weights])
+    names = [arguments.model] + ([] if arguments.weights is None else [arguments.weights])
     return (
         f"    from captum_ext.attr import FCAM\n"
         f"    from captum_ext.zoo import load_model\n\n"
-        f"    model = load_model({', '.join(map(repr, given))}).module\n"
+        f"    model = load_model({', '.join(map(repr, names))}).module\n"
         f"    fcam = FCAM.load({str(output)!r}, model)"
     )
 
@@ -179,55 +194,45 @@ def _recipe(arguments: argparse.Namespace, output: Path) -> str:
 # --- the model -----------------------------------------------------------------------------------
 
 
-def _check_sees(loaded: "LoadedModel", x: "Tensor") -> list[str]:
+def _find_taps(loaded: "LoadedModel", x: "Tensor") -> list[str]:
     """The layers that a decoder reads at the size of `x`.
 
     Raises:
-        InputError: the model does not take this size, or has no features for a decoder.
+        InputError: the model has no features for a decoder.
     """
     from captum_ext._errors import InputError
-    from captum_ext.fcam import find_taps
-    from captum_ext.zoo import probabilities
+    from captum_ext.fcam import find_feature_layers
 
-    pixels = f"{x.shape[2]} x {x.shape[3]} pixels"
     try:
-        probabilities(loaded, x)
-    except InputError:
-        raise
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(
-            f"{loaded.name} does not take pictures of {pixels} ({error}): give another --size"
-        ) from error
-    try:
-        return find_taps(loaded.module, x)
+        return find_feature_layers(loaded.module, x)
     except ValueError as error:
         raise InputError(
-            f"{loaded.name} has no spatial features of several resolutions at {pixels}, which a "
-            f"decoder needs: give a convolutional --model, or a larger --size"
+            f"{loaded.name} has no spatial features of several resolutions at {x.shape[2]} x "
+            f"{x.shape[3]} pixels, which a decoder needs: give a convolutional --model, or a "
+            f"larger --size"
         ) from error
 
 
 def _guide(
     method: Method, loaded: "LoadedModel", layer: str, reshape_transform: Any, x: "Tensor"
 ) -> tuple["Attribution", dict[str, Any]]:
-    """The guide and the arguments of its `attribute`, after it has explained `x`.
+    """The guide and the arguments of its `attribute`, tried on `x`.
 
     Raises:
-        InputError: it does not work there, or its maps are no maps.
+        InputError: it does not work at the layer, or gives no maps there.
     """
     import torch
 
-    from captum_ext._errors import InputError
+    from captum_ext._errors import ArgumentError, InputError
     from captum_ext.fcam.guides import guide_maps
 
-    masking = method.family == "masking"
-    kwargs: dict[str, Any] = {"perturbations_per_eval": PERTURBATIONS_PER_EVAL} if masking else {}
+    arguments = method.batching()
     try:
-        guide = attribution(method, loaded, layer, reshape_transform)
+        guide = method.attribution(loaded, layer, reshape_transform)
         target = torch.zeros(1, dtype=torch.int64, device=x.device)
-        guide_maps(guide, x, target, **kwargs)
-    except (ValueError, RuntimeError, AssertionError) as error:
-        if "of a single pixel" in str(error):
+        guide_maps(guide, x, target, **arguments)
+    except method.refusals as error:
+        if isinstance(error, ArgumentError) and error.code == "single_cell":
             raise InputError(
                 f"{method.name} at layer {layer} of {loaded.name} gives maps of a single pixel: "
                 f"give a larger --size, or a --layer in front of it"
@@ -235,14 +240,16 @@ def _guide(
         raise InputError(
             f"{method.name} does not work at layer {layer} of {loaded.name}: {error}"
         ) from error
-    return guide, kwargs
+    return guide, arguments
 
 
 # --- the training --------------------------------------------------------------------------------
 
 
-def _trainer(arguments: argparse.Namespace) -> tuple[Callable[..., "FCAM"], dict[str, Any]]:
-    """`fit_fcam`, and its settings: its own, the paper's where asked for, and what was given.
+def _fit_settings(
+    arguments: argparse.Namespace, command_line: argparse.Namespace
+) -> tuple[Callable[..., "FCAM"], dict[str, Any]]:
+    """`fit_fcam` and its settings: those of the command line, the paper's, or the defaults.
 
     Raises:
         InputError: Lightning is not installed.
@@ -257,18 +264,17 @@ def _trainer(arguments: argparse.Namespace) -> tuple[Callable[..., "FCAM"], dict
                 'train-fcam needs Lightning of the extra `train`: pip install "captum_ext[train]"'
             ) from error
         raise
-    for name in ("lightning.pytorch", "lightning.fabric"):  # devices found, and advice
+    for name in ("lightning.pytorch", "lightning.fabric"):  # they name devices and give advice
         logging.getLogger(name).setLevel(logging.ERROR)
-    defaults = inspect.signature(fit_fcam).parameters
-    settings = {name: defaults[name].default for name in _OPTIONS}
+    settings = {name: vars(arguments)[name] for name in _FLAGS}
     settings |= PAPER if arguments.paper else {}
-    settings |= {name: vars(arguments)[name] for name in _OPTIONS if name in arguments}
+    settings |= {name: vars(arguments)[name] for name in _FLAGS if name in command_line}
     settings["show_progress"] = sys.stdout.isatty() and sys.stderr.isatty()
     return fit_fcam, settings
 
 
 def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: Folder) -> "FCAM":
-    """What `fit` gives, with its errors in the words of the command line."""
+    """Call `fit`, with its errors in the flags of the command line."""
     import torch
 
     from captum_ext._errors import InputError
@@ -285,29 +291,25 @@ def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: Folder) -> 
         raise InputError(f"{error}{stored}") from error
     except torch.cuda.OutOfMemoryError as error:
         raise InputError("the GPU has too little memory: give a lower --batch-size") from error
-    except ValueError as error:
-        if bool(folder.unread.all()):
-            first = folder.why(0)
+    except (ValueError, TypeError) as error:
+        if bool(folder.is_unreadable.all()):
             raise InputError(
-                f"none of the {len(folder)} pictures can be read; the first: {first}"
+                f"none of the {len(folder)} pictures can be read; the first: {folder.reason(0)}"
             ) from error
-        flags = {f"`{name}`": option[0] for name, option in _OPTIONS.items()}
-        flags["`guide`"] = "--guide"
-        flags["`checkpoints`"] += f" {checkpoints}"
-        said = re.sub(r"`\w+`", lambda found: flags.get(found[0], found[0]), str(error))
-        if said == str(error):  # nothing that was given, so a mistake of ours
+        flags = {**_FLAGS, "guide": "--guide", "checkpoints": f"--checkpoints {checkpoints}"}
+        if getattr(error, "argument", None) not in flags:  # the mistake is ours
             raise
-        raise InputError(said) from error
+        raise InputError(in_flags(error, flags)) from error
 
 
 def _checkpoint(folder: str | None) -> Path | None:
-    """Where a run goes on from; None where it begins."""
+    """The file that a stopped run continues from; None where there is none."""
     file = Path(folder or "") / "last.ckpt"
     return file if folder and file.is_file() else None
 
 
-def _is_first() -> bool:
-    """Whether this process writes and speaks; with --devices, others run the same command."""
+def _is_first_process() -> bool:
+    """Whether this process writes files and messages; with --devices, others do the same work."""
     from lightning.pytorch.utilities import rank_zero_only
 
     return not getattr(rank_zero_only, "rank", 0)
@@ -319,7 +321,7 @@ def _is_first() -> bool:
 def _check_files(output: Path, weights: str | None, checkpoints: str | None) -> None:
     from captum_ext._errors import InputError
 
-    check_output(output, endings=_ENDINGS)
+    check_output_file(output, endings=_ENDINGS)
     if weights and output.exists() and Path(weights).exists() and output.samefile(weights):
         raise InputError(f"the output {str(output)!r} is the weights file: give another name")
     if checkpoints is not None and Path(checkpoints).exists() and not Path(checkpoints).is_dir():

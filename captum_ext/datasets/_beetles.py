@@ -1,43 +1,53 @@
-"""Pictures of beetles with a mark on the back, and of spots beside them, drawn with NumPy."""
+"""Pictures of beetles with a mark on the back and spots beside them, painted with NumPy.
+
+Canvases are (3, H, W), float32, in [0, 1]. `unit` is the length of a pixel of a picture of 224.
+"""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
-Random = np.random.RandomState
+from captum_ext.datasets._seeded import Array, Random
 
-_NEUTRAL = ("plain", "halves", "gradient", "blotches")
+_DISTRACTOR_PATTERNS = ("plain", "halves", "gradient", "blotches")
 
 
-def draw(random: Random, pattern: str | None, size: tuple[int, int]) -> tuple[Array, Array, Array]:
-    """Pixels (H, W, 3) in uint8, the mark's mask and the beetle's."""
+def render_beetle(
+    random: Random, pattern: str | None, size: tuple[int, int]
+) -> tuple[Array, Array, Array]:
+    """Pixels (H, W, 3) in uint8, the mask of the mark and the mask of the beetle.
+
+    Args:
+        random: its draws do not depend on the pattern.
+        pattern: the pattern of the mark; None leaves the mark out.
+        size: (H, W).
+    """
     unit = min(size) / 224
     canvas = _background(random, size, unit)
-    pose = _pose(random, size, unit)
-    mark = _spot(random, unit)
-    mark.center = pose.inside(random, max(mark.radii) + 2 * unit)
-    distractors = [_spot(random, unit) for _ in range(random.randint(4))]
+    pose = _random_pose(random, size, unit)
+    mark = _random_spot(random, unit)
+    mark.center = pose.random_point(random, max(mark.radii) + 2 * unit)
+    distractors = [_random_spot(random, unit) for _ in range(random.randint(4))]
     for spot in distractors:
-        if _settle(random, spot, pose, size):
-            _paint(canvas, spot, spot.pattern)
-    body = _beetle(random, canvas, pose, unit)
-    part = _cover(mark, size)
+        if _move_beside_beetle(random, spot, pose, size):
+            _paint_spot(canvas, spot, spot.pattern)
+    body = _paint_beetle(random, canvas, pose, unit)
+    part = _opacity(mark, size)
     if pattern is not None:
-        _paint(canvas, mark, pattern)
+        _paint_spot(canvas, mark, pattern)
     canvas *= 255
     pixels = np.rint(canvas, out=canvas).clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(1, 2, 0)), part > 0, body
 
 
 def _background(random: Random, size: tuple[int, int], unit: float) -> Array:
-    kind = random.randint(3)
-    colors = _colors(random, 0.15, 0.85)
-    if kind == 0:
+    """A canvas of soft noise, a coarse grating, or grass."""
+    choice = random.randint(3)
+    colors = _random_colors(random, 0.15, 0.85)
+    if choice == 0:
         cells = random.uniform(6, 24)
-        texture = _noise(random, size, (cells, cells))
-    elif kind == 1:
+        texture = _smooth_noise(random, size, (cells, cells))
+    elif choice == 1:
         angle, period = random.uniform(0, np.pi), random.uniform(28, 70) * unit
         y, x = (2 * np.pi / period * np.arange(side, dtype=np.float32) for side in size)
         phase = random.uniform(0, 2 * np.pi)
@@ -45,61 +55,69 @@ def _background(random: Random, size: tuple[int, int], unit: float) -> Array:
         texture = 0.5 + 0.5 * wave.imag.astype(np.float32)
     else:
         long, short = random.uniform(3, 7), random.uniform(40, 80)
-        texture = _noise(random, size, (long, short) if random.randint(2) else (short, long))
-    fine = _noise(random, size, (56, 56))
+        grid = (long, short) if random.randint(2) else (short, long)
+        texture = _smooth_noise(random, size, grid)
+    fine = _smooth_noise(random, size, (56, 56))
     texture = 0.75 * texture + 0.25 * fine
-    return _mixed(colors, texture)
+    return _blend(colors, texture)
 
 
 @dataclass
 class _Pose:
-    """The ellipse of the back: its centre (x, y), half axes, and the unit vector to the head."""
+    """The ellipse of a beetle's back.
+
+    Attributes:
+        center: (x, y).
+        axes: the half axes, along the body and across.
+        forward: the unit vector to the head.
+        side: 1, or -1 for a mirrored beetle.
+    """
 
     center: Array
     axes: tuple[float, float]
     forward: Array
-    side: float  # of the mirroring
+    side: float
 
     @property
     def frame(self) -> Array:
-        """Rows: forward and sideways."""
+        """The unit vectors forward and sideways, as rows."""
         x, y = self.forward
         return np.array([[x, y], [-self.side * y, self.side * x]])
 
-    def inside(self, random: Random, margin: float) -> Array:
+    def random_point(self, random: Random, margin: float) -> Array:
         """A point of the back at least about `margin` from its edge."""
         angle, radius = random.uniform(0, 2 * np.pi), np.sqrt(random.uniform())
         long, short = (axis - margin for axis in self.axes)
-        there = radius * np.array([long * np.cos(angle), short * np.sin(angle)])
-        place: Array = self.center + there @ self.frame
-        return place
+        offset = radius * np.array([long * np.cos(angle), short * np.sin(angle)])
+        point: Array = self.center + offset @ self.frame
+        return point
 
-    def reaches(self, point: Array, margin: float) -> bool:
+    def is_near(self, point: Array, margin: float) -> bool:
         """Whether a point is nearer than about `margin` to the back or the head."""
         u, v = self.frame @ (point - self.center)
         long, short = (axis + margin for axis in self.axes)
-        head = np.hypot(u - 1.05 * self.axes[0], v) < 0.55 * self.axes[1] + margin
-        return bool((u / long) ** 2 + (v / short) ** 2 < 1 or head)
+        near_head = np.hypot(u - 1.05 * self.axes[0], v) < 0.55 * self.axes[1] + margin
+        return bool((u / long) ** 2 + (v / short) ** 2 < 1 or near_head)
 
 
-def _pose(random: Random, size: tuple[int, int], unit: float) -> _Pose:
+def _random_pose(random: Random, size: tuple[int, int], unit: float) -> _Pose:
     center = np.array([random.uniform(0.38, 0.62) * side for side in size[::-1]])
     axes = (random.uniform(56, 68) * unit, random.uniform(38, 46) * unit)
     angle = random.uniform(0, 2 * np.pi)
     return _Pose(center, axes, np.array([np.cos(angle), np.sin(angle)]), random.choice([-1.0, 1.0]))
 
 
-def _beetle(random: Random, canvas: Array, pose: _Pose, unit: float) -> Array:
-    """Draws legs, feelers, head and back; returns the mask of all of them."""
+def _paint_beetle(random: Random, canvas: Array, pose: _Pose, unit: float) -> Array:
+    """Paint legs, feelers, head and back, and return the mask of the beetle."""
     from PIL import Image, ImageDraw
 
     _, *size = canvas.shape
     long, short = pose.axes
-    skin, shell = _colors(random, 0.05, 0.35)[0], _colors(random, 0.2, 0.9)
-    drawn = Image.new("L", (2 * size[1], 2 * size[0]))
-    pen = ImageDraw.Draw(drawn)
+    skin, shell = _random_colors(random, 0.05, 0.35)[0], _random_colors(random, 0.2, 0.9)
+    image = Image.new("L", (2 * size[1], 2 * size[0]))  # at twice the size, for soft edges
+    pen = ImageDraw.Draw(image)
 
-    def at(points: Array) -> list[tuple[float, float]]:
+    def to_image(points: Array) -> list[tuple[float, float]]:
         return [(float(x), float(y)) for x, y in 2 * (pose.center + points @ pose.frame)]
 
     for side in (-1, 1):
@@ -107,18 +125,18 @@ def _beetle(random: Random, canvas: Array, pose: _Pose, unit: float) -> Array:
             hip = np.array([leg * long, side * 0.8 * short])
             knee = hip + short * np.array([0.5 * leg + swing, side * 0.5])
             foot = knee + short * np.array([0.6 * leg - 0.2 + swing, side * 0.3])
-            pen.line(at(np.stack([hip, knee, foot])), 255, round(10 * unit), joint="curve")
+            pen.line(to_image(np.stack([hip, knee, foot])), 255, round(10 * unit), joint="curve")
         bend = random.uniform(-0.15, 0.15)
         feeler = np.array([[1.2, 0.1 * side], [1.45, 0.25 * side + bend], [1.6, 0.3 * side + bend]])
-        pen.line(at(feeler * [long, short]), 255, round(6 * unit), joint="curve")
-    turn = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    circle = np.stack([np.cos(turn), np.sin(turn)], 1)
-    pen.polygon(at(circle * 0.5 * short + [1.05 * long, 0]), 255)
-    cover = np.asarray(drawn.resize((size[1], size[0]), Image.Resampling.BOX)) / np.float32(255)
-    canvas += cover * (skin[:, None, None] - canvas)
+        pen.line(to_image(feeler * [long, short]), 255, round(6 * unit), joint="curve")
+    angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], 1)
+    pen.polygon(to_image(circle * 0.5 * short + [1.05 * long, 0]), 255)
+    opacity = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BOX)) / np.float32(255)
+    canvas += opacity * (skin[:, None, None] - canvas)
 
     (x, y), reach = pose.center, long + 2
-    columns, rows = _span(x, reach, size[1]), _span(y, reach, size[0])
+    columns, rows = _clipped_range(x, reach, size[1]), _clipped_range(y, reach, size[0])
     dx, dy = np.arange(*columns) - x, (np.arange(*rows) - y)[:, None]
     u, v = ((dx * a + dy * b).astype(np.float32) for a, b in pose.frame)
     radius = np.hypot(u / long, v / short)
@@ -127,10 +145,10 @@ def _beetle(random: Random, canvas: Array, pose: _Pose, unit: float) -> Array:
     cells = random.uniform(4, 8)
     window = (..., slice(*rows), slice(*columns))
     light = (1 - 0.45 * radius * radius) * seam
-    color = _mixed(shell, _noise(random, radius.shape, (cells, cells))) * light
+    color = _blend(shell, _smooth_noise(random, radius.shape, (cells, cells))) * light
     canvas[window] += back * (color - canvas[window])
-    cover[window] = np.maximum(cover[window], back)
-    return cover >= 0.5
+    opacity[window] = np.maximum(opacity[window], back)
+    return opacity >= 0.5
 
 
 # --- marks and distractors -----------------------------------------------------------------------
@@ -138,36 +156,48 @@ def _beetle(random: Random, canvas: Array, pose: _Pose, unit: float) -> Array:
 
 @dataclass
 class _Spot:
-    """An ellipse that two colours fill."""
+    """An ellipse filled with a pattern of two colours.
+
+    Attributes:
+        radii: the half axes.
+        tilt: the angle of the ellipse.
+        colors: (2, 3).
+        period: the length of a period of the pattern.
+        phases: (2,): the phases of the pattern.
+        pattern_tilt: the angle of the pattern.
+        grid: (4, 4): the grey values of "blotches".
+        pattern: the pattern of a distractor.
+        center: (x, y).
+    """
 
     radii: tuple[float, float]
     tilt: float
     colors: Array
     period: float
     phases: Array
-    turn: float
-    grid: Array  # of the blotches
-    pattern: str  # of a distractor
+    pattern_tilt: float
+    grid: Array
+    pattern: str
     center: Array
 
 
-def _spot(random: Random, unit: float) -> _Spot:
+def _random_spot(random: Random, unit: float) -> _Spot:
     radii = (random.uniform(15, 23) * unit, random.uniform(15, 23) * unit)
     return _Spot(
         radii,
         tilt=random.uniform(0, np.pi),
-        colors=_spot_colors(random),
+        colors=_random_spot_colors(random),
         period=random.uniform(8, 12) * unit,
         phases=random.uniform(0, 2 * np.pi, 2),
-        turn=random.uniform(-0.15, 0.15),
+        pattern_tilt=random.uniform(-0.15, 0.15),
         grid=random.uniform(0, 1, (4, 4)),
-        pattern=_NEUTRAL[random.randint(len(_NEUTRAL))],
+        pattern=_DISTRACTOR_PATTERNS[random.randint(len(_DISTRACTOR_PATTERNS))],
         center=np.zeros(2),
     )
 
 
-def _spot_colors(random: Random) -> Array:
-    """A dark and a light colour, of which one channel may be exchanged, in a random order."""
+def _random_spot_colors(random: Random) -> Array:
+    """A dark and a light colour in random order, which may have exchanged one channel."""
     colors = np.stack([random.uniform(0, 0.4, 3), random.uniform(0.6, 1, 3)])
     channel = random.randint(4)
     if channel < 3:
@@ -175,50 +205,52 @@ def _spot_colors(random: Random) -> Array:
     return colors[:: random.choice([-1, 1])].astype(np.float32)
 
 
-def _settle(random: Random, spot: _Spot, pose: _Pose, size: tuple[int, int]) -> bool:
-    """Looks for a place beside the beetle; twelve draws whatever they find."""
+def _move_beside_beetle(random: Random, spot: _Spot, pose: _Pose, size: tuple[int, int]) -> bool:
+    """Centre a spot beside the beetle, and return whether one of twelve random points was free."""
     reach = max(spot.radii)
-    places = [
+    centers = [
         np.array([random.uniform(reach, side - reach) for side in size[::-1]]) for _ in range(12)
     ]
-    free = [place for place in places if not pose.reaches(place, reach + 2)]
+    free = [center for center in centers if not pose.is_near(center, reach + 2)]
     if free:
         spot.center = free[0]
     return bool(free)
 
 
-def _cover(spot: _Spot, size: tuple[int, int]) -> Array:
+def _opacity(spot: _Spot, size: tuple[int, int]) -> Array:
     """The opacity of a spot, (H, W)."""
-    cover = np.zeros(size, dtype=np.float32)
-    window, _, _, inside = _patch(spot, size)
-    cover[window] = inside
-    return cover
+    opacity = np.zeros(size, dtype=np.float32)
+    window, _, _, inside = _spot_window(spot, size)
+    opacity[window] = inside
+    return opacity
 
 
-def _paint(canvas: Array, spot: _Spot, pattern: str) -> None:
-    window, x, y, inside = _patch(spot, (canvas.shape[1], canvas.shape[2]))
-    color = _mixed(spot.colors, _pattern(pattern, spot, x, y))
+def _paint_spot(canvas: Array, spot: _Spot, pattern: str) -> None:
+    window, x, y, inside = _spot_window(spot, (canvas.shape[1], canvas.shape[2]))
+    color = _blend(spot.colors, _pattern_share(pattern, spot, x, y))
     canvas[:, *window] += inside * (color - canvas[:, *window])
 
 
-def _patch(spot: _Spot, size: tuple[int, int]) -> tuple[tuple[slice, slice], Array, Array, Array]:
-    """The window around a spot, x and y from its centre there, and its opacity there."""
-    reach = max(spot.radii) + 2
-    columns, rows = _span(spot.center[0], reach, size[1]), _span(spot.center[1], reach, size[0])
-    y, x = np.meshgrid(
-        np.arange(*rows, dtype=np.float32) - np.float32(spot.center[1]),
-        np.arange(*columns, dtype=np.float32) - np.float32(spot.center[0]),
+def _spot_window(
+    spot: _Spot, size: tuple[int, int]
+) -> tuple[tuple[slice, slice], Array, Array, Array]:
+    """The window around a spot, and in it x and y from the spot's centre, and the opacity."""
+    (x, y), reach = spot.center, max(spot.radii) + 2
+    columns, rows = _clipped_range(x, reach, size[1]), _clipped_range(y, reach, size[0])
+    dy, dx = np.meshgrid(
+        np.arange(*rows, dtype=np.float32) - np.float32(y),
+        np.arange(*columns, dtype=np.float32) - np.float32(x),
         indexing="ij",
     )
-    along, across = _turned(x, y, spot.tilt)
+    along, across = _rotate(dx, dy, spot.tilt)
     radius = np.sqrt((along / spot.radii[0]) ** 2 + (across / spot.radii[1]) ** 2)
     inside = ((1 - radius) * min(spot.radii) + 0.5).clip(0, 1).astype(np.float32)
-    return (slice(*rows), slice(*columns)), x, y, inside
+    return (slice(*rows), slice(*columns)), dx, dy, inside
 
 
-def _pattern(name: str, spot: _Spot, x: Array, y: Array) -> Array:
-    """The share of the second colour, in [0, 1]."""
-    x, y = _turned(x, y, spot.turn)
+def _pattern_share(name: str, spot: _Spot, x: Array, y: Array) -> Array:
+    """The share of the second colour in a pattern, in [0, 1]."""
+    x, y = _rotate(x, y, spot.pattern_tilt)
     wave = 2 * np.pi / spot.period
     first, second = spot.phases
     diagonal = wave / np.sqrt(2)
@@ -242,45 +274,49 @@ def _pattern(name: str, spot: _Spot, x: Array, y: Array) -> Array:
         case "plain":
             field = np.ones_like(x)
         case "halves":
-            field = _turned(x, y, first)[0]
+            field = _rotate(x, y, first)[0]
         case "gradient":
-            field = _turned(x, y, first)[0] / (3 * max(spot.radii))
-        case _:
-            field = 8 * (_resized(spot.grid, (x.shape[0], x.shape[1])) - 0.5)
+            field = _rotate(x, y, first)[0] / (3 * max(spot.radii))
+        case _:  # "blotches"
+            field = 8 * (_upsample(spot.grid, (x.shape[0], x.shape[1])) - 0.5)
     share: Array = (0.5 + 1.5 * field).clip(0, 1)
     return share
 
 
-# --- tools ---------------------------------------------------------------------------------------
+# --- geometry and colours ------------------------------------------------------------------------
 
 
-def _turned(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
+def _rotate(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
+    """Coordinates along axes that are rotated by an angle."""
     cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return cosine * x + sine * y, cosine * y - sine * x
 
 
-def _span(center: float, reach: float, side: int) -> tuple[int, int]:
+def _clipped_range(center: float, reach: float, side: int) -> tuple[int, int]:
+    """Start and stop of the pixels within reach of a centre, inside the picture."""
     return max(int(center - reach), 0), min(int(center + reach) + 1, side)
 
 
-def _colors(random: Random, low: float, high: float) -> Array:
+def _random_colors(random: Random, low: float, high: float) -> Array:
+    """Two colours, (2, 3)."""
     return random.uniform(low, high, (2, 3)).astype(np.float32)
 
 
-def _mixed(colors: Array, share: Array) -> Array:
-    """(3, H, W): from the first colour at 0 to the second at 1."""
+def _blend(colors: Array, share: Array) -> Array:
+    """Blend two colours by the share (H, W) of the second: (3, H, W)."""
     first, second = colors[..., None, None]
-    mixed: Array = first + share * (second - first)
-    return mixed
+    blend: Array = first + share * (second - first)
+    return blend
 
 
-def _noise(random: Random, size: tuple[int, ...], cells: tuple[float, float]) -> Array:
-    """Smooth noise in [0, 1] with about so many cells down and across a picture of the size."""
+def _smooth_noise(random: Random, size: tuple[int, ...], cells: tuple[float, float]) -> Array:
+    """Smooth noise in [0, 1], with about `cells` extrema down and across the picture."""
     down, across = (max(2, round(count)) for count in cells)
-    return _resized(random.uniform(0, 1, (down, across)), (size[0], size[1]))
+    return _upsample(random.uniform(0, 1, (down, across)), (size[0], size[1]))
 
 
-def _resized(grid: Array, size: tuple[int, int]) -> Array:
+def _upsample(grid: Array, size: tuple[int, int]) -> Array:
+    """Upsample a grid in [0, 1] to (H, W), by bicubic interpolation of bytes."""
     from PIL import Image
 
     coarse = Image.fromarray((grid * 255).astype(np.uint8))

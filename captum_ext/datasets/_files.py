@@ -1,8 +1,9 @@
-"""What the layouts of folders share: examples that are read late, text files, boxes, pictures."""
+"""Base class of the public layouts, and readers of their text files, boxes and masks."""
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from captum_ext._repr import options_repr
 from captum_ext.datasets.examples import Example
 
 if TYPE_CHECKING:
@@ -21,23 +23,26 @@ Box = tuple[int, int, int, int]
 _T = TypeVar("_T")
 
 
-class LayoutFiles(Dataset[Example]):
-    """Examples whose names and classes are known before their pictures are read.
+class LayoutDataset(Dataset[Example]):
+    """A data set in a public layout, whose names and classes are known before pictures are read.
 
-    A layout that the shell opens in another way than by its constructor has `from_folder`.
+    A layout may have a class method `from_folder`, which the shell calls in place of the
+    constructor.
 
     Attributes:
-        labels: "all" where these must be all classes of a model, "nameless" where names may be
-            given for them, "used" where there may be more of them, since labels are all that is
-            known.
-        has_objects: whether it is known where the objects are.
-        samples: the file of each picture and its class, as torchvision's folders have them.
-        names: of the examples.
-        classes: the names of the classes, where the layout has them.
+        labels: how the classes of the layout relate to those of a model. "all": they are all
+            classes. "nameless": they are all classes, and the caller may give their names. "used":
+            the model may have more classes than the labels in the files.
+        has_objects: whether boxes or masks are known.
+        root: the folder.
+        samples: the file of each picture and its class, as in torchvision's folders.
+        names: the names of the examples.
+        classes: the names of the classes, or () if the layout has none.
     """
 
     labels = "all"
     has_objects = True
+    root: AnyPath
 
     def __init__(
         self, samples: Sequence[tuple[AnyPath, int]], names: Sequence[str], classes: Sequence[str]
@@ -46,43 +51,53 @@ class LayoutFiles(Dataset[Example]):
         self.names, self.classes = list(names), tuple(classes)
 
     @classmethod
-    def is_in(cls, folder: Path) -> bool:
+    def matches(cls, folder: Path) -> bool:
         """Whether a folder has the files of this layout."""
         return False
 
     @property
     def n_classes(self) -> int:
-        """How many classes there are, as far as known."""
+        """The number of classes, as far as it is known."""
         return len(self.classes)
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    def __repr__(self) -> str:
+        # The attributes of these names may come from the files.
+        parameters = signature(type(self)).parameters
+        from_files = {
+            name: parameters[name].default
+            for name in ("classes", "n_classes")
+            if name in parameters
+        }
+        return options_repr(self, root=str(self.root), **from_files)
+
     def __getitem__(self, index: int) -> Example:
-        place = self._checked(index)
-        path, target = self.samples[place]
-        return self._example(place, self._image(path), target, self.names[place])
+        index = self._checked_index(index)
+        path, target = self.samples[index]
+        return self._make_example(index, self._read_image(path), target, self.names[index])
 
     def target(self, index: int) -> int:
         """The class of an example, without reading its picture."""
-        return self.samples[self._checked(index)][1]
+        return self.samples[self._checked_index(index)][1]
 
     def name(self, index: int) -> str:
         """The name of an example, without reading its picture."""
-        return self.names[self._checked(index)]
+        return self.names[self._checked_index(index)]
 
-    def _checked(self, index: int) -> int:
+    def _checked_index(self, index: int) -> int:
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         return index % len(self)
 
-    def _image(self, path: str) -> "Image":
+    def _read_image(self, path: str) -> "Image":
         from captum_ext._data.files import read_stored
 
         return read_stored(path, "RGB")
 
-    def _example(self, place: int, image: "Image", target: int, name: str) -> Example:
-        """With what is known of the object."""
+    def _make_example(self, index: int, image: "Image", target: int, name: str) -> Example:
+        """Make an example with the boxes and masks that the layout has."""
         return Example(image, target, name)
 
 
@@ -90,7 +105,7 @@ class LayoutFiles(Dataset[Example]):
 
 
 def finite_number(text: str) -> float:
-    """A number; a ValueError where it is none, infinite or NaN."""
+    """Read a finite number, or raise a ValueError."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"expected a number, got {text!r}")
@@ -98,7 +113,12 @@ def finite_number(text: str) -> float:
 
 
 def read_rows(path: Path, split: Callable[[str], list[str]], n: int) -> list[list[str]]:
-    """The fields of each line of a file that is not empty: n of them."""
+    """Read the n fields of each line of a file, without its empty lines.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line with another number of fields.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
     rows = []
@@ -115,11 +135,23 @@ def read_rows(path: Path, split: Callable[[str], list[str]], n: int) -> list[lis
 def read_table(
     path: Path,
     n: int,
-    kind: Callable[[str], _T],
+    parse: Callable[[str], _T],
     keys: Iterable[str] | None = None,
     separator: str | None = None,
 ) -> dict[str, list[_T]]:
-    """The n values that follow the key on each line; one line for each of `keys`, if given."""
+    """Read a file with a key and n values on each line.
+
+    Args:
+        path: the file.
+        n: the number of values.
+        parse: turns the text of a value into the value, or raises a ValueError.
+        keys: the keys that the file must have, each once. None allows any.
+        separator: between the fields; None is white space.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a wrong line, value or key.
+    """
 
     def split(line: str) -> list[str]:
         return line.split(None, n) if separator is None else line.rsplit(separator, n)
@@ -127,7 +159,7 @@ def read_table(
     rows = read_rows(path, split, n + 1)
     check_unique(path, [key for key, *_ in rows])
     try:
-        table = {key: [kind(value.strip()) for value in values] for key, *values in rows}
+        table = {key: [parse(value.strip()) for value in values] for key, *values in rows}
     except ValueError as error:
         raise ValueError(f"{path}: {error}.") from error
     if keys is not None:
@@ -135,26 +167,27 @@ def read_table(
     return table
 
 
-def check_keys(path: Path, found: Iterable[str], keys: Iterable[str]) -> None:
-    """Raise unless a file is about just those pictures that are listed."""
-    there, wanted = set(found), set(keys)
-    if there != wanted:
-        lacking, unknown = sorted(wanted - there), sorted(there - wanted)
-        parts = [f"lacks {some_of(lacking)}"] if lacking else []
-        parts += [f"has {some_of(unknown)}"] if unknown else []
+def check_keys(path: Path, keys: Iterable[str], expected: Iterable[str]) -> None:
+    """Raise a ValueError unless a file has the expected pictures and no others."""
+    lacking, unknown = sorted({*expected} - {*keys}), sorted({*keys} - {*expected})
+    if lacking or unknown:
+        parts = [f"lacks {first_of(lacking)}"] if lacking else []
+        parts += [f"has {first_of(unknown)}"] if unknown else []
         raise ValueError(
-            f"{path} must have each of the {len(wanted)} pictures that are listed, and no "
+            f"{path} must have each of the {len({*expected})} pictures that are listed, and no "
             f"other; it {' and '.join(parts)}."
         )
 
 
 def check_unique(path: Path, keys: Iterable[str]) -> None:
-    twice = [key for key, n in Counter(keys).items() if n > 1]
-    if twice:
-        raise ValueError(f"{path} has {some_of(twice)} more than once.")
+    """Raise a ValueError unless the keys of a file are distinct."""
+    repeated = [key for key, n in Counter(keys).items() if n > 1]
+    if repeated:
+        raise ValueError(f"{path} has {first_of(repeated)} more than once.")
 
 
 def check_targets(path: Path, table: dict[str, list[int]], first: int, n: int | None) -> None:
+    """Raise a ValueError unless the classes in a file are n numbers from `first` on."""
     end = math.inf if n is None else first + n
     wrong = [key for key, (target,) in table.items() if not first <= target < end]
     if wrong:
@@ -164,34 +197,39 @@ def check_targets(path: Path, table: dict[str, list[int]], first: int, n: int | 
         )
 
 
-def some_of(keys: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, keys[:3]))
-    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"
+def first_of(keys: Sequence[str]) -> str:
+    """The first three of the keys and the number of the others, for an error message."""
+    listed = ", ".join(map(repr, keys[:3]))
+    return listed if len(keys) <= 3 else f"{listed} and {len(keys) - 3} more"
 
 
 # --- boxes and pictures --------------------------------------------------------------------------
 
 
-def outwards(x1: float, y1: float, x2: float, y2: float) -> Box:
-    """The whole pixels that a box touches; 1e-6 of one is no more than rounding."""
+def round_outwards(x1: float, y1: float, x2: float, y2: float) -> Box:
+    """Round a box to the pixels that it touches, after rounding to 1e-6."""
     x1, y1, x2, y2 = (round(value, 6) for value in (x1, y1, x2, y2))
     return math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)
 
 
-def cut_off(boxes: Sequence[Box], size: tuple[int, int], name: str) -> Tensor:
-    """Boxes (n, 4) inside an image of (width, height)."""
-    found = torch.tensor(boxes, dtype=torch.int64).reshape(-1, 4)
-    inside = found.clamp(min=torch.tensor(0), max=torch.tensor(size).repeat(2))
+def clip_boxes(boxes: Sequence[Box], size: tuple[int, int], name: str) -> Tensor:
+    """Clip boxes to the image `name` of (width, height): (n, 4).
+
+    Raises:
+        ValueError: a box that is empty or outside the image.
+    """
+    corners = torch.tensor(boxes, dtype=torch.int64).reshape(-1, 4)
+    inside = corners.clamp(min=torch.tensor(0), max=torch.tensor(size).repeat(2))
     if not bool((inside[:, :2] < inside[:, 2:]).all()):
         raise ValueError(
             f"a box of {name} is empty or outside the image of {size[0]} x {size[1]} pixels: "
-            f"{found.tolist()}."
+            f"{corners.tolist()}."
         )
     return inside
 
 
 def read_mask(path: Path, size: tuple[int, int], above: int = 0) -> Tensor:
-    """Which pixels of a grey picture, brought to (width, height), are above a value: (H, W)."""
+    """Read a grey picture, resize it to (width, height), and mark its pixels above a value."""
     from PIL import Image
 
     from captum_ext._data.files import read_stored

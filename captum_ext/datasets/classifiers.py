@@ -7,20 +7,20 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from captum_ext._checks import check_count
 from captum_ext.datasets.fine_grained import PATTERNS, FineGrainedParts, normalized, stacked
 from captum_ext.datasets.textured_ellipses import TEXTURES, TexturedEllipses
 
 
 class SmallCNN(nn.Module):
-    """Four convolutions, global average pooling and a linear layer.
+    """Four convolutions, global average pooling and a linear layer, for `FineGrainedParts`.
 
-    At 224 px the maps are 56, 28, 14 and 14 units wide, of 16, 32, 32 and 64 channels: small enough
-    for a CPU to run it and to find the gradient by its input in about 1.2 ms per picture and core.
-    Every convolution is followed by batch normalisation and a ReLU. `last` is the last of these
-    blocks, the layer for CAMs.
+    At 224 px the maps are 56, 28, 14 and 14 units wide, of 16, 32, 32 and 64 channels. One core of
+    a CPU runs the network and its gradient in about 1.2 ms per picture. Batch normalisation and a
+    ReLU follow every convolution. `last` is the last of these blocks, the layer for CAMs.
 
     Args:
-        n_classes: how many logits.
+        n_classes: the number of logits.
 
     Shape:
         - images: (N, 3, H, W), normalised as `FineGrainedParts.batch` gives them.
@@ -51,10 +51,10 @@ class TinyCNN(nn.Sequential):
     """Five convolutions, global average pooling and a linear layer, for `TexturedEllipses`.
 
     At 64 px the maps are 32, 16, 16, 8 and 8 units wide, of 16, 32, 32, 64 and 96 channels: the
-    layers "0" to "4". Every convolution is followed by batch normalisation and a ReLU.
+    layers "0" to "4". Batch normalisation and a ReLU follow every convolution.
 
     Args:
-        n_classes: how many logits.
+        n_classes: the number of logits.
 
     Shape:
         - images: (N, 3, H, W), normalised as `FineGrainedParts.batch` gives them.
@@ -118,20 +118,20 @@ def train_classifier(
     seed: int = 0,
     show_progress: bool = False,
 ) -> SmallCNN | TinyCNN:
-    """Trains a small network to tell the classes apart: AdamW, one cycle of the learning rate.
+    """Train a small network on the classes, by AdamW with one cycle of the learning rate.
 
-    For `FineGrainedParts` it is a `SmallCNN`, for `TexturedEllipses` a `TinyCNN`, whose pictures
-    are mirrored at random both ways (their classes do not change by it). Pictures are kept as bytes
-    (150 kB each at 224 px). Global random state stays as it was.
+    `FineGrainedParts` gets a `SmallCNN`. `TexturedEllipses` gets a `TinyCNN`, and its pictures are
+    mirrored at random both ways, which keeps their classes. Pictures are kept as bytes (150 kB each
+    at 224 px). Global random state stays the same.
 
     Args:
-        data: what to train on.
-        n_epochs: how often each picture is seen. None is 10 for beetles, 15 for ellipses.
-        batch_size: pictures a step; what is left over at the end of an epoch is not seen in it.
-            None is 16 for beetles, 32 for ellipses.
+        data: the training set.
+        n_epochs: passes over the pictures. None is 10 for beetles, 15 for ellipses.
+        batch_size: pictures in a step; an epoch leaves out the incomplete last batch. None is 16
+            for beetles, 32 for ellipses.
         lr: the highest learning rate. None is 5e-3.
-        seed: of the weights and of the order.
-        show_progress: one bar for drawing the pictures and one for the steps.
+        seed: the seed of the weights and of the order.
+        show_progress: whether to draw a bar for drawing the pictures and one for the steps.
 
     Returns:
         The network, in eval mode.
@@ -149,16 +149,15 @@ def train_classifier(
     n_epochs = (15 if ellipses else 10) if n_epochs is None else n_epochs
     batch_size = (32 if ellipses else 16) if batch_size is None else batch_size
     lr = 5e-3 if lr is None else lr
-    if n_epochs < 1:
-        raise ValueError(f"`n_epochs` must be positive, got {n_epochs}.")
+    check_count("n_epochs", n_epochs)
     if not 2 <= batch_size <= len(data):
         raise ValueError(
             f"`batch_size` must be in [2, {len(data)}], the number of pictures, got {batch_size}."
         )
     pixels = torch.empty((len(data), 3, *data.size), dtype=torch.uint8)
     targets = torch.empty(len(data), dtype=torch.int64)
-    for i, item in enumerate(tqdm(data, desc="drawing", disable=not show_progress)):
-        pixels[i], targets[i] = stacked([item.image])[0], item.target
+    for i, example in enumerate(tqdm(data, desc="drawing", disable=not show_progress)):
+        pixels[i], targets[i] = stacked([example.image])[0], example.target
     generator = Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -171,13 +170,13 @@ def train_classifier(
     with tqdm(total=n_steps, desc="training", disable=not show_progress) as bar:
         for _ in range(n_epochs):
             order = torch.randperm(len(data), generator=generator)
-            for chosen in order.split(batch_size):
-                if len(chosen) < batch_size:
+            for batch in order.split(batch_size):
+                if len(batch) < batch_size:
                     continue
-                pictures = pixels[chosen]
+                pictures = pixels[batch]
                 if ellipses:
-                    pictures = _mirrored(pictures, generator)
-                loss = cross_entropy(network(normalized(pictures)), targets[chosen])
+                    pictures = _mirror_at_random(pictures, generator)
+                loss = cross_entropy(network(normalized(pictures)), targets[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -187,7 +186,7 @@ def train_classifier(
     return network.eval()
 
 
-def _mirrored(pictures: Tensor, generator: Generator) -> Tensor:
+def _mirror_at_random(pictures: Tensor, generator: Generator) -> Tensor:
     for dim in (2, 3):
         coins = torch.rand((len(pictures), 1, 1, 1), generator=generator) < 0.5
         pictures = torch.where(coins, pictures.flip(dim), pictures)

@@ -1,4 +1,4 @@
-"""COCO, as it is unpacked, or any other set with its `instances_*.json`."""
+"""COCO's layout, after unpacking, or any other set with its `instances_*.json`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import is_finite
+from captum_ext._errors import ArgumentError
 from captum_ext.datasets._files import (
     AnyPath,
     Box,
-    LayoutFiles,
+    LayoutDataset,
     check_unique,
-    cut_off,
-    outwards,
-    some_of,
+    clip_boxes,
+    first_of,
+    round_outwards,
 )
 from captum_ext.datasets.examples import Example
 
@@ -28,35 +29,37 @@ Array = np.ndarray[Any, Any]
 
 
 class _Object(NamedTuple):
+    """An annotated object; its segmentation is polygons, run lengths, or None."""
+
     box: Box
-    segmentation: Any  # polygons, run lengths, or None
+    segmentation: Any
     is_crowd: bool
 
 
-class Coco(LayoutFiles):
+class Coco(LayoutDataset):
     """COCO: an example for each picture and class in it, with the boxes and the mask of that class.
 
-    The root holds ``annotations/instances_<split>.json`` and the pictures, in the folder
-    ``<split>`` or ``images``. Boxes are x, y, width and height there, from 0, and become half-open;
-    fractions are rounded outwards. The mask is the union of the objects' segmentations, where each
-    has one: polygons (a pixel is inside if its centre is, by the even-odd rule; several are
-    united), or run lengths, as numbers or as COCO's text. Crowds are no objects: their pixels are
-    ignored, and a class of which a picture has nothing else gives no example. Nor are objects whose
-    box has no area, of which COCO has a few.
+    The root holds ``annotations/instances_<split>.json``, and the pictures in the folder
+    ``<split>`` or ``images``. Boxes in the file are x, y, width and height, from 0. They become
+    half-open, and fractions are rounded outwards. The mask is the union of the objects'
+    segmentations, if each object has one: polygons (a pixel is inside if its centre is, by the
+    even-odd rule; several are united), or run lengths, as numbers or as COCO's text. Crowds do not
+    count as objects: their pixels are ignored, and a class with only crowds in a picture gives no
+    example. The few objects whose box has no area are left out.
 
-    Run lengths are read as pycocotools reads them. Of polygons about 0.4% of an object's pixels
-    differ, along its border: there corners are rounded to a fifth of a pixel.
+    Run lengths are read as by pycocotools. pycocotools rounds the corners of polygons to a fifth of
+    a pixel, which this class does not; about 0.4% of an object's pixels differ, along its border.
 
     Args:
         root: the folder.
-        split: such as "val2017".
-        classes: the names of the classes, in the order of the classifier's outputs. None takes
-            those of the file, in the order of their ids: COCO's 80.
+        split: the name of the split, such as "val2017".
+        classes: the names of the classes, in the order of the classifier's outputs. None takes the
+            names in the file, in the order of their ids: COCO's 80.
 
     Raises:
         FileNotFoundError: a file of the layout is missing.
-        ValueError: a file that cannot be understood, a class that is not in `classes`, no object;
-            `classes` that are no distinct names.
+        ValueError: an invalid file, a class that is not in `classes`, no object; `classes` that are
+            not distinct names.
 
     Reference:
         Lin et al., "Microsoft COCO: Common Objects in Context", 2014.
@@ -80,46 +83,45 @@ class Coco(LayoutFiles):
         try:
             content = json.loads(path.read_bytes())
             if not isinstance(content, Mapping):
-                raise ValueError(f"expected an object, got {_shown(content)}")
-            categories = {c["id"]: str(c["name"]) for c in _entries(content, "categories", "id")}
+                raise ValueError(f"expected an object, got {_short_repr(content)}")
+            categories = {
+                c["id"]: str(c["name"]) for c in _checked_entries(content, "categories", "id")
+            }
             check_unique(path, categories.values())
-            images = {i["id"]: i for i in _entries(content, "images", "id")}
+            images = {i["id"]: i for i in _checked_entries(content, "images", "id")}
             names = [categories[key] for key in sorted(categories)] if classes is None else classes
-            found = _objects(
-                _entries(content, "annotations", "category_id", "image_id"),
-                images,
-                categories,
-                names,
-            )
+            annotations = _checked_entries(content, "annotations", "category_id", "image_id")
+            by_picture = _group_objects(annotations, images, categories, names)
             files = {key: str(image["file_name"]) for key, image in images.items()}
         except KeyError as error:
             raise ValueError(f"{path}: there is no {error}.") from error
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {str(error).rstrip('.')}.") from error
+            message = f"{path}: {str(error).rstrip('.')}."
+            raise ArgumentError(message, getattr(error, "argument", "root")) from error
         kept = [
             (image, target, objects)
-            for (image, target), objects in sorted(found.items())
-            if not all(one.is_crowd for one in objects)
+            for (image, target), objects in sorted(by_picture.items())
+            if not all(object_.is_crowd for object_ in objects)
         ]
         if not kept:
             raise ValueError(f"{path}: the pictures have no object.")
         keys = [f"{Path(files[image]).with_suffix('')}-{names[t]}" for image, t, _ in kept]
         check_unique(path, keys)
         super().__init__([(folder / files[image], t) for image, t, _ in kept], keys, names)
+        self.root, self.split, self._path = root, split, path
         self._objects = [objects for _, _, objects in kept]
-        self._path = path
 
     @classmethod
-    def is_in(cls, folder: Path) -> bool:
+    def matches(cls, folder: Path) -> bool:
         return any(folder.glob("annotations/instances_*.json"))
 
-    def _example(self, place: int, image: "Image", target: int, name: str) -> Example:
-        objects = [one for one in self._objects[place] if not one.is_crowd]
-        crowds = [one for one in self._objects[place] if one.is_crowd]
-        boxes = cut_off([one.box for one in objects], image.size, name)
-        where = f"{self._path}: the segmentation of {name}"
-        mask = _union(objects, image.size, where)
-        ignored = _union(crowds, image.size, where)
+    def _make_example(self, index: int, image: "Image", target: int, name: str) -> Example:
+        objects = [object_ for object_ in self._objects[index] if not object_.is_crowd]
+        crowds = [object_ for object_ in self._objects[index] if object_.is_crowd]
+        boxes = clip_boxes([object_.box for object_ in objects], image.size, name)
+        title = f"{self._path}: the segmentation of {name}"
+        mask = _union_mask(objects, image.size, title)
+        ignored = _union_mask(crowds, image.size, title)
         if mask is not None and ignored is not None:
             ignored = ignored & ~mask
         return Example(image, target, name, boxes, mask, ignored)
@@ -128,55 +130,65 @@ class Coco(LayoutFiles):
 def _check_classes(classes: Any) -> None:
     names = list(classes) if isinstance(classes, Sequence) else []
     if isinstance(classes, str) or not all(isinstance(name, str) for name in names) or not names:
-        raise ValueError(f"`classes` must be a list of names, got {_shown(classes)}.")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"`classes` must be distinct names, got {some_of(twice)} more than once.")
+        raise ArgumentError(
+            f"`classes` must be a list of names, got {_short_repr(classes)}.", "classes"
+        )
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ArgumentError(
+            f"`classes` must be distinct names, got {first_of(repeated)} more than once.", "classes"
+        )
 
 
-def _entries(content: Mapping[str, Any], key: str, *ids: str) -> list[Mapping[str, Any]]:
-    """A list of the file, each entry an object with numbers (or texts) that identify it."""
+def _checked_entries(content: Mapping[str, Any], key: str, *ids: str) -> list[Mapping[str, Any]]:
+    """The list `key` of a file; its entries are objects with numbers or texts as `ids`."""
     entries = content[key]
     if not isinstance(entries, list):
-        raise ValueError(f"{key!r} must be a list of objects, got {_shown(entries)}")
+        raise ValueError(f"{key!r} must be a list of objects, got {_short_repr(entries)}")
     for entry in entries:
         if not isinstance(entry, Mapping):
-            raise ValueError(f"{key!r} must be a list of objects, got the entry {_shown(entry)}")
+            raise ValueError(
+                f"{key!r} must be a list of objects, got the entry {_short_repr(entry)}"
+            )
         for name in ids:
             if not isinstance(entry[name], int | float | str):
-                raise ValueError(f"{name!r} in {key!r} must be a number, got {_shown(entry[name])}")
+                raise ValueError(
+                    f"{name!r} in {key!r} must be a number, got {_short_repr(entry[name])}"
+                )
     return entries
 
 
-def _shown(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _objects(
+def _group_objects(
     annotations: Any, images: Mapping[int, Any], categories: Mapping[int, str], names: Sequence[str]
 ) -> dict[tuple[int, int], list[_Object]]:
-    """Those with a box of some area, by picture and class."""
-    found: dict[tuple[int, int], list[_Object]] = {}
-    for one in annotations:
-        x, y, width, height = _numbers_of(one["bbox"])
-        name, image = categories.get(one["category_id"]), one["image_id"]
+    """Group the objects whose box has an area by picture and class."""
+    groups: dict[tuple[int, int], list[_Object]] = {}
+    for annotation in annotations:
+        x, y, width, height = _checked_box(annotation["bbox"])
+        category, image = annotation["category_id"], annotation["image_id"]
+        name = categories.get(category)
         if name is None or image not in images:
-            raise ValueError(f"an object is of picture {image}, category {one['category_id']}")
+            raise ValueError(f"an object is of picture {image}, category {category}")
         if name not in names:
-            raise ValueError(f"the class {name!r} is not in `classes`")
+            raise ArgumentError(f"the class {name!r} is not in `classes`", "classes")
         if width > 0 and height > 0:
-            box, crowd = outwards(x, y, x + width, y + height), bool(one.get("iscrowd"))
-            known = _Object(box, one.get("segmentation") or None, crowd)
-            found.setdefault((image, names.index(name)), []).append(known)
-    return found
+            box = round_outwards(x, y, x + width, y + height)
+            segmentation = annotation.get("segmentation") or None
+            object_ = _Object(box, segmentation, bool(annotation.get("iscrowd")))
+            groups.setdefault((image, names.index(name)), []).append(object_)
+    return groups
 
 
-def _numbers_of(box: Any) -> list[float]:
-    """The x, y, width and height of a box."""
+def _checked_box(box: Any) -> list[float]:
+    """The x, y, width and height of a box, all finite."""
     if not isinstance(box, list) or len(box) != 4 or not all(is_finite(value) for value in box):
         raise ValueError(
-            f"a box must be four finite numbers, [x, y, width, height], got {_shown(box)}"
+            f"a box must be four finite numbers, [x, y, width, height], got {_short_repr(box)}"
         )
     return [float(value) for value in box]
 
@@ -184,70 +196,71 @@ def _numbers_of(box: Any) -> list[float]:
 # --- masks ---------------------------------------------------------------------------------------
 
 
-def _union(objects: Sequence[_Object], size: tuple[int, int], where: str) -> Tensor | None:
-    """The pixels of objects in a picture of (width, height); None where one is not known."""
-    if not objects or any(one.segmentation is None for one in objects):
+def _union_mask(objects: Sequence[_Object], size: tuple[int, int], title: str) -> Tensor | None:
+    """The pixels of objects in a picture of (width, height); None if one has no segmentation."""
+    if not objects or any(object_.segmentation is None for object_ in objects):
         return None
     try:
-        masks = [_mask(one.segmentation, size[1], size[0]) for one in objects]
+        masks = [_decode_mask(object_.segmentation, size[1], size[0]) for object_ in objects]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} cannot be understood: {error}.") from error
+        raise ValueError(f"{title} cannot be understood: {error}.") from error
     return torch.from_numpy(np.logical_or.reduce(masks))
 
 
-def _mask(segmentation: Any, height: int, width: int) -> Array:
-    """(height, width), bool, of polygons or run lengths."""
+def _decode_mask(segmentation: Any, height: int, width: int) -> Array:
+    """Decode polygons or run lengths to a mask (height, width), bool."""
     if isinstance(segmentation, Mapping):
-        return _of_runs(segmentation["counts"], segmentation["size"], height, width)
+        return _decode_runs(segmentation["counts"], segmentation["size"], height, width)
     if not isinstance(segmentation, list):
-        raise ValueError(f"expected polygons or run lengths, got {_shown(segmentation)}")
-    for each in segmentation:
+        raise ValueError(f"expected polygons or run lengths, got {_short_repr(segmentation)}")
+    for polygon in segmentation:
         if (
-            not isinstance(each, list)
-            or len(each) < 6
-            or len(each) % 2
-            or not all(is_finite(value) for value in each)
+            not isinstance(polygon, list)
+            or len(polygon) < 6
+            or len(polygon) % 2
+            or not all(is_finite(value) for value in polygon)
         ):
             raise ValueError(
                 f"a polygon must be finite numbers, [x1, y1, x2, y2, ...], of at least three "
-                f"corners, got {_shown(each)}"
+                f"corners, got {_short_repr(polygon)}"
             )
-    polygons = [_of_polygon(each, height, width) for each in segmentation]
-    united: Array = np.logical_or.reduce(polygons)
-    return united
+    masks = [_fill_polygon(polygon, height, width) for polygon in segmentation]
+    union: Array = np.logical_or.reduce(masks)
+    return union
 
 
-def _of_polygon(polygon: Sequence[float], height: int, width: int) -> Array:
-    """Pixels whose centres are inside of a polygon (x1, y1, x2, y2, ...), by the even-odd rule."""
+def _fill_polygon(polygon: Sequence[float], height: int, width: int) -> Array:
+    """Mark pixels whose centre is inside a polygon (x1, y1, x2, y2, ...), by the even-odd rule."""
     x, y = np.asarray(polygon, dtype=np.float64).reshape(-1, 2).T
     next_x, next_y = np.roll(x, -1), np.roll(y, -1)
     rows = np.arange(height) + 0.5
     edge, row = np.nonzero((y[:, None] <= rows) != (next_y[:, None] <= rows))
     slope = (next_x - x)[edge] / (next_y - y)[edge]
     crossing = x[edge] + (rows[row] - y[edge]) * slope
-    first = np.ceil(crossing - 0.5).clip(0, width).astype(np.int64)  # pixel behind the crossing
+    first = np.ceil(crossing - 0.5).clip(0, width).astype(np.int64)  # the pixel after it
     flips = np.zeros((height, width + 1), dtype=np.int64)
     np.add.at(flips, (row, first), 1)
     inside: Array = flips.cumsum(1)[:, :width] % 2 == 1
     return inside
 
 
-def _of_runs(counts: Any, size: Sequence[int], height: int, width: int) -> Array:
-    """Runs of pixels outside and inside in turn, down the columns."""
-    runs = np.asarray(_numbers(counts) if isinstance(counts, str) else counts, dtype=np.int64)
+def _decode_runs(counts: Any, size: Sequence[int], height: int, width: int) -> Array:
+    """Decode run lengths, of pixels outside and inside in turn, down the columns."""
+    runs = np.asarray(_decode_text(counts) if isinstance(counts, str) else counts, dtype=np.int64)
     if list(size) != [height, width] or runs.sum() != height * width or (runs < 0).any():
         raise ValueError(
-            f"runs of {runs.sum()} pixels in a mask of size {list(size)} are not of a picture of "
+            f"runs of {runs.sum()} pixels in a mask of size {list(size)} do not fit a picture of "
             f"{[height, width]}"
         )
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
-def _numbers(text: str) -> list[int]:
-    """The run lengths of COCO's text: from the fourth on, differences from the last but one.
+def _decode_text(text: str) -> list[int]:
+    """Decode the run lengths in COCO's text.
 
-    A number has five bits in each character, the lowest first; 32 says that more follow, and 16
-    of the last is the sign.
+    Each character holds five bits of a number, the lowest first. Bit 32 means that more follow, and
+    bit 16 of the last character is the sign. From the fourth number on, the text holds differences
+    from the last but one.
     """
     runs: list[int] = []
     value = shift = 0

@@ -1,4 +1,4 @@
-"""The one form in which every data set of this package gives its pictures."""
+"""The form of all examples: a picture, its class, and the object's boxes and mask."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -6,21 +6,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from captum_ext._repr import fields_repr
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Example:
-    """A picture, its class, and where the object is as far as that is known.
+    """A picture, its class, and the boxes and mask of the object if they are known.
 
     Attributes:
         image: in RGB; or a tensor (3, H, W) or (1, H, W), uint8.
         target: the class.
-        name: what the example is called; no other of its data set is called so.
+        name: the name of the example, which is unique in its data set.
         boxes: (n, 4), int64: (x1, y1, x2, y2) in pixels of the image, half-open: pixel (x, y) is in
-            a box where x1 <= x < x2 and y1 <= y < y2. None where nothing is known of them; (0, 4)
-            where the class is known to have none.
+            a box where x1 <= x < x2 and y1 <= y < y2. None means unknown; (0, 4) means that the
+            class has no object in the image.
         mask: (H, W), bool: the pixels of all objects of the class, or None.
         ignored: (H, W), bool: pixels that count neither as object nor as background, or None.
 
@@ -45,7 +47,9 @@ class Example:
         height, width = self.size
         if self.boxes is not None:
             if not isinstance(self.boxes, Tensor) or self.boxes.dtype != torch.int64:
-                raise TypeError(f"`boxes` of {self.name} must be int64, got {_type(self.boxes)}.")
+                raise TypeError(
+                    f"`boxes` of {self.name} must be int64, got {_type_of(self.boxes)}."
+                )
             if self.boxes.dim() != 2 or self.boxes.shape[1] != 4:
                 raise ValueError(
                     f"`boxes` of {self.name} must be (n, 4), got {tuple(self.boxes.shape)}."
@@ -58,16 +62,19 @@ class Example:
                     f"0 <= y1 < y2 <= {height}, got {self.boxes.tolist()}."
                 )
         for part in ("mask", "ignored"):
-            found = getattr(self, part)
-            if found is None:
+            mask = getattr(self, part)
+            if mask is None:
                 continue
-            if not isinstance(found, Tensor) or found.dtype != torch.bool:
-                raise TypeError(f"`{part}` of {self.name} must be bool, got {_type(found)}.")
-            if found.shape != (height, width):
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                raise TypeError(f"`{part}` of {self.name} must be bool, got {_type_of(mask)}.")
+            if mask.shape != (height, width):
                 raise ValueError(
-                    f"`{part}` of {self.name} must be of the image's {(height, width)}, got "
-                    f"{tuple(found.shape)}."
+                    f"`{part}` of {self.name} must have the image's size {(height, width)}, got "
+                    f"{tuple(mask.shape)}."
                 )
+
+    def __repr__(self) -> str:
+        return fields_repr(self)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -89,21 +96,21 @@ class Example:
         return height, width
 
 
-def _type(value: object) -> object:
+def _type_of(value: object) -> object:
     return value.dtype if isinstance(value, Tensor) else type(value)
 
 
 def is_difficult(boxes: Tensor, size: tuple[int, int], n_other_classes: int) -> bool:
-    """Whether an example is among the difficult ones of the pointing game.
+    """Whether an example is one of the pointing game's difficult examples.
 
-    It is where the boxes of the class have together less than a quarter of the image's area, and
-    another class is in the image too (Zhang et al., "Top-down Neural Attention by Excitation
-    Backprop", 2016). Areas are added, so that what several boxes share counts several times.
+    An example is difficult if the boxes of its class have less than a quarter of the image's area
+    together, and another class is in the image too (Zhang et al., "Top-down Neural Attention by
+    Excitation Backprop", 2016). Areas are added, so that the overlap of boxes counts several times.
 
     Args:
         boxes: (n, 4), (x1, y1, x2, y2), half-open.
         size: (height, width) of the image.
-        n_other_classes: how many other classes have objects in the image.
+        n_other_classes: the number of other classes with objects in the image.
 
     Example:
         >>> is_difficult(torch.tensor([[0, 0, 5, 4]]), (10, 10), n_other_classes=1)

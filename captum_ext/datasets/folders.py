@@ -1,35 +1,35 @@
-"""Pictures in folders, one for each class; the layouts of public data sets are beside this.
+"""Pictures in one folder for each class.
 
-Of all layouts: nothing is downloaded. What a layout's text files say is checked when a data set is
-made; pictures and masks are read when they are asked for. One that is missing or does not decode
-raises an OSError that names it. Boxes are cut off at the image's border.
+These rules hold for all layouts of folders in this package. Nothing is downloaded. The constructor
+checks the layout's text files; indexing reads pictures and masks. A picture that is missing or does
+not decode raises an OSError that names it. Boxes are clipped at the image's border.
 
-Except by `ClassFolders`, pictures are taken as they are stored: a turn that the camera has noted
-(EXIF) is not made, since the boxes of these sets are in the stored pixels.
+Only `ClassFolders` turns pictures upright by the camera's note (EXIF). The other layouts keep the
+stored pixels, as their boxes do.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captum_ext.datasets._files import AnyPath, LayoutFiles, some_of
+from captum_ext._errors import ArgumentError
+from captum_ext.datasets._files import AnyPath, LayoutDataset, first_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class ClassFolders(LayoutFiles):
+class ClassFolders(LayoutDataset):
     """Pictures in one folder for each class: ``<root>/<class>/<any folders>/<picture>``.
 
     The pictures are those of torchvision's `ImageFolder`, in its order. They are turned upright, as
-    by `captum-ext explain`. Nothing is known of where the objects are. Names are paths under the
-    root.
+    by `captum-ext explain`. There are no boxes or masks. Names are paths under the root.
 
     Args:
         root: the folder.
-        classes: names of folders, in the order of the classifier's outputs. Not all of them need to
-            be there, so that some classes of ImageNet can be evaluated alone. None takes the
-            folders that are there, sorted.
+        classes: names of folders, in the order of the classifier's outputs. Folders may be missing,
+            so that some classes of ImageNet can be evaluated alone. None takes the folders in the
+            root, sorted.
 
     Raises:
         FileNotFoundError: no folder, no class, or a class without pictures.
@@ -46,18 +46,20 @@ class ClassFolders(LayoutFiles):
     def __init__(self, root: AnyPath, classes: Sequence[str] | None = None) -> None:
         from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-        found, _ = find_classes(str(root))
-        self.labels = "nameless" if classes is None else "all"
-        classes = found if classes is None else classes
-        unknown = sorted(set(found).difference(classes))
+        folders, _ = find_classes(str(root))
+        self.root, self.labels = root, "nameless" if classes is None else "all"
+        classes = folders if classes is None else classes
+        unknown = sorted(set(folders).difference(classes))
         if unknown:
-            raise ValueError(f"`classes` lacks {some_of(unknown)}, which are folders of {root}.")
-        places = {name: classes.index(name) for name in found}
-        samples = make_dataset(str(root), places, extensions=IMG_EXTENSIONS)
+            raise ArgumentError(
+                f"`classes` lacks {first_of(unknown)}, which are folders of {root}.", "classes"
+            )
+        class_to_index = {name: classes.index(name) for name in folders}
+        samples = make_dataset(str(root), class_to_index, extensions=IMG_EXTENSIONS)
         names = [Path(path).relative_to(root).as_posix() for path, _ in samples]
         super().__init__(samples, names, classes)
 
-    def _image(self, path: str) -> "Image":
+    def _read_image(self, path: str) -> "Image":
         from captum_ext._data.files import read_upright
 
         return read_upright(path)

@@ -1,15 +1,16 @@
 """Photographed objects on photographs, with masks and boxes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from captum_ext._checks import check_choice
+from captum_ext.datasets._seeded import Array, Random, SeededDataset
 from captum_ext.datasets.examples import Example, is_difficult
 
 if TYPE_CHECKING:
@@ -19,24 +20,24 @@ KINDS = ("small", "several", "distractors")
 
 _Box = tuple[int, int, int, int]
 
-_SMALLEST, _LARGEST, _GAP = 0.1, 0.23, 0.0625  # of the shorter side of the scene
-_SMALLEST_SCENE = 160
-_FEATHER = 2  # pixels of the photograph that an object is cut from
+# Shares of the scene's shorter side: the longer side of objects, and the gap between their boxes.
+_SMALLEST, _LARGEST, _GAP = 0.1, 0.23, 0.0625
+_FEATHER = 2  # the soft edge of an object, in pixels of its photograph
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Scene(Example):
-    """A picture with objects of one class in known places.
+    """A picture with pasted objects of one class, and perhaps of others.
 
     Attributes:
         image: in RGB.
-        target: the class of the objects, as its index in ImageNet.
+        target: the index of the objects' class in ImageNet.
         name: kind, seed and number, as in "several-0-7".
         kind: "small", "several" or "distractors".
         mask: (H, W), bool: the pixels that the objects of the class cover by at least half.
         boxes: (k, 4), int64: the boxes of these objects, (x1, y1, x2, y2) in pixels, half-open.
-        distractor_targets: the classes of the other objects.
-        distractor_boxes: (m, 4), int64: their boxes.
+        distractor_targets: the classes of the other objects, one for each.
+        distractor_boxes: (m, 4), int64: the boxes of the other objects.
     """
 
     image: "Image"
@@ -48,42 +49,40 @@ class Scene(Example):
 
     @property
     def difficult(self) -> bool:
-        """Whether another class is in the picture too, and this one in under a quarter of it.
-
-        See `is_difficult`.
-        """
+        """Whether the scene has another class and small objects; see `is_difficult`."""
         return is_difficult(self.boxes, self.size, len(self.distractor_targets))
 
 
-class PastedScenes(Dataset[Scene]):
+class PastedScenes(SeededDataset[Scene]):
     """Photographed objects pasted on photographs: small, several of a class, or with distractors.
 
-    An object is a cut-out with a soft edge, mirrored or not, at 80% to 120% of its brightness, its
-    longer side 10% to 23% of the scene's shorter one (48 to 110 pixels of 480). Boxes keep 6% (30
-    pixels) apart. The background is a part of another photograph, enlarged, mirrored or not, grey
-    ones coloured.
+    An object is a cut-out with a soft edge, mirrored or not, at 80% to 120% of its brightness. Its
+    longer side is 10% to 23% of the scene's shorter one (48 to 110 pixels of 480). Boxes are at
+    least 6% (30 pixels) apart. The background is an enlarged part of another photograph, mirrored
+    or not; grey photographs are coloured.
 
     - "small": one object;
     - "several": two to four objects of one class;
     - "distractors": one object, and one to three of other classes, each of its own class.
 
     The objects are a cat (285, Egyptian cat), a cup (967, espresso), a shuttle (812, space shuttle)
-    and a camera on legs (872, tripod), in turn. The network of `captum_ext.zoo.load_model` names
-    them when it is shown the object alone, which a motorcycle, its wheel and a helmet failed; no
-    method of explanation had a say. Checked on 36 pastes of each (four sizes from 48 to 110 pixels
-    on each of the nine backgrounds), cropped to a square a quarter wider than the object and
-    resized to 224 pixels: the median probability of the class is 0.75, 0.20, 0.85 and 0.58, and it
-    comes first in 35, 35, 35 and 32 of them. On 180 backgrounds with nothing pasted, at native size
-    and at 224 pixels, none of the four classes has a probability above 0.03.
+    and a camera on legs (872, tripod), in turn. They were chosen because the network of
+    `captum_ext.zoo.load_model` recognises each alone; a motorcycle, its wheel and a helmet failed
+    that test. Attribution methods played no part in the choice. The test took 36 pastes of each
+    (four sizes from 48 to 110 pixels on each of the nine backgrounds), cropped to a square a
+    quarter wider than the object and resized to 224 pixels. The median probability of the class is
+    0.75, 0.20, 0.85 and 0.58, and the class comes first in 35, 35, 35 and 32 of the pastes. On 180
+    bare backgrounds, at native size and at 224 pixels, none of the four classes has a probability
+    above 0.03.
 
-    Scene i depends on `seed`, i, `kind` and `size` alone, and is made to be the same to the bit
-    everywhere: numbers come from NumPy's frozen `RandomState`, sources are no JPEGs, and Pillow
+    Scene i depends on `seed`, i, `kind` and `size` alone, and is the same to the bit on every
+    machine: numbers come from NumPy's frozen `RandomState`, the sources are not JPEGs, and Pillow
     composes in integers. Scene i of a single kind is scene 3 i + 0, 1 or 2 of the mixture.
 
     Args:
-        n: how many scenes.
-        seed: not negative.
-        kind: one of the three, or "mixed": one after the other.
+        n: the number of scenes.
+        seed: at least 0 and below 2**32.
+        kind: "small", "several" or "distractors"; or "mixed", the three in turn.
         size: (height, width) of the scenes, each at least 160 pixels.
 
     Raises:
@@ -96,6 +95,8 @@ class PastedScenes(Dataset[Scene]):
         ((640, 480), 'several', 285, 4)
     """
 
+    smallest_side = 160
+
     def __init__(
         self,
         n: int = 60,
@@ -103,143 +104,126 @@ class PastedScenes(Dataset[Scene]):
         kind: str = "mixed",
         size: tuple[int, int] = (480, 640),
     ) -> None:
-        if n < 1:
-            raise ValueError(f"`n` must be positive, got {n}.")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"`seed` must be in [0, 2**32), got {seed}.")
-        if kind not in ("mixed", *KINDS):
-            raise ValueError(f"`kind` must be one of {('mixed', *KINDS)}, got {kind!r}.")
-        if len(size) != 2 or min(size) < _SMALLEST_SCENE:
-            raise ValueError(
-                f"`size` must be (height, width) of at least {_SMALLEST_SCENE} pixels, got {size}."
-            )
-        self.n, self.seed, self.kind, self.size = n, seed, kind, size
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __iter__(self) -> Iterator[Scene]:
-        return (self[index] for index in range(self.n))
+        super().__init__(n, seed, size)
+        check_choice("kind", kind, ("mixed", *KINDS))
+        self.kind = kind
 
     def __getitem__(self, index: int) -> Scene:
-        kind, turn = self._place(index)
-        random = np.random.RandomState([self.seed, KINDS.index(kind), turn])
-        return _scene(random, kind, turn % len(_OBJECTS), self.size, self.name(index))
+        kind, number = self._kind_and_number(index)
+        random = Random([self.seed, KINDS.index(kind), number])
+        return _compose(random, kind, number % len(_OBJECTS), self.size, self.name(index))
 
     def target(self, index: int) -> int:
         """The class of a scene, without drawing it."""
-        return _OBJECTS[self._place(index)[1] % len(_OBJECTS)].target
+        return _OBJECTS[self._kind_and_number(index)[1] % len(_OBJECTS)].target
 
     def name(self, index: int) -> str:
         """The name of a scene, without drawing it."""
-        kind, turn = self._place(index)
-        return f"{kind}-{self.seed}-{turn}"
+        kind, number = self._kind_and_number(index)
+        return f"{kind}-{self.seed}-{number}"
 
-    def _place(self, index: int) -> tuple[str, int]:
-        """Of which kind a scene is, and its number among those."""
-        if not -self.n <= index < self.n:
-            raise IndexError(f"scene {index} of {self.n}")
-        turn, kind = index % self.n, self.kind
-        if kind == "mixed":
-            turn, which = divmod(turn, len(KINDS))
-            kind = KINDS[which]
-        return kind, turn
+    def _kind_and_number(self, index: int) -> tuple[str, int]:
+        """The kind of a scene, and its number among the scenes of this kind."""
+        index = self._checked_index(index)
+        if self.kind != "mixed":
+            return self.kind, index
+        number, kind_index = divmod(index, len(KINDS))
+        return KINDS[kind_index], number
 
 
 # --- composition ---------------------------------------------------------------------------------
 
 
-def _scene(
-    random: np.random.RandomState, kind: str, turn: int, size: tuple[int, int], name: str
-) -> Scene:
+def _compose(random: Random, kind: str, turn: int, size: tuple[int, int], name: str) -> Scene:
+    """Paste objects on a random background; `turn` is the index of the scene's class."""
     from PIL import Image
 
     target, others = _OBJECTS[turn], [*_OBJECTS[:turn], *_OBJECTS[turn + 1 :]]
-    chosen = [target]
+    cutouts = [target]
     if kind == "several":
-        chosen = [target] * random.randint(2, 5)
+        cutouts = [target] * random.randint(2, 5)
     elif kind == "distractors":
         order = random.permutation(len(others))
-        chosen += [others[i] for i in order[: random.randint(1, len(others) + 1)]]
+        cutouts += [others[i] for i in order[: random.randint(1, len(others) + 1)]]
     image = _background(random, _BACKGROUNDS[random.randint(len(_BACKGROUNDS))], size)
-    pasted = [_resized(random, cutout, min(size)) for cutout in chosen]
-    corners = _layout(random, [alpha.size for _, alpha in pasted], size)
+    pictures = [_vary_cutout(random, cutout, min(size)) for cutout in cutouts]
+    corners = _random_corners(random, [alpha.size for _, alpha in pictures], size)
     mask = np.zeros(size, dtype=bool)
     boxes: list[_Box] = []
-    for cutout, (picture, alpha), corner in zip(chosen, pasted, corners, strict=True):
+    for cutout, (picture, alpha), corner in zip(cutouts, pictures, corners, strict=True):
         image.paste(picture, corner, alpha)
-        cover = Image.new("L", image.size)
-        cover.paste(alpha, corner)
-        covered = cover.point([0] * 128 + [255] * 128)
-        box = covered.getbbox()
+        opacity = Image.new("L", image.size)
+        opacity.paste(alpha, corner)
+        is_covered = opacity.point([0] * 128 + [255] * 128)
+        box = is_covered.getbbox()
         assert box is not None
         boxes.append(box)
         if cutout is target:
-            mask |= np.asarray(covered) > 0
-    k = chosen.count(target)
+            mask |= np.asarray(is_covered) > 0
+    n_objects = cutouts.count(target)
     return Scene(
         image=image,
         target=target.target,
         name=name,
-        boxes=torch.tensor(boxes[:k]),
+        boxes=torch.tensor(boxes[:n_objects]),
         mask=torch.from_numpy(mask),
         kind=kind,
-        distractor_targets=tuple(cutout.target for cutout in chosen[k:]),
-        distractor_boxes=torch.tensor(boxes[k:], dtype=torch.int64).reshape(-1, 4),
+        distractor_targets=tuple(cutout.target for cutout in cutouts[n_objects:]),
+        distractor_boxes=torch.tensor(boxes[n_objects:], dtype=torch.int64).reshape(-1, 4),
     )
 
 
-def _resized(
-    random: np.random.RandomState, cutout: "_Cutout", side: int
-) -> tuple["Image", "Image"]:
-    """The picture of an object and its opacity, at the size at which it is pasted."""
+def _vary_cutout(random: Random, cutout: "_Cutout", side: int) -> tuple["Image", "Image"]:
+    """The picture of an object and its opacity, at a random size and brightness, or mirrored."""
     from PIL import Image, ImageOps
 
-    picture, alpha = _cut(cutout)
+    picture, alpha = _cut_out(cutout)
     longer = side * random.uniform(_SMALLEST, _LARGEST)
     width, height = (max(1, round(s * longer / max(picture.size))) for s in picture.size)
-    picture = _brighter(picture, random.uniform(0.8, 1.2))
-    both = [p.resize((width, height), Image.Resampling.BICUBIC) for p in (picture, alpha)]
+    picture = _scale_brightness(picture, random.uniform(0.8, 1.2))
+    picture, alpha = (
+        image.resize((width, height), Image.Resampling.BICUBIC) for image in (picture, alpha)
+    )
     if random.randint(2):
-        both = [ImageOps.mirror(p) for p in both]
-    return both[0], both[1]
+        picture, alpha = ImageOps.mirror(picture), ImageOps.mirror(alpha)
+    return picture, alpha
 
 
-def _layout(
-    random: np.random.RandomState, sizes: Sequence[tuple[int, int]], size: tuple[int, int]
+def _random_corners(
+    random: Random, sizes: Sequence[tuple[int, int]], size: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """Corners (x, y) at which boxes of the sizes (width, height) keep their distance."""
+    """Upper left corners (x, y) that keep boxes of the sizes (width, height) apart."""
     gap = round(_GAP * min(size))
     while True:
         corners = [
             (random.randint(size[1] - w + 1), random.randint(size[0] - h + 1)) for w, h in sizes
         ]
         boxes = [(x, y, x + w, y + h) for (x, y), (w, h) in zip(corners, sizes, strict=True)]
-        if all(_apart(a, b, gap) for i, a in enumerate(boxes) for b in boxes[:i]):
+        if all(_are_apart(a, b, gap) for i, a in enumerate(boxes) for b in boxes[:i]):
             return corners
 
 
-def _apart(a: _Box, b: _Box, gap: int) -> bool:
+def _are_apart(a: _Box, b: _Box, gap: int) -> bool:
+    """Whether two boxes are at least `gap` pixels apart, down or across."""
     return a[0] - b[2] >= gap or b[0] - a[2] >= gap or a[1] - b[3] >= gap or b[1] - a[3] >= gap
 
 
-def _background(
-    random: np.random.RandomState, background: "_Background", size: tuple[int, int]
-) -> "Image":
+def _background(random: Random, background: "_Background", size: tuple[int, int]) -> "Image":
+    """A random part of a background at (height, width), at a random brightness, or mirrored."""
     from PIL import Image, ImageOps
 
-    image = _part(background)
+    image = _prepare(background)
     shape = np.array(size[::-1])
     shape = shape * random.uniform(0.6, 1.0) * min(np.array(image.size) / shape)
     width, height = (max(1, int(side)) for side in shape)
     x, y = random.randint(image.width - width + 1), random.randint(image.height - height + 1)
     image = image.crop((x, y, x + width, y + height))
     image = image.resize(size[::-1], Image.Resampling.BICUBIC)
-    image = _brighter(image, random.uniform(0.8, 1.2))
+    image = _scale_brightness(image, random.uniform(0.8, 1.2))
     return ImageOps.mirror(image) if random.randint(2) else image
 
 
-def _brighter(image: "Image", factor: float) -> "Image":
+def _scale_brightness(image: "Image", factor: float) -> "Image":
     return image.point([min(255, round(factor * value)) for value in range(256)] * 3)
 
 
@@ -248,7 +232,13 @@ def _brighter(image: "Image", factor: float) -> "Image":
 
 @dataclass(frozen=True)
 class _Cutout:
-    """What the polygons (in SVG's notation: "x,y x,y ...") enclose in a photograph."""
+    """An object in a photograph.
+
+    Attributes:
+        photograph: see `_photograph`.
+        target: the index of the object's class in ImageNet.
+        polygons: the outlines, in SVG's notation: "x,y x,y ...".
+    """
 
     photograph: str
     target: int
@@ -257,7 +247,7 @@ class _Cutout:
 
 @dataclass(frozen=True)
 class _Background:
-    """A part of a photograph, and colours for its black, grey and white."""
+    """A region of a photograph, and colours for its black, grey and white."""
 
     photograph: str
     region: _Box | None = None
@@ -266,7 +256,7 @@ class _Background:
 
 @cache
 def _photograph(name: str) -> "Image":
-    """A photograph by the name of its function in `skimage.data`; those used here are packaged."""
+    """A photograph by the name of its function in `skimage.data`, from scikit-image's package."""
     from PIL import Image
 
     try:
@@ -276,12 +266,13 @@ def _photograph(name: str) -> "Image":
             "PastedScenes needs scikit-image's photographs, which are not installed: "
             'pip install "captum_ext[demo]"'
         ) from None
-    load: Callable[[], np.ndarray[Any, Any]] = getattr(skimage.data, name)
+    load: Callable[[], Array] = getattr(skimage.data, name)
     return Image.fromarray(load())
 
 
 @cache
-def _cut(cutout: _Cutout) -> tuple["Image", "Image"]:
+def _cut_out(cutout: _Cutout) -> tuple["Image", "Image"]:
+    """The picture of an object's bounding box, and the opacity of the object there."""
     from PIL import Image, ImageDraw, ImageFilter
 
     image = _photograph(cutout.photograph).convert("RGB")
@@ -294,7 +285,8 @@ def _cut(cutout: _Cutout) -> tuple["Image", "Image"]:
 
 
 @cache
-def _part(background: _Background) -> "Image":
+def _prepare(background: _Background) -> "Image":
+    """The region of a background's photograph, in its colours."""
     from PIL import ImageOps
 
     image = _photograph(background.photograph)

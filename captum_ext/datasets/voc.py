@@ -1,4 +1,4 @@
-"""Pascal VOC, as it is unpacked."""
+"""Pascal VOC's layout, after unpacking."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +8,16 @@ from xml.etree import ElementTree
 
 from torch import Tensor
 
+from captum_ext._errors import ArgumentError
 from captum_ext.datasets._files import (
     AnyPath,
     Box,
-    LayoutFiles,
+    LayoutDataset,
     check_unique,
-    cut_off,
+    clip_boxes,
     finite_number,
-    outwards,
     read_rows,
+    round_outwards,
 )
 from captum_ext.datasets.examples import Example, is_difficult
 
@@ -30,16 +31,17 @@ VOC_CLASSES = (
 )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class VocExample(Example):
     """A picture and one of the classes in it.
 
     Attributes:
         image: in RGB.
-        target: the class, as its index in `VOC_CLASSES`.
+        target: the index of the class in the data set's `classes`.
         name: picture and class, as in "000012-car".
-        boxes: (n, 4), int64: of the objects of the class that count, (x1, y1, x2, y2), half-open.
-        flagged_boxes: (m, 4), int64: of those that the annotators flagged as "difficult" to see.
+        boxes: (n, 4), int64: the boxes (x1, y1, x2, y2) of the objects that count, half-open.
+        flagged_boxes: (m, 4), int64: the boxes of the objects of the class that the annotators
+            flagged as "difficult" to see.
         other_targets: the other classes in the picture, flagged or not.
     """
 
@@ -50,31 +52,31 @@ class VocExample(Example):
 
     @property
     def difficult(self) -> bool:
-        """Whether this is one of the pointing game's difficult examples: see `is_difficult`.
+        """Whether this is one of the pointing game's difficult examples; see `is_difficult`.
 
-        It has nothing to do with the flag of the annotators, which is of single objects.
+        The flag of the annotators has another meaning, and belongs to single objects.
         """
         return is_difficult(self.boxes, self.size, len(self.other_targets))
 
 
-class Voc(LayoutFiles):
+class Voc(LayoutDataset):
     """Pascal VOC: an example for each picture and class in it, with the boxes of that class.
 
-    The root holds ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``. Boxes count pixels from 1
-    there and include both ends; (xmin - 1, ymin - 1, xmax, ymax) is half-open from 0. Some files
-    have fractions, which are rounded outwards.
+    The root holds ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``. Boxes in the files count
+    pixels from 1 and include both ends; (xmin - 1, ymin - 1, xmax, ymax) is half-open from 0. The
+    fractions in some files are rounded outwards.
 
     Args:
         root: a folder such as VOCdevkit/VOC2007.
         split: the name of a file in ``ImageSets/Main``, such as "test", "val" or "trainval".
-        use_flagged: whether objects flagged as "difficult" count as objects, as they do in
-            TorchRay's pointing game; they are in `boxes` and in `flagged_boxes` then. Else a class
-            of which a picture has no others gives no example, as in VOC's own evaluation.
+        use_flagged: whether objects flagged as "difficult" count as objects, as in TorchRay's
+            pointing game; they are then in `boxes` and in `flagged_boxes`. Otherwise a class with
+            only flagged objects in a picture gives no example, as in VOC's own evaluation.
         classes: the names of the classes, in the order of the classifier's outputs.
 
     Raises:
         FileNotFoundError: a file of the layout is missing.
-        ValueError: files that cannot be understood, a class that is not in `classes`, no object.
+        ValueError: invalid files, a class that is not in `classes`, no object.
 
     Reference:
         Everingham et al., "The Pascal Visual Object Classes (VOC) Challenge", 2010.
@@ -111,39 +113,40 @@ class Voc(LayoutFiles):
             raise ValueError(f"{root}: the pictures of {split!r} have no object.")
         check_unique(root / "ImageSets" / "Main" / f"{split}.txt", names)
         super().__init__(samples, names, classes)
+        self.root, self.split, self.use_flagged = root, split, use_flagged
 
     @classmethod
-    def is_in(cls, folder: Path) -> bool:
+    def matches(cls, folder: Path) -> bool:
         return (folder / "Annotations").is_dir() and (folder / "ImageSets/Main").is_dir()
 
-    def _example(self, place: int, image: "Image", target: int, name: str) -> VocExample:
-        boxes, flagged, others = self._objects[place]
+    def _make_example(self, index: int, image: "Image", target: int, name: str) -> VocExample:
+        boxes, flagged, others = self._objects[index]
         return VocExample(
             image=image,
             target=target,
             name=name,
-            boxes=cut_off(boxes, image.size, name),
-            flagged_boxes=cut_off(flagged, image.size, name),
+            boxes=clip_boxes(boxes, image.size, name),
+            flagged_boxes=clip_boxes(flagged, image.size, name),
             other_targets=others,
         )
 
 
 def _voc_objects(path: Path, classes: Sequence[str]) -> list[tuple[int, Box, bool]]:
-    """Class, box and flag of each object."""
+    """Read the class, box and flag of each object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
     objects = []
     try:
-        for found in ElementTree.parse(path).getroot().findall("object"):
-            name = str(found.findtext("name")).strip()
+        for element in ElementTree.parse(path).getroot().findall("object"):
+            name = str(element.findtext("name")).strip()
             if name not in classes:
-                raise ValueError(f"the class {name!r} is not in `classes`")
+                raise ArgumentError(f"the class {name!r} is not in `classes`", "classes")
             x1, y1, x2, y2 = (
-                finite_number(str(found.findtext(f"bndbox/{end}")))
+                finite_number(str(element.findtext(f"bndbox/{end}")))
                 for end in ("xmin", "ymin", "xmax", "ymax")
             )
-            flagged = int(found.findtext("difficult") or 0) != 0
-            objects.append((classes.index(name), outwards(x1 - 1, y1 - 1, x2, y2), flagged))
+            flagged = int(element.findtext("difficult") or 0) != 0
+            objects.append((classes.index(name), round_outwards(x1 - 1, y1 - 1, x2, y2), flagged))
     except (ElementTree.ParseError, ValueError) as error:
-        raise ValueError(f"{path}: {error}.") from error
+        raise ArgumentError(f"{path}: {error}.", getattr(error, "argument", "root")) from error
     return objects

@@ -1,4 +1,4 @@
-"""The layout of wsolevaluation, by which CUB, ImageNet and OpenImages30k are published."""
+"""The layout of wsolevaluation, as used by published figures on CUB, ImageNet and OpenImages30k."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -7,16 +7,16 @@ import torch
 
 from captum_ext.datasets._files import (
     AnyPath,
-    LayoutFiles,
+    LayoutDataset,
     check_keys,
     check_targets,
     check_unique,
-    cut_off,
+    clip_boxes,
     finite_number,
-    outwards,
     read_mask,
     read_rows,
     read_table,
+    round_outwards,
 )
 from captum_ext.datasets.examples import Example
 
@@ -26,25 +26,27 @@ if TYPE_CHECKING:
 SPLITS = ("test", "val", "train-fullsup", "train-weaksup")
 
 
-class WsolFolder(LayoutFiles):
-    """The layout of wsolevaluation, by which CUB, ImageNet and OpenImages30k are published.
+class WsolFolder(LayoutDataset):
+    """The layout of wsolevaluation, as used by published figures on CUB, ImageNet, OpenImages30k.
 
     ``<root>/<split>`` holds ``image_ids.txt``, ``class_labels.txt``, ``localization.txt`` and, with
-    boxes, ``image_sizes.txt``. A line of ``localization.txt`` is ``id,x1,y1,x2,y2``: an image has
-    one or more, which end behind the object, so that they are taken as half-open. They are in
-    pixels of an image of the size in ``image_sizes.txt`` (``id,width,height``); where a picture has
-    another, they are scaled and rounded outwards. Or a line is ``id,mask,ignored``, paths of
-    pictures whose pixels that are not 0 count: the mask is the union of an image's masks, what is
-    ignored is the rest of the other, which may be empty. They are brought to the size of the image
-    (nearest). Names are the ids, which are the pictures' paths.
+    boxes, ``image_sizes.txt``. Names are the ids, which are the pictures' paths. There are two
+    kinds of lines in ``localization.txt``:
+
+    - ``id,x1,y1,x2,y2``: a box of an image, which has one or more. Boxes end behind the object, and
+      are taken as half-open. They are in pixels of an image of the size in ``image_sizes.txt``
+      (``id,width,height``). If the picture has another size, they are scaled and rounded outwards.
+    - ``id,mask,ignored``: paths of pictures, whose pixels other than 0 count. The mask is the union
+      of an image's masks. The ignored pixels are those of the second picture that are not in the
+      mask; its path may be empty. Both are resized to the image (nearest).
 
     Args:
         root: the folder of the text files, such as metadata/CUB.
         images: the folder of the pictures, such as dataset/CUB.
         split: "test", "val" or "train-fullsup"; "train-weaksup" with ``localization=False``.
-        masks: the folder of the masks; None is `images`.
+        masks: the folder of the masks; None takes `images`.
         localization: whether to read ``localization.txt``.
-        n_classes: classes must be below it; None checks only that they are not negative.
+        n_classes: the number of classes, which labels must be below; None allows any label.
 
     Raises:
         FileNotFoundError: a file of the layout is missing.
@@ -81,8 +83,8 @@ class WsolFolder(LayoutFiles):
         check_targets(path, targets, 0, n_classes)
         samples = [(Path(images) / name, targets[name][0]) for name in names]
         super().__init__(samples, names, ())
-        self.has_objects = localization
-        self.masks = Path(images if masks is None else masks)
+        self.root, self.images, self.split, self.masks = root, images, split, masks
+        self.localization = self.has_objects = localization
         self._sizes: dict[str, list[int]] = {}
         self._boxes: dict[str, list[list[float]]] = {}
         self._masks: dict[str, list[list[str]]] = {}
@@ -93,12 +95,12 @@ class WsolFolder(LayoutFiles):
     def from_folder(
         cls, root: str, images: str, split: str = "test", masks: str | None = None
     ) -> Self:
-        """With what is known of the objects, where the folder has it."""
+        """Open a folder, with boxes or masks if it has them."""
         has_objects = (Path(root) / split / "localization.txt").is_file()
         return cls(root, images, split, masks=masks, localization=has_objects)
 
     @classmethod
-    def is_in(cls, folder: Path) -> bool:
+    def matches(cls, folder: Path) -> bool:
         return any((folder / split / "image_ids.txt").is_file() for split in SPLITS)
 
     @property
@@ -109,30 +111,35 @@ class WsolFolder(LayoutFiles):
         path = folder / "localization.txt"
         lines = [line for (line,) in read_rows(path, lambda line: [line], 1)]
         n_values = 4 if lines and _is_box(lines[0]) else 2
-        found: dict[str, list[list[str]]] = {}
+        by_name: dict[str, list[list[str]]] = {}
         for key, *values in read_rows(path, lambda line: line.rsplit(",", n_values), n_values + 1):
-            found.setdefault(key, []).append(values)
-        check_keys(path, found, self.names)
+            by_name.setdefault(key, []).append(values)
+        check_keys(path, by_name, self.names)
         if n_values == 2:
-            self._masks = found
+            self._masks = by_name
             return
         try:
             self._boxes = {
-                k: [[finite_number(v) for v in box] for box in b] for k, b in found.items()
+                name: [[finite_number(value) for value in box] for box in boxes]
+                for name, boxes in by_name.items()
             }
         except ValueError as error:
             raise ValueError(f"{path}: {error}.") from error
         self._sizes = read_table(folder / "image_sizes.txt", 2, _side_length, self.names, ",")
 
-    def _example(self, place: int, image: "Image", target: int, name: str) -> Example:
+    def _make_example(self, index: int, image: "Image", target: int, name: str) -> Example:
         boxes = mask = ignored = None
+        masks = Path(self.images if self.masks is None else self.masks)
         if name in self._boxes:
-            x, y = (a / b for a, b in zip(image.size, self._sizes[name], strict=True))
-            scaled = [outwards(a * x, b * y, c * x, d * y) for a, b, c, d in self._boxes[name]]
-            boxes = cut_off(scaled, image.size, name)
+            sx, sy = (a / b for a, b in zip(image.size, self._sizes[name], strict=True))
+            scaled = [
+                round_outwards(x1 * sx, y1 * sy, x2 * sx, y2 * sy)
+                for x1, y1, x2, y2 in self._boxes[name]
+            ]
+            boxes = clip_boxes(scaled, image.size, name)
         elif name in self._masks:
             inside, outside = (
-                [read_mask(self.masks / path, image.size) for path in dict.fromkeys(paths) if path]
+                [read_mask(masks / path, image.size) for path in dict.fromkeys(paths) if path]
                 for paths in zip(*self._masks[name], strict=True)
             )
             if not inside:

@@ -16,7 +16,7 @@ from captum_ext._checks import check_choice, check_count, check_seed, warn
 from captum_ext._data.pixels import IMAGENET_MEAN_STD, mean_and_std
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.state import preserve_state
-from captum_ext._errors import ArgumentError
+from captum_ext._errors import AllFailedError, ArgumentError
 from captum_ext._identity import json_value, model_digest, versioned_name
 from captum_ext.evaluation.columns import Columns
 from captum_ext.evaluation.examples import Example, ExampleBatches
@@ -144,7 +144,7 @@ def evaluate(
     check_seed(seed)
     sides = None if size is None else height_width("size", size)
     if Path(output).exists() and not Path(output).is_dir():
-        raise ArgumentError(f"`output` must be a folder, and {str(output)!r} is a file.", "output")
+        raise ArgumentError(f"`output` must be a folder, and {str(output)!r} is a file.")
     batches = ExampleBatches(data, batch_size, sides, normalize)
     samples = _sample_examples(batches)
     measures = make_measures(metrics, samples)
@@ -198,7 +198,7 @@ def _distinct_columns(measures: Sequence[Measure]) -> list[Columns]:
     counts = Counter((*COLUMNS, *itertools.chain(*columns)))
     if duplicates := [name for name, count in counts.items() if count > 1]:
         raise ArgumentError(
-            f"`metrics`: rows have columns {duplicates} already: choose other names.", "metrics"
+            f"`metrics`: rows have columns {duplicates} already: choose other names."
         )
     return list(columns.values())
 
@@ -206,7 +206,7 @@ def _distinct_columns(measures: Sequence[Measure]) -> list[Columns]:
 def _check_failures(result: Summary, output: str | Path) -> None:
     """Warn of failed rows, or raise a RuntimeError if all failed."""
     if not any(result.images.values()):
-        raise RuntimeError(
+        raise AllFailedError(
             f"Not one of {sum(result.failures.values())} rows came to anything. The first reason: "
             f"{next(iter(result.reasons.values()), None)}"
         )

@@ -126,9 +126,7 @@ class ResultStore:
             if any(_files(self.folder)) or any(self.folder.glob("rows*.csv")):
                 raise ArgumentError(
                     f"`output` {self.folder} has rows, but no {SETTINGS}: they are not known to be "
-                    f"of this run. Name another folder.",
-                    "output",
-                    "another_run",
+                    f"of this run. Name another folder."
                 )
             return None
         stored = ResultStore.read(self.folder)
@@ -137,7 +135,12 @@ class ResultStore:
         if not describe_changes(before, now):
             return stored  # whose columns and methods may be in another order
         if any(True for _ in stored._results(with_damaged=True)):
-            check_same_run(f"`output` {self.folder} has the rows of another run", before, now)
+            check_same_run(
+                f"`output` {self.folder} has the rows of another run",
+                before,
+                now,
+                argument="output",
+            )
         return None
 
     @classmethod
@@ -156,13 +159,11 @@ class ResultStore:
             stored_format = settings.get("format")
         except (ValueError, AttributeError) as error:
             message = f"`output`: {file} is damaged ({error}). Name another folder."
-            raise ArgumentError(message, "output", "damaged") from error
+            raise ArgumentError(message) from error
         if stored_format != FORMAT:
             raise ArgumentError(
                 f"`output` {folder} has a run of format {stored_format}, written by another "
-                f"version; this version reads and writes format {FORMAT}. Name another folder.",
-                "output",
-                "another_version",
+                f"version; this version reads and writes format {FORMAT}. Name another folder."
             )
         return cls(Path(folder), settings)
 
@@ -270,7 +271,7 @@ class ResultWriter:
         try:
             if ResultStore.read(store.folder).settings != store.settings:
                 message = f"`output`: another run has just begun in {store.folder}."
-                raise FolderInUseError(message, "output")
+                raise FolderInUseError(message)
             with _named_errors(self.file):
                 self.connection = sqlite3.connect(self.file, timeout=PATIENCE)
                 self.connection.execute(_TABLE)
@@ -388,14 +389,12 @@ def _named_errors(file: Path) -> Iterator[None]:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             message = f"`output`: another process or thread is writing to {file.parent}."
-            raise FolderInUseError(message, "output") from None
+            raise FolderInUseError(message) from None
         if code in _ENVIRONMENT:
             raise OSError(f"{file}: {error}.") from error
         raise ArgumentError(
             f"`output`: {file} is damaged ({error}). Delete this file, and `evaluate` computes its "
-            f"results again.",
-            "output",
-            "damaged",
+            f"results again."
         ) from error
 
 

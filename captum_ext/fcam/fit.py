@@ -15,6 +15,7 @@ from captum_ext._data.pictures import PictureDataset
 from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward, parameter_dtype, root_module
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._training import TrainingRun
 from captum_ext.fcam.attribution import FCAM
 from captum_ext.fcam.crf import DenseCRFLoss
@@ -82,7 +83,7 @@ def fit_fcam(
             for both. None is `size`.
         n_epochs: how often each picture is seen. 5.
         batch_size: pictures in a step, on each device. 32.
-        layers: names of the layers that the decoder reads. None takes those of `find_taps`.
+        layers: names of the layers that the decoder reads. None takes `find_feature_layers`.
         widths: channels of the decoder's blocks; see `FCAMDecoder`.
         center: whether the decoder has a centre block; see `FCAMDecoder`.
         cache: a folder for the guide's maps of the whole pictures, which are computed once. Maps of
@@ -129,13 +130,17 @@ def fit_fcam(
     """
     root = root_module(classifier)
     if root is None:
-        raise TypeError(f"`classifier` must be a torch.nn.Module, got {type(classifier)}.")
+        raise ArgumentTypeError(
+            f"`classifier` must be a torch.nn.Module, got {type(classifier)}.", "classifier"
+        )
     run = TrainingRun(n_epochs, batch_size, checkpoints, seed, num_workers, show_progress, trainer)
     check_guide(guide, classifier)
     crop_size = height_width("size", size)
     picture_size = crop_size if resize is None else height_width("resize", resize)
     if picture_size[0] < crop_size[0] or picture_size[1] < crop_size[1]:
-        raise ValueError(f"`resize` must be at least `size`, {crop_size}, got {picture_size}.")
+        raise ArgumentError(
+            f"`resize` must be at least `size`, {crop_size}, got {picture_size}.", "resize"
+        )
     boxed = None if validation is None else BoxedPictures(validation, crop_size)
     options = {"crf": DenseCRFLoss(side=crf_side(crop_size))} | options
     n_channels = Normalize(options.get("normalize", IMAGENET_MEAN_STD)).channels
@@ -177,5 +182,7 @@ def crf_side(size: tuple[int, int]) -> int:
 def _count_classes(output: Any) -> int:
     if not isinstance(output, Tensor) or output.dim() != 2:
         result = tuple(output.shape) if isinstance(output, Tensor) else type(output)
-        raise ValueError(f"`classifier` must give logits (N, classes), got {result}.")
+        raise ArgumentError(
+            f"`classifier` must give logits (N, classes), got {result}.", "classifier"
+        )
     return output.shape[1]

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from captum_ext._engine.modules import Forward, root_module
-from captum_ext.attr._chain import wrapped
+from captum_ext._errors import ArgumentError, ArgumentTypeError
+from captum_ext.attr._chain import wrapped_method
 from captum_ext.imaging import min_max, one_channel, resize
 
 
@@ -45,14 +46,17 @@ def guide_maps(
     maps = maps[0] if isinstance(maps, tuple) else maps
     if not isinstance(maps, Tensor) or maps.dim() != 4 or len(maps) != len(images):
         result = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps)
-        raise ValueError(
+        raise ArgumentError(
             f"`guide` must give a map (N, C, h, w) of each image, and {guide.get_name()} gives "
-            f"{result}: choose a layer with maps, or a `reshape_transform`."
+            f"{result}: choose a layer with maps, or a `reshape_transform`.",
+            "guide",
         )
     if maps.shape[2:].numel() == 1:
-        raise ValueError(
+        raise ArgumentError(
             f"`guide` {guide.get_name()} gives maps of a single pixel: choose a layer in front of "
-            f"it, or larger pictures."
+            f"it, or larger pictures.",
+            "guide",
+            "single_cell",
         )
     maps = one_channel(maps.detach())
     maps = torch.where(torch.isfinite(maps).flatten(1).all(1)[:, None, None, None], maps, 0)
@@ -68,23 +72,27 @@ def check_guide(guide: Any, classifier: Forward) -> None:
         ValueError: `guide` explains another model, or a layer of another model.
     """
     if not isinstance(guide, Attribution):
-        raise TypeError(f"`guide` must be a Captum Attribution, got {type(guide)}.")
-    inner = wrapped(guide)
+        raise ArgumentTypeError(
+            f"`guide` must be a Captum Attribution, got {type(guide)}.", "guide"
+        )
+    inner = wrapped_method(guide)
     if inner is not None:
         check_guide(inner, classifier)
         return
     explained, root = root_module(guide.forward_func), root_module(classifier)
     if explained is not None and explained is not root:
-        raise ValueError(
+        raise ArgumentError(
             f"`guide` {guide.get_name()} explains another model ({type(explained).__name__}) than "
-            f"the `classifier`: make it with this one."
+            f"the `classifier`: make it with this one.",
+            "guide",
         )
     layers = getattr(guide, "layer", None)
     layers = layers if isinstance(layers, list | tuple) else [layers]
     modules = set() if root is None else set(root.modules())
     for layer in layers:
         if isinstance(layer, Module) and root is not None and layer not in modules:
-            raise ValueError(
+            raise ArgumentError(
                 f"`guide` {guide.get_name()} is at a layer ({type(layer).__name__}) that is not in "
-                f"the `classifier`: take the layer of this one."
+                f"the `classifier`: take the layer of this one.",
+                "guide",
             )

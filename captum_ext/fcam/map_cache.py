@@ -62,7 +62,7 @@ def cached_maps(
         if file.is_file():
             saved = torch.load(file, weights_only=True)
             message = f"`cache` {folder} has the maps of another run"
-            check_same_run(message, saved["fingerprint"], fingerprint)
+            check_same_run(message, saved["fingerprint"], fingerprint, argument="cache")
         else:
             part = Subset(pictures, range(start, min(start + MAPS_IN_FILE, len(pictures))))
             batches = []

@@ -14,6 +14,7 @@ from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module, parameter_dtype
 from captum_ext._engine.state import eval_mode, seeded_random
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import derive_seed
 from captum_ext._training import DecoderModule
 from captum_ext.fcam.decoder import FCAMDecoder
@@ -116,9 +117,9 @@ class FCAMModule(DecoderModule):
         ):
             check_size(name, value, positive=name == "lr")
         if crf is not None and not callable(crf):
-            raise TypeError(f"`crf` must be a module or None, got {type(crf)}.")
+            raise ArgumentTypeError(f"`crf` must be a module or None, got {type(crf)}.", "crf")
         if seeds is not None and not isinstance(seeds, SeedSampler):
-            raise TypeError(f"`seeds` must be a SeedSampler, got {type(seeds)}.")
+            raise ArgumentTypeError(f"`seeds` must be a SeedSampler, got {type(seeds)}.", "seeds")
         self.guide = guide
         self.crf, self.size_loss = crf, SizeLoss()
         self.seeds = seeds or SeedSampler()
@@ -219,9 +220,11 @@ class FCAMModule(DecoderModule):
         if not all(bool(torch.isfinite(weight).all()) for weight in self.decoder.parameters()):
             self.raise_not_finite("after its last batch: weights are not finite")
         if self.seed_losses[1] == 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"`guide` {self.guide.get_name()} gave no seeds in epoch {self.current_epoch}: its "
-                f"maps are flat or not finite, or no picture could be read."
+                f"maps are flat or not finite, or no picture could be read.",
+                "guide",
+                "no_seeds",
             )
         self.size_loss.step()
 
@@ -243,7 +246,9 @@ class FCAMModule(DecoderModule):
         score = self.localisation.compute().item()
         self.localisation.reset()
         if math.isnan(score):
-            raise ValueError("`validation`: none of its pictures can be read.")
+            raise ArgumentError(
+                "`validation`: none of its pictures can be read.", "validation", "unreadable"
+            )
         self.log("val_MaxBoxAcc", score, prog_bar=True)
         if score > self.best.get("score", -1.0):
             state = self.decoder.state_dict()

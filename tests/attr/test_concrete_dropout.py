@@ -1,4 +1,4 @@
-"""Concrete dropout and its simplification: one function, but for floating point."""
+"""Concrete dropout and its simplification: the same function, up to floating point."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from torch import Tensor
 from captum_ext.attr._concrete_dropout import (
     DROPOUTS,
     concrete_dropout,
-    draw_uniform,
+    draw_uniform_noise,
     simplified_concrete_dropout,
 )
 
 
 def noise_at(logit: float, dtype: torch.dtype) -> Tensor:
-    """Noise that brings (logit + eta) / 0.1 to 0.3 / 0.1 = 3: where the gradient is not small."""
+    """Noise with (logit + eta) / 0.1 = 0.3 / 0.1 = 3, where the gradient is not small."""
     return torch.sigmoid(torch.tensor([0.3 - logit], dtype=torch.float64)).to(dtype)
 
 
@@ -24,7 +24,7 @@ def gradient(sample: object, logit: float, dtype: torch.dtype, **options: float)
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 1.0])
-def test_they_are_one_function_in_float64(t: float) -> None:
+def test_both_dropouts_are_equal_in_float64(t: float) -> None:
     logits = torch.linspace(-8, 8, 4001, dtype=torch.float64).requires_grad_()
     uniform = torch.rand(4001, dtype=torch.float64).clamp(1e-3, 1 - 1e-3)
     samples = {name: sample(logits, uniform, t) for name, sample in DROPOUTS.items()}
@@ -38,9 +38,9 @@ def test_they_are_one_function_in_float64(t: float) -> None:
 
 
 @pytest.mark.parametrize("t", [0.1, 1.0])
-def test_they_agree_in_float32_up_to_logits_of_5(t: float) -> None:
+def test_both_dropouts_agree_in_float32_up_to_logits_of_5(t: float) -> None:
     logits = torch.linspace(-5, 5, 100_001).requires_grad_()
-    uniform = draw_uniform((100_001,), logits, None)
+    uniform = draw_uniform_noise((100_001,), logits, None)
     slopes = [
         torch.autograd.grad(sample(logits, uniform, t).sum(), logits)[0]
         for sample in DROPOUTS.values()
@@ -48,7 +48,7 @@ def test_they_agree_in_float32_up_to_logits_of_5(t: float) -> None:
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-4)
 
 
-def test_only_the_simplified_one_has_a_gradient_where_theta_saturates() -> None:
+def test_only_simplified_dropout_has_a_gradient_where_theta_saturates() -> None:
     exact = gradient(simplified_concrete_dropout, 17.0, torch.float64)
     simplified = gradient(simplified_concrete_dropout, 17.0, torch.float32)
     torch.testing.assert_close(simplified.double(), exact, rtol=1e-5, atol=0)
@@ -56,7 +56,7 @@ def test_only_the_simplified_one_has_a_gradient_where_theta_saturates() -> None:
     assert gradient(concrete_dropout, 17.0, torch.float32).item() == 0.0, "the published epsilon"
 
 
-def test_in_half_precision_the_original_one_is_nan() -> None:
+def test_original_dropout_is_nan_in_half_precision() -> None:
     assert torch.isnan(gradient(concrete_dropout, 9.0, torch.float16)).all()
     assert torch.isfinite(gradient(simplified_concrete_dropout, 9.0, torch.float16)).all()
 
@@ -79,7 +79,7 @@ def test_the_temperature_sets_the_variance(
 
 @pytest.mark.parametrize("t", [0.1, 1.0])
 @pytest.mark.parametrize("sample", DROPOUTS.values(), ids=DROPOUTS)
-def test_more_than_half_has_probability_theta(sample: object, t: float) -> None:
+def test_values_above_a_half_have_probability_theta(sample: object, t: float) -> None:
     n = 100_000
     uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     share = (sample(torch.ones(n, dtype=torch.float64), uniform, t) > 0.5).double().mean().item()
@@ -87,11 +87,11 @@ def test_more_than_half_has_probability_theta(sample: object, t: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_noise_keeps_off_the_ends(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_noise_is_never_0_or_1(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     like = torch.zeros(1, dtype=dtype)
     for end in (torch.zeros, torch.ones):
         monkeypatch.setattr(torch, "rand", lambda shape, generator, end=end, **k: end(shape, **k))
-        noise = draw_uniform((3,), like, None)
+        noise = draw_uniform_noise((3,), like, None)
         for sample in DROPOUTS.values():
             assert torch.isfinite(sample(torch.zeros(3, dtype=dtype), noise, 0.1)).all()
         assert ((noise > 0) & (noise < 1)).all()

@@ -1,4 +1,4 @@
-"""FIDO: its optimisation written out by hand, its signs, and Captum's contract."""
+"""FIDO against its optimisation written out by hand, its signs, and Captum's contract."""
 
 import inspect
 import random
@@ -41,7 +41,7 @@ def fido(x: Tensor, net: Any = None, seed: int = 0, **arguments: Any) -> Any:
 
 
 def by_hand(x: Tensor, net: nn.Module, target: int, fill: Tensor, **o: Any) -> dict[str, Tensor]:
-    """One image, mask after mask, with the derivatives and AdamW written out."""
+    """One image, mask by mask, with the derivatives and AdamW written out."""
     height, width = x.shape[1:]
     logits = {name: torch.zeros(height, width, dtype=x.dtype) for name in ("ssr", "sdr")}
     moments = {name: [torch.zeros_like(v), torch.zeros_like(v)] for name, v in logits.items()}
@@ -89,13 +89,13 @@ def by_hand(x: Tensor, net: nn.Module, target: int, fill: Tensor, **o: Any) -> d
     ],
     ids=["t=1", "t=0.1"],
 )
-def test_it_is_the_optimisation_written_out(dropout: str, options: dict[str, Any]) -> None:
+def test_masks_equal_the_optimisation_written_out(dropout: str, options: dict[str, Any]) -> None:
     options = {
         "n_steps": 4, "n_masks": 3, "l1": 0.02, "tv": 0.03, "lr": 10.0, "eps": 0.1, **options
     }  # fmt: skip
     net, x = small_net(dtype=torch.float64), images(2, 5, 7).double()
     fill = torch.randn(2, 3, 5, 7, dtype=torch.float64)
-    found, masks = fido(
+    result, masks = fido(
         x, net, target=[1, 3], baselines=fill, dropout=dropout, return_masks=True, **options
     )
     for i, target in enumerate((1, 3)):
@@ -106,7 +106,7 @@ def test_it_is_the_optimisation_written_out(dropout: str, options: dict[str, Any
         torch.testing.assert_close(masks.ssr[i, 0], ssr, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(masks.sdr[i, 0], sdr, rtol=1e-6, atol=1e-9)
         joint = (ssr * sdr).sqrt()
-        torch.testing.assert_close(found[i], joint.expand(3, 5, 7), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(result[i], joint.expand(3, 5, 7), rtol=1e-6, atol=1e-9)
 
 
 def test_the_regularisers_are_sums() -> None:
@@ -116,8 +116,8 @@ def test_the_regularisers_are_sums() -> None:
     absolute = (0.1 + 0.3 + 0.5 + 0.4 + 0.4 + 0 + 0.2) + (1 + 0 + 0.5 + 1 + 0.5 + 0 + 1)
     squared = (0.01 + 0.09 + 0.25 + 0.16 + 0.16 + 0 + 0.04) + (1 + 0 + 0.25 + 1 + 0.25 + 0 + 1)
     for difference, tv in ((torch.abs, absolute), (torch.square, squared)):
-        found = regulariser(theta, (SSR, SDR), 0.3, 0.7, difference)
-        assert found.tolist() == pytest.approx([0.3 * size + 0.7 * tv])
+        result = regulariser(theta, (SSR, SDR), 0.3, 0.7, difference)
+        assert result.tolist() == pytest.approx([0.3 * size + 0.7 * tv])
     twice = regulariser(theta.repeat(2, 1, 1, 1), (SSR, SDR), 0.3, 0.7, torch.abs)
     assert torch.equal(twice[0], twice[1]), "of each image"
     assert regulariser(theta[:, :1], (SSR,), 1.0, 0.0, torch.abs).item() == pytest.approx(3.7)
@@ -125,9 +125,9 @@ def test_the_regularisers_are_sums() -> None:
 
 
 def test_the_first_step_has_no_regulariser() -> None:
-    """The ramp is 0 at step 0: then the weights of the regulariser do not matter."""
-    one = [fido(images(), n_steps=1, l1=l1, tv=l1) for l1 in (0.0, 5.0)]
-    assert torch.equal(*one)
+    """The warm-up starts at 0, where the weights of the regulariser have no effect."""
+    masks = [fido(images(), n_steps=1, l1=l1, tv=l1) for l1 in (0.0, 5.0)]
+    assert torch.equal(*masks)
     assert not torch.equal(*[fido(images(), n_steps=2, l1=l1, tv=l1) for l1 in (0.0, 5.0)])
     assert not torch.equal(*[fido(images(), n_steps=1, l1=l1, warmup=0) for l1 in (0.0, 5.0)])
 
@@ -159,7 +159,7 @@ def planted() -> Tensor:
 
 
 @pytest.mark.parametrize("dropout", ["scd", "cd"])
-def test_both_regions_light_up_where_the_class_is(dropout: str) -> None:
+def test_both_regions_cover_the_object(dropout: str) -> None:
     x, net = planted(), PatchMeans()
     _, masks = fido(
         x, net, target=[0, 1], baselines="zeros", n_steps=60, n_masks=4, dropout=dropout,
@@ -169,10 +169,10 @@ def test_both_regions_light_up_where_the_class_is(dropout: str) -> None:
         inside = torch.zeros(32, 32, dtype=torch.bool)
         inside[rows, columns] = True
         for name in ("ssr", "sdr", "joint"):
-            found = getattr(masks, name)[i, 0]
-            assert found[inside].min() > 0.6, name
-            assert found[~inside].mean() < 0.5, name
-            assert found[~inside].max() < found[inside].min(), name
+            result = getattr(masks, name)[i, 0]
+            assert result[inside].min() > 0.6, name
+            assert result[~inside].mean() < 0.5, name
+            assert result[~inside].max() < result[inside].min(), name
         both = torch.stack([masks.ssr[i, 0], masks.sdr[i, 0]])
         assert (masks.joint[i, 0] >= both.amin(0) - 1e-6).all()
         assert (masks.joint[i, 0] <= both.amax(0) + 1e-6).all()
@@ -190,19 +190,19 @@ def test_another_target_moves_the_mask() -> None:
         assert maps[1 - k][rows, columns].mean() < 0.2, "the other class's patch speaks against it"
 
 
-def test_where_nothing_matters_maps_shrink_below_a_half() -> None:
-    """A constant image, blurred, is itself: only the regulariser is left, and it says less."""
+def test_maps_fall_below_a_half_where_nothing_matters() -> None:
+    """A blurred constant image is unchanged, so that only the regulariser acts."""
     x = torch.full((1, 3, 12, 12), 0.7)
     _, masks = fido(x, n_steps=20, return_masks=True)
-    for found in (masks.ssr, masks.sdr, masks.joint):
-        assert ((found > 0.3) & (found < 0.5)).all()
-        assert found.std() < 1e-3
+    for result in (masks.ssr, masks.sdr, masks.joint):
+        assert ((result > 0.3) & (result < 0.5)).all()
+        assert result.std() < 1e-3
     losses = masks.losses[:, 0]
     assert (losses[6:] < losses[5:-1]).all(), "size is all there is to gain"
 
 
-def test_weights_do_what_they_say() -> None:
-    """At a learning rate at which differences, whose slopes do not shrink, come to rest."""
+def test_larger_weights_make_smaller_and_smoother_masks() -> None:
+    """The learning rate is small enough for differences, whose slopes are constant, to settle."""
     x, net = planted()[:1], PatchMeans()
     common = {"target": 0, "baselines": 0, "n_steps": 100, "n_masks": 4, "lr": 1.0}
 
@@ -219,10 +219,10 @@ def test_weights_do_what_they_say() -> None:
         assert edges[0] > edges[1] > edges[2]
 
 
-# --- one run, many ways --------------------------------------------------------------------------
+# --- equivalent runs -----------------------------------------------------------------------------
 
 
-def test_one_objective_alone_is_its_half_of_both() -> None:
+def test_a_single_objective_has_the_mask_of_joint() -> None:
     x = images()
     _, both = fido(x, return_masks=True)
     for row, name in ((SSR, "ssr"), (SDR, "sdr")):
@@ -235,7 +235,7 @@ def test_one_objective_alone_is_its_half_of_both() -> None:
 
 @pytest.mark.parametrize("baselines", [None, "mean", "local", "noise", 0.3, lambda x, keep: -x])
 @pytest.mark.parametrize("mask_size", [None, (5, 4)])
-def test_a_batch_is_its_images(baselines: Any, mask_size: Any) -> None:
+def test_a_batch_equals_its_images(baselines: Any, mask_size: Any) -> None:
     x, targets = images(3).double(), [1, 0, 3]
     net = small_net(dtype=torch.float64)
     options = {"baselines": baselines, "mask_size": mask_size, "n_steps": 5}
@@ -248,7 +248,7 @@ def test_a_batch_is_its_images(baselines: Any, mask_size: Any) -> None:
     torch.testing.assert_close(permuted, batch[order], rtol=1e-9, atol=1e-9)
 
 
-def test_an_infill_tensor_goes_with_its_image() -> None:
+def test_an_infill_tensor_follows_its_image() -> None:
     x, b = images(3).double(), torch.randn(3, 3, 12, 12).double()
     net = small_net(dtype=torch.float64)
     batch = fido(x, net, baselines=b)
@@ -259,44 +259,44 @@ def test_an_infill_tensor_goes_with_its_image() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 100])
 def test_chunks_change_nothing_and_bound_the_batch(size: int) -> None:
     x, net = images(3).double(), small_net(dtype=torch.float64)
-    whole = fido(x, net, target=[0, 1, 2], n_masks=3, internal_batch_size=1000)
+    unchunked = fido(x, net, target=[0, 1, 2], n_masks=3, internal_batch_size=1000)
     seen: list[int] = []
     hook = net.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     chunked = fido(x, net, target=[0, 1, 2], n_masks=3, internal_batch_size=size)
     hook.remove()
-    torch.testing.assert_close(chunked, whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(chunked, unchunked, rtol=1e-9, atol=1e-9)
     assert max(seen) <= size
     assert max(seen) - min(seen) <= max(3, size // 2), "passes are about equal"
     assert sum(seen) == 3 * 3 * 2 * 3  # steps, images, objectives, masks
 
 
 @pytest.mark.parametrize("size", [4, (4, 4), (3, 8), (12, 12)])
-def test_coarse_masks(size: Any) -> None:
+def test_mask_size_sets_the_size_of_the_logits(size: Any) -> None:
     pair = (size, size) if isinstance(size, int) else size
-    found, masks = fido(images(), mask_size=size, return_masks=True)
+    result, masks = fido(images(), mask_size=size, return_masks=True)
     assert masks.logits.shape == (2, 2, *pair)
     up = F.interpolate(torch.sigmoid(-masks.logits[:, :1]), (12, 12), mode="bilinear")
     torch.testing.assert_close(masks.ssr, up)
-    torch.testing.assert_close(found[:, :1], (masks.ssr * masks.sdr).sqrt())
+    torch.testing.assert_close(result[:, :1], (masks.ssr * masks.sdr).sqrt())
     if pair == (12, 12):
-        assert torch.equal(found, fido(images()))
+        assert torch.equal(result, fido(images()))
 
 
 @pytest.mark.parametrize("channels", [1, 4, 6])
 @pytest.mark.parametrize("size", [(9, 14), (7, 5), (1, 1), (2, 3)])
-def test_any_channels_and_sizes(channels: int, size: tuple[int, int]) -> None:
+def test_any_channels_and_sizes_work(channels: int, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(channels, 5, 3, padding=1), nn.ReLU(), nn.Flatten(2))
     x = images(2, *size, channels=channels)
-    found = fido(x, lambda x: net(x).mean(2))
-    assert found.shape == x.shape
-    assert ((found >= 0) & (found <= 1)).all()
+    result = fido(x, lambda x: net(x).mean(2))
+    assert result.shape == x.shape
+    assert ((result >= 0) & (result <= 1)).all()
 
 
 def test_a_callback_sees_every_step() -> None:
     seen: list[tuple[int, FIDOMasks]] = []
     x = images()
-    found, masks = fido(
+    result, masks = fido(
         x, return_masks=True, callback=lambda step, masks: seen.append((step, masks))
     )
     assert [step for step, _ in seen] == [1, 2, 3]
@@ -304,11 +304,11 @@ def test_a_callback_sees_every_step() -> None:
         assert torch.equal(at.joint[:, 0], fido(x, n_steps=steps)[:, 0])
         assert torch.equal(at.losses, masks.losses[:steps])
     assert torch.equal(seen[-1][1].logits, masks.logits)
-    assert torch.equal(found[:, :1], masks.joint)
+    assert torch.equal(result[:, :1], masks.joint)
 
 
-def test_named_settings() -> None:
-    """Each is accepted whole, and says what the sources say; so do the defaults."""
+def test_named_settings_are_complete() -> None:
+    """`attribute` accepts each, and the values and defaults are those of the sources."""
     x = images()
     for settings in (FIDO.RELEASED, FIDO.PAPER):
         assert torch.isfinite(fido(x, **{**settings, **FEW})).all()
@@ -337,21 +337,21 @@ def test_named_settings() -> None:
     "target",
     [2, torch.tensor(2), torch.tensor([2, 2]), [2, 2], (2,), [(2,), (2,)], np.int64(2).item()],
 )
-def test_target_forms(target: Any) -> None:
+def test_target_forms_are_equivalent(target: Any) -> None:
     x = images()
     assert torch.equal(fido(x, target=target), fido(x, target=2))
     assert not torch.equal(fido(x, target=2), fido(x, target=0))
 
 
-def test_targets_of_dense_outputs() -> None:
+def test_dense_outputs_take_targets_with_positions() -> None:
     torch.manual_seed(0)
     net = nn.Conv2d(3, 4, 3, padding=1)
-    found = fido(images(), net, target=[(1, 2, 3), (0, 9, 9)])
+    result = fido(images(), net, target=[(1, 2, 3), (0, 9, 9)])
     alone = fido(images()[1:], net, target=(0, 9, 9))
-    torch.testing.assert_close(found[1:], alone)
+    torch.testing.assert_close(result[1:], alone)
 
 
-def test_one_logit_models() -> None:
+def test_models_with_one_logit_have_two_classes() -> None:
     net = small_net()
     x = images()
     binary = fido(x, lambda x: net(x)[:, 1] - net(x)[:, 0], target=None)
@@ -363,8 +363,8 @@ def test_one_logit_models() -> None:
 
 
 @pytest.mark.parametrize("target", [4, [0, 4], torch.tensor([0, 4])])
-def test_classes_that_are_not_there(target: Any) -> None:
-    """Captum's selection raises its own error, or the error of the indexing that it does."""
+def test_classes_out_of_range_raise(target: Any) -> None:
+    """Captum's selection raises its own error or that of the indexing."""
     with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
         fido(images(), target=target)
 
@@ -381,18 +381,18 @@ def test_classes_that_are_not_there(target: Any) -> None:
         torch.tensor([[0], [1], [2], [3]]),
     ],
 )
-def test_targets_of_another_number(target: Any, size: int) -> None:
-    """Also where a part of the batch happens to have that number."""
+def test_a_wrong_number_of_targets_raises(target: Any, size: int) -> None:
+    """That also holds if a chunk of the batch has as many images."""
     with pytest.raises(AssertionError, match=r"Target list length|Tensor target dimension"):
         fido(images(4), target=target, internal_batch_size=size)
 
 
-def test_probabilities_and_log_probabilities() -> None:
+def test_probabilities_and_log_probabilities_give_the_same() -> None:
     net, x = small_net(), images()
     expected = fido(x, net)
     softmax = FIDO(lambda x: net(x).softmax(1), outputs="probabilities")
-    found = softmax.attribute(x, target=1, generator=seeded(), **FEW)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    result = softmax.attribute(x, target=1, generator=seeded(), **FEW)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fido(x, lambda x: net(x).log_softmax(1)), expected)
     with pytest.warns(UserWarning, match="outputs='probabilities'") as caught:
         FIDO(lambda x: net(x).softmax(1)).attribute(x, target=1, **FEW)
@@ -404,15 +404,15 @@ def test_probabilities_and_log_probabilities() -> None:
         FIDO(net, outputs="probabilities").attribute(x, target=1, **FEW)
 
 
-def test_a_tuple_in_a_tuple_out_and_no_view() -> None:
+def test_a_tuple_gives_a_tuple_without_views() -> None:
     x = images()
-    found = fido((x,))
-    assert isinstance(found, tuple)
-    assert torch.equal(found[0], fido(x))
-    assert found[0].is_contiguous()
-    assert not found[0].requires_grad
+    result = fido((x,))
+    assert isinstance(result, tuple)
+    assert torch.equal(result[0], fido(x))
+    assert result[0].is_contiguous()
+    assert not result[0].requires_grad
     again, masks = fido((x,), return_masks=True)
-    assert torch.equal(again[0], found[0])
+    assert torch.equal(again[0], result[0])
     assert not any(getattr(masks, name).requires_grad for name in vars(masks))
     assert FIDO(small_net()).multiplies_by_inputs is False
     assert FIDO(small_net()).has_convergence_delta() is False
@@ -435,21 +435,21 @@ def test_additional_arguments_follow_their_image() -> None:
 
 
 def logits_of(net: Any, x: Tensor) -> Tensor:
-    """Learned from scores alone: total variation amplifies any rounding."""
+    """Masks from scores alone, because total variation amplifies rounding."""
     options = {"n_steps": 4, "n_masks": 32, "l1": 0.0, "tv": 0.0, "return_masks": True}
     logits: Tensor = fido(x, net, **options)[1].logits
     return logits
 
 
-def apart(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+def apart(result: Tensor, expected: Tensor) -> float:
+    return ((result - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_dtypes(dtype: torch.dtype) -> None:
+def test_results_have_the_inputs_dtype(dtype: torch.dtype) -> None:
     x = images(1, 64, 64)
-    found, masks = fido(x.to(dtype), small_net(dtype=dtype), return_masks=True)
-    assert found.dtype == dtype
+    result, masks = fido(x.to(dtype), small_net(dtype=dtype), return_masks=True)
+    assert result.dtype == dtype
     inner = torch.float64 if dtype == torch.float64 else torch.float32
     assert {masks.ssr.dtype, masks.logits.dtype, masks.losses.dtype} == {inner}
     if dtype != torch.float64:
@@ -459,28 +459,30 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_large_gradients_do_not_overflow_in_fp16() -> None:
-    """Where 1024 times the gradient, which keeps small ones from vanishing, is infinite."""
+    """Gradients are scaled by 1024 to keep small ones; these are infinite with the scale."""
     x = images(1).half()
-    found = logits_of(lambda x: 1000 * x.mean((2, 3)), x)
-    assert apart(found, logits_of(lambda x: 1000 * x.mean((2, 3)), x.float())) < 0.05
+    result = logits_of(lambda x: 1000 * x.mean((2, 3)), x)
+    assert apart(result, logits_of(lambda x: 1000 * x.mean((2, 3)), x.float())) < 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_under_autocast_the_model_alone_is_in_half_precision(dtype: torch.dtype) -> None:
+def test_autocast_affects_the_model_alone(dtype: torch.dtype) -> None:
     x, net = images(1, 64, 64), small_net()
     seen: list[torch.dtype] = []
     hook = net.fc.register_forward_hook(lambda m, args, output: seen.append(output.dtype))
     with torch.autocast("cpu", dtype):
-        found = logits_of(net, x)
+        result = logits_of(net, x)
     hook.remove()
     assert set(seen) == {dtype}
-    assert found.dtype == torch.float32
-    assert apart(found, logits_of(net, x)) < 0.05
+    assert result.dtype == torch.float32
+    assert apart(result, logits_of(net, x)) < 0.05
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_grad_modes_and_frozen_models(mode: Any, frozen: bool, trace_free: TraceFree) -> None:
+def test_grad_modes_and_frozen_models_change_nothing(
+    mode: Any, frozen: bool, trace_free: TraceFree
+) -> None:
     net, x = small_net().requires_grad_(not frozen), images()
     expected = fido(x, net)
     with mode(), trace_free(net, x):
@@ -489,8 +491,8 @@ def test_grad_modes_and_frozen_models(mode: Any, frozen: bool, trace_free: Trace
 
 
 @pytest.mark.parametrize("baselines", ["tensor", "mean", "local", "noise"])
-def test_what_inference_mode_made(baselines: str) -> None:
-    """Images, infill and arguments, 0-dim too, are tensors that autograd refuses to keep."""
+def test_tensors_of_inference_mode_work(baselines: str) -> None:
+    """Images, infill and arguments (also scalars) are tensors that autograd cannot save."""
     x, b = images(), torch.randn(2, 3, 12, 12)
     shift, scale = torch.tensor(0.25), torch.tensor([1.0, 2.0])
 
@@ -501,8 +503,8 @@ def test_what_inference_mode_made(baselines: str) -> None:
             return net(x * shift) * scale[:, None]
 
         fill = b if baselines == "tensor" else baselines
-        found: Tensor = fido(x, forward, baselines=fill, additional_forward_args=(shift, scale))
-        return found
+        result: Tensor = fido(x, forward, baselines=fill, additional_forward_args=(shift, scale))
+        return result
 
     expected = run(x, b, shift, scale)
     with torch.inference_mode():
@@ -522,7 +524,7 @@ class Unhappy(SmallNet):
 
 @pytest.mark.parametrize("error", [None, RuntimeError("no"), KeyboardInterrupt()])
 @pytest.mark.parametrize("train", [False, True])
-def test_it_leaves_no_trace(
+def test_the_model_is_left_unchanged(
     error: BaseException | None, train: bool, trace_free: TraceFree
 ) -> None:
     torch.manual_seed(0)
@@ -543,7 +545,7 @@ def test_it_leaves_no_trace(
                 fido(x, net, n_steps=9)
 
 
-def test_an_interrupt_in_the_callback_leaves_no_trace(trace_free: TraceFree) -> None:
+def test_an_interrupt_in_the_callback_leaves_the_model_unchanged(trace_free: TraceFree) -> None:
     def interrupt(step: int, masks: FIDOMasks) -> None:
         raise KeyboardInterrupt
 
@@ -556,8 +558,8 @@ def test_an_interrupt_in_the_callback_leaves_no_trace(trace_free: TraceFree) -> 
         fido(x, net, callback=interrupt)
 
 
-def test_train_mode_is_run_as_it_stands_with_one_warning(trace_free: TraceFree) -> None:
-    """Flags are the user's: batch statistics are used, warned of, and the running ones put back."""
+def test_train_mode_is_kept_with_one_warning(trace_free: TraceFree) -> None:
+    """Batch statistics are used, with a warning, and the running ones are restored."""
     net = small_net().train()
     for forward in (net, lambda x: net(x)):
         with pytest.warns(UserWarning, match="train mode") as caught, trace_free(net):
@@ -568,7 +570,7 @@ def test_train_mode_is_run_as_it_stands_with_one_warning(trace_free: TraceFree) 
     assert caught[0].filename == __file__, "through wrappers, too"
 
 
-def test_a_model_that_works_in_place() -> None:
+def test_a_model_that_works_in_place_leaves_the_inputs() -> None:
     class InPlace(SmallNet):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.sub_(0.1))
@@ -577,13 +579,13 @@ def test_a_model_that_works_in_place() -> None:
     net = InPlace().eval()
     x = images()
     before = x.clone()
-    found = fido(x, net)
+    result = fido(x, net)
     assert torch.equal(x, before)
-    assert torch.equal(found, fido(x, lambda y: SmallNet.forward(net, y - 0.1)))
+    assert torch.equal(result, fido(x, lambda y: SmallNet.forward(net, y - 0.1)))
 
 
 @pytest.mark.parametrize("baselines", [None, "noise"])
-def test_random_numbers(baselines: Any) -> None:
+def test_random_numbers_come_from_the_generator(baselines: Any) -> None:
     x = images()
 
     def states() -> list[Any]:
@@ -602,10 +604,10 @@ def test_random_numbers(baselines: Any) -> None:
 
 
 def test_eight_threads_share_a_model(trace_free: TraceFree) -> None:
-    """All of them are in the middle of their runs at once; the network counts its calls."""
+    """All threads run at the same time, and the network counts its calls."""
     net, x = small_net(), images()
     expected = [fido(x, net, target=k % 4) for k in range(8)]
-    found: list[Tensor | None] = [None] * 8
+    result: list[Tensor | None] = [None] * 8
     meeting = threading.Barrier(8)
 
     def wait(step: int, masks: FIDOMasks) -> None:
@@ -613,7 +615,7 @@ def test_eight_threads_share_a_model(trace_free: TraceFree) -> None:
             meeting.wait(60)
 
     def run(k: int) -> None:
-        found[k] = fido(x, net, target=k % 4, callback=wait)
+        result[k] = fido(x, net, target=k % 4, callback=wait)
 
     threads = [threading.Thread(target=run, args=(k,)) for k in range(8)]
     with trace_free(net, x):
@@ -621,29 +623,29 @@ def test_eight_threads_share_a_model(trace_free: TraceFree) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    for one, same in zip(found, expected, strict=True):
-        assert one is not None
-        torch.testing.assert_close(one, same)
+    for attributions, same in zip(result, expected, strict=True):
+        assert attributions is not None
+        torch.testing.assert_close(attributions, same)
 
 
-def test_noise_tunnel_and_wrappers() -> None:
+def test_noise_tunnel_and_wrappers_work() -> None:
     x, net = images(), small_net()
     few = {**FEW, "target": [1, 2]}
     bare = fido(x, net, **few)
     noisy = NoiseTunnel(FIDO(net)).attribute(x, nt_samples=2, stdevs=0.0, generator=seeded(), **few)
     torch.testing.assert_close(noisy, bare)
     same = SESSWrapper(FIDO(net), scales=[12], window=12, smooth=False)
-    one = same.attribute(x[:1], generator=seeded(), **{**few, "target": 1})
+    in_one_window = same.attribute(x[:1], generator=seeded(), **{**few, "target": 1})
     low, high = bare[:1].amin(), bare[:1].amax()
-    torch.testing.assert_close(one, (bare[:1] - low) / (high - low), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(in_one_window, (bare[:1] - low) / (high - low), rtol=1e-4, atol=1e-4)
     for wrapper in (same, AugmentedSR(FIDO(net), n_augmentations=2)):
         calls: list[int] = []
         hook = net.register_forward_pre_hook(
             lambda m, args, calls=calls: calls.append(len(args[0]))
         )
-        found = wrapper.attribute(x, baselines="mean", generator=seeded(), **few)
+        result = wrapper.attribute(x, baselines="mean", generator=seeded(), **few)
         hook.remove()
-        assert found.shape == x.shape
+        assert result.shape == x.shape
         assert sum(calls) >= 2 * 3 * 2 * 2, "n_steps and n_masks go through"
     with pytest.raises(ValueError, match="return_masks"):
         same.attribute(x, return_masks=True, **few)
@@ -652,23 +654,23 @@ def test_noise_tunnel_and_wrappers() -> None:
 @pytest.mark.parametrize("height", [1e4, -1e4, 6e4])
 @pytest.mark.parametrize("t", [0.1, 1.0])
 @pytest.mark.parametrize("dropout", ["cd", "scd"])
-def test_extreme_logits(height: float, t: float, dropout: str) -> None:
+def test_extreme_logits_stay_finite(height: float, t: float, dropout: str) -> None:
     net = small_net()
     scale = torch.tensor([0.0, height, 0.0, 0.0])
     _, masks = fido(
         images(), lambda x: net(x) * 100 + scale, temperature=t, dropout=dropout, n_steps=10,
         return_masks=True,
     )  # fmt: skip
-    for found in (masks.ssr, masks.sdr, masks.joint, masks.losses):
-        assert torch.isfinite(found).all()
+    for result in (masks.ssr, masks.sdr, masks.joint, masks.losses):
+        assert torch.isfinite(result).all()
 
 
-def test_dataparallel_without_a_gpu() -> None:
+def test_dataparallel_works_without_a_gpu() -> None:
     net, x = small_net(), images()
     torch.testing.assert_close(fido(x, nn.DataParallel(net)), fido(x, net))
 
 
-def test_arguments_that_are_not_one_for_each_image_are_handed_on() -> None:
+def test_arguments_that_are_not_per_image_are_handed_on() -> None:
     net, x = small_net(), images(3)
     seen: list[Any] = []
 
@@ -676,12 +678,12 @@ def test_arguments_that_are_not_one_for_each_image_are_handed_on() -> None:
         seen.append(extra)
         return net(x)
 
-    numbers, table, one = [0.1, 0.2, 0.3], torch.rand(5, 2), torch.tensor(2.0)
-    fido(x, forward, additional_forward_args=(numbers, table, one, None), internal_batch_size=2)
+    numbers, table, scalar = [0.1, 0.2, 0.3], torch.rand(5, 2), torch.tensor(2.0)
+    fido(x, forward, additional_forward_args=(numbers, table, scalar, None), internal_batch_size=2)
     for extra in seen:
         assert extra[0] is numbers
         assert extra[1] is table
-        assert extra[2] is one
+        assert extra[2] is scalar
         assert extra[3] is None
 
 
@@ -693,13 +695,13 @@ def test_channels_last_reaches_the_model() -> None:
         seen.append(x.is_contiguous(memory_format=torch.channels_last))
         return net(x)
 
-    found = fido(x.to(memory_format=torch.channels_last), forward)
+    result = fido(x.to(memory_format=torch.channels_last), forward)
     assert all(seen)
-    torch.testing.assert_close(found, fido(x, net), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result, fido(x, net), rtol=1e-4, atol=1e-5)
 
 
-def test_results_are_the_callers_own() -> None:
-    """Of one channel, the attribution is no other view of the mask; a callback may write."""
+def test_results_share_no_memory_with_the_optimisation() -> None:
+    """Images of one channel get no view of the mask, and a callback may write to its masks."""
     net, x = small_net(), images(channels=1)
     expected, _ = fido(x, lambda x: net(x.expand(-1, 3, -1, -1)), return_masks=True)
 
@@ -707,27 +709,27 @@ def test_results_are_the_callers_own() -> None:
         for value in vars(masks).values():
             value.zero_()
 
-    found, masks = fido(
+    result, masks = fido(
         x, lambda x: net(x.expand(-1, 3, -1, -1)), return_masks=True, callback=scribble
     )
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
     assert (masks.losses != 0).any()
     masks.joint.zero_()
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
 
 
 def test_progress_is_shown_and_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     net, x = small_net(), images()
-    found = fido(x, net, show_progress=True)
+    result = fido(x, net, show_progress=True)
     assert "FIDO attribution" in capsys.readouterr().err
-    assert torch.equal(found, fido(x, net))
+    assert torch.equal(result, fido(x, net))
 
 
 # --- errors --------------------------------------------------------------------------------------
 
 
 class Later:
-    """NaN from the second call on."""
+    """A network with NaN outputs from the second call on."""
 
     calls = 0
 
@@ -753,7 +755,7 @@ def never(x: Tensor) -> Tensor:
         (np.zeros((1, 3, 8, 8)), "ndarray"),
     ],
 )
-def test_bad_inputs(inputs: Any, message: str) -> None:
+def test_wrong_inputs_raise(inputs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"`inputs`.*{message}"):
         FIDO(never).attribute(inputs, target=0)
 
@@ -786,12 +788,12 @@ def test_bad_inputs(inputs: Any, message: str) -> None:
         ("baselines", torch.zeros(3, 5, 5)),
     ],
 )
-def test_bad_options(name: str, value: Any) -> None:
+def test_wrong_options_raise(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"`{name}`"):
         FIDO(never).attribute(images(), target=0, **{name: value})
 
 
-def test_bad_generators_and_outputs_argument() -> None:
+def test_wrong_generator_outputs_and_callback_raise() -> None:
     with pytest.raises(TypeError, match="`generator`"):
         FIDO(never).attribute(images(), target=0, generator=3)
     with pytest.raises(ValueError, match="`outputs`"):
@@ -816,25 +818,23 @@ def test_bad_generators_and_outputs_argument() -> None:
         (Later(), ValueError, "not finite"),
     ],
 )
-def test_models_whose_output_is_no_score(
-    forward: Any, error: type[Exception], message: str
-) -> None:
+def test_models_without_scores_raise(forward: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"`forward_func`.*{message}"):
         fido(images(), forward)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_it_is_what_it_is_on_a_cpu() -> None:
+def test_a_gpu_gives_the_values_of_a_cpu() -> None:
     x, net = images().double(), small_net(dtype=torch.float64)
     fill = torch.randn(2, 3, 12, 12).double()
     device = torch.Generator("cuda").manual_seed(0)
-    found = fido(x.cuda(), net.cuda(), baselines=fill.cuda(), generator=device)
-    assert found.is_cuda
+    result = fido(x.cuda(), net.cuda(), baselines=fill.cuda(), generator=device)
+    assert result.is_cuda
     state = torch.get_rng_state()
     chunked = fido(
         x.cuda(), net, baselines=fill.cuda(), generator=device.manual_seed(0), internal_batch_size=3
     )
-    torch.testing.assert_close(chunked, found, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(chunked, result, rtol=1e-8, atol=1e-8)
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="`generator` must be on the device"):
         fido(x.cuda(), net)

@@ -32,7 +32,7 @@ from torchvision.models import resnet50
 
 from captum_ext import attr
 from captum_ext._data.pixels import IMAGENET_MEAN_STD
-from captum_ext.cli.methods import METHODS, Method
+from captum_ext.cli.methods import Method, default_methods
 from captum_ext.datasets import TexturedEllipses
 from captum_ext.evaluation import Example, ExplainedBatch, evaluate, summary
 from captum_ext.evaluation.examples import ExampleBatches
@@ -201,17 +201,15 @@ def beside(
 
 
 def made(method: Method, model: nn.Module, device: torch.device) -> Attribution:
-    if method.class_name == "LayerGradCam":
-        return attr.UpsampleWrapper(LayerGradCam(model, model.get_submodule("layer4")))
-    options = {"generator": torch.Generator(device)} if method.seeded else {}
-    return attr.UpsampleWrapper(getattr(attr, method.class_name)(model, "layer4", **options))
+    options = {"generator": torch.Generator(device)} if "generator" in method.options else {}
+    return attr.UpsampleWrapper(method.cls(model, "layer4", **options))
 
 
 def few(method: Method, device: torch.device) -> int:
     """Images that it is measured on."""
     if device.type == "cuda":
         return BATCH
-    return {"1": BATCH, "1 + K": 1}.get(method.passes, FEW)
+    return {"1": BATCH, "1+K": 1}.get(method.passes, FEW)
 
 
 @contextmanager
@@ -248,9 +246,9 @@ def evaluate_tables(device: torch.device, repeats: int) -> dict[str, Any]:
         "| | passes | s for a map | in bare forwards | images |\n|:--|:--|--:|--:|--:|"
     )
     methods = {}
-    for method in METHODS:
+    for method in default_methods():
         n = few(method, device)
-        options: dict[str, Any] = {"relu_attributions": True} if method.rectify else {}
+        options = method.attribute_arguments(x)
         if method.family == "masking":
             options["perturbations_per_eval"] = BATCH
         cam = made(method, model, device)

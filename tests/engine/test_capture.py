@@ -1,4 +1,4 @@
-"""The layer capture: exact gradients at the layer, and no trace of the call."""
+"""Layer capture: exact activations and gradients, and an unchanged model."""
 
 import functools
 import threading
@@ -15,6 +15,7 @@ from captum_ext._engine.hooks import edit_layers
 from captum_ext._engine.modules import find_module, root_module
 from captum_ext._engine.outputs import scoring_forward
 from captum_ext._engine.state import _buffers_of_modules, preserve_state
+from captum_ext._errors import ArgumentError
 from tests.captures import layer_activations, layer_gradients
 from tests.networks import (
     FunctionsAroundLayer,
@@ -32,19 +33,19 @@ def sums(x: Tensor) -> Tensor:
 
 
 def autograd_reference(model: nn.Module, layer: nn.Module, x: Tensor, target: Any) -> Any:
-    """Activation and gradient of a layer, by torch's own retained gradient."""
-    kept: list[Tensor] = []
+    """Activation and gradient of a layer, by `Tensor.retain_grad`."""
+    outputs: list[Tensor] = []
 
-    def keep(module: Any, args: Any, output: Tensor) -> Tensor:
+    def record(module: Any, args: Any, output: Tensor) -> Tensor:
         output.retain_grad()
-        kept.append(output)
+        outputs.append(output)
         return output.clone()
 
-    handle = layer.register_forward_hook(keep)
+    handle = layer.register_forward_hook(record)
     scores = model(x.clone().requires_grad_())
     handle.remove()
-    (gradient,) = torch.autograd.grad(scores[range(len(x)), target].sum(), kept[0])
-    return kept[0].detach(), gradient
+    (gradient,) = torch.autograd.grad(scores[range(len(x)), target].sum(), outputs[0])
+    return outputs[0].detach(), gradient
 
 
 @pytest.mark.parametrize("name", ["conv1", "norm", "relu1", "conv2", "relu2"])
@@ -54,13 +55,13 @@ def test_gradients_equal_autograd_at_every_layer(name: str) -> None:
     (a,), (g,) = layer_gradients(net, [layer], (x,), [0, 3, 1])
     if layer is net.relu1 or layer is net.relu2:
         expected = autograd_reference(net, layer, x, [0, 3, 1])
-    else:  # an in-place ReLU behind the layer: compare with a net that has none
+    else:  # an in-place ReLU follows: compare with a network without
         net.relu1.inplace = net.relu2.inplace = False
         expected = autograd_reference(net, layer, x, [0, 3, 1])
     torch.testing.assert_close((a[0], g[0]), expected, rtol=0, atol=1e-12)
 
 
-def test_several_layers_at_once_equal_each_alone() -> None:
+def test_a_pass_with_several_layers_equals_one_pass_per_layer() -> None:
     net, x = resnet18().eval(), torch.randn(2, 3, 64, 64)
     layers = [net.layer4, net.layer2, net.layer3[0].conv1, net.layer3]
     together = layer_gradients(net, layers, (x,), [5, 7])
@@ -70,15 +71,15 @@ def test_several_layers_at_once_equal_each_alone() -> None:
         torch.testing.assert_close(together[1][i], alone[1][0], rtol=1e-5, atol=1e-9)
 
 
-def test_functional_in_place_relu_behind_the_layer() -> None:
+def test_a_functional_in_place_relu_behind_the_layer_does_not_change_the_capture() -> None:
     net, x = densenet121().eval(), torch.randn(1, 3, 64, 64)
     (a,), (g,) = layer_gradients(net, [net.features], (x,), 3)
-    assert (a[0] < 0).any(), "the captured activation must be the one in front of the ReLU"
+    assert (a[0] < 0).any(), "the captured activation must be the one before the ReLU"
     weight = net.classifier.weight[3].detach()[None, :, None, None] / a[0][0, 0].numel()
     torch.testing.assert_close(g[0], torch.where(a[0] > 0, weight, 0.0))
 
 
-def test_parameters_never_get_gradients_and_may_be_frozen() -> None:
+def test_frozen_parameters_change_nothing() -> None:
     net, x = small_net(), torch.randn(2, 3, 8, 8)
     expected = layer_gradients(net, [net.conv2], (x,), 1)
     net.requires_grad_(False)
@@ -87,7 +88,7 @@ def test_parameters_never_get_gradients_and_may_be_frozen() -> None:
     torch.testing.assert_close(frozen, expected, rtol=0, atol=0)
 
 
-def test_the_part_in_front_builds_no_graph() -> None:
+def test_gradients_are_off_in_front_of_the_layer() -> None:
     net, modes = small_net(), {}
     for name, module in net.named_modules():
         if name:
@@ -99,7 +100,7 @@ def test_the_part_in_front_builds_no_graph() -> None:
     assert modes == {name: name not in in_front for name in modes}
 
 
-def test_a_backbone_that_the_model_runs_without_gradients() -> None:
+def test_a_layer_that_the_model_runs_under_no_grad_has_gradients() -> None:
     net = LinearProbe()
     (_,), (g,) = layer_gradients(net, [net.backbone], (torch.randn(2, 3, 6, 6),), 2)
     expected = (net.head.weight[2].detach() / 16)[None, :, None, None].expand_as(g[0])
@@ -118,7 +119,7 @@ def test_create_graph_makes_the_result_differentiable() -> None:
 
 
 def test_create_graph_gives_the_hessian_at_the_activations() -> None:
-    """Of y = tanh(w . a): the gradient w (1 - y^2), and its derivative -2 w w^T y (1 - y^2)."""
+    """For y = tanh(w . a), the gradient is w (1 - y^2), its derivative -2 w w^T y (1 - y^2)."""
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Tanh()).double()
     x = torch.randn(1, 3, dtype=torch.float64)
     for options in ({}, {"at_input": True}):
@@ -133,16 +134,16 @@ def test_create_graph_gives_the_hessian_at_the_activations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("give", "take"),
+    ("pack", "unpack"),
     [
         (lambda y: (y, None, 2 * y), lambda out: out[0] + out[2]),
         (lambda y: [y, 2 * y], lambda out: out[0] + out[1]),
         (lambda y: {"a": y, "n": 7, "b": 2 * y}, lambda out: out["a"] + out["b"]),
     ],
 )
-def test_layers_with_several_tensors(give: Any, take: Any) -> None:
-    layer = Lambda(lambda x: give(x + 1))
-    net = FunctionsAroundLayer(lambda y: sums(y**2), lambda layer, x: take(layer(x)), layer)
+def test_layers_with_several_tensors_have_gradients_for_each(pack: Any, unpack: Any) -> None:
+    layer = Lambda(lambda x: pack(x + 1))
+    net = FunctionsAroundLayer(lambda y: sums(y**2), lambda layer, x: unpack(layer(x)), layer)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     (a,), (g,) = layer_gradients(net, [net.layer], (x,), 0)
     first = torch.zeros_like(x)
@@ -159,7 +160,7 @@ def test_a_tensor_that_the_target_ignores_has_zero_gradient() -> None:
     assert g[1].sum() == 9
 
 
-def test_inputs_of_a_layer_positional_and_by_keyword() -> None:
+def test_layer_inputs_are_captured_positional_and_by_keyword() -> None:
     layer = Lambda(lambda x, *, y, scale: scale * x * y)
     net = FunctionsAroundLayer(sums, lambda layer, x: layer(x, y=x + 1, scale=2), layer)
     x = torch.randn(2, 1, 3, 3)
@@ -168,14 +169,14 @@ def test_inputs_of_a_layer_positional_and_by_keyword() -> None:
     torch.testing.assert_close(g, (2 * (x + 1), 2 * x))
 
 
-def test_an_alias_that_is_written_to_later_does_not_reach_the_capture() -> None:
+def test_a_later_write_into_an_alias_does_not_change_the_capture() -> None:
     net = FunctionsAroundLayer(lambda xy: xy[0].mul_(0) + xy[1], lambda layer, x: (x, layer(x)))
     x = torch.randn(2, 3)
     ((a,),), _ = layer_activations(net, [net.layer], (x,), 0)
     torch.testing.assert_close(a, x, rtol=0, atol=0)
 
 
-def test_the_callers_input_survives_a_model_that_writes_into_it() -> None:
+def test_a_model_that_works_in_place_does_not_change_the_inputs() -> None:
     net = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3), nn.Flatten())
     x = torch.randn(2, 3, 5, 5)
     before = x.clone()
@@ -184,7 +185,7 @@ def test_the_callers_input_survives_a_model_that_writes_into_it() -> None:
 
 
 @pytest.mark.parametrize("error_in", ["layer", "behind", "in front", "target"])
-def test_nothing_stays_behind_after_an_error(error_in: str, trace_free: Any) -> None:
+def test_an_error_leaves_no_trace_on_the_model(error_in: str, trace_free: Any) -> None:
     net, x = small_net(), torch.randn(2, 3, 8, 8, requires_grad=True)
     x.grad = torch.ones_like(x)
     broken = {"layer": net.conv2, "behind": net.fc, "in front": net.conv1}.get(error_in)
@@ -198,7 +199,7 @@ def test_nothing_stays_behind_after_an_error(error_in: str, trace_free: Any) -> 
         layer_gradients(net, [net.conv2], (x,), "class 3" if broken is None else 1)
 
 
-def test_train_mode_is_kept_warned_of_once_and_its_buffers_put_back(trace_free: Any) -> None:
+def test_train_mode_warns_once_and_its_buffers_are_restored(trace_free: Any) -> None:
     net, x = small_net().train(), torch.randn(4, 3, 8, 8)
     for forward in (net, net.forward, lambda x: net(x)):
         with trace_free(net), warnings.catch_warnings(record=True) as caught:
@@ -221,7 +222,7 @@ def test_a_layer_that_runs_twice_is_an_error(trace_free: Any) -> None:
         layer_gradients(net, [net.relu], (x,), 0)
 
 
-def test_layers_that_do_not_run_or_do_not_matter() -> None:
+def test_layers_that_do_not_run_or_do_not_reach_the_target_are_errors() -> None:
     net, x = small_net(), torch.randn(1, 3, 8, 8)
     with pytest.raises(ValueError, match="`Conv2d` did not run"):
         layer_gradients(net, [nn.Conv2d(1, 1, 1)], (x,), 0)
@@ -230,7 +231,7 @@ def test_layers_that_do_not_run_or_do_not_matter() -> None:
         layer_gradients(side, [side.layer], (x,), 0)
 
 
-def test_inference_mode_is_one_clear_error_for_gradients_and_fine_without() -> None:
+def test_inference_mode_is_an_error_for_gradients_only() -> None:
     net, x = small_net(), torch.randn(1, 3, 8, 8)
     with torch.inference_mode():
         with pytest.raises(RuntimeError, match="inference_mode"):
@@ -242,7 +243,7 @@ def test_inference_mode_is_one_clear_error_for_gradients_and_fine_without() -> N
     layer_gradients(net, [net.conv2], (made_inside,), 0)
 
 
-def test_names_modules_and_what_is_neither() -> None:
+def test_find_module_takes_names_and_modules_and_nothing_else() -> None:
     net = resnet18()
     assert find_module(net, "layer4.1.conv2") is net.layer4[1].conv2
     assert find_module(net.forward, "layer4") is net.layer4
@@ -251,8 +252,11 @@ def test_names_modules_and_what_is_neither() -> None:
     assert root_module(functools.partial(net.forward)) is net
     wrapped = NoGradConv(1)
     assert find_module(wrapped.forward, "conv") is wrapped.conv
-    with pytest.raises(ValueError, match=r"'layer5' is not in the model\. Closest: layer4, layer"):
+    with pytest.raises(
+        ArgumentError, match=r"'layer5' is not in the model\. Closest: layer4, l"
+    ) as caught:
         find_module(net, "layer5")
+    assert caught.value.argument == "layer"
     with pytest.raises(ValueError, match="pass the module itself"):
         find_module(lambda x: net(x), "layer4")
     with pytest.raises(TypeError, match="dotted name"):
@@ -261,7 +265,7 @@ def test_names_modules_and_what_is_neither() -> None:
         find_module(torch.compile(net), "layer4")
 
 
-def test_scores() -> None:
+def test_scoring_forward_computes_each_score() -> None:
     logits = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.bfloat16)
     forward = {s: scoring_forward(lambda x: x, s)(logits) for s in ("logit", "softmax", "sigmoid")}
     assert all(value.dtype == torch.float32 for value in forward.values())
@@ -272,7 +276,7 @@ def test_scores() -> None:
         scoring_forward(lambda x: x, "probability")
 
 
-def test_eight_threads_on_one_model_give_exactly_the_serial_answers() -> None:
+def test_eight_threads_on_one_model_equal_serial_calls() -> None:
     net = resnet18().eval()
     xs = [torch.randn(1, 3, 64, 64) for _ in range(8)]
     layers = [net.layer4, net.layer3, net.layer4[1].conv2, net.layer2] * 2
@@ -297,7 +301,7 @@ def test_eight_threads_on_one_model_give_exactly_the_serial_answers() -> None:
     assert (wrong, errors) == ([], [])
 
 
-def test_hooks_of_other_threads_are_passed_by() -> None:
+def test_hooks_do_not_act_in_other_threads() -> None:
     net, x = small_net(), torch.randn(1, 3, 8, 8)
     expected = net(x)
 
@@ -323,14 +327,14 @@ def test_data_parallel_gathers_in_the_order_of_the_batch() -> None:
     expected = layer_gradients(net, [net.conv2], (x,), target.tolist())
     order = list(range(n))[::-1]
     parallel = nn.DataParallel(net.to(f"cuda:{order[0]}"), device_ids=order)
-    found = layer_gradients(parallel, [net.conv2], (x.to(f"cuda:{order[0]}"),), target.tolist())
-    torch.testing.assert_close(found, expected, check_device=False)
+    gradients = layer_gradients(parallel, [net.conv2], (x.to(f"cuda:{order[0]}"),), target.tolist())
+    torch.testing.assert_close(gradients, expected, check_device=False)
 
 
-# --- leaving no trace, all the same --------------------------------------------------------------
+# --- preserve_state ------------------------------------------------------------------------------
 
 
-def test_buffers_that_come_and_go(trace_free: Any) -> None:
+def test_buffers_that_the_model_adds_or_replaces_are_restored(trace_free: Any) -> None:
     net, x = StatefulNet().eval(), torch.rand(2, 3)
     with trace_free(net), preserve_state(net):
         net(x)
@@ -338,7 +342,7 @@ def test_buffers_that_come_and_go(trace_free: Any) -> None:
     assert "new" not in net.state_dict()
 
 
-def test_a_call_within_a_call_puts_back_its_own() -> None:
+def test_nested_calls_restore_their_own_buffers() -> None:
     net, x = StatefulNet().eval(), torch.rand(2, 3)
     with preserve_state(net):
         net(x)
@@ -349,7 +353,7 @@ def test_a_call_within_a_call_puts_back_its_own() -> None:
     assert net.calls == 0
 
 
-def test_nothing_is_held_when_the_warning_is_an_error() -> None:
+def test_no_snapshot_remains_when_the_warning_is_an_error() -> None:
     net = StatefulNet().train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -363,7 +367,7 @@ def test_nothing_is_held_when_the_warning_is_an_error() -> None:
     assert net.calls == 0
 
 
-def test_the_last_thread_puts_back_what_the_first_found() -> None:
+def test_the_last_thread_restores_the_buffers_of_before_the_first() -> None:
     net, x = StatefulNet().eval(), torch.rand(2, 3)
     inside, leave = threading.Event(), threading.Event()
 
@@ -378,14 +382,14 @@ def test_the_last_thread_puts_back_what_the_first_found() -> None:
         net(x)
         thread.start()
         inside.wait(60)
-    assert net.calls == 2, "the other one is still at it"
+    assert net.calls == 2, "the other thread has not ended"
     leave.set()
     thread.join()
     assert net.calls == 0
     assert not _buffers_of_modules
 
 
-def test_a_warning_from_code_without_a_module() -> None:
-    """Code run by `exec` has no `__name__`."""
+def test_code_without_a_module_can_warn() -> None:
+    """Code that `exec` runs has no `__name__`."""
     with pytest.warns(UserWarning, match="hello"):
         exec("warn('hello')", {"warn": warn})

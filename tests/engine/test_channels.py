@@ -1,4 +1,4 @@
-"""Where the channels are follows from the operations, and not from widths."""
+"""The dimension of the channels is traced through operations, and not guessed from widths."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +20,20 @@ from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.channels import ChannelTracer
 from captum_ext._engine.hooks import enter_mode
 from captum_ext.attr import LayerAblationCam, LayerEigenCam, LayerHiResCam
-from tests.methods import EVERY
-from tests.networks import ChannelsLastNet, Lambda, ScriptedNet, SmallNet, TwoTensorNet, small_net
+from tests.methods import METHODS
+from tests.networks import (
+    ChannelsLastNet,
+    Lambda,
+    ScriptedNet,
+    SmallNet,
+    TwoTensorNet,
+    small_net,
+    small_swin,
+)
 
 
 def traced(function: Any, x: Tensor) -> set[int] | None:
-    """Where the channels are after `function`, of x (B, C, H, W)."""
+    """The channels' dimensions in the result of `function`, for x (B, C, H, W)."""
     tracer = ChannelTracer()
     tracer.mark_inputs((x,))
     with torch.no_grad(), enter_mode(tracer) as lock, lock:
@@ -77,35 +85,40 @@ OPERATIONS: dict[str, tuple[Any, set[int] | None]] = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operations(name: str) -> None:
+def test_each_operation_moves_the_channels_as_expected(name: str) -> None:
     function, expected = OPERATIONS[name]
     assert traced(function, torch.rand(2, 6, 4, 4)) == expected
 
 
-MODELS = (convnext_tiny, densenet121, mobilenet_v3_small, shufflenet_v2_x0_5, swin_t)
+MODELS = (mobilenet_v3_small, shufflenet_v2_x0_5, small_swin)
+LARGE_MODELS = (convnext_tiny, densenet121, swin_t)
 
 
-@pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
-def test_channels_are_what_does_not_grow_with_the_image(build: Any) -> None:
-    """An independent answer: of two image sizes, only height and width of a layer differ."""
+@pytest.mark.parametrize(
+    "build",
+    [*MODELS, *(pytest.param(build, marks=pytest.mark.slow) for build in LARGE_MODELS)],
+    ids=lambda build: build.__name__,
+)
+def test_the_dimension_that_does_not_grow_with_the_image_has_the_channels(build: Any) -> None:
+    """An independent check: with two image sizes, only the height and width of a layer differ."""
     model, shapes, runs = build().eval(), [], Counter[str]()
     images = [torch.randn(1, 3, 64, 64), torch.randn(1, 3, 96, 128)]
     for x in images:
         shapes.append({})
 
-        def see(name: str, output: Any, found: dict[str, Any] = shapes[-1]) -> None:
+        def record(name: str, output: Any, shapes_by_name: dict[str, Any] = shapes[-1]) -> None:
             runs.update([name])
-            found[name] = output.shape if isinstance(output, Tensor) else ()
+            shapes_by_name[name] = output.shape if isinstance(output, Tensor) else ()
 
         handles = [
-            module.register_forward_hook(lambda m, a, y, name=name, see=see: see(name, y))
+            module.register_forward_hook(lambda m, a, y, name=name, record=record: record(name, y))
             for name, module in model.named_modules()
         ]
         with torch.no_grad():
             model(x)
         for handle in handles:
             handle.remove()
-    n_seen = 0
+    n_checked = 0
     for name in list(shapes[0])[::7]:
         small, large = shapes[0][name], shapes[1][name]
         fixed = {i for i, n in enumerate(small) if i > 0 and n == large[i]}
@@ -114,11 +127,11 @@ def test_channels_are_what_does_not_grow_with_the_image(build: Any) -> None:
         capture = LayerCapture(model, [model.get_submodule(name)], traces_channels=True)
         capture.activations((images[0],))
         assert capture.channel_dims == [[fixed]], name
-        n_seen += 1
-    assert n_seen > 5
+        n_checked += 1
+    assert n_checked > 5
 
 
-def test_widths_that_mislead() -> None:
+def test_equal_widths_do_not_mislead_the_trace() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.LayerNorm([2, 3, 3]), nn.Flatten(), nn.Linear(18, 2))
     x = torch.rand(1, 1, 3, 3)
     for layer in ("0", "1"):
@@ -129,7 +142,7 @@ def test_widths_that_mislead() -> None:
         LayerHiResCam(net, "norm").attribute(torch.rand(1, 3, 4, 4), target=1)
 
 
-def test_layers_whose_channels_only_the_way_to_them_tells() -> None:
+def test_layers_without_a_source_are_traced_from_the_image() -> None:
     torch.manual_seed(0)
     vit = VisionTransformer(16, 4, 2, 2, 8, 16, num_classes=3).eval()
     nn.init.normal_(vit.heads.head.weight)
@@ -140,11 +153,11 @@ def test_layers_whose_channels_only_the_way_to_them_tells() -> None:
     net = small_net()
     for layer in ("relu1", "relu2"):
         assert LayerHiResCam(net, layer).attribute(x, target=1).shape == (2, 1, 16, 16)
-    found = LayerHiResCam(net, "relu2").attribute(x, target=1, attribute_to_layer_input=True)
-    assert found.shape == (2, 1, 16, 16)
+    input_map = LayerHiResCam(net, "relu2").attribute(x, target=1, attribute_to_layer_input=True)
+    assert input_map.shape == (2, 1, 16, 16)
 
 
-def test_where_the_channels_are_lost_an_error_says_what_to_pass() -> None:
+def test_unknown_channels_are_an_error_with_advice() -> None:
     net, x = ScriptedNet().eval(), torch.rand(1, 3, 6, 6)
     with pytest.raises(ValueError, match=r"not known .* `reshape_transform=torch.nn.Identity\(\)`"):
         LayerHiResCam(net, "identity").attribute(x, target=1)
@@ -152,16 +165,16 @@ def test_where_the_channels_are_lost_an_error_says_what_to_pass() -> None:
     assert method.attribute(x, target=1).shape == (1, 1, 4, 4)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_every_method_asks(name: str) -> None:
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_rejects_channels_last(name: str) -> None:
     permute, mean = Lambda(lambda x: x.permute(0, 2, 3, 1)), Lambda(lambda x: x.mean((1, 2)))
     net = nn.Sequential(nn.Conv2d(3, 4, 1), permute, nn.Linear(4, 4), mean)
     options = {"head": net[2]} if name == "CAM" else {}
     with pytest.raises(ValueError, match="tokens or channels last"):
-        EVERY[name](net, net[2], **options).attribute(torch.rand(2, 3, 4, 4), target=[1, 2])
+        METHODS[name](net, net[2], **options).attribute(torch.rand(2, 3, 4, 4), target=[1, 2])
 
 
-def test_no_mode_stays_behind(trace_free: Any) -> None:
+def test_an_error_in_the_model_leaves_no_function_mode(trace_free: Any) -> None:
     net, x = small_net(), torch.rand(1, 3, 8, 8)
     for broken in (net.relu2, net.conv2, net.fc):
         forward = broken.forward
@@ -174,18 +187,18 @@ def test_no_mode_stays_behind(trace_free: Any) -> None:
         broken.forward = forward  # type: ignore[method-assign]
 
 
-def test_dimensions_of_signals_and_volumes() -> None:
+def test_channels_of_signals_and_volumes_are_traced() -> None:
     for dims in (1, 3):
         net, x = SmallNet(dims).eval(), torch.rand(1, 3, *[6] * dims)
         for layer in (net.conv2, net.relu2):
             assert LayerHiResCam(net, layer).attribute(x, target=1).shape == (1, 1, *[6] * dims)
         method = LayerHiResCam(net, net.conv1)
-        found = method.attribute(x, target=1, attribute_to_layer_input=True)
-        assert found.shape == (1, 1, *[6] * dims)
+        input_map = method.attribute(x, target=1, attribute_to_layer_input=True)
+        assert input_map.shape == (1, 1, *[6] * dims)
 
 
-def test_layers_that_run_in_threads_of_their_own() -> None:
-    """As DataParallel's replicas do; `device_ids` says so."""
+def test_layers_that_run_in_other_threads_are_traced() -> None:
+    """Like replicas of DataParallel, marked by `device_ids`."""
     net, x = small_net(), torch.rand(2, 3, 8, 8)
 
     def in_another_thread(x: Tensor) -> Tensor:
@@ -198,8 +211,8 @@ def test_layers_that_run_in_threads_of_their_own() -> None:
         assert torch.equal(method.attribute(x, target=1), expected)
 
 
-def test_what_passes_through_a_layer_is_traced_from_the_image() -> None:
+def test_layers_that_pass_tensors_through_are_traced_from_the_image() -> None:
     net, x = TwoTensorNet().eval(), torch.rand(2, 3, 6, 6)
     for name in ("HiResCAM", "Ablation-CAM", "Eigen-CAM"):
-        small, large = EVERY[name](net, "down").attribute(x, target=[0, 1])
+        small, large = METHODS[name](net, "down").attribute(x, target=[0, 1])
         assert (small.shape, large.shape) == ((2, 1, 2, 2), (2, 1, 4, 4))

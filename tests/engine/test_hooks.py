@@ -1,4 +1,4 @@
-"""Hooks act in their own block and thread only, also after an interrupt at any instruction."""
+"""Hooks act in their own block and thread only, and never after an interrupt."""
 
 import dis
 import sys
@@ -48,10 +48,10 @@ def test_hooks_act_while_their_lock_is_held() -> None:
 
 
 class Interrupter:
-    """Raises a KeyboardInterrupt at the n-th place at which Python looks for signals.
+    """Raises a KeyboardInterrupt at the n-th point at which Python checks for signals.
 
-    CPython looks after calls, on jumps backwards and where functions and generators go on; not
-    between any two of its instructions.
+    CPython checks after calls, on backward jumps, and at the start of functions and generators. It
+    does not check between other instructions.
     """
 
     def __init__(self, n: int) -> None:
@@ -74,10 +74,10 @@ class Interrupter:
         return self
 
 
-def interrupted_at(place: int, run: Callable[..., Any], net: Any, x: Tensor) -> tuple[bool, bool]:
-    """Whether there was a place for the interrupt; and whether a hook or mode stayed behind."""
+def interrupted_at(point: int, run: Callable[..., Any], net: Any, x: Tensor) -> tuple[bool, bool]:
+    """Interrupt a run at a point. Was the point reached, and does a hook or a mode remain?"""
     expected: Tensor = net(x)
-    interrupter = Interrupter(place)
+    interrupter = Interrupter(point)
     try:
         sys.settrace(interrupter)
         run(net, x)
@@ -90,10 +90,10 @@ def interrupted_at(place: int, run: Callable[..., Any], net: Any, x: Tensor) -> 
     modes = [
         mode for mode in _get_current_function_mode_stack() if isinstance(mode, LockedFunctionMode)
     ]
-    assert not any(mode.lock.locked() for mode in modes), place
+    assert not any(mode.lock.locked() for mode in modes), point
     for _ in range(2):
-        assert torch.equal(net(x), expected), place
-    for module in hooks:  # more of them would be more places for the next interrupt
+        assert torch.equal(net(x), expected), point
+    for module in hooks:  # leftover hooks would add points to the next run
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return interrupter.left <= 0, bool(hooks or modes)
@@ -111,15 +111,17 @@ RUNS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_an_interrupt_at_any_instruction_leaves_nothing_that_acts(name: str) -> None:
+def test_no_hook_acts_after_an_interrupt_at_any_instruction(name: str) -> None:
     net, x = small_net(), torch.randn(1, 3, 4, 4)
-    n_left = 0
-    # The longest are tried at some of the places only: all of them took 56 and 14 s, and held.
-    for place in count(1, {"a replay": 11, "a CAM at a ReLU": 3}.get(name, 1)):
-        with ThreadPoolExecutor(1) as thread:  # Python's own state of this thread is spoiled
-            was_there, left = thread.submit(interrupted_at, place, RUNS[name], net, x).result()
-        n_left += left
-        if not was_there:
+    n_leftovers = 0
+    # The longest runs are interrupted at some of the points only: all of them took 56 and 14 s.
+    for point in count(1, {"a replay": 11, "a CAM at a ReLU": 3}.get(name, 1)):
+        with ThreadPoolExecutor(1) as thread:  # the interrupt spoils the thread's state in Python
+            was_reached, has_leftovers = thread.submit(
+                interrupted_at, point, RUNS[name], net, x
+            ).result()
+        n_leftovers += has_leftovers
+        if not was_reached:
             break
-    assert place > 100
-    assert 0 < n_left < place / 10
+    assert point > 100
+    assert 0 < n_leftovers < point / 10

@@ -1,4 +1,4 @@
-"""Receptive fields against published tables, and against where gradients end."""
+"""Receptive fields equal published ones, and the regions in which gradients are not zero."""
 
 import pytest
 import torch
@@ -37,10 +37,12 @@ from tests.networks import (
         ("mobilenet_v2", "features", 491, 32, 0),
     ],
 )
-def test_published_fields(name: str, layer: str, size: int, stride: int, start: float) -> None:
-    model = torchvision_net(name)
+def test_fields_equal_published_ones(
+    name: str, layer: str, size: int, stride: int, start: float
+) -> None:
+    model = torchvision_net(name, device="meta")
     module = model.get_submodule(layer)
-    field = receptive_field(model, module, torch.zeros(1, 3, 224, 224), exact=True)
+    field = receptive_field(model, module, torch.zeros(1, 3, 224, 224, device="meta"), exact=True)
     assert field.rows == field.columns == (size, stride, start)
 
 
@@ -57,45 +59,47 @@ def test_published_fields(name: str, layer: str, size: int, stride: int, start: 
         ("squeezenet1_1", "features", None),
     ],
 )
-def test_offsets(name: str, layer: str, offset: float | None) -> None:
-    model = torchvision_net(name)
-    module, x = model.get_submodule(layer), torch.zeros(1, 3, 224, 224)
+def test_unit_offsets_equal_known_ones(name: str, layer: str, offset: float | None) -> None:
+    model = torchvision_net(name, device="meta")
+    module, x = model.get_submodule(layer), torch.zeros(1, 3, 224, 224, device="meta")
     shapes: list[torch.Size] = []
     handle = module.register_forward_hook(lambda m, i, o: shapes.append(o.shape))
     field = receptive_field(model, module, x)
     handle.remove()
     cells = (shapes[0][2], shapes[0][3])
-    found = unit_offset(field, (224, 224), cells)
-    assert found[0] == found[1]
-    if offset is not None:
-        assert found == (offset, offset)
+    y, x = unit_offset(field, (224, 224), cells)
+    assert y == x
+    assert offset in (None, y)
 
 
 class StopError(Exception):
-    """Nothing behind the layer is of interest."""
+    """Ends a forward pass at the layer."""
 
 
 def stop(module: nn.Module, args: object, output: Tensor) -> None:
     raise StopError
 
 
-def reached(net: nn.Module, layer: nn.Module, size: tuple[int, int], unit: tuple[int, int]) -> list:
-    """Where the gradient of one unit is not 0: first and last row and column."""
+def gradient_box(
+    net: nn.Module, layer: nn.Module, size: tuple[int, int], unit: tuple[int, int]
+) -> list:
+    """The first and last row and column in which the gradient of one unit is not 0."""
     x = torch.rand(1, 3, *size, dtype=torch.float64, requires_grad=True)
-    kept: list[Tensor] = []
-    handles = [layer.register_forward_hook(lambda m, i, o: kept.append(o))]
+    outputs: list[Tensor] = []
+    handles = [layer.register_forward_hook(lambda m, i, o: outputs.append(o))]
     handles.append(layer.register_forward_hook(stop))
     with pytest.raises(StopError):
         net(x)
     for handle in handles:
         handle.remove()
-    (gradient,) = torch.autograd.grad(kept[0][0, :, unit[0], unit[1]].sum(), x)
-    seen = gradient[0].abs().sum(0) > 0
-    rows, columns = seen.any(1).nonzero().flatten(), seen.any(0).nonzero().flatten()
+    (gradient,) = torch.autograd.grad(outputs[0][0, :, unit[0], unit[1]].sum(), x)
+    mask = gradient[0].abs().sum(0) > 0
+    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
     return [int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])]
 
 
-def expected(field: ReceptiveField, unit: tuple[int, int]) -> list:
+def field_box(field: ReceptiveField, unit: tuple[int, int]) -> list:
+    """The first and last row and column of the receptive field of one unit."""
     ends = []
     for axis, i in zip(field, unit, strict=True):
         centre = axis.start + i * axis.stride
@@ -103,19 +107,19 @@ def expected(field: ReceptiveField, unit: tuple[int, int]) -> list:
     return ends
 
 
-def test_gradients_end_where_fields_do() -> None:
+def test_gradients_of_a_branched_net_end_at_the_field() -> None:
     torch.manual_seed(0)
     net = BranchedNet().double().eval()
     for parameter in net.parameters():
-        nn.init.uniform_(parameter, 0.1, 1.0)  # nothing cancels, and no ReLU is shut
+        nn.init.uniform_(parameter, 0.1, 1.0)  # no gradient cancels, and all ReLUs are open
     size = (60, 50)
     field = receptive_field(net, net.layer, torch.rand(1, 3, *size, dtype=torch.float64))
     for unit in ((6, 9), (7, 12)):
-        assert reached(net, net.layer, size, unit) == expected(field, unit)
+        assert gradient_box(net, net.layer, size, unit) == field_box(field, unit)
 
 
 def linear_copy(net: nn.Module) -> nn.Module:
-    """One channel everywhere, positive weights, means in place of maxima, nothing else."""
+    """Make a net linear: one channel, average poolings, no ReLUs and no norms."""
     for name, part in net.named_children():
         if isinstance(part, nn.Conv2d):
             options = {"dilation": part.dilation, "bias": False, "dtype": torch.float64}
@@ -146,9 +150,9 @@ def linear_copy(net: nn.Module) -> nn.Module:
         ("googlenet", "inception4a", 480),
     ],
 )
-def test_gradients_of_real_nets_end_where_fields_do(name: str, layer: str, side: int) -> None:
-    net = torchvision_net(name)
-    image = torch.zeros(1, 3, 224, 224)
+def test_gradients_of_real_nets_end_at_the_field(name: str, layer: str, side: int) -> None:
+    net = torchvision_net(name, device="meta")
+    image = torch.zeros(1, 3, 224, 224, device="meta")
     field = receptive_field(net, net.get_submodule(layer), image, exact=True)
     copy = linear_copy(net).double()
     module, shapes = copy.get_submodule(layer), []
@@ -160,28 +164,28 @@ def test_gradients_of_real_nets_end_where_fields_do(name: str, layer: str, side:
     for hook in hooks:
         hook.remove()
     for part in copy.modules():
-        if type(part) is nn.Conv2d:  # others did not run: they are behind the layer
+        if type(part) is nn.Conv2d:  # lazy convolutions behind the layer did not run
             nn.init.uniform_(part.weight, 0.5, 1.5)
     unit = (shapes[0][2] // 2, shapes[0][3] // 2)
-    assert reached(copy, module, size, unit) == expected(field, unit)
+    assert gradient_box(copy, module, size, unit) == field_box(field, unit)
     assert field.rows.size < side, "the field ends inside of the image"
 
 
 @pytest.mark.parametrize(
-    ("name", "layer", "what"),
+    ("name", "layer", "function"),
     [
         ("mobilenet_v3_small", "features.2", "adaptive_avg_pool2d"),
         ("efficientnet_b0", "features", "adaptive_avg_pool2d"),
         ("regnet_y_400mf", "trunk_output", "adaptive_avg_pool2d"),
     ],
 )
-def test_squeeze_and_excitation_is_aside_unless_it_is_exact(
-    name: str, layer: str, what: str
+def test_squeeze_and_excitation_is_ignored_unless_exact(
+    name: str, layer: str, function: str
 ) -> None:
     net, x = torchvision_net(name), torch.zeros(1, 3, 64, 64)
     module = net.get_submodule(layer)
     assert receptive_field(net, module, x).rows.stride > 1
-    with pytest.raises(ValueError, match=f"`{what}` is on the way"):
+    with pytest.raises(ValueError, match=f"`{function}` is on the way"):
         receptive_field(net, module, x, exact=True)
 
 
@@ -220,10 +224,10 @@ MIXING = {
 
 
 @pytest.mark.parametrize("name", [*LOCAL, *MIXING])
-def test_which_functions_work_unit_by_unit(name: str) -> None:
+def test_exact_fields_accept_only_functions_that_work_unit_by_unit(name: str) -> None:
     function = (LOCAL | MIXING)[name]
     net, x = FunctionBetweenConvs(function), torch.rand(1, 3, 12, 12, requires_grad=True)
-    # What the tracer says, and what gradients say, of a unit whose field is 5 x 5.
+    # The gradient shows whether a unit with a 5 x 5 field depends on pixels outside of it.
     (gradient,) = torch.autograd.grad(net(x)[0, :, 6, 6].sum(), x)
     beyond = gradient.abs().sum((0, 1))
     beyond[4:9, 3:10] = 0
@@ -235,12 +239,12 @@ def test_which_functions_work_unit_by_unit(name: str) -> None:
             receptive_field(net, net.second, x, exact=True)
 
 
-def script_of_all(x):  # type: ignore[no-untyped-def]
+def mean_of_all_units(x):  # type: ignore[no-untyped-def]
     return x.mean((2, 3), keepdim=True) * torch.ones_like(x)
 
 
 HIDDEN = {
-    "script": torch.jit.script(script_of_all),
+    "script": torch.jit.script(mean_of_all_units),
     "module of a script": torch.jit.script(nn.Conv2d(6, 6, 13, padding=6)),
     "item": lambda x: torch.full((6, 12, 12), x.mean().item()),
     "float": lambda x: torch.ones(6, 12, 12) * float(x.max()),
@@ -251,8 +255,8 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("name", HIDDEN)
-def test_what_is_added_out_of_sight_is_seen(name: str) -> None:
-    """Beside a branch that can be followed: it alone would give a field that is too small."""
+def test_exact_fields_detect_scripts_and_numbers_read_from_the_image(name: str) -> None:
+    """Another branch has a known field, which alone would be too small."""
     hidden = HIDDEN[name]
     net, x = FunctionBetweenConvs(lambda y: y + hidden(y)), torch.rand(1, 3, 12, 12)
     with pytest.raises(ValueError, match="`second` may see all of the image"):
@@ -263,17 +267,17 @@ def test_what_is_added_out_of_sight_is_seen(name: str) -> None:
         assert (net(brighter) - net(x))[..., 6, 6].abs().max() > 1e-4
 
 
-def test_numbers_of_shapes_are_none_of_the_image() -> None:
+def test_exact_fields_allow_numbers_read_from_shapes() -> None:
     def scaled(x: Tensor) -> Tensor:
         assert x.is_floating_point()
         return x / x.shape[1] ** 0.5 + float(x.dim()) * torch.ones(()).item()
 
     net = FunctionBetweenConvs(scaled)
-    found = receptive_field(net, net.second, torch.rand(1, 3, 12, 12), exact=True)
-    assert found.rows == (5, 1, 0)
+    field = receptive_field(net, net.second, torch.rand(1, 3, 12, 12), exact=True)
+    assert field.rows == (5, 1, 0)
 
 
-def test_what_the_layer_puts_out_is_reshaped() -> None:
+def test_reshape_transform_is_traced() -> None:
     net = nn.Sequential(nn.Conv2d(3, 2, (3, 5)), Lambda(lambda x: x.permute(0, 2, 3, 1)))
     field = receptive_field(
         net, net[1], torch.rand(1, 3, 9, 9), exact=True, reshape_transform=channels_last_to_first
@@ -281,7 +285,7 @@ def test_what_the_layer_puts_out_is_reshaped() -> None:
     assert field == ((3, 1, 1), (5, 1, 2))
 
 
-def test_what_cannot_be_followed() -> None:
+def test_layers_that_cannot_be_traced_are_errors() -> None:
     vit = small_vit()
     with pytest.raises(ValueError, match="are not known"):
         receptive_field(vit, vit.get_submodule(VIT_LAYER), torch.zeros(1, 3, 24, 24))
@@ -290,7 +294,7 @@ def test_what_cannot_be_followed() -> None:
         receptive_field(net, net.fc, torch.zeros(1, 3, 9, 9))
 
 
-def test_it_leaves_no_trace(trace_free) -> None:
+def test_receptive_field_leaves_no_trace(trace_free) -> None:
     net, x = small_net(), torch.rand(1, 3, 9, 9)
     with trace_free(net, x), preserve_state(net):
         field = receptive_field(net, net.relu2, x)

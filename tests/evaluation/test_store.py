@@ -18,6 +18,7 @@ from contextlib import closing
 import pytest
 import torch
 
+from captum_ext._errors import ArgumentError, FolderInUseError
 from captum_ext.evaluation import evaluate, summary
 from captum_ext.evaluation.store import ResultStore, ResultWriter, Task
 from tests.evaluation.subjects import Boxes, Of, exported, forget, rows, three_methods
@@ -207,7 +208,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     try:
         while not list(tmp_path.glob("results.0.sqlite")):
             time.sleep(0.05)
-        with pytest.raises(RuntimeError, match="`output`: another process or thread is writing"):
+        with pytest.raises(FolderInUseError, match="`output`: another process or") as caught:
             evaluate({"a": Of(tiny_net())}, Boxes(200), "energy", **options)
     finally:
         other.kill()
@@ -448,10 +449,10 @@ def test_a_file_that_is_no_database_is_an_error_for_reader_and_writer(content, t
     wanted = exported(tmp_path)
     (tmp_path / FILE).write_bytes(content)
     message = rf"`output`: .*{FILE} is damaged \(.*Delete this file"
-    with pytest.raises(ValueError, match=message):
-        summary(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        evaluated(tmp_path)
+    for call in (summary, evaluated):
+        with pytest.raises(ArgumentError, match=message) as caught:
+            call(tmp_path)
+        assert caught.value.argument == "output"
     (tmp_path / FILE).unlink()
     evaluated(tmp_path)
     assert exported(tmp_path) == wanted

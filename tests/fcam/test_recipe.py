@@ -17,6 +17,7 @@ from captum_ext.metrics import MaxBoxAcc, PxAP
 torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 def test_f_cam_localises_better_than_its_guide():
     """Labels alone, nothing chosen by localisation; gains of at least 10 and 5 points."""
     train = TexturedEllipses(1000, 3000)

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from captum.attr import IntegratedGradients, LayerGradCam, NoiseTunnel, Saliency
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kornia.metrics import ssim
 from skimage.metrics import structural_similarity as skimage_ssim
@@ -20,7 +20,6 @@ from torchvision.models import (
     resnet18,
     squeezenet1_1,
     swin_t,
-    vgg11,
     vit_b_16,
 )
 
@@ -36,8 +35,18 @@ from captum_ext.perception import (
     perception_loss,
     structural_similarity,
 )
-from tests.networks import Lambda, UnshuffleNet, strided_net
+from captum_ext.perception.encoder import stride_fits
+from tests.networks import (
+    Lambda,
+    UnshuffleNet,
+    narrow_vgg,
+    small_swin,
+    strided_net,
+    vision_transformer,
+)
 
+TOKENS = {"reshape_transform": tokens_to_grid}
+LAST = {"reshape_transform": channels_last_to_first}
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # pictures as they are
 
 
@@ -145,7 +154,7 @@ def test_threads_encode_by_one_model_at_once():
 @pytest.mark.parametrize("layer", ["5", "6", "7"])
 def test_a_layer_without_space(layer):
     encoder = LayerEncoder(strided_net(), layer)
-    with pytest.raises(ValueError, match=f"`layer` {layer} has no space to decode"):
+    with pytest.raises(ValueError, match=f"`layer` `{layer}` has no space to decode"):
         PerceptionDecoder.reading(encoder, torch.rand(1, 3, 32, 32))
 
 
@@ -178,7 +187,6 @@ def test_the_papers_decoder():
 
 
 @given(power=st.integers(0, 7), h=st.integers(1, 3), w=st.integers(1, 3), n=st.integers(1, 2))
-@settings(max_examples=25, deadline=None)
 def test_shape_and_range(power, h, w, n):
     decoder = PerceptionDecoder(5, 2**power, [3] * power, [1] * power).eval()
     pictures = decoder(9 * torch.randn(n, 5, h, w))
@@ -197,21 +205,36 @@ def test_default_widths_of_other_strides(stride):
 
 
 @pytest.mark.parametrize(
+    ("cells", "is_near"), [(5, False), (6, True), (7, True), (9, True), (10, True), (11, False)]
+)
+def test_cells_may_differ_from_the_side_by_a_quarter(cells, is_near):
+    """Of 64 pixels at a stride of 8: between 48 and 80, both included."""
+    assert stride_fits(64, cells, 8) == is_near
+
+
+@pytest.mark.parametrize(
     ("make", "layer", "options", "channels", "stride"),
     [
         (resnet18, "layer4", {}, 512, 32),
         (resnet18, "layer1", {}, 64, 4),
-        (vgg11, "features", {}, 512, 32),
-        (alexnet, "features", {}, 256, 32),  # 6 x 6 cells of 224 pixels
+        (narrow_vgg, "features", {}, 512, 32),
         (squeezenet1_1, "features", {}, 512, 16),  # 13 x 13
-        (densenet121, "features", {}, 1024, 32),
         (mobilenet_v3_small, "features", {}, 576, 32),
-        (vit_b_16, "encoder.ln", {"reshape_transform": tokens_to_grid}, 768, 16),
-        (swin_t, "features", {"reshape_transform": channels_last_to_first}, 768, 32),
+        (partial(vision_transformer, 224), "encoder.ln", TOKENS, 32, 8),
+        (small_swin, "features", LAST, 32, 8),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (alexnet, "features", {}, 256, 32),  # 6 x 6 cells of 224 pixels
+                (densenet121, "features", {}, 1024, 32),
+                (vit_b_16, "encoder.ln", TOKENS, 768, 16),
+                (swin_t, "features", LAST, 768, 32),
+            )
+        ),
     ],
 )
 def test_it_is_built_from_the_layer(make, layer, options, channels, stride):
-    model = make(weights=None).eval()
+    model = make().eval()
     encoder = LayerEncoder(model, layer, **options)
     x = torch.rand(1, 3, 224, 224)
     n_blocks = stride.bit_length() - 1
@@ -222,10 +245,10 @@ def test_it_is_built_from_the_layer(make, layer, options, channels, stride):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 90), (95, 64), (100, 127)])
-@pytest.mark.parametrize("make", [resnet18, vgg11])
+@pytest.mark.parametrize("make", [resnet18, narrow_vgg])
 def test_sizes_that_are_no_multiple_of_the_stride(make, size):
     """A ResNet has a cell for the rest of the picture, a VGG has none."""
-    encoder = LayerEncoder(make(weights=None).eval(), "layer4" if make is resnet18 else "features")
+    encoder = LayerEncoder(make().eval(), "layer4" if make is resnet18 else "features")
     x = torch.rand(1, 3, *size)
     decoder = PerceptionDecoder.reading(encoder, x, [4] * 5, [1] * 5)
     assert decoder.stride == 32
@@ -299,7 +322,7 @@ def test_files_that_are_refused(tmp_path):
         PerceptionDecoder.load(file, other)
     saved = torch.load(file, weights_only=True)
     torch.save(saved | {"widths": [8, 8]}, file)
-    with pytest.raises(ValueError, match=r"of another architecture than it says.*blocks"):
+    with pytest.raises(ValueError, match=r"of another architecture than its options.*blocks"):
         PerceptionDecoder.load(file, encoder)
     torch.save(saved, file)
     other = strided_net()

@@ -20,6 +20,7 @@ from captum_ext._engine.precision import full_precision
 from captum_ext.attr.layer._typing import LayerOrList
 from captum_ext.attr.layer.base import BaseLayerCam
 from captum_ext.imaging import min_max, resize
+from captum_ext.infill import blend
 
 ScoresUnder = Callable[[Callable[[int, int], Tensor], int], Tensor]
 
@@ -76,7 +77,7 @@ class BaseMaskingCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
                 chunk = masks(start, min(start + perturbations_per_eval, n_masks))
                 n = chunk.shape[1]
                 masked = tuple(
-                    _blend(x, b, chunk) if _is_maskable(x, chunk) else torch.cat([x] * n)
+                    _mask_input(x, b, chunk) if _is_maskable(x, chunk) else torch.cat([x] * n)
                     for x, b in zip(inputs, values, strict=True)
                 )
                 chunks.append(scorer(masked, rows.repeat(n)).reshape(n, -1))
@@ -88,12 +89,10 @@ class BaseMaskingCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
         return scores_under
 
 
-def _blend(x: Tensor, baseline: Tensor | float, masks: Tensor) -> Tensor:
+def _mask_input(x: Tensor, baseline: Tensor | float, masks: Tensor) -> Tensor:
     """The inputs under n masks (B, n, *spatial), X m + b (1 - m), mask by mask: (n * B, ...)."""
     m = min_max(resize(masks, x.shape[2:])).to(x.dtype).transpose(0, 1).unsqueeze(2)
-    if not isinstance(baseline, Tensor) and baseline == 0:
-        return (x * m).flatten(0, 1)
-    return torch.lerp(torch.as_tensor(baseline, dtype=x.dtype, device=x.device), x, m).flatten(0, 1)
+    return blend(x, baseline, m)
 
 
 def _is_maskable(x: Tensor, maps: Tensor) -> bool:

@@ -29,21 +29,19 @@ from captum_ext._engine.outputs import (
 )
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
-from captum_ext.attr._chain import NOT_PASSED, passed
-from captum_ext.attr.wrappers._following import Following
-from captum_ext.attr.wrappers._fusion import Fusion, canvas_of
-from captum_ext.attr.wrappers._template import (
-    SIGNS,
-    ImageWrapper,
-    Offset,
-)
+from captum_ext._errors import ArgumentError
+from captum_ext._repr import options_repr
+from captum_ext.attr._chain import UNSET, drop_unset
+from captum_ext.attr.wrappers._fusion import WindowFusion, canvas_key
+from captum_ext.attr.wrappers._image_wrapper import SIGNS, ImageWrapper, Offset
+from captum_ext.attr.wrappers._routing import ArgumentRouter
 from captum_ext.attr.wrappers._windows import (
-    Cutter,
+    CropViews,
     Size,
     Window,
-    all_windows,
     count_windows,
     scaled_size,
+    slide_windows,
 )
 from captum_ext.imaging import blur, lay_over, min_max, percentile
 
@@ -52,79 +50,84 @@ _POOLS = ("mean", "max")
 
 
 class SESSWrapper(ImageWrapper):
-    r"""Make the maps of any Captum attribution finer, by explaining windows of enlarged copies.
+    r"""Make the maps of any Captum attribution finer, by explaining windows of enlarged images.
 
-    The images are resized to several scales, a window slides over each, and the model scores what
-    it sees there. The wrapped method explains the best windows; each map :math:`h_i` in [0, 1] is
-    weighed by its window's score, laid back over the image (:math:`R`), and all are averaged where
-    they say something (equations (1) and (2) of the paper; T is a threshold, :math:`\theta`):
+    The images are resized to several scales, a window slides over each, and the model scores every
+    window. The wrapped method explains the windows with the best scores. Each map :math:`h_i` in
+    [0, 1] is weighted by the score :math:`p_i` of its window and laid back over the image
+    (:math:`R`). All maps are averaged over those that vote for a pixel (equations (1) and (2) of
+    the paper, with a threshold :math:`\theta`):
 
     .. math::
         f_i = \frac{p_i}{\max_j p_j} h_i, \qquad
         L = \frac{\sum_i R(f_i) [R(f_i) > \theta]}{\sum_i [R(f_i) > \theta]}
 
-    Every argument of the wrapped method follows its image into the windows: targets and tensors
-    with one entry for each example by example; `baselines`, a `feature_mask` and whatever else has
-    the images' height and width are resized and cut as the images are. With a base that draws its
-    baselines (`GradientShap`) the windows are explained place by place. What a base says in pixels
-    (the windows of `Occlusion`) refers to the window, not the image.
+    Every argument of the wrapped method follows its image into the windows. Targets, and tensors
+    with one entry for each example, are indexed by example. `baselines`, a `feature_mask` and
+    tensors of the images' height and width are resized and cropped as the images are. For a method
+    that draws its baselines (`GradientShap`), each call explains one window of all images. Options
+    of the wrapped method in pixels (the windows of `Occlusion`) are pixels of the window.
 
-    With nothing filtered, no `theta` and a Module as `forward_func`, score and map come from one
-    forward pass where the base's first pass runs on just the windows (CAMs, `Saliency`,
-    `FeatureAblation`); else a pass for the scores is added. Memory does not grow with the number
-    of windows. With `sign="positive"` maps are rectified before they are upsampled, as in the
-    paper.
+    With `pre_filter_ratio=0`, `theta=0` and a Module as `forward_func`, score and map come from the
+    same forward pass, if the first pass of the wrapped method runs on exactly the windows (CAMs,
+    `Saliency`, `FeatureAblation`). Otherwise the scores need another pass. Memory does not grow
+    with the number of windows. With `sign="positive"` maps are rectified before they are upsampled,
+    as in the paper.
 
     Args:
         attribution_method: an instance of any attribution class of Captum or of this package.
-        n_scales: how many scales, from the window's longer side w in steps of 2 w / 7: 224, 288,
-            ..., 928 by default, as in the paper. A scale is the length of the shorter side.
-        scales: instead, the scales themselves; or "sqrt2", from w by factors of the square root of
-            2 up to the image's shorter side, and at least up to 4 w, for large images.
-        window: side of the window, or (height, width), in pixels: what the model is used to.
-        step: from window to window, one number or (down, across); None is the window's own size.
-            The last window of a row is moved back to the image's edge.
-        pre_filter_ratio: r in [0, 1), the share of windows that is not explained: those of the
+        n_scales: the number of scales, from the window's longer side w in steps of 2 w / 7: 224,
+            288, ..., 928 by default, as in the paper. A scale is the length of the shorter side.
+        scales: the scales themselves, instead of `n_scales`; or "sqrt2", from w by factors of the
+            square root of 2 up to the image's shorter side, and at least up to 4 w, for large
+            images.
+        window: side of the window, or (height, width), in pixels: the model's usual input size.
+        step: from window to window, in pixels, one number or (down, across); None is the window's
+            own size. The last window of a row is moved back to the image's edge.
+        pre_filter_ratio: r in [0, 1), the share of windows that are not explained: those with the
             lowest scores. Of P windows, P - int(P r), and at least one, are kept.
-        theta: below 1; what is not above it does not count as a vote in "soft" and "reference"
-            fusion.
-        pool: "mean" or "max" over the maps. The maximum knows neither `theta` nor `fusion`.
-        fusion: what the sum of the maps is divided by.
-            "soft": by the votes, each resized as its map is. The default; without seams.
-            "reference": by the number of resized maps above theta, the authors' code to rounding.
-            Where windows meet, a map fades over O / S pixels (output to scale), and counts fully.
-            "coverage": by the number of windows that see the pixel: silent windows dilute. The
-            default of signed maps, and needed there.
-            "weighted": by the sum of the weights of the windows that see the pixel.
-        score: "softmax", "sigmoid" (several labels), "logit" (the output as it is, for models that
-            end in a softmax; below 0 it counts as 0), or a callable of the whole output.
-        sign: "positive", "negative" or "absolute" maps are scaled to [0, 1] each; "signed" ones
+        theta: the threshold of a vote in "soft" and "reference" fusion, below 1. 0 (paper).
+        pool: "mean" or "max" over the maps. The maximum uses neither `theta` nor `fusion`.
+        fusion: the denominator of the mean. By default "soft"; for signed maps "coverage".
+
+            - "soft": the votes, each resized as its map is. It leaves no seams.
+            - "reference": the number of resized maps above theta, equal to the authors' code up to
+              rounding. At the edge of a window, a map fades over O / S pixels (output to scale),
+              and still counts fully.
+            - "coverage": the number of windows that see the pixel. Windows whose map is zero dilute
+              the mean. Signed maps need this or "weighted".
+            - "weighted": the sum of the weights of the windows that see the pixel.
+        score: "softmax", "sigmoid" (several labels), "logit" (the raw output, for models that end
+            in a softmax; below 0 it counts as 0), or a callable of the whole output.
+        sign: "positive", "negative" or "absolute" maps are scaled to [0, 1] each; "signed" maps are
             divided by their largest absolute value.
-        channel_reduction: of input attributions: "abs_sum" (the paper's), "sum", "max_abs" or a
-            callable; see `ImageWrapper`.
-        percentile: input attributions are clipped there, 99 as in the paper; maps are not.
+        channel_reduction: of input attributions: "abs_sum" (paper), "sum", "max_abs" (the channel
+            that is farthest from 0) or a callable to (B, 1, H, W).
+        percentile: input attributions are clipped at it, 99 (paper); maps are not clipped.
         smooth: whether the fused map is blurred, at the resolution of the image.
-        smooth_kernel: of the Gaussian, in pixels.
-        smooth_sigma: in pixels.
-        antialias: whether images are smoothed where they are made smaller; the authors do not.
-        align: where a unit of the layer is centred: "cell", in the middle of its cell, as everyone
-            takes it; "rf", where its receptive field is (in layer4 of a ResNet 15.5 pixels up and
-            left of that, in VGG in the same place); or an offset (y, x) from there in pixels.
+        smooth_kernel: size of the Gaussian kernel, in pixels.
+        smooth_sigma: standard deviation of the Gaussian, in pixels.
+        antialias: whether images are smoothed where they shrink. False, as in the authors' code.
+        align: where a unit of the layer is centred: "cell", in the middle of its cell, the usual
+            assumption; "rf", at the centre of its receptive field (in layer4 of a ResNet 15.5
+            pixels up and left of the cell's, in VGG at the same place); or an offset (y, x) from
+            the cell's centre, in pixels.
         final_norm: whether the result is scaled to [0, 1] (in the paper, not in its code).
-        max_patches: more windows for one image than this are an error. Elongated images have many.
-        internal_batch_size: windows in one call of the model or the wrapped method; on a CPU at
-            most 16 of a method with gradients, which is faster, and fewer of one that takes samples
-            (NoiseTunnel, GradientShap). A method that has an `internal_batch_size` of its own gets
-            this one, if none is passed.
-        show_progress: whether to draw a bar.
+        max_patches: the most windows of one image; more are an error. Elongated images have many.
+        internal_batch_size: the number of windows in one call of the model or the wrapped method.
+            On a CPU, methods with gradients get at most 16, which is faster. Methods that take
+            samples (NoiseTunnel, GradientShap) get fewer. The wrapped method's own
+            `internal_batch_size`, if it has one, is set to this unless the caller passes it.
+        show_progress: whether to draw a progress bar.
 
     Raises:
         TypeError: `attribution_method` is not an attribution.
-        ValueError: an unknown option.
+        ValueError: an option that is unknown, out of range or contradicts another.
 
-    Source: O. Tursun et al., SESS: Saliency Enhancing with Scaling and Sliding, ECCV 2022,
-    https://arxiv.org/abs/2207.01769. The number of windows is the code's: on each axis
-    ceil((S - w) / step) + 1; the paper's formula is an approximation.
+    Reference:
+        O. Tursun et al., SESS: Saliency Enhancing with Scaling and Sliding, ECCV 2022,
+        https://arxiv.org/abs/2207.01769. The number of windows is that of the code, on each axis
+        ceil((S - w) / step) + 1; the paper's formula is an approximation.
 
     Example:
         >>> import torch
@@ -164,8 +167,7 @@ class SESSWrapper(ImageWrapper):
         show_progress: bool = False,
     ) -> None:
         super().__init__(attribution_method, channel_reduction)
-        if fusion is None:
-            fusion = "coverage" if sign == "signed" else "soft"
+        fusion = _default_fusion(sign) if fusion is None else fusion
         self.window = height_width("window", window)
         self.step = self.window if step is None else height_width("step", step)
         self.n_scales, self.scales = n_scales, _check_scales(scales, self.window)
@@ -176,6 +178,15 @@ class SESSWrapper(ImageWrapper):
         self.align, self.max_patches = align, max_patches
         self.internal_batch_size, self.show_progress = internal_batch_size, show_progress
         self._check_options()
+
+    def __repr__(self) -> str:
+        height, width = self.window
+        options: dict[str, Any] = {"window": height if height == width else self.window}
+        if self.step == self.window:
+            options["step"] = None
+        if self.fusion == _default_fusion(self.sign):
+            options["fusion"] = None
+        return options_repr(self, **options)
 
     def _check_options(self) -> None:
         check_choice("sign", self.sign, SIGNS)
@@ -190,19 +201,21 @@ class SESSWrapper(ImageWrapper):
         check_range("percentile", self.percentile, 0, 100)
         check_size("smooth_sigma", self.smooth_sigma, positive=True)
         if self.smooth_kernel % 2 == 0:
-            raise ValueError(f"`smooth_kernel` must be odd, got {self.smooth_kernel}.")
+            raise ArgumentError(f"`smooth_kernel` must be odd, got {self.smooth_kernel}.")
         has_votes = self.fusion in ("soft", "reference")
         if self.sign == "signed" and (self.pool == "max" or has_votes):
-            raise ValueError(
+            raise ArgumentError(
                 f"`sign`='signed' goes with `fusion`='coverage' or 'weighted' and `pool`='mean', "
                 f"got {self.fusion!r} and {self.pool!r}."
             )
         if self.theta and self.pool == "mean" and not has_votes:
-            raise ValueError(f"`theta` has no meaning in `fusion`={self.fusion!r}: leave it at 0.")
+            raise ArgumentError(
+                f"`theta` has no effect in `fusion`={self.fusion!r}: leave it at 0."
+            )
         if self.step[0] > self.window[0] or self.step[1] > self.window[1]:
-            raise ValueError(
-                f"`step` {self.step} is larger than the `window` {self.window}: what lies between "
-                f"two windows would never be seen."
+            raise ArgumentError(
+                f"`step` {self.step} is larger than the `window` {self.window}: pixels between two "
+                f"windows would never be explained."
             )
 
     @overload
@@ -211,7 +224,6 @@ class SESSWrapper(ImageWrapper):
         inputs: TensorOrTupleOfTensors,
         *,
         target: TargetType = ...,
-        additional_forward_args: Any = ...,
         return_coverage: Literal[False] = ...,
         **kwargs: Any,
     ) -> TensorOrTupleOfTensors: ...
@@ -224,8 +236,8 @@ class SESSWrapper(ImageWrapper):
         self,
         inputs: Tensor | Tensors,
         *,
-        target: TargetType = NOT_PASSED,
-        additional_forward_args: Any = NOT_PASSED,
+        target: TargetType = UNSET,
+        additional_forward_args: Any = UNSET,
         return_coverage: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -235,8 +247,8 @@ class SESSWrapper(ImageWrapper):
             inputs: images (B, C, H, W) of any size, normalised as the model wants them.
             target: as in Captum: of the scores, and of the wrapped method where it takes one.
             additional_forward_args: as in Captum: of the scores, and of the wrapped method.
-            return_coverage: whether to return, too, how many explained windows saw each pixel.
-            **kwargs: everything else, for the wrapped method.
+            return_coverage: whether to return also how many explained windows see each pixel.
+            **kwargs: all other arguments of the wrapped method.
 
         Returns:
             A tensor of the input's shape (a tuple of one for a tuple of one), 0 where no explained
@@ -249,14 +261,16 @@ class SESSWrapper(ImageWrapper):
                 arguments that are not shaped as the images are.
             TypeError: an argument that the wrapped method does not have.
         """
-        arguments = passed(target=target, additional_forward_args=additional_forward_args, **kwargs)
-        images = self._check(inputs, arguments)
-        sizes = self._sizes(images)
-        windows = self._windows(sizes)
-        cutter = Cutter(sizes, self.window, self.antialias)
-        following = Following(self._base, images, arguments, cutter)
+        arguments = drop_unset(
+            target=target, additional_forward_args=additional_forward_args, **kwargs
+        )
+        images = self._checked_images(inputs, arguments)
+        sizes = self._scaled_sizes(images)
+        windows = self._slide_windows(sizes)
+        crop_views = CropViews(sizes, self.window, self.antialias)
+        router = ArgumentRouter(self._method, images, arguments, crop_views)
         with preserve_state(self.forward_func):
-            fused, coverage = self._fuse(images, windows, sizes, following, return_coverage)
+            fused, coverage = self._fuse(images, windows, sizes, router, return_coverage)
         if self.smooth:
             fused = blur(fused, self.smooth_kernel, self.smooth_sigma)
         if self.final_norm:
@@ -265,16 +279,16 @@ class SESSWrapper(ImageWrapper):
         if empty:
             warn(
                 f"The map of {empty} of {len(images)} images is zero everywhere: no explained "
-                f"window has a positive score, and a map that is not flat and has values of the "
-                f"sign {self.sign!r} above `theta`."
+                f"window has both a positive score and a map, not flat, with values of the sign "
+                f"{self.sign!r} above `theta`."
             )
-        output = _format_output(isinstance(inputs, tuple), (self._shaped(fused, images),))
+        output = _format_output(isinstance(inputs, tuple), (self._expand_to_inputs(fused, images),))
         return (output, coverage) if return_coverage else output
 
     # --- scaling and sliding ---------------------------------------------------------------------
 
-    def _sizes(self, images: Tensor) -> list[Size]:
-        """The images' size at each scale."""
+    def _scaled_sizes(self, images: Tensor) -> list[Size]:
+        """The size of the images at each scale."""
         height, width = images.shape[2:]
         w = max(self.window)
         if self.scales is None:
@@ -287,17 +301,18 @@ class SESSWrapper(ImageWrapper):
             shorts = (int(s) for s in self.scales)
         return [scaled_size((height, width), short) for short in shorts]
 
-    def _windows(self, sizes: list[Size]) -> list[Window]:
+    def _slide_windows(self, sizes: list[Size]) -> list[Window]:
         """All windows of an image."""
         counts = [count_windows(size, self.window, self.step) for size in sizes]
         n = sum(down * across for down, across in counts)
         if n > self.max_patches:
-            raise ValueError(
+            raise ArgumentError(
                 f"One image has {n} windows of {self.window} in steps of {self.step} at the sizes "
                 f"{sizes[0]} to {sizes[-1]}, which is more than `max_patches` {self.max_patches}: "
-                f"take fewer or smaller `scales`, or raise it."
+                f"take fewer or smaller `scales`, or raise `max_patches`.",
+                "max_patches",
             )
-        return all_windows(sizes, self.window, self.step)
+        return slide_windows(sizes, self.window, self.step)
 
     # --- scores, maps, fusion --------------------------------------------------------------------
 
@@ -306,95 +321,115 @@ class SESSWrapper(ImageWrapper):
         images: Tensor,
         windows: list[Window],
         sizes: list[Size],
-        following: Following[Window],
+        router: ArgumentRouter[Window],
         wants_coverage: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        detector = _Probabilities()
-        n = len(windows)
-        kept = max(1, n - int(n * self.pre_filter_ratio))
+        """The fused maps (B, 1, H, W) and, if wanted, the coverage."""
+        detector = _ProbabilityDetector()
         pairs = [(example, window) for example in range(len(images)) for window in windows]
+        n_kept = max(1, len(windows) - int(len(windows) * self.pre_filter_ratio))
         scores = None
-        if kept < n or (self.theta > 0 and self.pool == "mean"):
-            found = [
-                self._log_scores(images, examples, places, following, detector)
-                for examples, places in self._chunks(
-                    pairs, self.internal_batch_size, False, "scores"
-                )
-            ]
-            scores = torch.cat(found).reshape(len(images), n)
-            best = scores.sort(dim=1, stable=True).indices[:, -kept:]
-            # To the host, once: how many windows of which scale are kept is the shape of tensors.
+        if n_kept < len(windows) or (self.theta > 0 and self.pool == "mean"):
+            scores = self._score_all(images, pairs, router, detector)
+            best = scores.sort(dim=1, stable=True).indices[:, -n_kept:]
+            # One copy to the host: the number of kept windows of each scale shapes the tensors.
             pairs = [
                 (example, windows[i]) for example, row in enumerate(best.tolist()) for i in row
             ]
-        canvas = canvas_of(self.pool, self.fusion)
-        if following.one_place:
-            pairs.sort(key=lambda pair: (canvas(pair[1]), pair[1], pair[0]))
+        key = canvas_key(self.pool, self.fusion)
+        if router.one_view_per_call:
+            pairs.sort(key=lambda pair: (key(pair[1]), pair[1], pair[0]))
         else:
-            pairs.sort(key=lambda pair: (canvas(pair[1]), pair))
+            pairs.sort(key=lambda pair: (key(pair[1]), pair))
         peak = None if scores is None else scores.amax(1)
         options = (self.window, self.pool, self.fusion, self.theta)
-        fusion = Fusion(images, sizes, *options, peak, wants_coverage)
+        fusion = WindowFusion(images, sizes, *options, peak, wants_coverage)
         offset: Offset | None = None
-        heard = [self.forward_func] if isinstance(self.forward_func, Module) else []
-        size = self._at_once(images, following.arguments, self.internal_batch_size)
-        for examples, places in self._chunks(pairs, size, following.one_place, "attribution"):
-            arguments = following.at(examples, places)
-            pictures = following.move(images, examples, places, False)
+        hooked_modules = [self.forward_func] if isinstance(self.forward_func, Module) else []
+        batch_size = self._batch_size(images, router.arguments, self.internal_batch_size)
+        for examples, views in self._chunks(
+            pairs, batch_size, router.one_view_per_call, "attribution"
+        ):
+            arguments = router.route(examples, views)
+            pictures = router.make_views(images, examples, views, False)
             if scores is None:
                 first_pass = _FirstOutput(pictures)
-                with hooked(heard, after=first_pass.keep) as lock, lock:
-                    maps, is_map = self._maps(pictures.clone(), images, arguments, size)
+                with hooked(hooked_modules, after=first_pass.keep) as lock, lock:
+                    maps, is_map = self._explain(pictures.clone(), images, arguments, batch_size)
                 output = first_pass.output
-                logs = self._log_scores(images, examples, places, following, detector, output)
+                logs = self._log_scores(images, examples, views, router, detector, output)
             else:
-                maps, is_map = self._maps(pictures, images, arguments, size)
-                logs = scores[examples, [place.number for place in places]]
+                maps, is_map = self._explain(pictures, images, arguments, batch_size)
+                logs = scores[examples, [window.number for window in views]]
             if offset is None:
-                first = following.at(examples[:1], places[:1])
-                offset = self._offset(self.align, pictures[:1], maps.shape[2:], first)
-            fusion.add(self._calibrated(maps, is_map, offset), logs, examples, places)
-        if detector.found():
+                first = router.route(examples[:1], views[:1])
+                offset = self._unit_offset(self.align, pictures[:1], maps.shape[2:], first)
+            fusion.add(self._normalize(maps, is_map, offset), logs, examples, views)
+        if detector.saw_only_probabilities():
             warn(
                 "`score`='softmax', but the model's output is a probability already, so that all "
-                "windows weigh nearly the same: take score='logit', or leave the softmax away."
+                "windows weigh nearly the same: pass score='logit', or remove the model's softmax."
             )
         return fusion.result(), fusion.coverage
+
+    def _score_all(
+        self,
+        images: Tensor,
+        pairs: list[tuple[int, Window]],
+        router: ArgumentRouter[Window],
+        detector: "_ProbabilityDetector",
+    ) -> Tensor:
+        """The logarithms of the scores of all windows, (B, n)."""
+        chunks = self._chunks(pairs, self.internal_batch_size, False, "scores")
+        logs = [
+            self._log_scores(images, examples, views, router, detector)
+            for examples, views in chunks
+        ]
+        return torch.cat(logs).reshape(len(images), -1)
 
     def _log_scores(
         self,
         images: Tensor,
         examples: list[int],
-        places: list[Window],
-        following: Following[Window],
-        detector: "_Probabilities",
+        windows: list[Window],
+        router: ArgumentRouter[Window],
+        detector: "_ProbabilityDetector",
         output: Tensor | None = None,
     ) -> Tensor:
-        """The logarithms of the windows' scores, from the model's output if it is there already."""
-        arguments = following.at(examples, places, ("target", "additional_forward_args"))
+        """The logarithms (n,) of the windows' scores.
+
+        Args:
+            images: (B, C, H, W).
+            examples: the image of each window.
+            windows: n windows.
+            router: of the wrapped method's arguments.
+            detector: gets the model's output.
+            output: of the model for these windows; None runs the model.
+        """
+        arguments = router.route(examples, windows, ("target", "additional_forward_args"))
         with torch.no_grad():
             if output is None:
-                pictures = following.move(images, examples, places, False)
+                pictures = router.make_views(images, examples, windows, False)
                 extra = arguments.get("additional_forward_args")
                 try:
                     output = _run_forward(self.forward_func, pictures, None, extra)
                 except Exception as error:
-                    self._check_the_model_takes(pictures, images, arguments, error)
+                    self._check_input_size(pictures, images, arguments, error)
                     raise
-            check_model_output(output, len(places))
-            logs = compute_log_scores(output, self.score)
+            check_model_output(output, len(windows))
+            all_scores = compute_log_scores(output, self.score)
             if self.score == "softmax":
-                detector.see(full_precision(output))
-            found = select_target(logs, arguments.get("target"))
-        if bool((found.isnan() | (found == math.inf)).any()):
-            raise ValueError("`score`: the model's scores of the windows are not finite.")
-        return found
+                detector.add(full_precision(output))
+            scores = select_target(all_scores, arguments.get("target"))
+        if bool((scores.isnan() | (scores == math.inf)).any()):
+            raise ArgumentError("`score`: the model's scores of the windows are not finite.")
+        return scores
 
-    def _calibrated(self, maps: Tensor, is_map: Tensor, offset: Offset) -> Tensor:
+    def _normalize(self, maps: Tensor, is_map: Tensor, offset: Offset) -> Tensor:
         """The maps (n, 1, h', w') at the window's size, in [0, 1] or, signed, in [-1, 1]."""
         maps = lay_over(SIGNS[self.sign](maps), self.window, offset)
         limit = maps.abs().amax((2, 3), keepdim=True)
-        if not self._is_spatial:
+        if not self._method_returns_maps:
             limit = torch.where(is_map, limit, percentile(maps.abs(), self.percentile))
             maps = maps.clamp(-limit, limit)
         if self.sign == "signed":
@@ -402,28 +437,36 @@ class SESSWrapper(ImageWrapper):
         return min_max(maps)
 
 
-class _Probabilities:
-    """Notices whether all outputs seen are probabilities."""
+class _ProbabilityDetector:
+    """Tells whether all outputs of a model are probabilities."""
 
     def __init__(self) -> None:
         self.flags: list[Tensor] = []
 
-    def see(self, output: Tensor) -> None:
+    def add(self, output: Tensor) -> None:
         sums_to_1 = (output.sum(1) - 1).abs() < 1e-3
         self.flags.append((output >= 0).all() & sums_to_1.all())
 
-    def found(self) -> bool:
+    def saw_only_probabilities(self) -> bool:
         return bool(self.flags) and bool(torch.stack(self.flags).all())
 
 
 class _FirstOutput:
-    """Keeps what the model gives when it first runs, if it runs on `pictures`."""
+    """Keeps the first output of a model, if its input is exactly `pictures`.
+
+    Args:
+        pictures: (n, C, h, w).
+
+    Attributes:
+        output: the output, detached; None if there is none.
+    """
 
     def __init__(self, pictures: Tensor) -> None:
         self.pictures, self.is_first = pictures, True
         self.output: Tensor | None = None
 
     def keep(self, index: int, args: Any, output: Any) -> None:
+        """The hook of the model, as `hooked` calls it."""
         if not self.is_first:
             return
         self.is_first = False
@@ -432,16 +475,20 @@ class _FirstOutput:
             self.output = output.detach().clone()
 
 
+def _default_fusion(sign: str) -> str:
+    return "coverage" if sign == "signed" else "soft"
+
+
 def _check_scales(scales: Any, window: Size) -> list[int] | str | None:
     if scales is None or (isinstance(scales, str) and scales == "sqrt2"):
         return scales
     if isinstance(scales, str) or not isinstance(scales, Iterable):
-        raise ValueError(f"`scales` must be integers, 'sqrt2' or None, got {scales!r}.")
-    found = [scale.item() if hasattr(scale, "item") else scale for scale in scales]
-    if not found:
-        raise ValueError("`scales` must be at least one, got none.")
-    for scale in found:
-        check_count("scales", scale)
-        if scale < max(window):
-            raise ValueError(f"`scales` must not be smaller than the `window` {window}: {scale}.")
-    return found
+        raise ArgumentError(f"`scales` must be integers, 'sqrt2' or None, got {scales!r}.")
+    sides = [scale.item() if hasattr(scale, "item") else scale for scale in scales]
+    if not sides:
+        raise ArgumentError("`scales` must not be empty.")
+    for side in sides:
+        check_count("scales", side)
+        if side < max(window):
+            raise ArgumentError(f"`scales` must not be smaller than the `window` {window}: {side}.")
+    return sides

@@ -7,6 +7,7 @@ import torch
 from captum.attr import Attribution, LayerAttribution
 from torch import Tensor
 
+from captum_ext._checks import check_choice
 from captum_ext._compat import (
     TargetType,
     TensorOrTupleOfTensors,
@@ -16,8 +17,9 @@ from captum_ext._compat import (
     log_usage,
 )
 from captum_ext._engine.modules import Tensors
-from captum_ext.attr._chain import NOT_PASSED, check_keywords, passed
-from captum_ext.imaging import min_max, resize
+from captum_ext.attr._chain import UNSET, check_keywords, drop_unset
+from captum_ext.attr.wrappers._base import BaseWrapper
+from captum_ext.imaging import MODES, min_max, resize
 
 _FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda maps: maps.amax(0),
@@ -30,29 +32,30 @@ _NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class UpsampleWrapper(Attribution):
+class UpsampleWrapper(BaseWrapper):
     r"""Turn the layer maps of any Captum attribution into attributions of the input's shape.
 
     Each map (B, C, h, w) is summed over its channels, resized to the input's spatial size, and
-    repeated over the input's channels. Several maps (a list of layers, a layer with several
-    tensors) are fused into one. What an input attribution gives has the input's shape already, and
-    is passed on as it is. So wrapped, a CAM is taken by Captum's `infidelity`, `sensitivity_max`,
+    repeated over the input's channels. Several maps (of a list of layers, or of a layer with
+    several tensors) are fused into one. Attributions that have the input's shape already are
+    returned unchanged. In this wrapper, a CAM works with Captum's `infidelity`, `sensitivity_max`,
     `NoiseTunnel` and `visualize_image_attr`.
 
     Args:
         attribution_method: an instance of any attribution class of Captum or of this package.
         mode: "bilinear" (linear for signals, trilinear for volumes), "bicubic", "nearest",
             "nearest-exact" or "area".
-        fuse: "max" or "mean" over several maps, cell by cell.
+        fuse: "max" or "mean" over several maps, pixel by pixel.
         align_corners: see `captum_ext.imaging.resize`.
-        normalize: what is done to each map before the fusion: "none" keeps values raw and signed,
-            as far apart in scale as the layers are; "minmax" scales each to [0, 1]; "tanh" is
-            LayerCAM's, tanh(2 minmax).
-        reshape_transform: for methods that return tokens (Captum's `LayerGradientXActivation` of a
-            ViT): turns their result into (B, C, h, w).
+        normalize: the normalisation of each map before the fusion. "none" keeps values raw and
+            signed, in the different scales of the layers. "minmax" scales each map to [0, 1].
+            "tanh" is LayerCAM's, tanh(2 minmax).
+        reshape_transform: turns the result of a method that returns tokens (Captum's
+            `LayerGradientXActivation` of a ViT) into (B, C, h, w).
 
     Raises:
-        ValueError: an unknown option; a map without the spatial dimensions of an input.
+        TypeError: `attribution_method` is not an attribution.
+        ValueError: an unknown option.
 
     Example:
         >>> import torch
@@ -75,33 +78,19 @@ class UpsampleWrapper(Attribution):
         normalize: str = "none",
         reshape_transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        if not isinstance(attribution_method, Attribution):
-            raise TypeError(
-                f"`attribution_method` must be an instance of a Captum attribution class, got "
-                f"{attribution_method!r}."
-            )
-        if fuse not in _FUSIONS:
-            raise ValueError(f"`fuse` must be one of {sorted(_FUSIONS)}, got {fuse!r}.")
-        if normalize not in _NORMALIZATIONS:
-            raise ValueError(
-                f"`normalize` must be one of {sorted(_NORMALIZATIONS)}, got {normalize!r}."
-            )
-        resize(torch.zeros(1, 1, 1, 1), (1, 1), mode)
-        super().__init__(attribution_method.forward_func)
-        self.attribution_method = attribution_method
+        super().__init__(attribution_method)
+        check_choice("fuse", fuse, _FUSIONS)
+        check_choice("normalize", normalize, _NORMALIZATIONS)
+        check_choice("mode", mode, MODES)
         self.mode, self.fuse, self.align_corners = mode, fuse, align_corners
         self.normalize, self.reshape_transform = normalize, reshape_transform
-
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        return bool(self.attribution_method.multiplies_by_inputs)
 
     def has_convergence_delta(self) -> bool:
         return bool(self.attribution_method.has_convergence_delta())
 
     @property
-    def only_resizes(self) -> bool:
-        """Whether one map is only resized, bilinearly, as other wrappers do by themselves."""
+    def is_plain_resize(self) -> bool:
+        """Whether a map is only resized, bilinearly. Other wrappers do that by themselves."""
         plain = (self.mode, self.align_corners, self.normalize) == ("bilinear", False, "none")
         return plain and self.reshape_transform is None
 
@@ -111,7 +100,6 @@ class UpsampleWrapper(Attribution):
         inputs: TensorOrTupleOfTensors,
         *,
         target: TargetType = ...,
-        additional_forward_args: Any = ...,
         return_convergence_delta: Literal[False] = ...,
         **kwargs: Any,
     ) -> TensorOrTupleOfTensors: ...
@@ -128,17 +116,17 @@ class UpsampleWrapper(Attribution):
         self,
         inputs: Tensor | Tensors,
         *,
-        target: TargetType = NOT_PASSED,
-        additional_forward_args: Any = NOT_PASSED,
+        target: TargetType = UNSET,
+        additional_forward_args: Any = UNSET,
         **kwargs: Any,
     ) -> Any:
         """Attributions of exactly the input's shape.
 
         Args:
             inputs: a tensor or tuple of tensors, examples in dimension 0.
-            target: as in Captum; handed on to the wrapped method where it is passed.
-            additional_forward_args: as in Captum; handed on where they are passed.
-            **kwargs: everything else, for the wrapped method.
+            target: as in Captum. It reaches the wrapped method only if it is passed.
+            additional_forward_args: as in Captum. They reach the wrapped method only if passed.
+            **kwargs: all other arguments of the wrapped method.
 
         Returns:
             A tensor for a tensor, a tuple for a tuple; with `return_convergence_delta=True`, these
@@ -146,45 +134,59 @@ class UpsampleWrapper(Attribution):
 
         Raises:
             TypeError: an argument that the wrapped method does not have.
+            ValueError: a map without the examples or the spatial dimensions of an input.
         """
         is_tuple = _is_tuple(inputs)
-        arguments = passed(target=target, additional_forward_args=additional_forward_args, **kwargs)
+        arguments = drop_unset(
+            target=target, additional_forward_args=additional_forward_args, **kwargs
+        )
         check_keywords(self.attribution_method, arguments)
         result = self.attribution_method.attribute(inputs, **arguments)
         delta = None
         if kwargs.get("return_convergence_delta"):
             result, delta = result
         examples: Tensors = _format_tensor_into_tuples(inputs)
-        if self._is_done(result, is_tuple, examples):
+        if self._has_input_shapes(result, is_tuple, examples):
             output: Any = result
         else:
             output = _format_output(is_tuple, tuple(self.upsample(result, x) for x in examples))
         return output if delta is None else (output, delta)
 
-    def _is_done(self, result: Any, is_tuple: bool, inputs: Tensors) -> bool:
-        """Whether the wrapped method has explained the inputs, and not a layer of their size."""
+    def _has_input_shapes(self, result: Any, is_tuple: bool, inputs: Tensors) -> bool:
+        """Whether the result explains the inputs, rather than a layer that has their size."""
         return (
             not isinstance(self.attribution_method, LayerAttribution)
             and isinstance(result, tuple if is_tuple else Tensor)
-            and [x.shape for x in _flat(result)] == [x.shape for x in inputs]
+            and [x.shape for x in _flatten(result)] == [x.shape for x in inputs]
         )
 
     def upsample(self, maps: Any, x: Tensor) -> Tensor:
-        """Maps (a tensor, a tuple, a list of either) at the size of x, fused, in its shape."""
-        maps = _flat(maps)
+        """Resize maps (a tensor, a tuple, a list of either) to x, fuse them, and repeat channels.
+
+        Args:
+            maps: the result of the wrapped method.
+            x: the input.
+
+        Returns:
+            A tensor of the shape of x.
+
+        Raises:
+            ValueError: a map without the examples or the spatial dimensions of x.
+        """
+        maps = _flatten(maps)
         if self.reshape_transform is not None:
             maps = [self.reshape_transform(m) for m in maps]
         for m in maps:
             if m.dim() != x.dim() or len(m) != len(x):
                 raise ValueError(
                     f"A map of shape {tuple(m.shape)} cannot be laid over an input of shape "
-                    f"{tuple(x.shape)}: it needs the same examples and spatial dimensions. Tokens "
-                    f"are turned into a map by `reshape_transform`."
+                    f"{tuple(x.shape)}: it needs the same examples and spatial dimensions. To turn "
+                    f"tokens into a map, pass `reshape_transform`."
                 )
-        sized = [
+        resized = [
             _NORMALIZATIONS[self.normalize](self._resize(m.sum(1, keepdim=True), x)) for m in maps
         ]
-        fused = sized[0] if len(sized) == 1 else _FUSIONS[self.fuse](torch.stack(sized))
+        fused = resized[0] if len(resized) == 1 else _FUSIONS[self.fuse](torch.stack(resized))
         return fused.expand(x.shape).contiguous()
 
     def _resize(self, m: Tensor, x: Tensor) -> Tensor:
@@ -193,8 +195,8 @@ class UpsampleWrapper(Attribution):
         return resize(m, x.shape[2:], self.mode, self.align_corners)
 
 
-def _flat(maps: Any) -> list[Tensor]:
+def _flatten(maps: Any) -> list[Tensor]:
     """The tensors of a map, a tuple of maps (one layer), or a list of either (several layers)."""
     if isinstance(maps, Tensor):
         return [maps]
-    return [tensor for each in maps for tensor in _flat(each)]
+    return [tensor for nested in maps for tensor in _flatten(nested)]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from captum_ext._repr import options_repr
 from captum_ext.metrics._definition import Definition
 
 
@@ -24,6 +25,9 @@ class SummedMetric(Metric):
         super().__init_subclass__(**kwargs)
         if "definition" in vars(cls):
             cls.higher_is_better = vars(cls)["definition"].higher_is_better
+
+    def __repr__(self) -> str:
+        return options_repr(self)
 
     def _add_sums(self, options: Any = "", **zeros: Tensor) -> None:
         """Add states, and one more whose name tells what they sum.

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from captum_ext._repr import options_repr
 from captum_ext.metrics import localization
 from captum_ext.metrics._definition import Definition
 from captum_ext.metrics.classes._sums import SummedMetric
@@ -33,6 +34,9 @@ class MeanOverRegions(SummedMetric):
         total = torch.zeros(shape, dtype=torch.float64)
         count = torch.zeros(shape, dtype=torch.int64)
         self._add_sums((options, score), total=total, count=count)
+
+    def __repr__(self) -> str:
+        return options_repr(self, **vars(self.options), **self.score)
 
     def update(
         self,

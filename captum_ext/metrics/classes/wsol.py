@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_ext._repr import options_repr
 from captum_ext.metrics import wsol
 from captum_ext.metrics._regions import N_THRESHOLDS
 from captum_ext.metrics.classes._sums import SummedMetric
@@ -64,6 +65,9 @@ class MaxBoxAcc(SummedMetric):
         shape = (len(self.options.iou_thresholds), N_THRESHOLDS)
         count = torch.zeros((), dtype=torch.int64)
         self._add_sums(self.options, hits=torch.zeros(shape, dtype=torch.int64), count=count)
+
+    def __repr__(self) -> str:
+        return options_repr(self, **vars(self.options))
 
     def update(self, maps: Tensor, boxes: Sequence[Tensor], counted: Tensor | None = None) -> None:
         """Add a batch.

@@ -71,7 +71,7 @@ def centroid(h: Tensor) -> list[float]:
 
 
 class Spy(Attribution):
-    """Gives the pictures as their own attributions, and keeps what it was called with."""
+    """Returns the pictures as their attributions, and records the arguments of each call."""
 
     def __init__(self) -> None:
         super().__init__(lambda x: x.flatten(1))
@@ -83,10 +83,10 @@ class Spy(Attribution):
         return inputs.clone()
 
     def seen(self, name: str | None = None) -> Any:
-        found = [inputs if name is None else kwargs[name] for inputs, kwargs in self.calls]
-        if isinstance(found[0], Tensor):
-            return torch.cat(found)
-        return [value for values in found for value in values]
+        result = [inputs if name is None else kwargs[name] for inputs, kwargs in self.calls]
+        if isinstance(result[0], Tensor):
+            return torch.cat(result)
+        return [value for values in result for value in values]
 
 
 class Blinking(LayerAttribution):
@@ -103,15 +103,15 @@ class Blinking(LayerAttribution):
         return maps
 
 
-# --- what it computes ----------------------------------------------------------------------------
+# --- values --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("downsample", ["area", "bilinear", "gaussian"])
-def test_it_solves_the_problem_of_the_copies_maps(downsample: str) -> None:
+def test_the_map_solves_the_problem_of_the_copies(downsample: str) -> None:
     size, net = (24, 32), pooled_net()
     x, base = torch.rand(2, 3, *size, dtype=D), LayerGradCam(net, net[3])
     sr = augmented(base, downsample=downsample, tv=3e-4, l2=1e-4, sign="signed", align=(0.5, -1.0))
-    found, history = sr.attribute(x, return_history=True, target=[1, 3])
+    result, history = sr.attribute(x, return_history=True, target=[1, 3])
     moves = matrices(sr, size)
     maps = torch.stack([base.attribute(warp(x, m[None]), [1, 3]).detach()[:, 0] for m in moves])
     largest = maps.abs().amax((0, 2, 3))
@@ -119,9 +119,9 @@ def test_it_solves_the_problem_of_the_copies_maps(downsample: str) -> None:
     observe = Observation(moves, size, size, (6, 8), **options)
     expected = solve(observe, maps / largest[:, None, None], tv=6 * 3e-4, l2=6e-4)
     h = expected.h * largest[:, None, None]
-    torch.testing.assert_close(found, h[:, None].expand_as(x), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(result, h[:, None].expand_as(x), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(history, expected.history)
-    assert (found < 0).any()
+    assert (result < 0).any()
     for sign, rectified in (
         ("positive", h.relu()),
         ("negative", (-h).relu()),
@@ -131,8 +131,8 @@ def test_it_solves_the_problem_of_the_copies_maps(downsample: str) -> None:
         torch.testing.assert_close(sr.attribute(x, target=[1, 3])[:, 0], rectified)
 
 
-def test_a_blob_stays_where_it_is_and_the_official_preset_displaces_it() -> None:
-    """Decimation reads the corner of a cell of 16, the network looks at its centre, 7.5 px on."""
+def test_a_blob_stays_in_place_except_with_the_official_preset() -> None:
+    """Mode "legacy" reads the corner of a cell of 16; the network sees its centre, 7.5 px away."""
     x = blob((112, 112), 47.0, 66.0, 7.0)
     for options in ({}, {"normalize": "none"}, {"downsample": "bilinear"}, {"mode": "mean"}):
         y, u = centroid(augmented(sight(), n_augmentations=24, **options).attribute(x))
@@ -144,8 +144,8 @@ def test_a_blob_stays_where_it_is_and_the_official_preset_displaces_it() -> None
     assert u - 66 == pytest.approx(-7.5, abs=1)
 
 
-def test_it_sees_finer_than_the_cells() -> None:
-    """Two blobs in adjacent cells: one hill in the map, two in what is made of the maps."""
+def test_details_finer_than_the_cells_are_resolved() -> None:
+    """Two blobs in adjacent cells give one peak in the coarse map, and two in the fine map."""
     x = blob((96, 96), 48.0, 37.0, 3.0) + blob((96, 96), 48.0, 59.0, 3.0)
     plain = UpsampleWrapper(sight()).attribute(x)[0, 0, 48]
     fine = augmented(sight(), n_augmentations=32).attribute(x)[0, 0, 48]
@@ -154,7 +154,7 @@ def test_it_sees_finer_than_the_cells() -> None:
 
 
 @pytest.mark.parametrize("align", [(-8.0, -4.0), "rf"])
-def test_units_off_their_cells_centres(align: Any) -> None:
+def test_align_moves_units_off_the_centres_of_cells(align: Any) -> None:
     x, base = blob((96, 96), 40.0, 52.0, 7.0), sight(up=8, left=4)
     for mode in ("sr", "mean"):
         y, u = centroid(augmented(base, n_augmentations=16, mode=mode, align=align).attribute(x))
@@ -166,37 +166,37 @@ def test_units_off_their_cells_centres(align: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["mean", "max", "single"])
-def test_aggregations_are_of_the_maps_moved_back(mode: str) -> None:
+def test_mean_max_and_single_equal_maps_warped_back(mode: str) -> None:
     size, net = (20, 28), pooled_net()
     x, base = torch.rand(2, 3, *size, dtype=D), LayerGradCam(net, net[3])
     sr = augmented(base, mode=mode, sign="signed")
-    found = sr.attribute(x, target=[1, 3])
+    result = sr.attribute(x, target=[1, 3])
     up = UpsampleWrapper(base)
     if mode == "single":
-        torch.testing.assert_close(found, up.attribute(x, target=[1, 3]))
+        torch.testing.assert_close(result, up.attribute(x, target=[1, 3]))
         return
     total, count, largest = 0, 0, torch.full((2, 1, *size), -math.inf, dtype=D)
     for m in matrices(sr, size):
         back = torch.linalg.inv(m)[None]
         g = up.attribute(warp(x, m[None]), target=[1, 3])[:, :1]
-        shown = warp(torch.ones_like(g), back)
+        visible = warp(torch.ones_like(g), back)
         moved = warp(g, back)
-        total, count = total + moved, count + shown
-        largest = torch.where(shown > 0.99, torch.maximum(largest, moved / shown), largest)
+        total, count = total + moved, count + visible
+        largest = torch.where(visible > 0.99, torch.maximum(largest, moved / visible), largest)
     expected = total / count if mode == "mean" else largest
-    torch.testing.assert_close(found, expected.expand_as(x))
+    torch.testing.assert_close(result, expected.expand_as(x))
 
 
 @pytest.mark.parametrize("mode", ["sr", "mean", "max", "single"])
-def test_ones_stay_ones(mode: str) -> None:
+def test_a_map_of_ones_stays_ones(mode: str) -> None:
     x = torch.ones(1, 1, 64, 48, dtype=D)
     ones = augmented(sight(8), n_augmentations=12, mode=mode, l2=0.0, fill=1.0).attribute(x)
     atol = 1e-2 if mode == "sr" else 1e-9
     torch.testing.assert_close(ones, torch.ones_like(ones), rtol=0, atol=atol)
 
 
-def test_maps_of_blocks() -> None:
-    """Occlusion in steps of 8 of a detector of bright pixels, of which it gives the block sums."""
+def test_downsample_averages_maps_of_blocks() -> None:
+    """Occlusion in steps of 8 gives the block sums of a detector of bright pixels."""
     x = blob((64, 64), 21.0, 38.0, 5.0) + blob((64, 64), 42.0, 23.0, 4.0)
     base = Occlusion(lambda x: (x - 0.5).relu().flatten(1).sum(1))
     steps: Any = {"sliding_window_shapes": (1, 8, 8), "strides": (1, 8, 8)}
@@ -210,35 +210,35 @@ def test_maps_of_blocks() -> None:
     torch.testing.assert_close(errors[1], errors[2])
 
 
-def test_full_size_maps_are_averaged_unless_asked_otherwise() -> None:
+def test_maps_of_full_size_are_averaged_unless_mode_is_sr() -> None:
     net, x = pooled_net(), torch.rand(2, 3, 16, 16, dtype=D)
     base = IntegratedGradients(net)
     auto = augmented(base)
-    found, history = auto.attribute(x, return_history=True, target=[1, 3], n_steps=5)
+    result, history = auto.attribute(x, return_history=True, target=[1, 3], n_steps=5)
     assert history is None
     total, count = 0, 0
     for m in matrices(auto, (16, 16)):
         g = base.attribute(warp(x, m[None]), target=[1, 3], n_steps=5).abs().sum(1, keepdim=True)
         back = torch.linalg.inv(m)[None]
         total, count = total + warp(g, back), count + warp(torch.ones_like(g), back)
-    torch.testing.assert_close(found, (total / count).expand_as(x))
+    torch.testing.assert_close(result, (total / count).expand_as(x))
     with pytest.warns(UserWarning, match="there is no resolution to gain"):
         solved = augmented(base, mode="sr").attribute(x, target=[1, 3], n_steps=5)
     assert torch.isfinite(solved).all()
     pooled = augmented(base, downsample=4).attribute(x, target=[1, 3], n_steps=5)
     explicit = augmented(base, downsample=(4, 4)).attribute(x, target=[1, 3], n_steps=5)
     torch.testing.assert_close(pooled, explicit)
-    assert not torch.allclose(pooled, found, rtol=0.05)
+    assert not torch.allclose(pooled, result, rtol=0.05)
 
 
-def test_h_is_no_finer_than_the_image_or_32_pixels_for_a_cell() -> None:
+def test_sr_size_defaults_to_the_image_or_32_pixels_per_cell() -> None:
     net, x = nn.Sequential(nn.AvgPool2d(40), nn.Flatten()), torch.rand(1, 1, 80, 120)
     base = LayerActivation(net, net[0])
-    found, asked = (augmented(base, sr_size=s).attribute(x) for s in (None, (64, 96)))
-    torch.testing.assert_close(found, asked)
+    result, with_sr_size = (augmented(base, sr_size=s).attribute(x) for s in (None, (64, 96)))
+    torch.testing.assert_close(result, with_sr_size)
     coarse = augmented(base, sr_size=32).attribute(x)
     assert coarse.shape == x.shape
-    assert not torch.allclose(coarse, found)
+    assert not torch.allclose(coarse, result)
 
 
 # --- the mean of the model -----------------------------------------------------------------------
@@ -246,20 +246,20 @@ def test_h_is_no_finer_than_the_image_or_32_pixels_for_a_cell() -> None:
 
 @pytest.mark.parametrize("internal_batch_size", [64, 4])
 def test_tta_is_complete(internal_batch_size: int) -> None:
-    """sum of the attributions = mean_l f(A_l x) - mean_l f(A_l x0)."""
+    """The sum of the attributions is mean_l f(A_l x) - mean_l f(A_l x0)."""
     net, (x, x0) = pooled_net(), torch.rand(2, 2, 3, 16, 20, dtype=D)
     base = IntegratedGradients(net)
     sr = augmented(base, mode="tta", internal_batch_size=internal_batch_size)
-    found = sr.attribute(x, target=[1, 3], baselines=x0, n_steps=200)
+    result = sr.attribute(x, target=[1, 3], baselines=x0, n_steps=200)
     assert base.forward_func is net
     means = [
         torch.stack([net(warp(image, m[None])) for m in matrices(sr, (16, 20))]).mean(0)
         for image in (x, x0)
     ]
     expected = (means[0] - means[1])[[0, 1], [1, 3]]
-    torch.testing.assert_close(found.sum((1, 2, 3)), expected.detach(), rtol=1e-2, atol=1e-4)
-    assert (found < 0).any()
-    assert not torch.equal(found[:, 0], found[:, 1])
+    torch.testing.assert_close(result.sum((1, 2, 3)), expected.detach(), rtol=1e-2, atol=1e-4)
+    assert (result < 0).any()
+    assert not torch.equal(result[:, 0], result[:, 1])
 
 
 def test_tta_of_gradients_is_the_gradient_of_the_mean() -> None:
@@ -276,14 +276,14 @@ def test_tta_of_gradients_is_the_gradient_of_the_mean() -> None:
     for method in (Saliency(model), NoiseTunnel(Saliency(model))):
         sr = augmented(method, mode="tta", internal_batch_size=4)
         extra: Any = {"stdevs": 0.0, "nt_samples": 2} if isinstance(method, NoiseTunnel) else {}
-        found = sr.attribute(
+        result = sr.attribute(
             x, target=1, abs=False, additional_forward_args=(grey, factor, 2.0), **extra
         )
         leaf = x.clone().requires_grad_()
         moves = [m[None] for m in matrices(sr, (16, 16))]
         outputs = [model(warp(leaf, m), warp(grey, m), factor, 2.0)[:, 1].sum() for m in moves]
         (expected,) = torch.autograd.grad(sum(outputs) / 6, leaf)
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(result, expected)
     ablated = augmented(FeatureAblation(net), mode="tta").attribute(
         x, target=1, feature_mask=torch.zeros(1, 1, 16, 16, dtype=torch.long)
     )
@@ -291,20 +291,20 @@ def test_tta_of_gradients_is_the_gradient_of_the_mean() -> None:
     torch.testing.assert_close(ablated[:, 0, 0, 0], mean[:, 1].detach())
 
 
-def test_what_tta_gives_is_no_map_yet() -> None:
-    """Around it, channels are reduced as those of the wrapped method are, also of grey images."""
+def test_tta_attributions_are_not_maps() -> None:
+    """SESS around mode "tta" reduces channels like those of the wrapped method."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 3)).to(D)
     x = torch.randn(1, 1, 12, 12, dtype=D)
     tta = augmented(IntegratedGradients(net), mode="tta")
     assert (tta.attribute(x, target=1, n_steps=4) < 0).any()
     sess = SESSWrapper(tta, scales=[12], window=12, percentile=100, smooth=False)
-    found = sess.attribute(x, target=1, n_steps=4)
+    result = sess.attribute(x, target=1, n_steps=4)
     size = tta.attribute(x, target=1, n_steps=4).abs()
-    torch.testing.assert_close(found, (size - size.min()) / (size.max() - size.min()))
+    torch.testing.assert_close(result, (size - size.min()) / (size.max() - size.min()))
 
 
-def test_tta_needs_a_function() -> None:
+def test_tta_refuses_methods_that_need_the_module() -> None:
     calls = []
     net = pooled_net()
     net.register_forward_hook(lambda *_: calls.append(1))
@@ -345,23 +345,23 @@ def test_arguments_follow_the_images() -> None:
     }
     sr.attribute(x, **arguments)
     moves = matrices(sr, (8, 10))
-    each = moves.repeat_interleave(2, 0)
+    warps = moves.repeat_interleave(2, 0)
     twelve = [0, 1] * 6
     fill = colour[:, None, None]
     assert [len(inputs) for inputs, _ in spy.calls] == [5, 5, 2]
-    torch.testing.assert_close(spy.seen(), warp(x[twelve], each, fill=fill))
-    torch.testing.assert_close(spy.seen("baselines"), warp(baselines[twelve], each, fill=fill))
-    assert spy.seen("target") == [3, 5] * 6
+    torch.testing.assert_close(spy.seen(), warp(x[twelve], warps, fill=fill))
+    torch.testing.assert_close(spy.seen("baselines"), warp(baselines[twelve], warps, fill=fill))
+    assert spy.seen("target").tolist() == [3, 5] * 6
     extra = [kwargs["additional_forward_args"] for _, kwargs in spy.calls]
-    assert torch.equal(torch.cat([e[0] for e in extra]), warp(labels[twelve], each, "nearest"))
-    torch.testing.assert_close(torch.cat([e[1] for e in extra]), warp(grey[twelve], each))
+    assert torch.equal(torch.cat([e[0] for e in extra]), warp(labels[twelve], warps, "nearest"))
+    torch.testing.assert_close(torch.cat([e[1] for e in extra]), warp(grey[twelve], warps))
     assert torch.equal(torch.cat([e[2] for e in extra]), weight[twelve])
     assert {e[3] for e in extra} == {"word"}
     assert {kwargs["alpha"] for _, kwargs in spy.calls} == {4}
     for (_, kwargs), start in zip(spy.calls, (0, 5, 10), strict=True):
         masks = kwargs["feature_mask"]
         assert masks.dtype == torch.long
-        for mask, move in zip(masks, each[start : start + 5], strict=True):
+        for mask, move in zip(masks, warps[start : start + 5], strict=True):
             pixels = warp(torch.arange(1, 81).reshape(1, 1, 8, 10), move[None], "nearest")[0]
             # The same partition, numbered without gaps.
             assert sorted(mask.unique().tolist()) == list(range(len(pixels.unique())))
@@ -371,7 +371,7 @@ def test_arguments_follow_the_images() -> None:
 
 
 @pytest.mark.parametrize("fill", ["border", "reflection", 0.25, torch.rand(3, 8, 10)])
-def test_fill(fill: Any) -> None:
+def test_fill_reaches_the_copies(fill: Any) -> None:
     spy, x = Spy(), torch.rand(1, 3, 8, 10)
     sr = augmented(spy, fill=fill)
     sr.attribute(x)
@@ -380,7 +380,7 @@ def test_fill(fill: Any) -> None:
     torch.testing.assert_close(spy.seen()[:1], x)
 
 
-def test_drawn_baselines_are_moved_copy_by_copy() -> None:
+def test_drawn_baselines_are_warped_copy_by_copy() -> None:
     x, drawn = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 8, 8)
     seen = []
 
@@ -397,21 +397,21 @@ def test_drawn_baselines_are_moved_copy_by_copy() -> None:
         torch.testing.assert_close(baselines, warp(drawn, m[None]))
 
 
-def test_batches_chunks_and_calls() -> None:
+def test_batches_chunks_and_calls_change_nothing() -> None:
     net, x = pooled_net(), torch.rand(3, 3, 16, 20, dtype=D)
     base = LayerGradCam(net, net[3])
     for options in ({}, {"mode": "mean"}, {"mode": "max"}, {"preset": "official"}):
         options = {"sign": "absolute", **options}
         if "preset" in options:
             options = {**options, "max_iterations": 20}
-        whole = augmented(base, **options).attribute(x, target=[1, 3, 0])
+        unchunked = augmented(base, **options).attribute(x, target=[1, 3, 0])
         chunked = augmented(base, internal_batch_size=4, **options)
         again = [chunked.attribute(x, target=[1, 3, 0]) for _ in range(2)]
         assert torch.equal(*again)
-        torch.testing.assert_close(again[0], whole, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(again[0], unchunked, rtol=1e-6, atol=1e-9)
         for i, target in enumerate([1, 3, 0]):
             alone = chunked.attribute(x[i : i + 1], target=target)
-            torch.testing.assert_close(alone[0], whole[i], rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(alone[0], unchunked[i], rtol=1e-6, atol=1e-9)
     (in_tuple,) = augmented(base).attribute((x,), target=[1, 3, 0])
     torch.testing.assert_close(in_tuple, augmented(base).attribute(x, target=[1, 3, 0]))
 
@@ -422,15 +422,15 @@ def test_solving_image_by_image_changes_nothing(monkeypatch: Any) -> None:
     net, x = pooled_net(), torch.rand(3, 3, 16, 20, dtype=D)
     sr = augmented(LayerGradCam(net, net[3]), tolerance=0.01)
     together = sr.attribute(x, return_history=True, target=[1, 3, 0])
-    monkeypatch.setattr(_copies, "_SOLVED_AT_ONCE", 1)
+    monkeypatch.setattr(_copies, "_PIXELS_AT_ONCE", 1)
     torch.testing.assert_close(sr.attribute(x, return_history=True, target=[1, 3, 0]), together)
 
 
-def test_scale_goes_through() -> None:
+def test_scaled_maps_give_a_scaled_result() -> None:
     x = torch.rand(2, 1, 32, 32, dtype=D)
     for mode in ("sr", "mean", "max"):
-        found = [augmented(Blinking([], c), mode=mode).attribute(x) for c in (1.0, 40.0)]
-        torch.testing.assert_close(found[1], 40 * found[0])
+        result = [augmented(Blinking([], c), mode=mode).attribute(x) for c in (1.0, 40.0)]
+        torch.testing.assert_close(result[1], 40 * result[0])
     unscaled = [
         augmented(Blinking([], c), normalize="per_map").attribute(x[:1]) for c in (1.0, 40.0)
     ]
@@ -440,7 +440,7 @@ def test_scale_goes_through() -> None:
 
 
 @pytest.mark.parametrize("normalize", ["global", "per_map", "none"])
-def test_copies_of_which_nothing_is_said(normalize: str) -> None:
+def test_copies_without_evidence_give_zeros_and_a_warning(normalize: str) -> None:
     x = torch.rand(1, 1, 32, 40)
     for preset in (None, "official"):
         sr = augmented(Blinking([1, 4]), normalize=normalize, preset=preset)
@@ -455,7 +455,7 @@ def test_copies_of_which_nothing_is_said(normalize: str) -> None:
 # --- the copies ----------------------------------------------------------------------------------
 
 
-def test_transforms_are_drawn_once_within_their_ranges() -> None:
+def test_warps_are_drawn_once_within_their_ranges() -> None:
     base = sight()
     state = torch.get_rng_state()
     a, b, c = (AugmentedSR(base, generator=seeded(s), n_augmentations=400) for s in (1, 1, 2))
@@ -476,7 +476,7 @@ def test_transforms_are_drawn_once_within_their_ranges() -> None:
     assert torch.equal(AugmentedSR(base).angles, first)
 
 
-def test_the_official_preset_and_what_goes_before_it() -> None:
+def test_arguments_override_the_official_preset() -> None:
     official = AugmentedSR(sight(), preset="official", generator=seeded())
     settings = vars(official)
     for name, value in (
@@ -498,24 +498,24 @@ def test_the_official_preset_and_what_goes_before_it() -> None:
     # Images are rotated, then shifted, by two interpolations; maps are rectified first.
     spy, x = Spy(), torch.rand(1, 3, 8, 10, dtype=D) - 0.5
     sr = augmented(spy, preset="official", mode="mean", channel_reduction="sum")
-    found = sr.attribute(x)
+    result = sr.attribute(x)
     size = (8, 10)
     rotated = warp(x.expand(6, -1, -1, -1), euclidean(sr.angles, 0 * sr.shifts, size))
     moved = warp(rotated, euclidean(0 * sr.angles, sr.shifts * torch.tensor([10, 8]), size))
     torch.testing.assert_close(spy.seen(), moved)
     assert not torch.allclose(moved, warp(x.expand(6, -1, -1, -1), matrices(sr, size)), atol=1e-3)
     back = torch.linalg.inv(matrices(sr, size))
-    shown = warp(torch.ones(6, 1, 8, 10, dtype=D), back).sum(0)
-    expected = warp(moved.sum(1, keepdim=True).relu(), back).sum(0) / shown
-    torch.testing.assert_close(found, expected.expand_as(x))
+    visible = warp(torch.ones(6, 1, 8, 10, dtype=D), back).sum(0)
+    expected = warp(moved.sum(1, keepdim=True).relu(), back).sum(0) / visible
+    torch.testing.assert_close(result, expected.expand_as(x))
 
 
 def test_the_official_preset_solves_the_authors_problem() -> None:
-    """Of maps divided by their own maxima, out-of-frame cells included, by 200 steps of Adam."""
+    """Maps are divided by their maxima, cells outside the frame count, and Adam takes 200 steps."""
     size, net = (16, 24), pooled_net()
     x, base = torch.rand(1, 3, *size, dtype=D), LayerGradCam(net, net[3])
     sr = augmented(base, preset="official")
-    found, history = sr.attribute(x, return_history=True, target=2)
+    result, history = sr.attribute(x, return_history=True, target=2)
     shifts = sr.shifts * torch.tensor([24, 16])
     steps = [euclidean(sr.angles, 0 * shifts, size), euclidean(0 * sr.angles, shifts, size)]
     moved = warp(warp(x.expand(6, -1, -1, -1), steps[0]), steps[1])
@@ -525,14 +525,23 @@ def test_the_official_preset_solves_the_authors_problem() -> None:
     options: Any = {"downsample": "legacy", "mask": False, "like": maps}
     observe = Observation(steps, size, size, (4, 6), **options)
     expected = solve(observe, maps, tv=6e-3, l2=6e-4, solver="adam")
-    torch.testing.assert_close(found[0, 0], expected.h[0], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(result[0, 0], expected.h[0], rtol=1e-5, atol=1e-8)
     assert history.shape == (1, 201)
+
+
+def test_repr_has_the_options_that_differ_from_the_preset() -> None:
+    base = Saliency(small_net())
+    assert repr(AugmentedSR(base)) == "AugmentedSR(Saliency(SmallNet))"
+    official = AugmentedSR(base, preset="official", tv=1.0, solver="mfista")
+    assert repr(official) == (
+        "AugmentedSR(Saliency(SmallNet), solver='mfista', tv=1.0, preset='official')"
+    )
 
 
 # --- nesting, dtypes, modes of torch -------------------------------------------------------------
 
 
-def test_nestings() -> None:
+def test_wrappers_nest() -> None:
     net, x = pooled_net(), torch.rand(2, 3, 20, 24, dtype=D)
     base = LayerGradCam(net, net[3])
     sr = augmented(base)
@@ -548,16 +557,16 @@ def test_nestings() -> None:
         SESSWrapper(sr, window=16, n_scales=2),
         augmented(augmented(base, n_augmentations=3)),
     ):
-        found = nested.attribute(x, target=[1, 3])
-        assert found.shape == x.shape
-        assert torch.isfinite(found).all()
-        assert (found.amax((1, 2, 3)) > 0).all()
-        assert torch.equal(found[:, 0], found[:, 1])
+        result = nested.attribute(x, target=[1, 3])
+        assert result.shape == x.shape
+        assert torch.isfinite(result).all()
+        assert (result.amax((1, 2, 3)) > 0).all()
+        assert torch.equal(result[:, 0], result[:, 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["sr", "mean", "tta"])
-def test_dtypes_frozen_parameters_and_no_grad(dtype: torch.dtype, mode: str) -> None:
+def test_every_dtype_works_frozen_and_without_grad(dtype: torch.dtype, mode: str) -> None:
     net, x = pooled_net(dtype), torch.rand(2, 3, 16, 16).to(dtype)
     reference = pooled_net(D)
     for parameter in net.parameters():
@@ -568,15 +577,15 @@ def test_dtypes_frozen_parameters_and_no_grad(dtype: torch.dtype, mode: str) -> 
     options: Any = {"mode": mode, "sign": "absolute"}
     expected = augmented(exact, **options).attribute(x.double(), target=1)
     with torch.no_grad():
-        found = augmented(base, **options).attribute(x, target=1)
-    assert found.dtype == dtype
-    assert not found.requires_grad
-    assert torch.isfinite(found).all()
-    error = (found.double() - expected).abs().max() / expected.abs().max()
+        result = augmented(base, **options).attribute(x, target=1)
+    assert result.dtype == dtype
+    assert not result.requires_grad
+    assert torch.isfinite(result).all()
+    error = (result.double() - expected).abs().max() / expected.abs().max()
     assert error < (0.3 if dtype == torch.bfloat16 else 1e-3)
 
 
-def test_inference_mode() -> None:
+def test_methods_without_gradients_work_in_inference_mode() -> None:
     net, x = pooled_net(), torch.rand(1, 3, 16, 16, dtype=D)
     forward_only = augmented(Occlusion(net), downsample=4)
     steps: Any = {"sliding_window_shapes": (3, 4, 4), "strides": (3, 4, 4), "target": 1}
@@ -589,21 +598,21 @@ def test_inference_mode() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["sr", "mean", "max", "tta"])
-def test_on_the_device(mode: str) -> None:
-    x, found = torch.rand(2, 3, 16, 20, dtype=D), []
+def test_a_gpu_gives_the_values_of_a_cpu(mode: str) -> None:
+    x, result = torch.rand(2, 3, 16, 20, dtype=D), []
     for device in ("cpu", "cuda"):
         net = pooled_net().to(device)
         base = Saliency(net) if mode == "tta" else LayerGradCam(net, net[3])
         options: Any = {"mode": mode, "fill": torch.tensor([0.1, 0.2, 0.3])}
-        found.append(augmented(base, **options).attribute(x.to(device), target=[1, 3]))
-    assert found[1].device.type == "cuda"
-    torch.testing.assert_close(found[1].cpu(), found[0], rtol=1e-6, atol=1e-9)
+        result.append(augmented(base, **options).attribute(x.to(device), target=[1, 3]))
+    assert result[1].device.type == "cuda"
+    torch.testing.assert_close(result[1].cpu(), result[0], rtol=1e-6, atol=1e-9)
     drawn = torch.Generator("cuda").manual_seed(0)
     assert AugmentedSR(base, mode=mode, generator=drawn).angles.device.type == "cpu"
 
 
 @pytest.mark.parametrize("mode", ["sr", "mean", "tta"])
-def test_it_leaves_no_trace(trace_free: Any, mode: str) -> None:
+def test_the_model_is_left_unchanged(trace_free: Any, mode: str) -> None:
     net, x = small_net(), torch.rand(2, 3, 8, 8)
     pooled = nn.Sequential(net.conv1, nn.AvgPool2d(4), net.conv2, nn.Flatten(), nn.LazyLinear(4))
     pooled(x)
@@ -624,22 +633,22 @@ def test_it_leaves_no_trace(trace_free: Any, mode: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(2, 400), (400, 2), (1, 9), (3, 3), (37, 53)])
-def test_odd_and_elongated_images(size: tuple[int, int]) -> None:
+def test_odd_and_elongated_images_work(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3, 2, 1), nn.Softplus(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
     x = torch.rand(1, 1, *size)
     for mode in ("auto", "sr", "mean", "max"):
-        found = augmented(LayerGradCam(net, net[0]), mode=mode, sign="absolute").attribute(
+        result = augmented(LayerGradCam(net, net[0]), mode=mode, sign="absolute").attribute(
             x, target=1
         )
-        assert found.shape == x.shape
-        assert torch.isfinite(found).all()
-        assert found.any()
+        assert result.shape == x.shape
+        assert torch.isfinite(result).all()
+        assert result.any()
 
 
-# --- what it refuses -----------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -669,12 +678,12 @@ def test_odd_and_elongated_images(size: tuple[int, int]) -> None:
         ({"internal_batch_size": 0}, "`internal_batch_size`"),
     ],
 )
-def test_bad_options(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AugmentedSR(sight(), **options)
 
 
-def test_bad_inputs() -> None:
+def test_wrong_inputs_raise() -> None:
     net = pooled_net(torch.float32)
     spy, x = Spy(), torch.rand(2, 3, 8, 8)
     with pytest.raises(TypeError, match="`attribution_method` must be an instance"):
@@ -684,7 +693,7 @@ def test_bad_inputs() -> None:
         (torch.rand(2, 3, 8, 8, 8), "`inputs` must be images"),
         (torch.randint(9, (2, 3, 8, 8)), "`inputs` must be images"),
         ((x, x), "`inputs` must be one tensor of images, got a tuple of 2"),
-        (x.log() / 0, "`inputs` are not finite"),
+        (x.log() / 0, "`inputs` has values that are not finite"),
     ):
         with pytest.raises(ValueError, match=message):
             augmented(spy).attribute(inputs)

@@ -1,4 +1,4 @@
-"""Arguments that wrappers hand on: none that was not passed, and none that no method has."""
+"""Wrappers hand on only arguments that were passed and that a wrapped method has."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from captum.log import log_usage
 from torch import Tensor
 
 from captum_ext.attr import AugmentedSR, LayerCam, LayerScoreCam, SESSWrapper, UpsampleWrapper
-from captum_ext.attr._chain import chain, innermost, keywords_of, passed
+from captum_ext.attr._chain import chain, drop_unset, innermost, keywords_of
 from tests.networks import BatchSizeRecorder, pooled_net
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
@@ -28,7 +28,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 }
 OF_LAYERS = {name: wrap for name, wrap in WRAPPERS.items() if name != "tta"}
 every_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-each = pytest.mark.parametrize("wrap", OF_LAYERS.values(), ids=OF_LAYERS)
+layer_wrapper = pytest.mark.parametrize("wrap", OF_LAYERS.values(), ids=OF_LAYERS)
 
 
 def recorder() -> BatchSizeRecorder:
@@ -51,7 +51,7 @@ class Recording(Attribution):
 X = torch.rand(1, 3, 20, 20)
 
 
-@each
+@layer_wrapper
 @pytest.mark.parametrize("through", [None, "Noise", *OF_LAYERS])
 @pytest.mark.parametrize(
     ("base", "owner"),
@@ -62,45 +62,45 @@ X = torch.rand(1, 3, 20, 20)
         (IntegratedGradients, "IntegratedGradients"),
     ],
 )
-def test_misspellings_are_caught_before_the_model_runs(
+def test_misspelled_arguments_raise_before_the_model_runs(
     wrap: Any, through: str | None, base: Any, owner: str
 ) -> None:
     net = recorder()
     between = {None: lambda base: base, "Noise": NoiseTunnel, **OF_LAYERS}[through]
     method = wrap(between(base(net)))
-    said = rf"^{owner}\.attribute\(\) got an unexpected keyword argument 'taget'. Closest: target, "
-    with pytest.raises(TypeError, match=said):
+    message = r"\.attribute\(\) got an unexpected keyword argument 'taget'. Closest: target, "
+    with pytest.raises(TypeError, match=f"^{owner}{message}"):
         method.attribute(X, taget=1)
     with pytest.raises(TypeError, match="'taget'"):
         NoiseTunnel(method).attribute(X, taget=1, nt_samples=2)
     assert not net.batch_sizes
 
 
-def test_misspellings_are_caught_in_the_mode_that_averages_the_model() -> None:
+def test_misspelled_arguments_raise_in_mode_tta() -> None:
     net = recorder()
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'n_step'\. Closest: n_steps"):
         WRAPPERS["tta"](IntegratedGradients(net)).attribute(X, target=1, n_step=3)
     assert not net.batch_sizes
 
 
-@each
-def test_of_several_the_first_is_named(wrap: Any) -> None:
+@layer_wrapper
+def test_the_first_of_several_misspelled_arguments_is_named(wrap: Any) -> None:
     with pytest.raises(TypeError, match=r"'stride'\. Closest: strides"):
         wrap(Occlusion(recorder())).attribute(X, target=1, stride=2, sliding_window=3)
 
 
 @every_wrapper
-def test_noise_tunnels_own_arguments_are_known(wrap: Any) -> None:
+def test_arguments_of_noise_tunnel_are_known(wrap: Any) -> None:
     method = wrap(NoiseTunnel(IntegratedGradients(recorder())))
     torch.manual_seed(0)
-    found = method.attribute(X, target=1, n_steps=2, nt_samples=2, stdevs=0.1, nt_type="vargrad")
-    assert found.shape == X.shape
+    result = method.attribute(X, target=1, n_steps=2, nt_samples=2, stdevs=0.1, nt_type="vargrad")
+    assert result.shape == X.shape
     with pytest.raises(TypeError, match=r"'nt_sample'\. Closest: nt_samples"):
         method.attribute(X, target=1, nt_sample=2)
 
 
 @every_wrapper
-def test_a_method_with_keywords_of_its_own_takes_all(wrap: Any) -> None:
+def test_a_method_with_var_keywords_takes_any_argument(wrap: Any) -> None:
     base = Recording(pooled_net(torch.float32))
     wrap(base).attribute(X, target=1, whatever=3)
     assert all(seen == {"target": 1, "whatever": 3} for seen in base.seen)
@@ -108,7 +108,7 @@ def test_a_method_with_keywords_of_its_own_takes_all(wrap: Any) -> None:
 
 
 @pytest.mark.parametrize("wrap", [UpsampleWrapper, WRAPPERS["AugmentedSR"], WRAPPERS["tta"]])
-def test_what_is_not_passed_is_not_handed_on(wrap: Any) -> None:
+def test_arguments_that_are_not_passed_are_not_handed_on(wrap: Any) -> None:
     base = Recording(pooled_net(torch.float32))
     method = wrap(base)
     method.attribute(X)
@@ -117,20 +117,20 @@ def test_what_is_not_passed_is_not_handed_on(wrap: Any) -> None:
     method.attribute(X, target=None, additional_forward_args=None)
     assert base.seen
     assert all(s == {"target": None, "additional_forward_args": None} for s in base.seen)
-    assert passed(target=None, other=...) == {"target": None}
+    assert drop_unset(target=None, other=...) == {"target": None}
 
 
-def test_of_a_method_without_a_target_a_target_is_a_mistake() -> None:
+def test_a_target_raises_for_a_method_without_one() -> None:
     net = pooled_net(torch.float32)
     method = UpsampleWrapper(LayerActivation(net, net[2]))
     assert method.attribute(X).shape == X.shape
     with pytest.raises(TypeError, match=r"LayerActivation\.attribute\(\) got .* 'target'"):
         method.attribute(X, target=1)
-    for wrap in (WRAPPERS["SESS"], WRAPPERS["AugmentedSR"]):  # see test_following.py
+    for wrap in (WRAPPERS["SESS"], WRAPPERS["AugmentedSR"]):  # see test_routing.py
         assert wrap(LayerActivation(net, net[2])).attribute(X, target=1).shape == X.shape
 
 
-def test_the_chain_of_wrapped_methods() -> None:
+def test_the_chain_has_all_wrapped_methods() -> None:
     base = LayerCam(pooled_net(), "2")
     upsampled = UpsampleWrapper(base)
     noisy = NoiseTunnel(upsampled)

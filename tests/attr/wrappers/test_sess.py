@@ -1,4 +1,4 @@
-"""SESS against an implementation window by window, against its identities, and on a toy."""
+"""SESS against a loop over windows, against its identities, and on a toy example."""
 
 import itertools
 import math
@@ -24,8 +24,9 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from captum_ext._errors import ArgumentError
 from captum_ext.attr import LayerCam, SESSWrapper, UpsampleWrapper
-from captum_ext.attr.wrappers._windows import all_windows, scaled_size
+from captum_ext.attr.wrappers._windows import scaled_size, slide_windows
 from captum_ext.imaging import blur, min_max
 from tests.networks import (
     BatchSizeRecorder,
@@ -37,10 +38,10 @@ from tests.networks import (
 
 
 def starts(length: int, window: int, step: int) -> list[int]:
-    found = [0]
-    while found[-1] + window < length:
-        found.append(min(found[-1] + step, length - window))
-    return found
+    result = [0]
+    while result[-1] + window < length:
+        result.append(min(result[-1] + step, length - window))
+    return result
 
 
 def by_window(
@@ -55,15 +56,15 @@ def by_window(
     theta: float = 0.0,
     pool: str = "mean",
 ) -> Tensor:
-    """The authors' steps for one image (1, C, H, W), one window after the other; not smoothed."""
+    """The authors' steps for one image (1, C, H, W), window by window, without smoothing."""
     height, width = x.shape[2:]
-    patches, places = [], []
+    patches, corners = [], []
     for s in scales:
         size = (s, s * width // height) if height <= width else (s * height // width, s)
         scaled = F.interpolate(x, size, mode="bilinear") if size != (height, width) else x
         for top, left in itertools.product(*(starts(n, window, step) for n in size)):
             patches.append(scaled[:, :, top : top + window, left : left + window])
-            places.append((size, top, left))
+            corners.append((size, top, left))
     with torch.no_grad():
         p = torch.stack([net(patch).softmax(1)[0, target] for patch in patches])
     order = sorted(range(len(p)), key=lambda i: (float(p[i]), i))[int(len(p) * r) :]
@@ -74,7 +75,7 @@ def by_window(
         if h.max() == h.min():
             continue
         h = (h - h.min()) / (h.max() - h.min()) * p[i] / p.max()
-        size, top, left = places[i]
+        size, top, left = corners[i]
         canvas = x.new_zeros(1, 1, *size)
         canvas[:, :, top : top + window, left : left + window] = h
         m = F.interpolate(canvas, (height, width), mode="bilinear")
@@ -106,9 +107,11 @@ def by_window(
         ((2160, 3840), 12, 224, 202),
     ],
 )
-def test_counts_of_the_authors(size: tuple[int, int], n: int, step: int, expected: int) -> None:
+def test_window_counts_are_those_of_the_authors(
+    size: tuple[int, int], n: int, step: int, expected: int
+) -> None:
     sizes = [scaled_size(size, 224 + 64 * i) for i in range(n)]
-    windows = all_windows(sizes, (224, 224), (step, step))
+    windows = slide_windows(sizes, (224, 224), (step, step))
     assert len(windows) == expected
     by_axis = sum(math.prod(math.ceil((s - 224) / step) + 1 for s in size) for size in sizes)
     assert by_axis == expected
@@ -116,7 +119,7 @@ def test_counts_of_the_authors(size: tuple[int, int], n: int, step: int, expecte
 
 
 def mean_recorder() -> BatchSizeRecorder:
-    """The images' mean as the first of two logits."""
+    """A network with the image's mean as the first of two logits."""
 
     def logits(x: Tensor) -> Tensor:
         mean = x.flatten(1).mean(1)
@@ -126,7 +129,7 @@ def mean_recorder() -> BatchSizeRecorder:
 
 
 class Spy(Attribution):
-    """Gives the pictures as their own attributions, and keeps what it was called with."""
+    """Returns the pictures as their attributions, and records the arguments of each call."""
 
     def __init__(self, forward_func: Any) -> None:
         super().__init__(forward_func)
@@ -148,7 +151,7 @@ def test_the_best_windows_are_kept(r: float, kept: int) -> None:
     assert sum(model.batch_sizes) == 2 * 303
     pictures = torch.cat([inputs for inputs, _ in spy.calls])
     assert len(pictures) == 2 * kept
-    # Each image's lowest explained window scores at least as high as its highest left out.
+    # The explained windows are those with the highest scores.
     alone = Spy(model)
     SESSWrapper(alone, window=14, step=7).attribute(x[:1], target=0)
     means = torch.cat([inputs for inputs, _ in alone.calls]).flatten(1).mean(1)
@@ -171,7 +174,7 @@ def test_windows_of_one_colour_never_share_a_pixel_of_a_resized_canvas(
     window: int, step: int
 ) -> None:
     for length in range(window, 5 * window + 3):
-        windows = all_windows([(length, length)], (window, window), (step, step))
+        windows = slide_windows([(length, length)], (window, window), (step, step))
         rows = {(w.y, w.colour[0]) for w in windows}
         for (a, ca), (b, cb) in itertools.combinations(sorted(rows), 2):
             assert ca != cb or b - a >= window + 1
@@ -188,7 +191,7 @@ NET = pooled_net()
 @pytest.mark.parametrize("step", [8, 4])
 @pytest.mark.parametrize("r", [0.0, 0.5])
 @pytest.mark.parametrize("size", [(9, 13), (40, 22)])
-def test_reference_fusion_is_that_of_each_window(
+def test_reference_fusion_equals_a_loop_over_windows(
     pool: str, theta: float, step: int, r: float, size: tuple[int, int]
 ) -> None:
     x = torch.randn(1, 3, *size, dtype=torch.float64)
@@ -208,16 +211,16 @@ def test_reference_fusion_is_that_of_each_window(
     assert expected.max() > 0.1
     for chunk in (64, 5):
         sess.internal_batch_size = chunk
-        found = sess.attribute(x, target=2)
-        torch.testing.assert_close(found, expected.expand_as(x), rtol=0, atol=1e-12)
+        result = sess.attribute(x, target=2)
+        torch.testing.assert_close(result, expected.expand_as(x), rtol=0, atol=1e-12)
     if pool == "max":
         soft = SESSWrapper(
             base, scales=scales, window=8, step=step, pre_filter_ratio=r, pool="max", smooth=False
         )
-        torch.testing.assert_close(soft.attribute(x, target=2), found)
+        torch.testing.assert_close(soft.attribute(x, target=2), result)
 
 
-def test_one_window_of_its_own_size_is_the_base_bit_for_bit() -> None:
+def test_one_window_of_the_images_size_gives_the_base_bit_for_bit() -> None:
     net = pooled_net(torch.float32)
     x = torch.rand(3, 3, 16, 16)
     base = LayerGradCam(net, net[4])
@@ -225,8 +228,8 @@ def test_one_window_of_its_own_size_is_the_base_bit_for_bit() -> None:
     expected = min_max(F.interpolate(small, (16, 16), mode="bilinear")).expand_as(x)
     for fusion in ("soft", "reference", "coverage", "weighted"):
         options: Any = {"scales": [16], "window": 16, "fusion": fusion}
-        found = SESSWrapper(base, smooth=False, **options).attribute(x, target=[0, 1, 3])
-        assert torch.equal(found, expected)
+        result = SESSWrapper(base, smooth=False, **options).attribute(x, target=[0, 1, 3])
+        assert torch.equal(result, expected)
         smooth = SESSWrapper(base, **options).attribute(x, target=[0, 1, 3])
         assert torch.equal(smooth[:, :1], blur(expected[:, :1], 11, 5.0))
         # With a score that is no logarithm, too.
@@ -234,11 +237,11 @@ def test_one_window_of_its_own_size_is_the_base_bit_for_bit() -> None:
         assert torch.equal(score.attribute(x, target=[0, 1, 3]), expected)
     larger = SESSWrapper(base, scales=[24], window=24, fusion="reference", smooth=False)
     scaled = F.interpolate(x, (24, 24), mode="bilinear")
-    whole = F.relu(base.attribute(scaled, [0, 1, 3]).detach())
-    whole = min_max(F.interpolate(whole, (24, 24), mode="bilinear"))
-    whole = F.interpolate(whole, (16, 16), mode="bilinear")
-    found = larger.attribute(x, target=[0, 1, 3])
-    torch.testing.assert_close(found[:, :1], whole)
+    full = F.relu(base.attribute(scaled, [0, 1, 3]).detach())
+    full = min_max(F.interpolate(full, (24, 24), mode="bilinear"))
+    full = F.interpolate(full, (16, 16), mode="bilinear")
+    result = larger.attribute(x, target=[0, 1, 3])
+    torch.testing.assert_close(result[:, :1], full)
 
 
 class Constant(LayerGradCam):
@@ -253,10 +256,10 @@ class Constant(LayerGradCam):
         return self.value.to(inputs).expand(len(inputs), 1, *self.value.shape)
 
 
-def test_soft_fusion_is_the_reference_inside_of_windows_that_vote_everywhere() -> None:
+def test_soft_fusion_equals_reference_inside_windows_that_vote_everywhere() -> None:
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     ramp = torch.linspace(0.5, 1, 64).reshape(8, 8)
-    ramp[3, 3] = 0  # the one pixel that min-max makes silent
+    ramp[3, 3] = 0  # min-max turns this pixel to 0, without a vote
     maps = {}
     for fusion in ("soft", "reference"):
         base = Constant(NET, ramp)
@@ -276,22 +279,22 @@ def test_soft_fusion_has_no_seams() -> None:
     soft = same.attribute(x, target=1)
     same.fusion = "reference"
     reference = same.attribute(x, target=1)
-    # The silent corners stand at 0 and 45 of each axis.
+    # The corners without a vote are at 0 and 45 of each axis.
     seam = (0, 0, slice(55, 85), slice(40, 50))
     assert float(soft[seam].min()) == pytest.approx(1, abs=1e-12)
     assert float(reference[seam].min()) < 0.6
     assert float(soft[inner].max()) <= 1 + 1e-12
 
 
-def test_dead_windows_do_not_veto() -> None:
+def test_windows_without_a_map_do_not_dilute() -> None:
     x = torch.randn(1, 3, 20, 20, dtype=torch.float64)
     zero = SESSWrapper(Constant(NET, torch.zeros(2, 2)), n_scales=2, window=12)
     with pytest.warns(UserWarning, match="zero everywhere"):
-        found = zero.attribute(x, target=1)
-    assert torch.equal(found, torch.zeros_like(x))
+        result = zero.attribute(x, target=1)
+    assert torch.equal(result, torch.zeros_like(x))
 
     class Half(LayerGradCam):
-        """Speaks only of bright windows."""
+        """Gives maps only for bright windows."""
 
         @log_usage()
         def attribute(self, inputs: Tensor, **kwargs: Any) -> Tensor:
@@ -301,11 +304,11 @@ def test_dead_windows_do_not_veto() -> None:
     x = torch.ones(1, 3, 16, 16, dtype=torch.float64)
     x[..., 8:] = -1
     sess = SESSWrapper(Half(NET, None), scales=[16], window=8, step=4, smooth=False)
-    found = sess.attribute(x, target=1)
-    assert (found[0, 0, 2:, 2:8] > 0).all()
+    result = sess.attribute(x, target=1)
+    assert (result[0, 0, 2:, 2:8] > 0).all()
 
 
-def test_no_score_is_positive() -> None:
+def test_scores_without_a_positive_one_give_zeros_and_a_warning() -> None:
     x = torch.randn(1, 3, 20, 20)
     base = Constant(lambda x: -x[:, :2, 0, 0].abs() - 1, torch.rand(2, 2))
     for r in (0.0, 0.5):
@@ -314,11 +317,11 @@ def test_no_score_is_positive() -> None:
             assert torch.equal(sess.attribute(x, target=1), torch.zeros_like(x))
 
 
-def test_scale_and_repetition_change_nothing() -> None:
+def test_scaled_maps_and_repeated_calls_change_nothing() -> None:
     x = torch.randn(2, 3, 20, 30, dtype=torch.float64)
     base = LayerGradCam(NET, NET[4])
     options: Any = {"window": 12, "smooth": False}
-    found = SESSWrapper(base, scales=[12, 18], **options).attribute(x, target=1)
+    result = SESSWrapper(base, scales=[12, 18], **options).attribute(x, target=1)
 
     class Scaled(LayerGradCam):
         @log_usage()
@@ -326,15 +329,15 @@ def test_scale_and_repetition_change_nothing() -> None:
             return 37.0 * super().attribute(*args, **kwargs)
 
     scaled = SESSWrapper(Scaled(NET, NET[4]), scales=[12, 18], **options)
-    torch.testing.assert_close(scaled.attribute(x, target=1), found)
+    torch.testing.assert_close(scaled.attribute(x, target=1), result)
     for fusion in ("soft", "reference", "coverage", "weighted"):
         once = SESSWrapper(base, scales=[12, 18], fusion=fusion, **options)
         twice = SESSWrapper(base, scales=[18, 12, 18, 12], fusion=fusion, **options)
         torch.testing.assert_close(twice.attribute(x, target=1), once.attribute(x, target=1))
 
 
-def test_coverage_and_weighted_fusion() -> None:
-    """Against sums over windows written out, with weights and windows' places known."""
+def test_coverage_and_weighted_fusion_equal_a_loop() -> None:
+    """The sums over windows are written out."""
     x = torch.randn(1, 3, 16, 16, dtype=torch.float64)
     base = LayerGradientXActivation(NET, NET[4])
     total, seen, weight = (torch.zeros(1, 1, 16, 16, dtype=torch.float64) for _ in range(3))
@@ -349,29 +352,29 @@ def test_coverage_and_weighted_fusion() -> None:
         seen[:, :, y : y + 8, z : z + 8] += 1
         weight[:, :, y : y + 8, z : z + 8] += w
     options: Any = {"scales": [16], "window": 8, "step": 6, "sign": "signed", "smooth": False}
-    found, coverage = SESSWrapper(base, **options).attribute(x, target=2, return_coverage=True)
-    torch.testing.assert_close(found[:, :1], total / seen)
+    result, coverage = SESSWrapper(base, **options).attribute(x, target=2, return_coverage=True)
+    torch.testing.assert_close(result[:, :1], total / seen)
     torch.testing.assert_close(coverage, seen)
-    assert (found < 0).any()
-    found = SESSWrapper(base, fusion="weighted", **options).attribute(x, target=2)
-    torch.testing.assert_close(found[:, :1], total / weight)
+    assert (result < 0).any()
+    result = SESSWrapper(base, fusion="weighted", **options).attribute(x, target=2)
+    torch.testing.assert_close(result[:, :1], total / weight)
 
 
-def test_uncovered_pixels_are_zero_and_said_so() -> None:
+def test_uncovered_pixels_are_zero_and_have_no_coverage() -> None:
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     sess = SESSWrapper(LayerGradCam(NET, NET[4]), scales=[32], window=8, pre_filter_ratio=0.8)
     sess.smooth = False
-    found, coverage = sess.attribute(x, target=1, return_coverage=True)
+    result, coverage = sess.attribute(x, target=1, return_coverage=True)
     assert coverage.sum((1, 2, 3)).tolist() == [4 * 64, 4 * 64]  # 16 - int(12.8) windows
     assert set(coverage.unique().tolist()) == {0.0, 1.0}
-    assert not found[:, :1][coverage == 0].any()
+    assert not result[:, :1][coverage == 0].any()
 
 
 @pytest.mark.parametrize("sign", ["positive", "negative", "absolute", "signed"])
-def test_signs_and_channels_of_input_attributions(sign: str) -> None:
+def test_signs_and_reductions_of_input_attributions(sign: str) -> None:
     x = torch.randn(1, 3, 12, 12, dtype=torch.float64)
 
-    class Given(Attribution):
+    class Identity(Attribution):
         @log_usage()
         def attribute(self, inputs: Tensor, **kwargs: Any) -> Tensor:
             return inputs
@@ -386,13 +389,18 @@ def test_signs_and_channels_of_input_attributions(sign: str) -> None:
     }
     for reduction, reduced in expected.items():
         if (reduction, sign) == ("abs_sum", "negative"):
-            continue  # nothing is left, which is warned of
+            continue  # the map is zero, with a warning
         a = rules[sign](reduced)
         limit = a.abs().flatten().quantile(0.99)
         a = a.clamp(-limit, limit)
         a = a / limit if sign == "signed" else min_max(a)
         sess = SESSWrapper(
-            Given(NET), scales=[12], window=12, sign=sign, channel_reduction=reduction, smooth=False
+            Identity(NET),
+            scales=[12],
+            window=12,
+            sign=sign,
+            channel_reduction=reduction,
+            smooth=False,
         )
         torch.testing.assert_close(sess.attribute(x, target=1)[:, :1], a)
         sess.channel_reduction = lambda a, r=reduction: {
@@ -403,18 +411,18 @@ def test_signs_and_channels_of_input_attributions(sign: str) -> None:
         torch.testing.assert_close(sess.attribute(x, target=1)[:, :1], a)
 
 
-def test_maps_among_input_attributions_stay_signed() -> None:
-    """Channels that are equal are one map: its sign counts, and it is not clipped."""
+def test_input_attributions_that_are_maps_stay_signed() -> None:
+    """Equal channels are one map: its sign counts, and it is not clipped."""
     x = torch.randn(1, 3, 12, 12, dtype=torch.float64)
     windows: Any = {"sliding_window_shapes": (3, 4, 4), "strides": (3, 4, 4)}
     occluded = Occlusion(NET).attribute(x, target=1, **windows)
     assert (occluded < 0).any()
     sess = SESSWrapper(Occlusion(NET), scales=[12], window=12, smooth=False)
-    found = sess.attribute(x, target=1, **windows)
-    torch.testing.assert_close(found, min_max(F.relu(occluded)).to(x), rtol=1e-5, atol=1e-6)
+    result = sess.attribute(x, target=1, **windows)
+    torch.testing.assert_close(result, min_max(F.relu(occluded)).to(x), rtol=1e-5, atol=1e-6)
 
 
-def test_units_off_the_centres_of_their_cells() -> None:
+def test_align_moves_units_off_the_centres_of_cells() -> None:
     """The maximum lies on the object with "rf", and 1.5 pixels down and right of it without."""
     net = BrightPixelDetector().double()
     x = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
@@ -424,17 +432,17 @@ def test_units_off_the_centres_of_their_cells() -> None:
         sess = SESSWrapper(
             LayerGradCam(net, net.layer), scales=[32], window=32, align=align, smooth=False
         )
-        found = sess.attribute(x, target=1, additional_forward_args=torch.ones(1))[0, 0]
-        centre = [float((found * g).sum() / found.sum()) for g in (side[:, None], side)]
+        result = sess.attribute(x, target=1, additional_forward_args=torch.ones(1))[0, 0]
+        centre = [float((result * g).sum() / result.sum()) for g in (side[:, None], side)]
         offset = (off, off) if off is not None else (1.0, 3.0)
         assert centre == pytest.approx([12 + offset[0], 20 + offset[1]], abs=1e-9)
-    with pytest.raises(ValueError, match="of a layer's output"):
+    with pytest.raises(ValueError, match="for a layer's output"):
         SESSWrapper(LayerGradCam(net, net.layer), window=32, align="rf").attribute(
             x, target=1, attribute_to_layer_input=True
         )
 
 
-def test_upsample_wrapper_inside_is_no_difference() -> None:
+def test_an_upsample_wrapper_inside_changes_nothing() -> None:
     x = torch.randn(2, 3, 20, 30, dtype=torch.float64)
     options: Any = {"n_scales": 3, "window": 12}
     for base in (LayerGradCam(NET, NET[4]), LayerGradientXActivation(NET, NET[4]), Saliency(NET)):
@@ -444,14 +452,14 @@ def test_upsample_wrapper_inside_is_no_difference() -> None:
         outside = UpsampleWrapper(SESSWrapper(base, **options))
         assert torch.equal(outside.attribute(x, target=[0, 1]), bare)
     several = UpsampleWrapper(LayerCam(NET, ["1", "4"]), fuse="mean")
-    found = SESSWrapper(several, scales=[20], window=20, smooth=False).attribute(
+    result = SESSWrapper(several, scales=[20], window=20, smooth=False).attribute(
         x[..., :20], target=1
     )
     expected = min_max(F.relu(several.attribute(x[..., :20], target=1)))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
 
 
-def test_the_same_in_the_middle_of_noise() -> None:
+def test_noise_tunnel_without_noise_changes_nothing() -> None:
     x = torch.randn(2, 3, 14, 14)
     net = pooled_net(torch.float32)
     sess = SESSWrapper(LayerGradCam(net, net[4]), n_scales=2, window=12)
@@ -464,24 +472,24 @@ def test_the_same_in_the_middle_of_noise() -> None:
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "logit"])
 @pytest.mark.parametrize("fusion", ["soft", "reference", "coverage", "weighted"])
-def test_score_and_map_of_one_pass_are_those_of_two(score: str, fusion: str) -> None:
-    """The weights of the one pass are relative to the best window so far, which rises and rises."""
+def test_one_pass_for_score_and_map_gives_the_result_of_two(score: str, fusion: str) -> None:
+    """In one pass, weights are relative to the largest score so far, which rises several times."""
     net = pooled_net()
     net[-1].weight.data *= 5
     x = torch.randn(3, 3, 20, 30, dtype=torch.float64)
     base = LayerGradCam(net, net[4])
     options: Any = {"n_scales": 4, "window": 10, "score": score, "fusion": fusion}
     target = [0, 2, 3]
-    one = SESSWrapper(base, internal_batch_size=3, **options).attribute(x, target=target)
-    # A threshold has the scores come first; this one is below every vote.
+    one_pass = SESSWrapper(base, internal_batch_size=3, **options).attribute(x, target=target)
+    # With a threshold, all windows are scored first. This one is below every vote.
     scored_first = SESSWrapper(base, **options)
     scored_first.theta = 1e-300
-    torch.testing.assert_close(one, scored_first.attribute(x, target=target))
+    torch.testing.assert_close(one_pass, scored_first.attribute(x, target=target))
 
 
 @pytest.mark.parametrize("fusion", ["soft", "reference", "coverage", "weighted"])
-def test_scores_that_lie_far_apart(fusion: str) -> None:
-    """A window that is forgotten later votes as one that was negligible from the start."""
+def test_scores_of_very_different_size_are_fused(fusion: str) -> None:
+    """The order of negligible and dominating windows changes nothing."""
     x = torch.linspace(1, 0, 30).expand(1, 3, 20, 30)
     counting = mean_recorder()
     base = Constant(lambda x: 2000 * counting(x), torch.rand(3, 3))
@@ -490,16 +498,16 @@ def test_scores_that_lie_far_apart(fusion: str) -> None:
         SESSWrapper(base, internal_batch_size=n, **options).attribute(x, target=1)
         for n in (1, 4, 64)
     ]
-    for found in maps[1:]:
-        torch.testing.assert_close(found, maps[0], rtol=1e-4, atol=1e-5)
+    for result in maps[1:]:
+        torch.testing.assert_close(result, maps[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("method", "factor"),
     [(Saliency, 1), (lambda net: LayerGradCam(net, net[0]), 1), (IntegratedGradients, None)],
 )
-def test_passes(method: Any, factor: int | None) -> None:
-    """A base whose first pass runs on the windows costs no pass for the scores."""
+def test_score_and_map_share_a_pass(method: Any, factor: int | None) -> None:
+    """A base whose first pass runs on exactly the windows needs no other pass for the scores."""
     counting = mean_recorder()
     net = nn.Sequential(nn.Identity(), counting)
     x = torch.rand(1, 3, 14, 14)
@@ -520,7 +528,7 @@ def test_passes(method: Any, factor: int | None) -> None:
         assert shared == separate
 
 
-def test_a_plain_function_is_scored_apart() -> None:
+def test_a_plain_function_is_scored_in_another_pass() -> None:
     net, x = pooled_net(), torch.randn(2, 3, 20, 30, dtype=torch.float64)
     of_module = SESSWrapper(LayerGradCam(net, net[4]), n_scales=3, window=12)
     of_function = SESSWrapper(LayerGradCam(lambda x: net(x), net[4]), n_scales=3, window=12)
@@ -529,11 +537,11 @@ def test_a_plain_function_is_scored_apart() -> None:
     )
 
 
-# --- what follows its image ----------------------------------------------------------------------
+# --- arguments that follow their image -----------------------------------------------------------
 
 
 def test_arguments_follow_their_image() -> None:
-    """What is shaped like the images comes cut as they are; what is of an example, with it."""
+    """Tensors shaped like the images are cropped as they are; others are indexed by example."""
     x = torch.randn(3, 2, 12, 18)
     number = torch.arange(3.0)
     x[:, 1] = number[:, None, None]
@@ -561,18 +569,18 @@ def test_arguments_follow_their_image() -> None:
         )
         for pictures, arguments in spy.calls:
             of = pictures[:, 1, 0, 0].long()
-            assert arguments["target"] == [[0, 1, 0][i] for i in of]
+            assert arguments["target"].tolist() == [[0, 1, 0][i] for i in of]
             assert torch.equal(arguments["baselines"], pictures)
             like, _, _, _, ints = arguments["additional_forward_args"]
             assert torch.equal(like, pictures)
             assert torch.equal(ints[:, 0], pictures[:, 0].long())
-            # Numbered anew from 0, in the order of the numbers that they had.
+            # Features are renumbered from 0, in the order of their old numbers.
             assert torch.equal(
                 arguments["feature_mask"].flatten(1), torch.arange(36).expand(len(pictures), 36)
             )
 
 
-def test_one_baseline_and_one_mask_for_all() -> None:
+def test_one_baseline_and_one_feature_mask_serve_all_images() -> None:
     x = torch.randn(1, 2, 12, 18).repeat(3, 1, 1, 1)
     mask = torch.zeros(12, 18, dtype=torch.long)
     mask[:, 9:] = 7
@@ -583,13 +591,13 @@ def test_one_baseline_and_one_mask_for_all() -> None:
     for pictures, arguments in spy.calls:
         assert torch.equal(arguments["baselines"], pictures)
         assert arguments["feature_mask"].shape == (len(pictures), 1, 6, 6)
-        for one in arguments["feature_mask"]:
-            assert one.unique().tolist() in ([0], [0, 1])
-        assert (arguments["target"] == 1).all()
+        for mask_of_picture in arguments["feature_mask"]:
+            assert mask_of_picture.unique().tolist() in ([0], [0, 1])
+        assert arguments["target"] == 1
 
 
-def test_drawn_baselines_are_of_the_windows_place() -> None:
-    """GradientShap draws from a distribution that is cut at the window of the whole call."""
+def test_drawn_baselines_are_cropped_window_by_window() -> None:
+    """GradientShap draws from a distribution that is cropped at the window of its call."""
     seen = []
 
     class Shap(GradientShap):
@@ -602,8 +610,8 @@ def test_drawn_baselines_are_of_the_windows_place() -> None:
     x = torch.randn(1, 3, 16, 16).repeat(2, 1, 1, 1)
     distribution = x[:1].repeat(5, 1, 1, 1)
     sess = SESSWrapper(Shap(net), scales=[16, 16], window=8, step=6)
-    found = sess.attribute(x, baselines=distribution, target=1, stdevs=0.0)
-    assert found.shape == x.shape
+    result = sess.attribute(x, baselines=distribution, target=1, stdevs=0.0)
+    assert result.shape == x.shape
     assert len(seen) == 18
     for inputs, baselines in seen:
         assert len(inputs) == 2
@@ -611,7 +619,7 @@ def test_drawn_baselines_are_of_the_windows_place() -> None:
         torch.testing.assert_close(inputs[:1].expand_as(baselines), baselines)
 
 
-def test_target_forms() -> None:
+def test_target_forms_are_equivalent() -> None:
     x = torch.randn(2, 3, 20, 20, dtype=torch.float64)
     sess = SESSWrapper(LayerGradCam(NET, NET[4]), n_scales=2, window=12)
     expected = sess.attribute(x, target=[1, 2])
@@ -634,7 +642,7 @@ def test_target_forms() -> None:
 # --- a toy ---------------------------------------------------------------------------------------
 
 
-def test_a_small_object_that_the_base_misses() -> None:
+def test_a_small_object_is_found_that_the_base_misses() -> None:
     model = BlobDetector()
     base = LayerGradCam(model, model.pool)
     for y, z in ((5, 40), (40, 9), (27, 27)):
@@ -642,16 +650,16 @@ def test_a_small_object_that_the_base_misses() -> None:
         x[..., y : y + 4, z : z + 4] = 1  # a quarter of a cell: 0.25 of its mean
         x += 0.05 * torch.rand(1, 1, 64, 64)
         assert not UpsampleWrapper(base).attribute(x, target=1).any()
-        found = SESSWrapper(base, scales=[64, 128, 192], window=64).attribute(x, target=1)
-        row, column = divmod(int(found.argmax()), 64)
+        result = SESSWrapper(base, scales=[64, 128, 192], window=64).attribute(x, target=1)
+        row, column = divmod(int(result.argmax()), 64)
         assert y <= row < y + 4
         assert z <= column < z + 4
 
 
-# --- manners -------------------------------------------------------------------------------------
+# --- state ---------------------------------------------------------------------------------------
 
 
-def test_it_leaves_no_trace(trace_free: Any) -> None:
+def test_the_model_is_left_unchanged(trace_free: Any) -> None:
     net, x = small_net(), torch.randn(2, 3, 14, 14)
     sess = SESSWrapper(LayerCam(net, "relu2"), n_scales=2, window=12, pre_filter_ratio=0.5)
     with trace_free(net, x):
@@ -676,7 +684,7 @@ def test_it_leaves_no_trace(trace_free: Any) -> None:
         handle.remove()
 
 
-def test_it_works_where_gradients_are_off() -> None:
+def test_gradient_modes_change_nothing() -> None:
     net, x = pooled_net(torch.float32), torch.randn(1, 3, 14, 14)
     net.requires_grad_(False)
     for base in (LayerCam(net, net[4]), IntegratedGradients(net), Saliency(net)):
@@ -697,11 +705,11 @@ def test_it_works_where_gradients_are_off() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes(dtype: torch.dtype) -> None:
+def test_other_dtypes_work(dtype: torch.dtype) -> None:
     x = torch.randn(1, 3, 20, 20)
     expected = SESSWrapper(LayerCam(pooled_net(torch.float32), "4"), n_scales=2, window=12)
-    found = SESSWrapper(LayerCam(pooled_net(dtype), "4"), n_scales=2, window=12)
-    result = found.attribute(x.to(dtype), target=1)
+    actual = SESSWrapper(LayerCam(pooled_net(dtype), "4"), n_scales=2, window=12)
+    result = actual.attribute(x.to(dtype), target=1)
     assert result.dtype == dtype
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(
@@ -709,25 +717,25 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     )
 
 
-def test_threads() -> None:
+def test_threads_share_a_wrapper() -> None:
     net, x = small_net(), torch.randn(2, 3, 14, 14)
     sess = SESSWrapper(LayerCam(net, "relu2"), n_scales=2, window=12)
     expected = sess.attribute(x, target=[1, 2])
-    found: list[Tensor] = []
+    result: list[Tensor] = []
     threads = [
-        threading.Thread(target=lambda: found.append(sess.attribute(x, target=[1, 2])))
+        threading.Thread(target=lambda: result.append(sess.attribute(x, target=[1, 2])))
         for _ in range(8)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8
-    for one in found:
-        assert torch.equal(one, expected)
+    assert len(result) == 8
+    for attributions in result:
+        assert torch.equal(attributions, expected)
 
 
-def test_it_is_an_attribution_of_its_base() -> None:
+def test_attribution_properties_are_those_of_the_base() -> None:
     net = pooled_net()
     for multiplies in (True, False):
         ig = IntegratedGradients(net, multiply_by_inputs=multiplies)
@@ -741,28 +749,41 @@ def test_it_is_an_attribution_of_its_base() -> None:
         sess.attribute(torch.randn(1, 3, 9, 9), target=1, return_convergence_delta=True)
 
 
+def test_repr_is_the_call_that_makes_the_wrapper() -> None:
+    net = small_net()
+    inner = SESSWrapper(LayerGradCam(net, net.relu2), n_scales=4, window=(12, 14))
+    assert repr(UpsampleWrapper(inner, fuse="mean")) == (
+        "UpsampleWrapper(SESSWrapper(LayerGradCam(SmallNet, layer='relu2'), n_scales=4, "
+        "window=(12, 14)), fuse='mean')"
+    )
+    square = SESSWrapper(NoiseTunnel(Saliency(net)), window=12, step=6, sign="signed")
+    assert repr(square) == (
+        "SESSWrapper(NoiseTunnel(Saliency(SmallNet)), window=12, step=(6, 6), sign='signed')"
+    )
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
-def test_sizes_that_are_odd_but_fine() -> None:
+def test_odd_sizes_work() -> None:
     sess = SESSWrapper(LayerGradCam(NET, NET[4]), n_scales=2, window=12)
     for size in ((3, 5), (1, 1), (12, 40), (7, 12)):
         x = torch.randn(1, 3, *size, dtype=torch.float64)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of maps that are zero
-            found = sess.attribute(x, target=1)
-        assert found.shape == x.shape
-        assert torch.isfinite(found).all()
+            warnings.simplefilter("ignore")  # about maps of zeros
+            result = sess.attribute(x, target=1)
+        assert result.shape == x.shape
+        assert torch.isfinite(result).all()
 
 
-def test_elongated_images_are_told_of_before_the_model_runs() -> None:
+def test_too_many_windows_raise_before_the_model_runs() -> None:
     model = mean_recorder()
     sess = SESSWrapper(Spy(model))
     with pytest.raises(ValueError, match=r"has \d+ windows of .* more than `max_patches` 4096"):
         sess.attribute(torch.rand(1, 3, 10, 2000), target=0)
     assert not model.batch_sizes
-    some = SESSWrapper(Spy(model), n_scales=1, window=8, max_patches=200)
-    assert some.attribute(torch.rand(1, 3, 2, 400), target=0).shape == (1, 3, 2, 400)
+    sess = SESSWrapper(Spy(model), n_scales=1, window=8, max_patches=200)
+    assert sess.attribute(torch.rand(1, 3, 2, 400), target=0).shape == (1, 3, 2, 400)
 
 
 @pytest.mark.parametrize(
@@ -770,7 +791,7 @@ def test_elongated_images_are_told_of_before_the_model_runs() -> None:
     [
         ({"n_scales": 0}, "`n_scales` must be an integer of at least 1"),
         ({"scales": [200]}, "`scales` must not be smaller than the `window`"),
-        ({"scales": []}, "`scales` must be"),
+        ({"scales": []}, "`scales` must not be empty"),
         ({"scales": "log"}, "`scales` must be .*'log'"),
         ({"scales": [2.5]}, "`scales` must be an integer"),
         ({"window": 0}, "`window` must be an integer"),
@@ -781,7 +802,7 @@ def test_elongated_images_are_told_of_before_the_model_runs() -> None:
         ({"pre_filter_ratio": math.nan}, "`pre_filter_ratio`"),
         ({"pre_filter_ratio": None}, "`pre_filter_ratio`"),
         ({"theta": 1.0}, "`theta` must be a number, at least 0 and below 1"),
-        ({"theta": 0.1, "fusion": "coverage"}, "`theta` has no meaning"),
+        ({"theta": 0.1, "fusion": "coverage"}, "`theta` has no effect"),
         ({"percentile": 101}, "`percentile` must be"),
         ({"pool": "sum"}, "`pool` must be one of"),
         ({"fusion": "exact"}, "`fusion` must be one of"),
@@ -796,16 +817,17 @@ def test_elongated_images_are_told_of_before_the_model_runs() -> None:
         ({"align": (math.nan, 1.0)}, "`align` must be"),
         ({"align": ("a", 1)}, "`align` must be"),
         ({"scales": 24}, "`scales` must be integers"),
-        ({"align": "rf"}, "`align`='rf' is of the units of one layer"),
+        ({"align": "rf"}, "`align`='rf' is for the units of one layer"),
         ({"align": "corner"}, "`align` must be"),
         ({"align": (1.0,)}, "`align` must be"),
         ({"internal_batch_size": 0}, "`internal_batch_size`"),
         ({"max_patches": 0}, "`max_patches`"),
     ],
 )
-def test_bad_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_wrong_options_raise(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message) as caught:
         SESSWrapper(Saliency(NET), **options)
+    assert caught.value.argument == message.split("`")[1]
     with pytest.raises(TypeError, match="`attribution_method`"):
         SESSWrapper(Saliency)  # type: ignore[arg-type]
 
@@ -818,17 +840,17 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         (torch.zeros(2, 3, 20, 20, dtype=torch.long), "`inputs` must be images"),
         (torch.zeros(0, 3, 20, 20), "`inputs` must be images"),
         ((torch.zeros(1, 3, 9, 9), torch.zeros(1, 3, 9, 9)), "`inputs` must be one tensor"),
-        (torch.full((1, 3, 20, 20), math.nan), "`inputs` are not finite"),
+        (torch.full((1, 3, 20, 20), math.nan), "`inputs` has values that are not finite"),
     ],
 )
-def test_bad_inputs(inputs: Any, message: str) -> None:
+def test_wrong_inputs_raise(inputs: Any, message: str) -> None:
     model = mean_recorder()
     with pytest.raises(ValueError, match=message):
         SESSWrapper(Saliency(model), window=12).attribute(inputs, target=0)
     assert not model.batch_sizes
 
 
-def test_bad_arguments_of_the_base() -> None:
+def test_wrong_arguments_of_the_base_raise() -> None:
     x = torch.randn(2, 3, 20, 20, dtype=torch.float64)
     sess = SESSWrapper(IntegratedGradients(NET), n_scales=2, window=12)
     for target in ([1, 2, 3], torch.tensor([1, 2, 3]), torch.zeros(2, 1).long()):
@@ -846,7 +868,7 @@ def test_bad_arguments_of_the_base() -> None:
         )
 
 
-def test_what_the_base_gives() -> None:
+def test_unusable_results_of_the_base_raise() -> None:
     x = torch.randn(2, 3, 20, 20)
 
     class Gives(Attribution):
@@ -875,7 +897,7 @@ def test_what_the_base_gives() -> None:
         )
 
 
-def test_what_the_model_gives() -> None:
+def test_unusable_scores_of_the_model_raise() -> None:
     x = torch.rand(1, 3, 20, 20)
 
     def sess(model: Any, **options: Any) -> SESSWrapper:
@@ -894,7 +916,7 @@ def test_what_the_model_gives() -> None:
         sess(lambda x: x[:, :2, 0, 0], score=lambda out: out.exp()).attribute(x, target=0)
 
 
-def test_a_model_of_one_size_only() -> None:
+def test_a_model_for_one_size_raises() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 20 * 20, 4))
     x = torch.randn(1, 3, 20, 20)
     for r in (0.0, 0.5):
@@ -904,10 +926,10 @@ def test_a_model_of_one_size_only() -> None:
     assert SESSWrapper(Saliency(net), n_scales=2, window=20).attribute(x, target=1).shape == x.shape
 
 
-def test_an_octave_ladder_up_to_the_image() -> None:
+def test_scales_by_sqrt2_end_at_the_image() -> None:
     sess = SESSWrapper(Saliency(NET), scales="sqrt2")
-    large = sess._sizes(torch.empty(1, 3, 2160, 3840))
+    large = sess._scaled_sizes(torch.empty(1, 3, 2160, 3840))
     assert [min(size) for size in large] == [224, 317, 448, 634, 896, 1267, 1792]
-    assert len(sess._windows(large)) == 252
-    small = sess._sizes(torch.empty(1, 3, 100, 100))
+    assert len(sess._slide_windows(large)) == 252
+    small = sess._scaled_sizes(torch.empty(1, 3, 100, 100))
     assert [size[0] for size in small] == [224, 317, 448, 634, 896]

@@ -1,4 +1,4 @@
-"""Layer maps at the size of the input, for all that wants attributions of that shape."""
+"""Layer maps as attributions of the input's shape."""
 
 from typing import Any
 
@@ -21,22 +21,22 @@ from torch.nn import functional as F
 
 from captum_ext.attr import LayerCam, LayerGradCamPlusPlus, UpsampleWrapper, tokens_to_grid
 from captum_ext.imaging import min_max
-from tests.methods import EVERY
+from tests.methods import METHODS
 from tests.networks import VIT_LAYER, TwoPictureNet, small_net, small_vit
 
 
-def test_a_map_of_captums_is_resized_and_repeated_over_the_channels() -> None:
+def test_a_map_of_captum_is_resized_and_repeated_over_the_channels() -> None:
     net, x = small_net(), torch.randn(2, 3, 12, 10)
     pooled = nn.Sequential(net.conv1, nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     base = LayerGradCam(pooled, pooled[1])
     small = base.attribute(x, 4).detach()
     for mode in ("bilinear", "bicubic"):
         expected = F.interpolate(small, (12, 10), mode=mode, align_corners=False)
-        found = UpsampleWrapper(base, mode).attribute(x, target=4)
-        assert found.shape == x.shape
-        assert found.is_contiguous()
-        torch.testing.assert_close(found, expected.expand_as(x))
-        assert (found < 0).any(), "raw and signed"
+        result = UpsampleWrapper(base, mode).attribute(x, target=4)
+        assert result.shape == x.shape
+        assert result.is_contiguous()
+        torch.testing.assert_close(result, expected.expand_as(x))
+        assert (result < 0).any(), "raw and signed"
     corners = UpsampleWrapper(base, align_corners=True).attribute(x, target=4)
     expected = F.interpolate(small, (12, 10), mode="bilinear", align_corners=True)
     torch.testing.assert_close(corners, expected.expand_as(x))
@@ -45,11 +45,11 @@ def test_a_map_of_captums_is_resized_and_repeated_over_the_channels() -> None:
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_signals_images_and_volumes(dims: int) -> None:
+def test_signals_images_and_volumes_are_upsampled(dims: int) -> None:
     net, x = small_net(dims), torch.randn(2, 3, *[8, 6, 4][:dims])
-    found = UpsampleWrapper(LayerGradCamPlusPlus(net, "pool")).attribute(x, target=1)
+    result = UpsampleWrapper(LayerGradCamPlusPlus(net, "pool")).attribute(x, target=1)
     single = LayerGradCamPlusPlus(net, "pool").attribute(x, target=1)
-    torch.testing.assert_close(found, single.expand_as(x))
+    torch.testing.assert_close(result, single.expand_as(x))
 
 
 def test_channels_are_summed() -> None:
@@ -61,7 +61,7 @@ def test_channels_are_summed() -> None:
     assert UpsampleWrapper(act).attribute(x).shape == x.shape
 
 
-def test_fusion_of_a_list_of_layers() -> None:
+def test_maps_of_a_list_of_layers_are_fused() -> None:
     net, x = small_net(), torch.randn(2, 3, 8, 8)
     net = nn.Sequential(
         net.conv1, nn.MaxPool2d(2), net.conv2, nn.AdaptiveAvgPool2d(1), nn.Flatten()
@@ -79,26 +79,26 @@ def test_fusion_of_a_list_of_layers() -> None:
         ({"normalize": "minmax"}, torch.stack(scaled).amax(0)),
         ({"normalize": "tanh"}, torch.tanh(2 * torch.stack(scaled)).amax(0)),
     ):
-        found = UpsampleWrapper(base, **options).attribute(x, target=[1, 3])
-        torch.testing.assert_close(found, expected.expand_as(x), rtol=1e-5, atol=1e-6)
+        result = UpsampleWrapper(base, **options).attribute(x, target=[1, 3])
+        torch.testing.assert_close(result, expected.expand_as(x), rtol=1e-5, atol=1e-6)
 
 
-def test_what_has_the_inputs_shape_passes_and_wrappers_nest() -> None:
+def test_attributions_of_the_inputs_shape_are_unchanged_and_wrappers_nest() -> None:
     net, x = small_net(), torch.randn(2, 3, 8, 8)
     ig = IntegratedGradients(net)
     expected, delta = ig.attribute(x, target=1, return_convergence_delta=True)
     wrapped = UpsampleWrapper(UpsampleWrapper(ig))
     assert wrapped.has_convergence_delta()
     assert wrapped.multiplies_by_inputs
-    found, found_delta = wrapped.attribute(x, target=1, return_convergence_delta=True)
-    torch.testing.assert_close((found, found_delta), (expected, delta))
+    result, found_delta = wrapped.attribute(x, target=1, return_convergence_delta=True)
+    torch.testing.assert_close((result, found_delta), (expected, delta))
     layer_ig = UpsampleWrapper(LayerIntegratedGradients(net, net.relu2))
-    found, delta = layer_ig.attribute(x, target=1, return_convergence_delta=True)
-    assert found.shape == x.shape
+    result, delta = layer_ig.attribute(x, target=1, return_convergence_delta=True)
+    assert result.shape == x.shape
     assert delta.shape == (2,)
 
 
-def test_tuples_in_tuples_out() -> None:
+def test_tuples_of_inputs_give_tuples() -> None:
     net, x, grey = TwoPictureNet().eval(), torch.randn(2, 3, 8, 8), torch.randn(2, 1, 4, 4)
     base = LayerGradCam(net, net.net.relu2)
     maps = UpsampleWrapper(base).attribute((x, grey), target=[1, 3])
@@ -109,11 +109,11 @@ def test_tuples_in_tuples_out() -> None:
     assert alone.shape == x.shape
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_captums_metrics_noise_tunnel_and_visualiser_take_it(name: str) -> None:
+@pytest.mark.parametrize("name", METHODS)
+def test_captums_metrics_noise_tunnel_and_visualiser_work(name: str) -> None:
     net, x = small_net(), torch.randn(2, 3, 9, 9)
     options = {"head": "fc"} if name == "CAM" else {}
-    cam = UpsampleWrapper(EVERY[name](net, "relu2", **options))
+    cam = UpsampleWrapper(METHODS[name](net, "relu2", **options))
     maps = cam.attribute(x, target=[1, 2])
     assert isinstance(cam, Attribution)
 
@@ -125,33 +125,33 @@ def test_captums_metrics_noise_tunnel_and_visualiser_take_it(name: str) -> None:
     worst = sensitivity_max(cam.attribute, x, target=[1, 2], n_perturb_samples=2)
     assert worst.shape == (2,)
     tunnel = NoiseTunnel(cam).attribute(x, stdevs=0.0, nt_samples=2, target=[1, 2])
-    if not name.startswith("Smooth"):  # its generator goes on from call to call
+    if not name.startswith("Smooth"):  # its generator continues from call to call
         torch.testing.assert_close(tunnel, maps, rtol=1e-4, atol=1e-6)
     image = maps[0].abs().add(1e-3).numpy().transpose(1, 2, 0)
     figure, _ = viz.visualize_image_attr(image, np.zeros((9, 9, 3)), use_pyplot=False)
     assert figure.axes
 
 
-def test_layers_of_the_inputs_own_shape_are_still_layers() -> None:
+def test_layers_of_the_inputs_shape_are_still_layers() -> None:
     net, x = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten()), torch.randn(2, 1, 4, 4)
     base = LayerCam(net, ["0"])
-    found = UpsampleWrapper(base, normalize="minmax").attribute(x, target=1)
-    assert isinstance(found, Tensor)
-    torch.testing.assert_close(found, min_max(base.attribute(x, 1)[0]))
+    result = UpsampleWrapper(base, normalize="minmax").attribute(x, target=1)
+    assert isinstance(result, Tensor)
+    torch.testing.assert_close(result, min_max(base.attribute(x, 1)[0]))
 
 
-def test_tokens_of_captums_methods() -> None:
+def test_tokens_become_maps_by_reshape_transform() -> None:
     net, x = small_vit(), torch.randn(2, 3, 24, 24)
     product = LayerGradientXActivation(net, net.get_submodule(VIT_LAYER))
     with pytest.raises(ValueError, match=r"\(2, 10, 32\) cannot be laid over .*reshape_transform"):
         UpsampleWrapper(product).attribute(x, target=1)
-    found = UpsampleWrapper(product, reshape_transform=tokens_to_grid).attribute(x, target=1)
+    result = UpsampleWrapper(product, reshape_transform=tokens_to_grid).attribute(x, target=1)
     expected = tokens_to_grid(product.attribute(x, 1)).sum(1, keepdim=True)
     expected = F.interpolate(expected, (24, 24), mode="bilinear").expand_as(x)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
 
 
-def test_bad_arguments() -> None:
+def test_wrong_arguments_raise() -> None:
     net = small_net()
     base = LayerGradCam(net, net.relu2)
     with pytest.raises(TypeError, match="`attribution_method` must be an instance"):
@@ -163,7 +163,7 @@ def test_bad_arguments() -> None:
         UpsampleWrapper(LayerGradCam(net, net.fc)).attribute(torch.randn(2, 3, 8, 8), target=1)
 
 
-def test_the_wrapped_methods_errors_come_through(trace_free: Any) -> None:
+def test_errors_of_the_wrapped_method_are_raised(trace_free: Any) -> None:
     net, x = small_net(), torch.randn(2, 3, 8, 8)
     wrapped = UpsampleWrapper(LayerGradCamPlusPlus(net, "relu2"))
     with trace_free(net, x), pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""What both wrappers hand to the wrapped method: arguments, batches, and the model as it is."""
+"""SESS and AugmentedSR hand arguments and batches to the wrapped method."""
 
 import threading
 import warnings
@@ -43,7 +43,7 @@ Wrap = Callable[..., Any]
 
 
 @BOTH
-def test_extras_of_the_images_size_follow_in_every_shape(wrap: Wrap) -> None:
+def test_extra_arguments_of_the_images_size_follow_in_every_shape(wrap: Wrap) -> None:
     """(B, 1, H, W), (1, 1, H, W), (B, H, W) and (1, H, W) are the same gate."""
     net, x = pooled_net(), torch.rand(2, 3, 20, 28, dtype=D)
     gate = torch.rand(1, 1, 20, 28, dtype=D)
@@ -52,19 +52,19 @@ def test_extras_of_the_images_size_follow_in_every_shape(wrap: Wrap) -> None:
         return net(x * (gate[:, None] if gate.dim() == 3 else gate))
 
     method = wrap(Saliency(model))
-    each = gate.expand(2, -1, -1, -1)
-    expected = method.attribute(x, target=1, additional_forward_args=each)
-    plain = method.attribute(x, target=1, additional_forward_args=torch.ones_like(each))
+    gates = gate.expand(2, -1, -1, -1)
+    expected = method.attribute(x, target=1, additional_forward_args=gates)
+    plain = method.attribute(x, target=1, additional_forward_args=torch.ones_like(gates))
     assert (expected - plain).abs().max() > 1e-4
-    for extra in (gate, each[:, 0], gate[:, 0]):
-        found = method.attribute(x, target=1, additional_forward_args=extra)
-        torch.testing.assert_close(found, expected)
+    for extra in (gate, gates[:, 0], gate[:, 0]):
+        result = method.attribute(x, target=1, additional_forward_args=extra)
+        torch.testing.assert_close(result, expected)
     several = method.attribute(x, target=1, additional_forward_args=(gate,))
     torch.testing.assert_close(several, expected)
 
 
 @BOTH
-def test_a_callable_that_gives_baselines_is_called_once(wrap: Wrap) -> None:
+def test_a_callable_for_baselines_is_called_once(wrap: Wrap) -> None:
     net, x = pooled_net(torch.float32), torch.rand(2, 3, 20, 28)
     calls = []
 
@@ -73,14 +73,14 @@ def test_a_callable_that_gives_baselines_is_called_once(wrap: Wrap) -> None:
         return torch.ones(3, 3, 20, 28)
 
     method = wrap(GradientShap(net))
-    found = method.attribute(x, baselines=draw, target=1, stdevs=0.0)
-    assert found.shape == x.shape
+    result = method.attribute(x, baselines=draw, target=1, stdevs=0.0)
+    assert result.shape == x.shape
     assert len(calls) == 1
 
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int32, torch.float32])
-def test_feature_masks_of_every_dtype(wrap: Wrap, dtype: torch.dtype) -> None:
+def test_feature_masks_of_every_dtype_are_the_same(wrap: Wrap, dtype: torch.dtype) -> None:
     from captum.attr import FeatureAblation
 
     net, x = pooled_net(), torch.rand(1, 3, 20, 28, dtype=D)
@@ -88,8 +88,8 @@ def test_feature_masks_of_every_dtype(wrap: Wrap, dtype: torch.dtype) -> None:
     mask[..., 14:] = 1 if dtype == torch.bool else 255
     method = wrap(FeatureAblation(net))
     expected = method.attribute(x, target=1, feature_mask=mask)
-    found = method.attribute(x, target=1, feature_mask=mask.to(dtype))
-    assert torch.equal(found, expected)
+    result = method.attribute(x, target=1, feature_mask=mask.to(dtype))
+    assert torch.equal(result, expected)
 
 
 @BOTH
@@ -118,7 +118,7 @@ def test_flags_of_the_inner_wrapper_are_refused(wrap: Wrap) -> None:
         (lambda net: GradientShap(net), {"n_samples": 4}),
     ],
 )
-def test_the_model_sees_no_larger_batches_than_asked_for(
+def test_batches_are_at_most_internal_batch_size(
     wrap: Wrap, build: Any, arguments: dict[str, Any]
 ) -> None:
     net, x = BatchSizeRecorder(pooled_net(torch.float32)), torch.rand(1, 3, 20, 28)
@@ -128,15 +128,15 @@ def test_the_model_sees_no_larger_batches_than_asked_for(
     assert max(net.batch_sizes) <= 8
 
 
-def test_the_callers_own_batch_size_goes_before() -> None:
+def test_a_passed_internal_batch_size_has_priority() -> None:
     net, x = BatchSizeRecorder(pooled_net(torch.float32)), torch.rand(1, 3, 20, 28)
     options = {"n_steps": 20, "internal_batch_size": 40}
     sess(IntegratedGradients(net), internal_batch_size=8).attribute(x, target=1, **options)
     assert 8 < max(net.batch_sizes) <= 40
 
 
-def test_tta_inside_of_sess_moves_the_windows() -> None:
-    """And is, on one window of the image's size, what it is by itself."""
+def test_tta_inside_sess_warps_the_windows() -> None:
+    """On a single window of the image's size, mode "tta" gives the same inside and outside SESS."""
     net, x = pooled_net(), torch.rand(1, 3, 16, 16, dtype=D)
     ig = IntegratedGradients(net)
     tta = augmented(ig, mode="tta", n_augmentations=5)
@@ -158,36 +158,36 @@ def test_tta_refuses_neurons() -> None:
 
 
 @BOTH
-def test_methods_without_a_target(wrap: Wrap) -> None:
-    """The target is of the windows' scores; the wrapped method, which takes none, gets none."""
+def test_methods_without_a_target_get_none(wrap: Wrap) -> None:
+    """The target selects the windows' scores. A wrapped method without a target gets none."""
     net, x = pooled_net(), torch.rand(2, 3, 20, 28, dtype=D)
     method = wrap(LayerActivation(net, net[4]))
-    found = method.attribute(x, target=[1, 2])
-    assert (found.flatten(1).amax(1) > found.flatten(1).amin(1)).all()
+    result = method.attribute(x, target=[1, 2])
+    assert (result.flatten(1).amax(1) > result.flatten(1).amin(1)).all()
     neuron = wrap(NeuronGradient(net, net[4])).attribute(x, target=1, neuron_selector=(2, 1, 1))
     assert neuron.shape == x.shape
 
 
-def test_grey_images_keep_the_sign_of_what_regions_do() -> None:
-    """Occlusion of a grey image is that of its copies in three channels: a map, with its sign."""
+def test_maps_of_grey_images_keep_their_sign() -> None:
+    """Occlusion of a grey image is that of its copy in three channels: a map, with its sign."""
     net = pooled_net()
     grey = torch.rand(1, 1, 20, 28, dtype=D)
     spread = nn.Conv2d(1, 3, 1, bias=False).to(D)
     nn.init.ones_(spread.weight)
     of_grey = nn.Sequential(spread, net)
     options: Any = {"fusion": "coverage", "sign": "signed"}
-    one = sess(Occlusion(of_grey), **options).attribute(
+    grey_map = sess(Occlusion(of_grey), **options).attribute(
         grey, target=1, sliding_window_shapes=(1, 4, 4), strides=(1, 4, 4)
     )
-    three = sess(Occlusion(net), **options).attribute(
+    colour_map = sess(Occlusion(net), **options).attribute(
         grey.expand(1, 3, 20, 28), target=1, sliding_window_shapes=(3, 4, 4), strides=(3, 4, 4)
     )
-    assert (one < 0).any()
-    torch.testing.assert_close(one, three[:, :1])
+    assert (grey_map < 0).any()
+    torch.testing.assert_close(grey_map, colour_map[:, :1])
 
 
-def test_autocast_does_not_reach_the_maps() -> None:
-    """A base that gives the same in any precision: so does what is made of it."""
+def test_autocast_does_not_affect_the_maps() -> None:
+    """The base gives the same maps in any precision, and so does the wrapper."""
 
     class Fixed(LayerGradCam):
         @log_usage()
@@ -204,30 +204,30 @@ def test_autocast_does_not_reach_the_maps() -> None:
 
 @BOTH
 @pytest.mark.parametrize("align", ["cell", "rf"])
-def test_threads(wrap: Wrap, align: str) -> None:
+def test_threads_share_a_wrapper(wrap: Wrap, align: str) -> None:
     net, x = small_net(), torch.rand(2, 3, 16, 16)
     method = wrap(LayerCam(net, "relu2"), align=align)
     expected = method.attribute(x, target=[1, 2])
-    found: list[Any] = []
+    result: list[Any] = []
 
     def call() -> None:
         try:
-            found.extend(method.attribute(x, target=[1, 2]) for _ in range(5))
+            result.extend(method.attribute(x, target=[1, 2]) for _ in range(5))
         except Exception as error:
-            found.append(error)
+            result.append(error)
 
     threads = [threading.Thread(target=call) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 40, found
-    for one in found:
-        assert torch.equal(one, expected)
+    assert len(result) == 40, result
+    for attributions in result:
+        assert torch.equal(attributions, expected)
 
 
 @BOTH
-def test_half_precision_saturates(wrap: Wrap) -> None:
+def test_values_beyond_float16_are_clipped(wrap: Wrap) -> None:
     class Large(LayerGradCam):
         @log_usage()
         def attribute(self, inputs: Tensor, **kwargs: Any) -> Tensor:
@@ -235,26 +235,26 @@ def test_half_precision_saturates(wrap: Wrap) -> None:
 
     net = pooled_net(torch.float32)
     base = Large(lambda x: x[:, :2].float().flatten(2).mean(2), net[4])
-    found = wrap(base).attribute(torch.rand(1, 3, 24, 32).half(), target=1)
-    assert found.dtype == torch.float16
-    assert torch.isfinite(found).all()
+    result = wrap(base).attribute(torch.rand(1, 3, 24, 32).half(), target=1)
+    assert result.dtype == torch.float16
+    assert torch.isfinite(result).all()
 
 
-def test_halves_are_antialiased_on_a_cpu() -> None:
+def test_half_precision_is_antialiased_on_a_cpu() -> None:
     x = torch.rand(1, 3, 40, 30)
-    found = resize(x.bfloat16(), (13, 11), antialias=True)
+    result = resize(x.bfloat16(), (13, 11), antialias=True)
     torch.testing.assert_close(
-        found, resize(x, (13, 11), antialias=True).bfloat16(), rtol=0.02, atol=0
+        result, resize(x, (13, 11), antialias=True).bfloat16(), rtol=0.02, atol=0
     )
 
 
 @BOTH
-def test_names_are_as_they_are_written(wrap: Wrap) -> None:
+def test_get_name_is_the_class_name(wrap: Wrap) -> None:
     method = wrap(Saliency(small_net()))
     assert method.get_name() == type(method).__name__
 
 
-def test_what_cannot_be_scored_or_laid_out() -> None:
+def test_unusable_results_and_options_raise() -> None:
     x = torch.rand(1, 3, 20, 28)
 
     class Gives(Attribution):

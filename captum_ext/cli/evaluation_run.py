@@ -1,20 +1,20 @@
-"""The library's evaluation, with its errors in the words of the command line."""
+"""Calls of `captum_ext.evaluation`, with its errors in the flags of the command line."""
 
 import argparse
-import re
 import sys
 import tempfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from captum_ext.cli.layouts import Opened
+from captum_ext.cli.layouts import DataSource
+from captum_ext.cli.output import in_flags
 
 if TYPE_CHECKING:
     from captum_ext.evaluation import Summary
     from captum_ext.zoo import LoadedModel
 
 _FAITHFULNESS = ("insertion", "deletion")
-_TRIED = 8  # pictures, of which one can be read, on which options of metrics are tried
+_TRIAL_PICTURES = 8  # options of metrics are tried on the first of these that can be read
 _FLAGS = {
     "output": "--output",
     "methods": "--method",
@@ -25,23 +25,32 @@ _FLAGS = {
 }
 
 
-def evaluated(
-    arguments: argparse.Namespace, made: Mapping[str, Any], opened: Opened, loaded: "LoadedModel"
+def run_evaluation(
+    arguments: argparse.Namespace,
+    attributions: Mapping[str, Any],
+    source: DataSource,
+    loaded: "LoadedModel",
 ) -> "Summary":
-    """What the library finds, with its errors in the words of the command line.
+    """Run `captum_ext.evaluation.evaluate`.
+
+    Args:
+        arguments: of the command.
+        attributions: as `evaluate` takes them.
+        source: the data set.
+        loaded: the model.
 
     Raises:
-        InputError: what the library refuses of what was given.
+        InputError: an argument that the user can correct.
         KeyboardInterrupt: Ctrl-C; its message says how to go on.
     """
     import torch
 
     from captum_ext import evaluation
-    from captum_ext._errors import InputError
+    from captum_ext._errors import AllFailedError, InputError
 
     metrics = arguments.metrics
     if metrics is None:
-        metrics = (*(["localization"] if opened.has_objects else []), *_FAITHFULNESS)
+        metrics = (*(["localization"] if source.has_objects else []), *_FAITHFULNESS)
     settings: dict[str, Any] = {
         "size": arguments.size,
         "normalize": (loaded.preprocess.mean, loaded.preprocess.std),
@@ -53,10 +62,10 @@ def evaluated(
         if isinstance(metrics, Mapping):
             metrics = {name: {} if value is None else value for name, value in metrics.items()}
             if any(metrics.values()):
-                _try_metrics(metrics, made, opened.data, settings)
-        found = evaluation.evaluate(
-            made,
-            opened.data,
+                _try_metrics(metrics, attributions, source.data, settings)
+        summary = evaluation.evaluate(
+            attributions,
+            source.data,
             metrics,
             output=arguments.output,
             **settings,
@@ -64,7 +73,7 @@ def evaluated(
             show_progress=sys.stdout.isatty() and sys.stderr.isatty(),
             devices=arguments.devices,
         )
-        return found if arguments.against is None else summarized(arguments)
+        return summary if arguments.against is None else read_summary(arguments)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on where it was") from None
     except torch.cuda.OutOfMemoryError as error:
@@ -72,19 +81,21 @@ def evaluated(
             "the GPU has too little memory: give a lower --batch-size (and another --output, once "
             "a batch is finished)"
         ) from error
-    except InputError:
-        raise
-    except (ValueError, RuntimeError) as error:
-        said = _in_flags(error)
-        if said == str(error) and not said.startswith("Not one of"):  # a mistake of ours
+    except AllFailedError as error:
+        raise InputError(str(error)) from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        if getattr(error, "argument", None) not in _FLAGS:  # the mistake is ours
             raise
-        raise InputError(said) from error
+        raise InputError(in_flags(error, _FLAGS)) from error
 
 
 def _try_metrics(
-    metrics: Mapping[str, Any], made: Mapping[str, Any], data: Any, settings: Mapping[str, Any]
+    metrics: Mapping[str, Any],
+    attributions: Mapping[str, Any],
+    data: Any,
+    settings: Mapping[str, Any],
 ) -> None:
-    """Measure one picture: a wrong option would be the failure of each row, after hours.
+    """Measure one picture: a wrong option would make each row fail, after hours.
 
     Raises:
         InputError: options that a metric does not take.
@@ -95,16 +106,16 @@ def _try_metrics(
     from captum_ext._errors import InputError
 
     refusal = None
-    name = next(iter(made))
-    for index in range(min(_TRIED, len(data))):
+    name = next(iter(attributions))
+    for index in range(min(_TRIAL_PICTURES, len(data))):
         try:
             picture = data[index]
-        except (OSError, ValueError):  # rows will say so
+        except (OSError, ValueError):  # its rows will say so
             continue
         try:
             with tempfile.TemporaryDirectory() as folder:
                 evaluation.evaluate(
-                    {name: made[name]},
+                    {name: attributions[name]},
                     [picture],
                     metrics,
                     output=folder,
@@ -117,11 +128,11 @@ def _try_metrics(
         except (TypeError, ValueError, RuntimeError) as error:
             refusal = error
     if refusal is not None:
-        raise InputError(f"the options of metrics: {_in_flags(refusal)}") from refusal
+        raise InputError(f"the options of metrics: {in_flags(refusal, _FLAGS)}") from refusal
 
 
-def summarized(arguments: argparse.Namespace) -> "Summary":
-    """What is in the folder of a run.
+def read_summary(arguments: argparse.Namespace) -> "Summary":
+    """The summary of the rows in the output folder.
 
     Raises:
         InputError: there is no run, or it has no such method.
@@ -134,9 +145,4 @@ def summarized(arguments: argparse.Namespace) -> "Summary":
     except FileNotFoundError as error:
         raise InputError(f"there is no run in --output {arguments.output}") from error
     except ValueError as error:
-        raise InputError(_in_flags(error)) from error
-
-
-def _in_flags(error: Exception) -> str:
-    """What an error of the library says, with flags for its arguments."""
-    return re.sub(r"`(\w+)`", lambda name: _FLAGS.get(name[1], name[0]), str(error))
+        raise InputError(in_flags(error, _FLAGS)) from error

@@ -1,0 +1,30 @@
+"""The base class of the wrappers."""
+
+from captum.attr import Attribution
+
+from captum_ext._errors import ArgumentTypeError
+from captum_ext.attr._mixin import AttributionMixin
+
+
+class BaseWrapper(AttributionMixin, Attribution):
+    """Base of the attributions that are made of those of another method.
+
+    Args:
+        attribution_method: an instance of any attribution class of Captum or of this package.
+
+    Raises:
+        TypeError: `attribution_method` is not an attribution.
+    """
+
+    def __init__(self, attribution_method: Attribution) -> None:
+        if not isinstance(attribution_method, Attribution):
+            raise ArgumentTypeError(
+                f"`attribution_method` must be an instance of a Captum attribution class, got "
+                f"{attribution_method!r}."
+            )
+        super().__init__(attribution_method.forward_func)
+        self.attribution_method = attribution_method
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        return bool(self.attribution_method.multiplies_by_inputs)
