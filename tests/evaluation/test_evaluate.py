@@ -22,6 +22,7 @@ from captum.attr import (
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from captum_ext import evaluation
 from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext.attr import FCAM, FIDO, UpsampleWrapper
 from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
@@ -44,7 +45,15 @@ from captum_ext.metrics import (
     insertion,
     total_variation,
 )
-from tests.evaluation.subjects import Boxes, Of, exported, forget, rows, three_methods
+from tests.evaluation.subjects import (
+    Boxes,
+    FixedMap,
+    VersionedFunction,
+    exported,
+    forget,
+    rows,
+    three_methods,
+)
 from tests.networks import WeightedSum, linear_net, tiny_net
 
 QUIET = {"show_progress": False, "normalize": None, "batch_size": 3}
@@ -57,7 +66,9 @@ CHEAP = ["pointing_game", "energy", "pxap"]
 def test_figures_equal_the_metrics(tmp_path):
     data, model = Boxes(), tiny_net()
     metrics = {"localization": {}, "insertion": {"step": 0.25}}
-    result = evaluate({"first": Of(model)}, data, metrics, output=tmp_path / "new" / "run", **QUIET)
+    result = evaluate(
+        {"first": FixedMap(model)}, data, metrics, output=tmp_path / "new" / "run", **QUIET
+    )
     figures = {name: estimate.value for name, estimate in result.figures["first"].items()}
     assert result.images == {"first": 7}
     assert result.failures == {"first": 0}
@@ -110,7 +121,7 @@ def test_top_1_and_top_5_count_boxes_where_the_model_is_right(tmp_path):
     data = Boxes(12)
     names = ["max_box_acc", "top_1_localization", "top_5_localization"]
     metrics = {name: {"iou_thresholds": [0.1]} for name in names}
-    result = evaluate({"a": Of(model)}, data, metrics, output=tmp_path, **QUIET).figures["a"]
+    result = evaluate({"a": FixedMap(model)}, data, metrics, output=tmp_path, **QUIET).figures["a"]
     images, target = torch.stack([e.image for e in data]), torch.tensor([e.target for e in data])
     seen = {}
     for k in (1, 5, 10):
@@ -126,7 +137,7 @@ def test_top_1_and_top_5_count_boxes_where_the_model_is_right(tmp_path):
 def test_the_overall_score_is_insertion_minus_deletion(tmp_path):
     model, data = tiny_net(), Boxes()
     options = {"insertion": {"step": 0.5}, "overall_score": {}}
-    result = evaluate({"a": Of(model)}, data, options, output=tmp_path / "a", **QUIET)
+    result = evaluate({"a": FixedMap(model)}, data, options, output=tmp_path / "a", **QUIET)
     images = torch.stack([e.image for e in data])
     target = [e.target for e in data]
     first = insertion(model, images, images[:, 0], target, step=0.5)
@@ -134,7 +145,7 @@ def test_the_overall_score_is_insertion_minus_deletion(tmp_path):
     expected = (first.auc - second.auc).mean().item()
     assert result.figures["a"]["overall_score"].value == pytest.approx(expected, abs=1e-6)
     assert "deletion" in rows(tmp_path / "a")[0]
-    alone = evaluate({"a": Of(model)}, data, "overall_score", output=tmp_path / "b", **QUIET)
+    alone = evaluate({"a": FixedMap(model)}, data, "overall_score", output=tmp_path / "b", **QUIET)
     assert list(alone.figures["a"]) == ["overall_score"]
     assert alone.figures["a"]["overall_score"].value != pytest.approx(expected, abs=1e-6)
 
@@ -155,9 +166,9 @@ def test_infidelity_and_sensitivity_equal_captums(tmp_path):
     weights = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
     linear = WeightedSum(weights, column=True)
     methods = {
-        "weights": Of(linear, lambda x: weights.expand_as(x)),
-        "twice": Of(linear, lambda x: 2 * weights.expand_as(x)),
-        "image": Of(linear, lambda x: x),
+        "weights": FixedMap(linear, lambda x: weights.expand_as(x)),
+        "twice": FixedMap(linear, lambda x: 2 * weights.expand_as(x)),
+        "image": FixedMap(linear, lambda x: x),
     }
     metrics = {
         "infidelity": {"noise": 0.5, "normalize": False},
@@ -205,7 +216,11 @@ def test_maps_without_a_channel_equal_maps_with_one_channel(tmp_path):
     model, result = tiny_net(), []
     for name, function in (("a", lambda x: x[:, 0]), ("b", lambda x: x[:, :1])):
         evaluate(
-            {"m": Of(model, function)}, Boxes(6), "infidelity", output=tmp_path / name, **QUIET
+            {"m": FixedMap(model, function)},
+            Boxes(6),
+            "infidelity",
+            output=tmp_path / name,
+            **QUIET,
         )
         result.append([row["infidelity"] for row in rows(tmp_path / name)])
     assert result[0] == result[1]
@@ -214,11 +229,11 @@ def test_maps_without_a_channel_equal_maps_with_one_channel(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_models_may_have_any_precision_and_channels_last(dtype, tmp_path):
     model = tiny_net().to(dtype, memory_format=torch.channels_last)
-    methods = {"s": Saliency(model), "first": Of(model, lambda x: x[:, :1].expand_as(x))}
+    methods = {"s": Saliency(model), "first": FixedMap(model, lambda x: x[:, :1].expand_as(x))}
     metrics = ["localization", "insertion", "road", "infidelity", "sensitivity_max"]
     result = evaluate(methods, Boxes(), metrics, output=tmp_path / "a", **QUIET)
     assert result.failures == {"s": 0, "first": 0}, result.reasons
-    singles = {"s": Saliency(tiny_net()), "first": Of(tiny_net())}
+    singles = {"s": Saliency(tiny_net()), "first": FixedMap(tiny_net())}
     expected = evaluate(singles, Boxes(), metrics[:3], output=tmp_path / "b", **QUIET)
     for name, figures in expected.figures.items():
         for metric in ("energy", "insertion", "pxap"):
@@ -233,7 +248,7 @@ def test_curves_equal_those_of_the_metrics(tmp_path):
     metrics = {"insertion": {"step": 0.25}, "deletion": {"step": 5}}
     metrics |= {"max_box_acc": {"iou_thresholds": [0.1]}, "max_box_acc_v2": {}}
     metrics |= {"pxap": {}, "px_iou": {}, "energy": {}}
-    result = evaluate({"a": Of(model)}, data, metrics, output=tmp_path, **QUIET)
+    result = evaluate({"a": FixedMap(model)}, data, metrics, output=tmp_path, **QUIET)
     curves = result.curves["a"]
     assert list(curves) == list(metrics)[:-1]
     images, boxes = torch.stack([e.image for e in data]), [e.boxes for e in data]
@@ -267,7 +282,7 @@ def test_curves_equal_those_of_the_metrics(tmp_path):
         assert (band.low <= band.value + 1e-9).mean() > 0.95
     titles = [axis.get_title() for axis in result.curves_figure().axes]
     assert titles == list(metrics)[:-1]
-    other = evaluate({"a": Of(model)}, data, "energy", output=tmp_path / "other", **QUIET)
+    other = evaluate({"a": FixedMap(model)}, data, "energy", output=tmp_path / "other", **QUIET)
     with pytest.raises(ValueError, match="none has a curve"):
         other.curves_figure()
 
@@ -276,7 +291,7 @@ def test_intervals_equal_those_of_resampled_data_sets(tmp_path):
     """Each resample is a data set of its own: MaxBoxAcc chooses another threshold."""
     data = Boxes(9)
     evaluate(
-        {"a": Of(tiny_net()), "b": Of(tiny_net(), lambda x: x[:, 1:2].expand_as(x))},
+        {"a": FixedMap(tiny_net()), "b": FixedMap(tiny_net(), lambda x: x[:, 1:2].expand_as(x))},
         data,
         {"energy": {}, "max_box_acc": {"iou_thresholds": [0.35, 0.45]}, "pxap": {}},
         output=tmp_path,
@@ -321,7 +336,7 @@ def test_differences_use_the_images_that_both_methods_have(tmp_path):
         return x[:, :1].expand_as(x)
 
     model = tiny_net()
-    methods = {"half": Of(model, fails_on_three), "whole": Of(model)}
+    methods = {"half": FixedMap(model, fails_on_three), "whole": FixedMap(model)}
     with pytest.warns(UserWarning, match="failed: {'half': 1, 'whole': 0}"):
         result = evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
     assert result.figures["half"]["energy"].images == 6
@@ -337,8 +352,11 @@ def test_differences_use_the_images_that_both_methods_have(tmp_path):
 def test_the_table_shows_numbers_of_images_and_asterisks(tmp_path):
     data = [Boxes(12)[i] for i in range(12)]
     data[3].boxes = None
-    methods = {"a": Of(tiny_net()), "b": Of(tiny_net(), lambda x: x[:, 1:2].expand_as(x))}
-    methods |= {"worse": Of(tiny_net(), lambda x: -x[:, :1].expand_as(x))}
+    methods = {
+        "a": FixedMap(tiny_net()),
+        "b": FixedMap(tiny_net(), lambda x: x[:, 1:2].expand_as(x)),
+    }
+    methods |= {"worse": FixedMap(tiny_net(), lambda x: -x[:, :1].expand_as(x))}
     metrics = {"max_box_acc": {"iou_thresholds": [0.1]}, "pxap": {}, "energy": {}}
     result = evaluate(methods, data, metrics, output=tmp_path, **QUIET)
     text = str(result).splitlines()
@@ -353,7 +371,10 @@ def test_the_table_shows_numbers_of_images_and_asterisks(tmp_path):
 
 def test_the_summary_has_tables_and_a_figure(tmp_path):
     model = tiny_net()
-    methods = {"a|b": Of(model), "worse": Of(model, lambda x: 1 - x[:, :1].expand_as(x))}
+    methods = {
+        "a|b": FixedMap(model),
+        "worse": FixedMap(model, lambda x: 1 - x[:, :1].expand_as(x)),
+    }
     result = evaluate(
         methods, Boxes(), ["energy", "deletion"], output=tmp_path, **QUIET, target="predicted"
     )
@@ -386,12 +407,39 @@ def test_the_summary_has_tables_and_a_figure(tmp_path):
     assert [row["label"] for row in rows(tmp_path)] == list("0120120") * 2
 
 
+def test_objects_have_a_short_repr(tmp_path):
+    batches = []
+
+    def mean(batch):
+        batches.append(batch)
+        return batch.maps.mean((1, 2))
+
+    metrics = {"pxap": {}, "mean": VersionedFunction(mean)}
+    result = evaluate({"a": FixedMap(tiny_net())}, Boxes(2), metrics, output=tmp_path, **QUIET)
+    assert repr(result) == "Summary(images={'a': 2}, metrics=['pxap', 'mean'])"
+    assert repr(result.curves["a"]["pxap"]) == "Band(101 points over 'recall')"
+    assert repr(batches[0].examples[1]) == (
+        "Example(index=1, name='picture, 1', image=Tensor((3, 8, 8), float32), label=1, "
+        "boxes=Tensor((1, 4), float64), mask=Tensor((8, 8), bool), ignored=Tensor((8, 8), bool))"
+    )
+    assert repr(batches[0]).startswith(
+        "ExplainedBatch(forward_func=Sequential, images=Tensor((2, 3, 8, 8), float32), "
+        "maps=Tensor((2, 8, 8), float32), target=Tensor((2,), int64), examples=["
+    )
+
+
+def test_old_names_of_classes_give_a_warning():
+    for old, new in (("Prepared", evaluation.Example), ("Explained", evaluation.ExplainedBatch)):
+        with pytest.warns(DeprecationWarning, match=f"evaluation.{old} is now"):
+            assert getattr(evaluation, old) is new
+
+
 def test_a_figure_without_a_value_has_no_asterisk(tmp_path):
     """Without a pixel in a mask there is no PxAP, and no interval."""
     data = [Boxes()[i] for i in range(3)]
     for entry in data:
         entry.mask = torch.zeros_like(entry.mask)
-    methods = {"a": Of(tiny_net()), "b": Of(tiny_net(), lambda x: -x)}
+    methods = {"a": FixedMap(tiny_net()), "b": FixedMap(tiny_net(), lambda x: -x)}
     text = evaluate(methods, data, "pxap", output=tmp_path, **QUIET).markdown()
     assert text.count("nan [nan, nan]") == 3
     assert "*" not in text
@@ -406,10 +454,10 @@ def test_settings_may_change_while_nothing_is_finished(tmp_path):
     def out_of_memory(x):
         raise MemoryError
 
-    methods = {"a": Of(tiny_net(), out_of_memory)}
+    methods = {"a": FixedMap(tiny_net(), out_of_memory)}
     with pytest.raises(MemoryError):
         evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
-    methods = {"a": Of(tiny_net())}
+    methods = {"a": FixedMap(tiny_net())}
     result = evaluate(
         methods, Boxes(), ["energy", "pxap"], output=tmp_path, **QUIET | {"batch_size": 1}
     )
@@ -431,15 +479,15 @@ largest.version = smallest.version = "1"
 
 
 def test_another_function_with_the_same_name_is_another_run(tmp_path):
-    evaluate({"a": Of(tiny_net())}, Boxes(), {"mine": largest}, output=tmp_path, **QUIET)
+    evaluate({"a": FixedMap(tiny_net())}, Boxes(), {"mine": largest}, output=tmp_path, **QUIET)
     with pytest.raises(ValueError, match="rows of another run: metrics: mine"):
-        evaluate({"a": Of(tiny_net())}, Boxes(), {"mine": smallest}, output=tmp_path, **QUIET)
+        evaluate({"a": FixedMap(tiny_net())}, Boxes(), {"mine": smallest}, output=tmp_path, **QUIET)
 
 
 def test_an_empty_list_of_boxes_is_no_box(tmp_path):
     data = [Boxes()[i] for i in range(3)]
     data[1].boxes = torch.zeros(0, 4)
-    result = evaluate({"a": Of(tiny_net())}, data, output=tmp_path, **QUIET)
+    result = evaluate({"a": FixedMap(tiny_net())}, data, output=tmp_path, **QUIET)
     assert result.failures == {"a": 0}
     assert result.figures["a"]["max_box_acc"].images == 2
     assert result.figures["a"]["energy"].images == 3  # by its mask
@@ -452,7 +500,9 @@ def test_images_have_the_device_and_dtype_of_a_functions_layer():
         torch.device("cpu"),
         torch.float64,
     )
-    assert ConfiguredMethod("b", Of(lambda x: model(x)), {}).device_and_dtype[1] == torch.float32
+    assert (
+        ConfiguredMethod("b", FixedMap(lambda x: model(x)), {}).device_and_dtype[1] == torch.float32
+    )
 
 
 def sum_of(x):
@@ -463,14 +513,14 @@ sum_of.version = "1"
 
 
 def test_a_model_with_one_output_has_no_predicted_class(tmp_path):
-    methods = {"a": Of(sum_of)}
+    methods = {"a": FixedMap(sum_of)}
     with pytest.raises(RuntimeError, match=r"needs a model with scores \(B, K\), got \(1,\)"):
         evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET, target="predicted")
 
 
 def test_rows_of_another_run_are_an_error(tmp_path):
     model, data = tiny_net(), Boxes()
-    options = {"methods": {"a": Of(model)}, "data": data, "metrics": ["energy"], **QUIET}
+    options = {"methods": {"a": FixedMap(model)}, "data": data, "metrics": ["energy"], **QUIET}
 
     def run(**changed):
         others = options | changed
@@ -488,10 +538,10 @@ def test_rows_of_another_run_are_an_error(tmp_path):
         ({"data": Boxes(size=(8, 9))}, "data was"),
         ({"metrics": ["energy", "pxap"]}, "metrics: pxap was None"),
         ({"metrics": {"energy": {}, "pointing_game": {"tolerance": 1}}}, "metrics: pointing_game"),
-        ({"methods": {"b": Of(model)}}, "methods: b was None.*methods: a was"),
-        ({"methods": {"a": Of(other)}}, "methods: a was"),
-        ({"methods": {"a": Of(trained)}}, "methods: a was .* and is .* in train mode"),
-        ({"methods": {"a": (Of(model), {"gain": 2})}}, "methods: a was .*gain=2"),
+        ({"methods": {"b": FixedMap(model)}}, "methods: b was None.*methods: a was"),
+        ({"methods": {"a": FixedMap(other)}}, "methods: a was"),
+        ({"methods": {"a": FixedMap(trained)}}, "methods: a was .* and is .* in train mode"),
+        ({"methods": {"a": (FixedMap(model), {"gain": 2})}}, "methods: a was .*gain=2"),
         ({"size": 9}, r"size was None and is \[9, 9\]"),
         ({"target": "predicted"}, "target was 'label' and is 'predicted'"),
     ):
@@ -521,7 +571,7 @@ def test_a_method_stays_the_same_when_it_is_called(tmp_path):
 def test_a_decoder_that_was_trained_again_is_another_method(tmp_path):
     model = tiny_net()
     decoder = FCAMDecoder.reading(model, torch.rand(1, 3, 8, 8), ["0"], widths=(4,)).eval()
-    methods = {"F-CAM": NoiseTunnel(FCAM(model, decoder)), "mask": Of(model)}
+    methods = {"F-CAM": NoiseTunnel(FCAM(model, decoder)), "mask": FixedMap(model)}
     methods["mask"].of = [torch.ones(3)]
     evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
     evaluate(methods, Boxes(), "energy", output=tmp_path, **QUIET)
@@ -534,7 +584,7 @@ def test_a_decoder_that_was_trained_again_is_another_method(tmp_path):
 
 def test_the_order_of_metrics_and_methods_does_not_matter(tmp_path):
     model, calls = tiny_net(), []
-    methods = {"a": Of(model, lambda x: calls.append(0) or x), "b": Of(model)}
+    methods = {"a": FixedMap(model, lambda x: calls.append(0) or x), "b": FixedMap(model)}
     evaluate(methods, Boxes(), ["energy", "pxap"], output=tmp_path, **QUIET)
     expected = exported(tmp_path)
     again = dict(reversed(methods.items()))
@@ -631,7 +681,7 @@ def _alone(rank, folder):
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     if rank == 0:
-        evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=folder / "run", **QUIET)
+        evaluate({"a": FixedMap(tiny_net())}, Boxes(), "energy", output=folder / "run", **QUIET)
         (folder / "done").touch()
     while not (folder / "done").exists():
         time.sleep(0.05)
@@ -679,7 +729,9 @@ def test_a_method_moves_to_a_device_with_all_its_tensors():
 def test_several_devices_need_lightning(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.fabric", None)
     with pytest.raises(ImportError, match=r"captum_ext\[train\]"):
-        evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=tmp_path, devices=2, **QUIET)
+        evaluate(
+            {"a": FixedMap(tiny_net())}, Boxes(), "energy", output=tmp_path, devices=2, **QUIET
+        )
 
 
 # --- what goes wrong -----------------------------------------------------------------------------
@@ -705,10 +757,10 @@ def test_an_invalid_image_becomes_a_failed_row(tmp_path):
     data[9].target = None
     data[10].boxes = torch.tensor([[-2.0, 1.0, 4.0, 99.0]])  # cut off at the border
     options = QUIET | {"batch_size": 12, "normalize": ((0.0,), (1.0,))}
-    methods = {"IG": IntegratedGradients(tiny_net()), "channel": Of(tiny_net())}
+    methods = {"IG": IntegratedGradients(tiny_net()), "channel": FixedMap(tiny_net())}
     for entry in data[:1] + data[2:]:
         entry.image = entry.image[:1]
-    methods = {"channel": Of(linear_net()), "IG": IntegratedGradients(linear_net())}
+    methods = {"channel": FixedMap(linear_net()), "IG": IntegratedGradients(linear_net())}
     with pytest.warns(UserWarning, match="Some rows failed"):
         result = evaluate(methods, data, "energy", output=tmp_path, **options)
     failures = {(r["method"], int(r["index"])): r["failure"] for r in rows(tmp_path)}
@@ -755,7 +807,7 @@ def test_an_invalid_image_becomes_a_failed_row(tmp_path):
     ],
 )
 def test_a_failing_method_does_not_affect_another(function, message, tmp_path):
-    methods = {"bad": Of(tiny_net(), function), "good": Of(tiny_net())}
+    methods = {"bad": FixedMap(tiny_net(), function), "good": FixedMap(tiny_net())}
     with pytest.warns(UserWarning, match="Some rows failed"):
         result = evaluate(methods, Boxes(), CHEAP, output=tmp_path, **QUIET)
     assert result.failures == {"bad": 7, "good": 0}
@@ -795,15 +847,17 @@ def test_errors_of_the_machine_are_raised(error, size, tmp_path):
         return 1 / 0 if len(x) > 1 else fail(x)
 
     with pytest.raises(type(error)):
-        evaluate({"a": Of(tiny_net(), fail)}, Boxes(), "energy", output=tmp_path, **QUIET)
+        evaluate({"a": FixedMap(tiny_net(), fail)}, Boxes(), "energy", output=tmp_path, **QUIET)
     assert len(list(ResultStore.read(tmp_path).rows())) == (0 if size == 3 else 6)
     if size == 1:
         folder = tmp_path / "alone"
         with pytest.raises(type(error)):
-            evaluate({"a": Of(tiny_net(), fail_alone)}, Boxes(), "energy", output=folder, **QUIET)
+            evaluate(
+                {"a": FixedMap(tiny_net(), fail_alone)}, Boxes(), "energy", output=folder, **QUIET
+            )
         assert not list(ResultStore.read(folder).rows())
     result = evaluate(
-        {"a": Of(tiny_net(), torch.relu)}, Boxes(), "energy", output=tmp_path, **QUIET
+        {"a": FixedMap(tiny_net(), torch.relu)}, Boxes(), "energy", output=tmp_path, **QUIET
     )
     assert result.images == {"a": 7}
 
@@ -835,7 +889,7 @@ def test_the_name_of_a_file_need_not_be_text(tmp_path):
     entry = Boxes()[0]
     entry.name = "caf\udce9.png"  # what Python makes of a byte that is no UTF-8
     options = QUIET | {"output": tmp_path}
-    assert evaluate({"a": Of(tiny_net())}, [entry], "energy", **options).images == {"a": 1}
+    assert evaluate({"a": FixedMap(tiny_net())}, [entry], "energy", **options).images == {"a": 1}
     assert rows(tmp_path)[0]["name"] == r"caf\udce9.png"
 
 
@@ -843,13 +897,13 @@ def test_metrics_without_ground_truth_are_left_out_with_a_warning(tmp_path):
     data = [(entry.image, entry.target) for entry in (Boxes()[i] for i in range(3))]
     with pytest.warns(UserWarning, match=r"`metrics` \['pxap'\].* lack the boxes or masks"):
         result = evaluate(
-            {"a": Of(tiny_net())}, data, ["pxap", "deletion"], output=tmp_path / "a", **QUIET
+            {"a": FixedMap(tiny_net())}, data, ["pxap", "deletion"], output=tmp_path / "a", **QUIET
         )
     assert list(result.figures["a"]) == ["deletion"]
     options = QUIET | {"normalize": IMAGENET_MEAN_STD, "output": tmp_path / "b"}
     normalised = [(image - 0.5, target, [0, 0, 4, 4]) for image, target in data]
     with pytest.raises(RuntimeError, match=r"Not one of 3 rows.*floats must be in \[0, 1\]"):
-        evaluate({"a": Of(tiny_net())}, normalised, **options)
+        evaluate({"a": FixedMap(tiny_net())}, normalised, **options)
 
 
 # --- data and arguments --------------------------------------------------------------------------
@@ -872,7 +926,7 @@ def test_ground_truth_is_resized_with_the_picture(tmp_path):
     model = tiny_net()
     for size, name in ((None, "own"), (8, "small"), ((40, 60), "large")):
         evaluate(
-            {"red": Of(model)},
+            {"red": FixedMap(model)},
             data,
             output=tmp_path / name,
             size=size,
@@ -921,7 +975,7 @@ def test_an_image_without_an_object_counts_for_pixels_only(tmp_path):
     data[2].mask[0, 0] = True
     data[3].boxes = [0.5, 0.5, 1.5, 1.5]
     options = QUIET | {"size": 4}
-    result = evaluate({"a": Of(tiny_net())}, data, output=tmp_path, **options)
+    result = evaluate({"a": FixedMap(tiny_net())}, data, output=tmp_path, **options)
     assert result.failures == {"a": 0}
     cells = [[bool(row[name]) for row in rows(tmp_path)] for name in ("energy", "pixel_counts")]
     assert cells == [[True, False, False, False], [True] * 4]
@@ -955,9 +1009,11 @@ def test_grey_and_colour_models_take_grey_and_colour_pictures():
 
 def test_means_and_deviations_may_be_arrays(tmp_path):
     options = QUIET | {"output": tmp_path, "normalize": ([0.0] * 3, [0.5] * 3)}
-    first = evaluate({"a": Of(tiny_net())}, Boxes(), "energy", **options)
+    first = evaluate({"a": FixedMap(tiny_net())}, Boxes(), "energy", **options)
     options["normalize"] = np.zeros(3), np.full(3, 0.5)
-    assert evaluate({"a": Of(tiny_net())}, Boxes(), "energy", **options).figures == first.figures
+    assert (
+        evaluate({"a": FixedMap(tiny_net())}, Boxes(), "energy", **options).figures == first.figures
+    )
 
 
 def tenth_of_labels(result):
@@ -974,7 +1030,7 @@ tenth_of_labels.version = reversed_label.version = "1"
 
 def test_users_can_add_metrics(tmp_path):
     result = evaluate(
-        {"a": Of(tiny_net())},
+        {"a": FixedMap(tiny_net())},
         Boxes(),
         {"tenth": tenth_of_labels, "energy": {}},
         output=tmp_path,
@@ -1006,10 +1062,10 @@ def test_workers_and_the_progress_bar_change_nothing(tmp_path, capsys):
         ({"data": []}, ValueError, "`data` must have a length"),
         ({"data": iter([1])}, ValueError, "`data` must have a length"),
         ({"methods": {}}, TypeError, "`methods`"),
-        ({"methods": Of(tiny_net())}, TypeError, "`methods` must be a mapping"),
+        ({"methods": FixedMap(tiny_net())}, TypeError, "`methods` must be a mapping"),
         ({"methods": {"a": tiny_net()}}, TypeError, "`methods`: a must be a Captum Attribution"),
-        ({"methods": {"a\nb": Of(tiny_net())}}, TypeError, "names of one line"),
-        ({"methods": {"a": (Of(tiny_net()), {"target": 1})}}, ValueError, "'target'"),
+        ({"methods": {"a\nb": FixedMap(tiny_net())}}, TypeError, "names of one line"),
+        ({"methods": {"a": (FixedMap(tiny_net()), {"target": 1})}}, ValueError, "'target'"),
         ({"metrics": "insertions"}, ValueError, "`metrics` must be names of"),
         ({"metrics": {"energy": 3}}, ValueError, "`metrics`"),
         ({"metrics": []}, ValueError, "`metrics`"),
@@ -1017,7 +1073,7 @@ def test_workers_and_the_progress_bar_change_nothing(tmp_path, capsys):
         ({"metrics": "insertoin"}, ValueError, "Closest: insertion"),
         ({"data": "pictures"}, ValueError, "`data` must be a data set"),
         (
-            {"methods": {"a": (Of(tiny_net()), {"gian": 1})}},
+            {"methods": {"a": (FixedMap(tiny_net()), {"gian": 1})}},
             ValueError,
             "a has no arguments .'gian'",
         ),
@@ -1038,7 +1094,12 @@ def test_workers_and_the_progress_bar_change_nothing(tmp_path, capsys):
     ],
 )
 def test_invalid_arguments_are_errors(changed, error, message, tmp_path):
-    options = {"methods": {"a": Of(tiny_net())}, "data": Boxes(), "metrics": "energy", **QUIET}
+    options = {
+        "methods": {"a": FixedMap(tiny_net())},
+        "data": Boxes(),
+        "metrics": "energy",
+        **QUIET,
+    }
     options |= changed
     with pytest.raises(error, match=message):
         evaluate(options.pop("methods"), options.pop("data"), output=tmp_path / "x", **options)
@@ -1069,14 +1130,18 @@ def test_labels_must_be_indices_of_classes(label, message, tmp_path):
 def test_normalize_may_be_a_preprocess(tmp_path):
     preprocess = types.SimpleNamespace(mean=(0.5,) * 3, std=(0.25,) * 3)
     options = QUIET | {"normalize": preprocess}
-    result = evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=tmp_path / "a", **options)
+    result = evaluate(
+        {"a": FixedMap(tiny_net())}, Boxes(), "energy", output=tmp_path / "a", **options
+    )
     options = QUIET | {"normalize": ((0.5,) * 3, (0.25,) * 3)}
-    again = evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=tmp_path / "a", **options)
+    again = evaluate(
+        {"a": FixedMap(tiny_net())}, Boxes(), "energy", output=tmp_path / "a", **options
+    )
     assert again.figures == result.figures
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ValueError, match="`output` must be a folder"):
-        evaluate({"a": Of(tiny_net())}, Boxes(), "energy", output=file, **options)
+        evaluate({"a": FixedMap(tiny_net())}, Boxes(), "energy", output=file, **options)
     with pytest.raises(FileNotFoundError, match="there is no run in"):
         summary(tmp_path)
 
