@@ -320,7 +320,8 @@ def print_methods(arguments: argparse.Namespace) -> None:
     print(table(ours))
     print(
         "\ngrad: the method needs gradients. passes: forward passes for one image, with K the\n"
-        "number of the layer's channels; *: only the part of the model behind the layer runs K times.\n"
+        "number of the layer's channels; *: only the part of the model behind the layer runs K\n"
+        "times.\n"
         f"{on_request}: they explain the model as a whole, and run only where they are named.\n"
     )
     print(table(captums))
