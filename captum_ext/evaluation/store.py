@@ -105,7 +105,7 @@ class ResultStore:
             store.folder.mkdir(parents=True, exist_ok=True)
             try:
                 lock = _lock(store.folder, 0)
-            except FolderInUseError:  # another process writes the same settings, perhaps
+            except FolderInUseError:  # perhaps another process writes the same settings
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
@@ -296,7 +296,7 @@ class ResultWriter:
 
         Args:
             task: of the rows.
-            rows: one for each image of the batch; columns that one lacks are empty.
+            rows: one for each image of the batch; missing columns are left empty.
             seconds: of the attribution, and of the metrics.
             device: of the attribution.
         """
@@ -328,12 +328,12 @@ def _files(folder: Path) -> list[Path]:
 def _lines(file: Path) -> Iterator[tuple[Any, ...]]:
     """The lines of a file's table in the order of their numbers.
 
-    Each is read by a query of its own: a long one would keep the writer waiting.
+    Each line is read by its own query, because a long query would block the writer.
     """
-    if not file.stat().st_size:  # as its writer makes it
+    if not file.stat().st_size:  # its writer has just created it
         return
     number = -1
-    # Not read-only: what a killed writer did not finish is rolled back by the next reader.
+    # Not read-only: the first reader after a kill rolls the unfinished transaction back.
     uri = f"{file.absolute().as_uri()}?mode=rw"
     with _named_errors(file):
         connection = sqlite3.connect(uri, timeout=PATIENCE, uri=True)
@@ -367,7 +367,7 @@ def _lock(folder: Path, rank: int) -> sqlite3.Connection:
     return connection
 
 
-# SQLite's codes of errors that are not the file's own.
+# SQLite's codes of errors that do not mean a damaged file.
 _ENVIRONMENT = {
     *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_INTERRUPT),
     *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_READONLY),
@@ -414,7 +414,7 @@ def _one_line(cell: Any) -> str:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One level deep, so that what differs is named by itself."""
+    """Settings without nesting, so that errors name the single entries that differ."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
