@@ -26,7 +26,7 @@ from captum_ext.fcam.guides import guide_maps
 from captum_ext.fcam.training import FCAMModule
 from captum_ext.fcam.views import BoxedPictures, draw_crops
 from captum_ext.metrics import MaxBoxAcc
-from tests.evaluation.subjects import Known
+from tests.evaluation.subjects import VersionedFunction
 from tests.networks import CallCounter, three_stage_net
 
 SMALL = {
@@ -74,7 +74,7 @@ class Teacher(Attribution):
 
     def __init__(self, forward_func, maps):
         super().__init__(forward_func)
-        self.maps, self.calls = Known(maps), []
+        self.maps, self.calls = VersionedFunction(maps), []
 
     def attribute(self, inputs, target=None):
         self.calls.append((inputs.clone(), target.clone(), self.forward_func.training))
