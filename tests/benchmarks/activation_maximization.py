@@ -1,11 +1,11 @@
-"""What the settings of activation maximisation give, on a trained network, in one run.
+"""Settings of activation maximisation, compared on a trained network in one run.
 
     python -m tests.benchmarks.activation_maximization [--size N] [--steps N] [--threads N]
                                                        [--pictures FOLDER] [--quick]
 
 A table in Markdown, and with `--pictures` a strip of pictures for each of its rows. All rows have
-the same classes, steps and random numbers, and differ from the defaults in what their name says.
-Means over the classes, of the found images and the network that they were found on: the logit; the
+the same classes, steps and random numbers; each changes the option in its name.
+Columns are means over the classes, by the network that the images were made with: the logit; the
 logit of the images shifted by a few pixels; and, blurred by two pixels, which fine patterns do not
 outlast, the logit and the probability of the class. Times are of the processor, for all classes.
 """
@@ -54,13 +54,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     demo = load_model()
     net, targets = demo.module.requires_grad_(False), list(CLASSES.values())
-    each = (range(len(targets)), targets)
+    per_class = (range(len(targets)), targets)
     normalize = (demo.preprocess.mean, demo.preprocess.std)
     print("| | logit | shifted | blurred | probability, blurred | lowest probability | seconds |")
     print("|---|---|---|---|---|---|---|")
     for name, row in ROWS.items():
         start = time.process_time()
-        found = ActivationMaximization(net, normalize=normalize).maximize(
+        result = ActivationMaximization(net, normalize=normalize).maximize(
             (3, options.size, options.size),
             targets,
             n_steps=options.steps,
@@ -68,15 +68,15 @@ def main() -> None:
             **row,
         )
         seconds = time.process_time() - start
-        x = found.images
-        shifted = torch.stack([net(torch.roll(x, shift, (2, 3)))[each] for shift in SHIFTS])
+        x = result.images
+        shifted = torch.stack([net(torch.roll(x, shift, (2, 3)))[per_class] for shift in SHIFTS])
         blurred = net(blur(x, 13, 2.0))
         numbers = (
-            found.scores.mean(),
+            result.scores.mean(),
             shifted.mean(),
-            blurred[each].mean(),
-            blurred.softmax(1)[each].mean(),
-            net(x).softmax(1)[each].min(),
+            blurred[per_class].mean(),
+            blurred.softmax(1)[per_class].mean(),
+            net(x).softmax(1)[per_class].min(),
         )
         cells = " | ".join(f"{float(value):.2f}" for value in numbers)
         print(f"| {name} | {cells} | {seconds:.0f} |", flush=True)
@@ -84,7 +84,7 @@ def main() -> None:
             from torchvision.utils import save_image
 
             options.pictures.mkdir(parents=True, exist_ok=True)
-            save_image(found.pictures, options.pictures / f"{name}.png", nrow=len(targets))
+            save_image(result.pictures, options.pictures / f"{name}.png", nrow=len(targets))
 
 
 if __name__ == "__main__":

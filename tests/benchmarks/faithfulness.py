@@ -1,4 +1,4 @@
-"""What insertion, deletion and ROAD cost beside the model's own passes, and beside torchcam's.
+"""Costs of insertion, deletion and ROAD beside the model's passes, and beside torchcam's.
 
 Tables, in Markdown, of a ResNet-18 at 112 pixels, whose command is in `metrics.py`:
 
@@ -73,7 +73,7 @@ def pictures(n: int, device: torch.device, side: int = SIDE) -> tuple[Tensor, Te
 
 
 def forwards(model: nn.Module, batch: Tensor, count: int) -> None:
-    """So many pictures, in batches of the same size and a rest."""
+    """Passes of `count` pictures, in batches of one size and a rest."""
     with torch.no_grad():
         for start in range(0, count, len(batch)):
             model(batch[: count - start])
@@ -109,7 +109,7 @@ def bare_of(name: str) -> str:
 
 def memory_calls(device: torch.device) -> Calls:
     model, (x, maps) = network(device), pictures(4, device)
-    insertion(model, x, maps, TARGET, step=0.5)  # what is set up once is not the call's
+    insertion(model, x, maps, TARGET, step=0.5)  # the first pass sets things up
     calls: Calls = {}
     for size in (4, 8, 16):
         calls[f"{size} at once: a pass"] = partial(forwards, model, pictures(size, device)[0], size)
@@ -140,9 +140,9 @@ def imputation_rows() -> list[Row]:
         x, maps = pictures(1, cpu, side)
         for share in (0.1, 0.5, 0.9):
             keep = maps <= maps.quantile(1 - share)
-            found: list[Tensor] = []
+            imputed: list[Tensor] = []
             seconds = seconds_of(
-                lambda x=x, keep=keep, found=found: found.append(
+                lambda x=x, keep=keep, imputed=imputed: imputed.append(
                     linear_imputation(x.double(), keep.float())
                 ),
                 cpu,
@@ -150,7 +150,7 @@ def imputation_rows() -> list[Row]:
             kept = keep.flatten().numpy()
             values, system = x.double().flatten(2)[0].numpy(), _laplacian(side, side)[~kept]
             true = spsolve(system[:, ~kept].tocsc(), -(system[:, kept] @ values[:, kept].T)).T
-            error = abs(found[0].flatten(2)[0].numpy()[:, ~kept] - true).max()
+            error = abs(imputed[0].flatten(2)[0].numpy()[:, ~kept] - true).max()
             rows.append({"name": f"{side} px, {share:.0%}", "seconds": seconds, "error": error})
     return rows
 
@@ -159,7 +159,7 @@ def imputation_rows() -> list[Row]:
 
 
 class Given:
-    """What torchcam takes for an extractor of maps: it gives those that it was made with."""
+    """An extractor for torchcam that returns the maps that it was made with."""
 
     def __init__(self, model: nn.Module, maps: Tensor) -> None:
         self.model, self.maps = model, maps
@@ -202,8 +202,8 @@ def torchcam_calls(n: int, size: int, device: torch.device) -> Calls:
         for count in counts:
             forwards(model, batch, count)
 
-    found, expected = ours(), theirs().summary()
-    for curve, key in ((found.insertion, "insertion_auc"), (found.deletion, "deletion_auc")):
+    result, expected = ours(), theirs().summary()
+    for curve, key in ((result.insertion, "insertion_auc"), (result.deletion, "deletion_auc")):
         torch.testing.assert_close(curve.auc.mean().item(), expected[key], rtol=1e-3, atol=1e-6)
     (drop, increase), expected = our_drop(), their_drop().summary()
     torch.testing.assert_close(drop.mean().item(), expected["avg_drop"], rtol=1e-3, atol=1e-4)

@@ -188,8 +188,8 @@ def run(name: str, seed: int, n_train: int, n_test: int, n_epochs: int) -> Row:
 
     def guides(pictures: EllipseBatch) -> Tensor:
         batches = zip(pictures.pixels.split(BATCH), pictures.targets.split(BATCH), strict=True)
-        found = [guide_maps(guide, normalized(x), y, SIZE, rectify=rectify) for x, y in batches]
-        return torch.cat(found)[:, 0]
+        maps = [guide_maps(guide, normalized(x), y, SIZE, rectify=rectify) for x, y in batches]
+        return torch.cat(maps)[:, 0]
 
     row["guide"] = measured(guides, test, held)
     data = list(zip(train.pixels, train.targets.tolist(), strict=True))
@@ -199,8 +199,8 @@ def run(name: str, seed: int, n_train: int, n_test: int, n_epochs: int) -> Row:
     row |= {"seconds": time.process_time() - work, "wall": time.perf_counter() - start}
 
     def decoded(pictures: EllipseBatch) -> Tensor:
-        found = [fcam.foreground(normalized(x)) for x in pictures.pixels.split(BATCH)]
-        return torch.cat(found)[:, 0]
+        maps = [fcam.foreground(normalized(x)) for x in pictures.pixels.split(BATCH)]
+        return torch.cat(maps)[:, 0]
 
     row["fcam"] = measured(decoded, test, held)
     return row
@@ -243,7 +243,7 @@ def measured(
 
 
 def summarise(rows: list[Row]) -> dict[str, Row]:
-    """By name: of each figure, the values of all seeds."""
+    """The values of each figure for all seeds, by name."""
     summary: dict[str, Row] = {}
     for name in parts():
         of_name = sorted((r for r in rows if r["name"] == name), key=lambda r: r["seed"])
@@ -276,25 +276,25 @@ def markdown(summary: dict[str, Row]) -> str:
     """Means, of guide and F-CAM, with the lowest and the highest of F-CAM."""
     head = ["", *COLUMNS, "V2 at IoU .3 / .5 / .7", "s"]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    for name, found in summary.items():
-        both = "guide" in found and name not in ABLATIONS
+    for name, figures in summary.items():
+        both = "guide" in figures and name not in ABLATIONS
         cells = []
         for key in COLUMNS.values():
-            cell = spread(found["fcam"][key])
-            cells.append(f"{statistics.mean(found['guide'][key]):.1f} → {cell}" if both else cell)
-        cells.append(" → ".join(levels(found[w]) for w in (["guide"] if both else []) + ["fcam"]))
-        known = found["seconds"][0] is not None
-        cells.append(f"{statistics.mean(found['seconds']):.0f}" if known else "")
+            cell = spread(figures["fcam"][key])
+            cells.append(f"{statistics.mean(figures['guide'][key]):.1f} → {cell}" if both else cell)
+        cells.append(" → ".join(levels(figures[w]) for w in (["guide"] if both else []) + ["fcam"]))
+        known = figures["seconds"][0] is not None
+        cells.append(f"{statistics.mean(figures['seconds']):.0f}" if known else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def levels(found: Row) -> str:
-    return " / ".join(f"{value:.0f}" for value in np.mean(found["at"], 0))
+def levels(figures: Row) -> str:
+    return " / ".join(f"{value:.0f}" for value in np.mean(figures["at"], 0))
 
 
 def wishes(summary: dict[str, Row]) -> str:
-    """By how much F-CAM is ahead of each guide, beside what was wished."""
+    """F-CAM's gain over each guide, beside the gain that was wished."""
     lines = ["Wished of at least four guides: 15 points of V2, 8 of PxAP, twice the thresholds."]
     for name in GUIDES:
         guide, fcam = summary[name]["guide"], summary[name]["fcam"]
@@ -404,10 +404,10 @@ def main() -> None:
     summary = summarise(rows)
     seconds = before + time.perf_counter() - begin
     table, judged = markdown(summary), wishes(summary)
-    found = settings | {"seconds": seconds, "table": table, "wishes": judged, "rows": rows}
-    arguments.output.write_text(json.dumps(found) + "\n")
-    for what, draw in (("curves", figure_of_curves), ("histograms", figure_of_histograms)):
-        draw(summary).savefig(f"{arguments.figures}_{what}.png", dpi=80)
+    content = settings | {"seconds": seconds, "table": table, "wishes": judged, "rows": rows}
+    arguments.output.write_text(json.dumps(content) + "\n")
+    for name, draw in (("curves", figure_of_curves), ("histograms", figure_of_histograms)):
+        draw(summary).savefig(f"{arguments.figures}_{name}.png", dpi=80)
     partial_file.unlink()
     accuracies = summary["CAM"]["accuracy"]
     print(f"\n{len(arguments.seeds)} seeds, accuracy {spread([100 * a for a in accuracies])} %\n")

@@ -1,4 +1,4 @@
-"""What F-CAM costs: its colour losses, a step of its training, and its maps, in one run.
+"""Costs of F-CAM: its colour losses, a step of its training, and its maps, in one run.
 
     python -m tests.benchmarks.fcam_cost [--device cpu|cuda] [--repeats N] [--threads N]
                                          [--json FILE]
@@ -79,13 +79,13 @@ NETWORKS = {"ResNet-18": models.resnet18, "ResNet-50": models.resnet50}
 
 def photographs(n: int, side: int, device: torch.device) -> Tensor:
     """(n, 3, side, side), uint8; from the fourth on mirrored."""
-    found = []
+    photographs = []
     for index in range(n):
         picture = getattr(skimage.data, PHOTOGRAPHS[index % len(PHOTOGRAPHS)])()
         pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
         pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
-        found.append(pixels.flip(3) if index // len(PHOTOGRAPHS) % 2 else pixels)
-    return torch.cat(found).round().clamp(0, 255).byte().to(device)
+        photographs.append(pixels.flip(3) if index // len(PHOTOGRAPHS) % 2 else pixels)
+    return torch.cat(photographs).round().clamp(0, 255).byte().to(device)
 
 
 def network(name: str, device: torch.device) -> nn.Module:
@@ -102,10 +102,10 @@ def decoder_of(model: nn.Module, side: int = SIDE) -> FCAMDecoder:
 
 def captured(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
     """The features of the named layers, by plain hooks and without copies."""
-    found: dict[str, Tensor] = {}
+    features: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        found[name] = output
+        features[name] = output
 
     handles = [model.get_submodule(n).register_forward_hook(partial(keep, n)) for n in names]
     try:
@@ -114,7 +114,7 @@ def captured(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    return [found[name] for name in names]
+    return [features[name] for name in names]
 
 
 def decoded(model: nn.Module, decoder: FCAMDecoder, x: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def compare_crf(device: torch.device) -> None:
 
 
 def same(what: str, ours: Tensor, theirs: Tensor, p: Tensor, power: int) -> None:
-    """That two losses and their gradients agree; the second is to be divided by P^power."""
+    """Checks that two losses and their gradients agree; the second is divided by P^power."""
     theirs = theirs / 144**power
     close(what, ours, theirs)
     (mine,), (other,) = (torch.autograd.grad(loss, p, retain_graph=True) for loss in (ours, theirs))
@@ -348,8 +348,8 @@ class Parts:
     def classifier(self) -> list[Tensor]:
         """The forward pass as `FCAMModule.forward` runs it, with copies of the features."""
         module = self.module
-        found, _ = layer_activations(module.classifier, module._layers[0], (self.images,))
-        return [tensors[0] for tensors in found]
+        activations, _ = layer_activations(module.classifier, module._layers[0], (self.images,))
+        return [tensors[0] for tensors in activations]
 
     def decoder_forward(self) -> Tensor:
         logits: Tensor = self.module.decoder(self.features, self.module.size)
@@ -418,16 +418,16 @@ def step_calls(name: str, device: torch.device) -> Calls:
 
 
 def step_wish(network: str, rows: list[Row]) -> str:
-    found = {row["name"]: row for row in rows}
-    seconds = {name: row["seconds"] for name, row in found.items()}
-    parts = [name for name in found if name not in (FLOOR, CACHED, ON_THE_FLY)]
+    by_name = {row["name"]: row for row in rows}
+    seconds = {name: row["seconds"] for name, row in by_name.items()}
+    parts = [name for name in by_name if name not in (FLOOR, CACHED, ON_THE_FLY)]
     parts.remove("guide: Grad-CAM of each view")
     shares = ", ".join(
         f"{name} {100 * seconds[name] / seconds[CACHED]:.1f}%"
         for name in sorted(parts, key=lambda name: -seconds[name])
     )
     all_parts = 100 * sum(seconds[name] for name in parts) / seconds[CACHED]
-    cached, fly = found[CACHED], found[ON_THE_FLY]
+    cached, fly = by_name[CACHED], by_name[ON_THE_FLY]
     return (
         f"Wished: a step with stored maps takes at most 1.5 times the floor; seen: {network}, "
         f"{cached['ratio']:.2f} ({cached['min']:.2f} to {cached['max']:.2f}), and with Grad-CAM of "
@@ -522,8 +522,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     device, repeats = torch.device(arguments.device), arguments.repeats
     torch.set_num_threads(arguments.threads)
-    found = environment(device, arguments.threads)
-    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n")
+    machine = environment(device, arguments.threads)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
 
     start = time.perf_counter()
     compare_crf(device)
@@ -548,7 +548,7 @@ def main() -> None:
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
 
     if arguments.json:
-        tables = {"environment": found, "crf": crf, "steps": steps, "maps": maps}
+        tables = {"environment": machine, "crf": crf, "steps": steps, "maps": maps}
         arguments.json.write_text(json.dumps(tables, indent=1))
 
 

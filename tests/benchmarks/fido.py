@@ -1,4 +1,4 @@
-"""What FIDO costs beside the passes of the network that it cannot do without, in one run.
+"""Costs of FIDO beside the passes of the network that it needs, in one run.
 
     python -m tests.benchmarks.fido [--device cpu|cuda] [--repeats N] [--threads N] [--steps N]
                                     [--masks N] [--json FILE] [--quick]
@@ -78,7 +78,7 @@ def pictures(n: int, device: torch.device) -> Tensor:
 def fido(
     model: nn.Module, x: Tensor, n_masks: int, n_steps: int, batch: int, **options: Any
 ) -> tuple[Tensor, FIDOMasks]:
-    found: tuple[Tensor, FIDOMasks] = FIDO(model).attribute(
+    result: tuple[Tensor, FIDOMasks] = FIDO(model).attribute(
         x,
         target=TARGET,
         n_masks=n_masks,
@@ -89,14 +89,14 @@ def fido(
         **SETTINGS,
         **options,
     )
-    return found
+    return result
 
 
-# --- what it is compared with --------------------------------------------------------------------
+# --- references --------------------------------------------------------------------
 
 
 def passes(model: nn.Module, batch: Tensor, count: int) -> None:
-    """So many forward passes of a batch, each with the gradient of the target by the batch."""
+    """`count` forward passes of a batch, each with the gradient of the target by the batch."""
     for _ in range(count):
         x = batch.detach().requires_grad_()
         torch.autograd.grad(model(x)[:, TARGET].sum(), x)
@@ -137,7 +137,7 @@ def plain_loop(
 
 
 def compare(device: torch.device) -> None:
-    """That the same is timed: in float64, FIDO and the loop end with the same logits and losses."""
+    """Checks that FIDO and the loop end with the same logits and losses, in float64."""
     model, x = network(device).double(), pictures(1, device).double()
     _, masks = fido(model, x, 3, 3, 4)
     logits, losses = plain_loop(model, x, 3, 3, 4)
@@ -152,7 +152,7 @@ def compare(device: torch.device) -> None:
 def step_calls(n_masks: int, n_steps: int, device: torch.device) -> Calls:
     model, x = network(device), pictures(1, device)
     frozen, leaky = copy.deepcopy(model).requires_grad_(False), copy.deepcopy(model)
-    fido(model, x, 1, 1, 2)  # what is set up once is not the call's
+    fido(model, x, 1, 1, 2)  # the first pass sets things up
     size = min(BATCH, 2 * n_masks)
     batch = pictures(size, device)
     count = n_steps * (2 * n_masks) // size
@@ -238,8 +238,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)
     n_masks, n_steps = arguments.masks, arguments.steps or (40 if device.type == "cuda" else 4)
-    found = environment(device, arguments.threads)
-    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n")
+    machine = environment(device, arguments.threads)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
 
     start = time.perf_counter()
     compare(device)
@@ -273,7 +273,7 @@ def main() -> None:
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
 
     if arguments.json:
-        tables = {"environment": found, "steps": steps, "memory": memory, "batches": batches}
+        tables = {"environment": machine, "steps": steps, "memory": memory, "batches": batches}
         arguments.json.write_text(json.dumps(tables, indent=1))
 
 

@@ -1,4 +1,4 @@
-"""What the metrics and `evaluate` cost, in one run.
+"""Costs of the metrics and of `evaluate`, in one run.
 
     python -m tests.benchmarks.metrics [--device cpu|cuda] [--repeats N] [--threads N]
                                        [--images N] [--json FILE] [--quick]
@@ -54,15 +54,15 @@ EVERY, DISTINCT = "each threshold", "distinct thresholds"
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def a_map(kind: str) -> Tensor:
+def a_map(pattern: str) -> Tensor:
     """(1, SIDE, SIDE) in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(1, SIDE, SIDE, generator=generator, dtype=torch.float64)
-    if kind == "noise":
+    if pattern == "noise":
         return noise
     coarse = torch.rand(1, 1, 7, 7, generator=generator, dtype=torch.float64)
     smooth = min_max(resize(coarse, (SIDE, SIDE)))[:, 0]
-    if kind == "upsampled 7 x 7":
+    if pattern == "upsampled 7 x 7":
         return smooth
     return (torch.sigmoid(40 * (smooth - 0.5)) + 0.02 * (noise - 0.5)).clamp(0, 1)
 
@@ -72,7 +72,7 @@ def a_map(kind: str) -> Tensor:
 
 def by_labels(image: Array, contours: str) -> Array:
     """The IoU at each threshold, "components", with SciPy's labels."""
-    found = []
+    ious = []
     for cut in np.arange(1000) / 1000 * image.max():
         labels, _ = ndimage.label(image > cut, np.ones((3, 3)))
         boxes = [(x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(labels)]
@@ -80,15 +80,15 @@ def by_labels(image: Array, contours: str) -> Array:
         if contours == "largest":
             areas = np.bincount(labels.ravel())[1:]
             chosen = chosen[areas == areas.max()]
-        found.append(best_iou(chosen, 0))
-    return np.array(found, dtype=np.float32)
+        ious.append(best_iou(chosen, 0))
+    return np.array(ious, dtype=np.float32)
 
 
 def by_contours(image: Array, contours: str, distinct: bool = False) -> Array:
     """The IoU at each threshold, "wsolevaluation", with OpenCV's contours."""
     levels = (255 * image).astype(np.uint8)
     known: dict[int, float] = {}
-    found = []
+    ious = []
     for tau in np.arange(0, 1, 0.001):
         cut = int(tau * levels.max())
         if cut not in known or not distinct:
@@ -99,12 +99,12 @@ def by_contours(image: Array, contours: str, distinct: bool = False) -> Array:
             boxes = np.array([cv2.boundingRect(outline) for outline in outlines])
             ends = np.minimum(boxes[:, :2] + boxes[:, 2:], SIDE - 1)
             known[cut] = best_iou(np.concatenate((boxes[:, :2], ends), 1), 1)
-        found.append(known[cut])
-    return np.array(found, dtype=np.float32)
+        ious.append(known[cut])
+    return np.array(ious, dtype=np.float32)
 
 
 def best_iou(boxes: Array, end: int) -> float:
-    """Of boxes (n, 4) with TRUE."""
+    """IoUs of boxes (n, 4) with TRUE."""
     true = np.array(TRUE)
     low, high = np.maximum(boxes[:, :2], true[:2]), np.minimum(boxes[:, 2:], true[2:])
     shared = (high - low + end).clip(0).prod(1)
@@ -121,11 +121,11 @@ PLAIN: dict[str, dict[str, Callable[[Array, str], Array]]] = {
 }
 
 
-# --- what is measured ----------------------------------------------------------------------------
+# --- measurements ----------------------------------------------------------------------------
 
 
-def box_calls(kind: str, device: torch.device) -> Calls:
-    maps, boxes = a_map(kind).to(device), [torch.tensor([TRUE])]
+def box_calls(pattern: str, device: torch.device) -> Calls:
+    maps, boxes = a_map(pattern).to(device), [torch.tensor([TRUE])]
     image = maps[0].cpu().numpy()
     calls: Calls = {}
     for convention, ways in PLAIN.items():
@@ -145,7 +145,7 @@ def ours_of(name: str) -> str:
 
 
 def wish(rows: list[Row]) -> str:
-    """Of each call of ours, how many times as long the plain way takes."""
+    """How many times as long the plain way takes, for each of our calls."""
     seen = [
         f"{ours_of(row['name'])} {row['ratio']:.0f}" for row in rows if row["name"].endswith(EVERY)
     ]
@@ -156,12 +156,12 @@ def box_tables(repeats: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     tables: dict[str, Any] = {}
-    for kind in KINDS:
-        build = functools.partial(box_calls, kind)
+    for pattern in KINDS:
+        build = functools.partial(box_calls, pattern)
         rows = measure(build, ours_of, repeats, torch.device("cpu"))
-        print(f"MaxBoxAcc, {kind}, {SIDE} x {SIDE}, one thread, {repeats} rounds\n")
+        print(f"MaxBoxAcc, {pattern}, {SIDE} x {SIDE}, one thread, {repeats} rounds\n")
         print(f"{markdown(rows)}\n\n{wish(rows)}\n", flush=True)
-        tables[kind] = rows
+        tables[pattern] = rows
     torch.set_num_threads(threads)
     return tables
 
@@ -174,26 +174,26 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="in a batch of faithfulness and torchcam")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="all, if not named")
-    given = parse_arguments(parser, repeats=1, images=2, part=PARTS[:3])
+    arguments = parse_arguments(parser, repeats=1, images=2, part=PARTS[:3])
     warnings.simplefilter("ignore")
-    device, repeats, images = torch.device(given.device), given.repeats, given.images
-    torch.set_num_threads(given.threads)
-    tables: dict[str, Any] = {"environment": environment(device, given.threads), "seconds": {}}
+    device, repeats, images = torch.device(arguments.device), arguments.repeats, arguments.images
+    torch.set_num_threads(arguments.threads)
+    tables: dict[str, Any] = {"environment": environment(device, arguments.threads), "seconds": {}}
     print(", ".join(f"{k} {v}" for k, v in tables["environment"].items()), end="\n\n")
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "boxes": lambda: box_tables(repeats, given.threads),
+        "boxes": lambda: box_tables(repeats, arguments.threads),
         "faithfulness": lambda: faithfulness_tables(device, repeats, images),
         "torchcam": lambda: torchcam_tables(device, repeats, images),
         "flat": flat_tables,
         "evaluate": lambda: evaluate_tables(device, repeats),
     }
-    for part in given.part:
+    for part in arguments.part:
         start = time.perf_counter()
         tables[part] = parts[part]()
         tables["seconds"][part] = time.perf_counter() - start
         print(f"({part}: {tables['seconds'][part]:.0f} seconds)\n", flush=True)
-        if given.json:
-            given.json.write_text(json.dumps(tables, indent=1, default=float))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(tables, indent=1, default=float))
 
 
 if __name__ == "__main__":

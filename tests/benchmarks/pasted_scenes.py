@@ -117,7 +117,7 @@ def model_input(network: LoadedModel, scene: Scene, size: tuple[int, int]) -> Te
 
 
 def seen(network: LoadedModel, scene: Scene, size: tuple[int, int]) -> dict[str, float]:
-    """What the network gives to the class of the objects."""
+    """The network's score and probability of the objects' class."""
     with torch.no_grad():
         shares = network.module(model_input(network, scene, size))[0].softmax(0)
     share = shares[scene.target]
@@ -158,15 +158,15 @@ def summarise(rows: list[Row], kinds: list[str]) -> dict[str, dict[str, Row]]:
         }
         summary[kind] = {}
         for name in names:
-            found: Row = {"scenes": len(chosen)}
-            found["seconds"] = statistics.median(by_name[name][i]["seconds"] for i in chosen)
+            figures: Row = {"scenes": len(chosen)}
+            figures["seconds"] = statistics.median(by_name[name][i]["seconds"] for i in chosen)
             for key in MEASURES:
                 values = np.array([by_name[name][i][key] for i in chosen])
-                found[key] = interval(values, samples)
+                figures[key] = interval(values, samples)
                 if NATIVE in names:
                     native = np.array([by_name[NATIVE][i][key] for i in chosen])
-                    found[f"{key}_beyond_native"] = interval(values - native, samples)
-            summary[kind][name] = found
+                    figures[f"{key}_beyond_native"] = interval(values - native, samples)
+            summary[kind][name] = figures
     return summary
 
 
@@ -184,18 +184,18 @@ def markdown(summary: dict[str, Row]) -> str:
     head = ["method", *shown, *(f"{title} beyond native" for title in beyond.values())]
     head += ["s per scene"]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    for name, found in summary.items():
-        cells = [percent(found[key]) for key in MEASURES]
+    for name, figures in summary.items():
+        cells = [percent(figures[key]) for key in MEASURES]
         for key in beyond:
-            difference = found.get(f"{key}_beyond_native")
+            difference = figures.get(f"{key}_beyond_native")
             cells += [percent(difference) if difference and name != NATIVE else ""]
-        cells += ["" if name == CHANCE else f"{found['seconds']:.2f}"]
+        cells += ["" if name == CHANCE else f"{figures['seconds']:.2f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def percent(found: dict[str, float]) -> str:
-    mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
+def percent(figure: dict[str, float]) -> str:
+    mean, low, high = (100 * figure[key] for key in ("mean", "low", "high"))
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
@@ -215,8 +215,8 @@ def resume(partial: Path, settings: Row) -> list[Row]:
 
 def environment(threads: int) -> dict[str, str]:
     packages = ("captum", "torch", "kornia", "pillow", "scikit-image")
-    found = {package: importlib.metadata.version(package) for package in packages}
-    return found | {
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return versions | {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": str(threads),
@@ -278,8 +278,8 @@ def main() -> None:
     ]
     summary = summarise(rows, [scene.kind for scene in scenes])
     total = sum(row["seconds"] for row in rows)
-    found = settings | {"seconds": total, "summary": summary, "scene": described, "rows": rows}
-    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    content = settings | {"seconds": total, "summary": summary, "scene": described, "rows": rows}
+    arguments.output.write_text(json.dumps(content, indent=1) + "\n")
     partial.unlink()
 
     for kind, by_name in summary.items():

@@ -1,4 +1,4 @@
-"""What do reconstructions keep, and do they show what the classifier sees?
+"""Do reconstructions keep the picture, and do they show the features that the classifier uses?
 
     python -m tests.benchmarks.perception [--train N] [--test N] [--epochs N] [--threads N]
                                           [--output FOLDER] [--quick]
@@ -118,15 +118,15 @@ def measured(
     targets: Tensor,
 ) -> Row:
     pv = PerceptionVisualization(LayerGradCam(network, network[4]), encoder, decoder)
-    found = torch.cat([pv.reconstruct(encoder.images(part)) for part in test.split(BATCH)])
+    rebuilt = torch.cat([pv.reconstruct(encoder.images(part)) for part in test.split(BATCH)])
     guess = train.mean(0, keepdim=True).expand_as(test)
-    said, again = (answers(network, encoder, x) for x in (test, found))
-    heard, truth = (answers(witness, encoder, x) for x in (found, test))
+    said, again = (answers(network, encoder, x) for x in (test, rebuilt))
+    heard, truth = (answers(witness, encoder, x) for x in (rebuilt, test))
     wrong = said != targets
     return {
-        "ssim": mean_of(structural_similarity(test, found).mean(1)),
+        "ssim": mean_of(structural_similarity(test, rebuilt).mean(1)),
         "ssim of the mean picture": mean_of(structural_similarity(test, guess).mean(1)),
-        "latents": mean_of(distances(encoder, test, found)),
+        "latents": mean_of(distances(encoder, test, rebuilt)),
         "latents of the mean picture": mean_of(distances(encoder, test, guess)),
         "classifier again": share_of(again == said),
         "witness": share_of(heard == said),
@@ -137,9 +137,9 @@ def measured(
     }
 
 
-def cell(found: tuple[float, float, float], percent: bool = False) -> str:
+def cell(figure: tuple[float, float, float], percent: bool = False) -> str:
     scale, digits = (100, 0) if percent else (1, 2)
-    mean, low, high = (f"{scale * value:.{digits}f}" for value in found)
+    mean, low, high = (f"{scale * value:.{digits}f}" for value in figure)
     return f"{mean} ({low} to {high})"
 
 
@@ -175,8 +175,8 @@ def main() -> None:
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(arguments.threads)
-    found = environment(torch.device("cpu"), arguments.threads)
-    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n", flush=True)
+    machine = environment(torch.device("cpu"), arguments.threads)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n", flush=True)
 
     start = time.perf_counter()
     scenes = TexturedEllipses(arguments.train, SEEDS["train"])
@@ -214,11 +214,11 @@ def main() -> None:
         decoders.append((file, decoder, encoder))
         print(f"{name}: {seconds:.0f} s", flush=True)
 
-    some = next(iter(rows.values()))
+    first = next(iter(rows.values()))
     text = (
-        f"The classifier is right on {cell(some['right'], True)}% of {arguments.test} pictures and "
-        f"wrong on {some['n wrong']}; of these, the witness who is shown the picture itself gives "
-        f"the classifier's answer in {cell(some['witness, wrong, of the picture'], True)}%. "
+        f"The classifier is right on {cell(first['right'], True)}% of {arguments.test} pictures "
+        f"and wrong on {first['n wrong']}; of these, the witness who is shown the picture itself "
+        f"gives the classifier's answer in {cell(first['witness, wrong, of the picture'], True)}%. "
         f"E is unchanged, to the bit."
     )
     seconds = time.perf_counter() - start
@@ -226,7 +226,7 @@ def main() -> None:
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         content = {
-            "environment": found, "table": table(rows), "text": text, "rows": rows,
+            "environment": machine, "table": table(rows), "text": text, "rows": rows,
             "seconds": seconds,
         }  # fmt: skip
         (arguments.output / "perception.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What RISE costs beside the forward passes that it cannot do without, in one run.
+"""Costs of RISE beside the forward passes that it needs, in one run.
 
     python -m tests.benchmarks.rise [--device cpu|cuda] [--repeats N] [--threads N] [--masks N]
                                     [--network NAME] [--json FILE] [--quick]
@@ -134,7 +134,7 @@ def like_torchray(model: Model, x: Tensor, target: int, n_masks: int) -> Tensor:
 
 
 def compare(device: torch.device) -> None:
-    """That the same is timed: the maps differ by no more than their standard errors allow."""
+    """Checks that the maps differ by no more than their standard errors allow."""
     x, n = images(device, side=28), 4096
     x[:, 1, 4:16, 8:20] += 4
     for loop, score, estimator, factor in (
@@ -193,7 +193,7 @@ def memory_calls(device: torch.device) -> Calls:
         options = {"n_masks": n, "grid": GRID, "perturbations_per_eval": BATCH}
         return partial(rise.estimate, x, [1], **options)
 
-    call(MEMORY[0])()  # what is set up once is not the masks'
+    call(MEMORY[0])()  # the first pass sets things up
     return {f"{n} masks": call(n) for n in MEMORY} | {
         f"{n} masks, standard errors": with_errors(n) for n in MEMORY[1:2]
     }
@@ -222,8 +222,8 @@ def main() -> None:
     network = arguments.network or ("resnet50" if on_gpu else "resnet18")
     if n_masks % BATCH:
         parser.error(f"--masks must be a multiple of {BATCH}")
-    found = environment(device, arguments.threads)
-    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n")
+    machine = environment(device, arguments.threads)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
 
     start = time.perf_counter()
     compare(device)
@@ -255,7 +255,7 @@ def main() -> None:
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
 
     if arguments.json:
-        tables = {"environment": found, "times": times, "memory": memory}
+        tables = {"environment": machine, "times": times, "memory": memory}
         arguments.json.write_text(json.dumps(tables, indent=1))
 
 

@@ -1,4 +1,4 @@
-"""What SESSWrapper and AugmentedSR cost, beside their floors and beside the peer, in one run.
+"""Costs of SESSWrapper and AugmentedSR beside their floors and beside the peer, in one run.
 
     python -m tests.benchmarks.wrappers [--device cpu|cuda] [--repeats N] [--threads N]
                                         [--json FILE]
@@ -73,7 +73,7 @@ def photograph(device: torch.device) -> Tensor:
 def network(device: torch.device) -> nn.Module:
     torch.manual_seed(0)
     model = resnet50().eval()
-    # So that no map is empty, and every window has a vote to fuse.
+    # No map may be empty: every window needs a vote to fuse.
     model.fc.weight.data[TARGET].abs_()
     return model.to(device)
 
@@ -124,7 +124,7 @@ def sess_calls(device: torch.device) -> Calls:
 
 
 def compare(ours: Tensor, theirs: Any) -> None:
-    """That the same is timed: with the peer's settings, the maps are the same."""
+    """Checks that the maps are the same with the peer's settings."""
     difference = float((ours[:, 0].cpu() - torch.from_numpy(theirs)).abs().max())
     assert difference < 1e-4, f"The maps of the two libraries differ by {difference}."
 
@@ -153,7 +153,7 @@ def fuse(device: torch.device, fusion: str, step: int) -> int:
 
 def fusion_calls(device: torch.device) -> Calls:
     calls: Calls = {"64 maps of 224 x 224": partial(torch.ones, BATCH, 1, *WINDOW, device=device)}
-    fuse(device, "soft", 224)  # what is set up once is not the fusion's
+    fuse(device, "soft", 224)  # the first pass sets things up
     for fusion in ("soft", "reference", "max"):
         for step in (224, 112, 56):
             n = sum(1 for _ in windows_of(step))
@@ -260,8 +260,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     device = torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)
-    found = environment(device, arguments.threads)
-    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n")
+    machine = environment(device, arguments.threads)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
 
     start = time.perf_counter()
     solver = [row for copies in (32, 100) for row in solver_rows(copies, arguments.repeats, device)]
@@ -285,7 +285,7 @@ def main() -> None:
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
 
     if arguments.json:
-        tables = {"environment": found, "solver": solver, "fusion": fusion, "sess": sess}
+        tables = {"environment": machine, "solver": solver, "fusion": fusion, "sess": sess}
         arguments.json.write_text(json.dumps(tables, indent=1))
 
 
