@@ -6,7 +6,7 @@ import torch
 
 from captum_ext.imaging import min_max, resize
 from captum_ext.metrics import box_ious
-from tests.metrics.by_thresholds import hard_maps, iou, some_boxes
+from tests.metrics.by_thresholds import hard_maps, iou, random_boxes
 
 cv2 = pytest.importorskip("cv2")
 
@@ -57,7 +57,7 @@ def test_box_ious_are_those_of_opencvs_contours(pattern, contours):
 @pytest.mark.parametrize("seed", range(8))
 def test_box_ious_of_240_hard_maps_are_those_of_opencvs_contours(seed, contours):
     for i, (name, image) in enumerate(hard_maps(seed)):
-        true = some_boxes(30 * seed + i, image.shape)
+        true = random_boxes(30 * seed + i, image.shape)
         values = torch.from_numpy(image)[None]
         ious = box_ious(values, [torch.tensor(true)], contours, "wsolevaluation")
         theirs = by_contours(image, true, contours == "all")
