@@ -343,14 +343,14 @@ def figure_of_histograms(summary: dict[str, Row]) -> "Figure":
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(12, 6), layout="constrained")
-    places = (np.arange(20) + 0.5) / 20
+    centres = (np.arange(20) + 0.5) / 20
     for axis, name in zip(
         drawing.subplots(2, 3, sharex=True, sharey=True).flat, GUIDES, strict=True
     ):
         for which, color in (("guide", "tab:grey"), ("fcam", "tab:blue")):
             shares = 100 * np.mean(summary[name][which]["histogram"], 0)
             label = name if which == "guide" else "F-CAM"
-            axis.bar(places, shares, 0.05, color=color, alpha=0.5, label=label)
+            axis.bar(centres, shares, 0.05, color=color, alpha=0.5, label=label)
         axis.legend(fontsize="small")
         axis.set_yscale("log")
     drawing.supxlabel("activation")

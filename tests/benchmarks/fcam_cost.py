@@ -16,7 +16,7 @@ Three parts, in Markdown, each followed by what was wished:
   themselves, which is not exactly what they take within it. Lightning's own loop is left out;
 - `FCAM.foreground` beside the classifier's and the decoder's forward pass.
 
-That each form computes what it shall is checked first, in float64: the losses against whole
+The results of each form are checked first, in float64: the losses against whole
 matrices, the step against its parts put together, the maps against a plain composition.
 
 How it is measured says `measuring.py`. Networks and decoders have random weights.
@@ -66,8 +66,8 @@ BATCH = 8
 RADIUS, ANCHORS = 5, 512
 SIDES, LONGEST = (32, 56, 112), 224
 WISHED_AT = 112  # px, where the anchors shall be at least ten times as fast
-# What the CRF may hold: the chunk and what the matrix product makes of it, and some numbers for
-# each pixel (features and their means, products, gradients).
+# Limits of the CRF's memory: two tensors of the size of a chunk (it and its matrix product), and
+# 32 numbers for each pixel (features and their means, products, gradients).
 CHUNKS, PER_PIXEL = 2, 32
 SIDE, STORED = 224, 256  # of the views, and of the whole pictures that they are cropped out of
 EXACT, SAMPLED, LOCAL = "exact", f"{ANCHORS} anchors", f"windows of radius {RADIUS}"
@@ -96,8 +96,8 @@ def network(name: str, device: torch.device) -> nn.Module:
 
 def decoder_of(model: nn.Module, side: int = SIDE) -> FCAMDecoder:
     torch.manual_seed(1)
-    some = next(model.parameters())
-    return FCAMDecoder.reading(model, some.new_zeros(1, 3, side, side)).to(some)
+    weight = next(model.parameters())
+    return FCAMDecoder.reading(model, weight.new_zeros(1, 3, side, side)).to(weight)
 
 
 def captured(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
@@ -262,17 +262,17 @@ def compare_crf(device: torch.device) -> None:
         close("all pixels as anchors", a, b)
 
 
-def same(what: str, ours: Tensor, theirs: Tensor, p: Tensor, power: int) -> None:
+def same(name: str, ours: Tensor, theirs: Tensor, p: Tensor, power: int) -> None:
     """Checks that two losses and their gradients agree; the second is divided by P^power."""
     theirs = theirs / 144**power
-    close(what, ours, theirs)
+    close(name, ours, theirs)
     (mine,), (other,) = (torch.autograd.grad(loss, p, retain_graph=True) for loss in (ours, theirs))
-    close(f"{what}'s gradient", mine, other)
+    close(f"{name}'s gradient", mine, other)
 
 
-def close(what: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> None:
+def close(name: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> None:
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
-    assert difference < tolerance, f"{what}: {difference} from what it should be."
+    assert difference < tolerance, f"{name} is off by {difference}."
 
 
 # --- a step of training --------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def close(what: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> N
 def module_of(
     model: nn.Module, pixels: Tensor, labels: Tensor, cached: bool, side: int = SIDE
 ) -> FCAMModule:
-    """With `fit_fcam`'s settings, after the warm-up; it has a decoder of its own, in train mode."""
+    """A module with `fit_fcam`'s settings after the warm-up, with a new decoder in train mode."""
     layer = model.get_submodule("layer4")
     module = FCAMModule(
         model,
@@ -296,10 +296,10 @@ def module_of(
     return module.train()
 
 
-def batch_of(n: int, whole: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pixels = photographs(n, whole, device)
-    places = torch.arange(n, device=device)
-    return pixels, 7 * places, places, torch.ones(n, dtype=torch.bool, device=device)
+def batch_of(n: int, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pixels = photographs(n, side, device)
+    indices = torch.arange(n, device=device)
+    return pixels, 7 * indices, indices, torch.ones(n, dtype=torch.bool, device=device)
 
 
 def step(module: FCAMModule, optimiser: torch.optim.Optimizer, batch: Any) -> None:
@@ -323,7 +323,7 @@ class Parts:
         self.optimiser = module.configure_optimizers()
         for group in self.optimiser.param_groups:
             group["lr"] = 0.0  # as much work, and the gradients of the parts lead nowhere
-        self.whole = tuple(batch[0].shape[2:])
+        self.picture_size = tuple(batch[0].shape[2:])
         self.view, self.colors, self.images = self.views()
         self.maps = self.guide()
         self.features = self.classifier()
@@ -333,15 +333,15 @@ class Parts:
 
     def views(self) -> tuple[Crops, Tensor, Tensor]:
         module, pixels = self.module, self.batch[0]
-        view = draw_crops(len(pixels), self.whole, module.size, module.flip, self.generator)
+        view = draw_crops(len(pixels), self.picture_size, module.size, module.flip, self.generator)
         colors = view.crop(pixels)
         return view, colors, module.normalize(colors / 255)
 
     def guide(self) -> Tensor:
-        _, labels, places, _ = self.batch
+        _, labels, indices, _ = self.batch
         with eval_mode(self.module.classifier):
             maps: Tensor = self.module.guide_maps(
-                self.images, labels, places, self.view, self.whole
+                self.images, labels, indices, self.view, self.picture_size
             )
         return maps
 
@@ -453,9 +453,9 @@ def compare_step(device: torch.device) -> None:
         close("the step's loss", ours, theirs, 1e-5)
         for a, b in zip(torch.autograd.grad(ours, list(named.values())), expected, strict=True):
             close("the step's gradients", a, b, 1e-3)
-    whole = [module_of(model, batch[0], batch[1], cached, 80) for cached in (True, False)]
+    modules = [module_of(model, batch[0], batch[1], cached, 80) for cached in (True, False)]
     maps = []
-    for module in whole:
+    for module in modules:
         module.flip = False
         maps.append(Parts(module, batch).maps)
     close("stored maps", maps[0], maps[1], 1e-3)  # they are in float16

@@ -120,19 +120,19 @@ def measured(
     pv = PerceptionVisualization(LayerGradCam(network, network[4]), encoder, decoder)
     rebuilt = torch.cat([pv.reconstruct(encoder.images(part)) for part in test.split(BATCH)])
     guess = train.mean(0, keepdim=True).expand_as(test)
-    said, again = (answers(network, encoder, x) for x in (test, rebuilt))
+    answer, again = (answers(network, encoder, x) for x in (test, rebuilt))
     heard, truth = (answers(witness, encoder, x) for x in (rebuilt, test))
-    wrong = said != targets
+    wrong = answer != targets
     return {
         "ssim": mean_of(structural_similarity(test, rebuilt).mean(1)),
         "ssim of the mean picture": mean_of(structural_similarity(test, guess).mean(1)),
         "latents": mean_of(distances(encoder, test, rebuilt)),
         "latents of the mean picture": mean_of(distances(encoder, test, guess)),
-        "classifier again": share_of(again == said),
-        "witness": share_of(heard == said),
+        "classifier again": share_of(again == answer),
+        "witness": share_of(heard == answer),
         "n wrong": int(wrong.sum()),
-        "witness, wrong": share_of((heard == said)[wrong]),
-        "witness, wrong, of the picture": share_of((truth == said)[wrong]),
+        "witness, wrong": share_of((heard == answer)[wrong]),
+        "witness, wrong, of the picture": share_of((truth == answer)[wrong]),
         "right": share_of(~wrong),
     }
 

@@ -110,8 +110,8 @@ def layer_cams() -> Calls:
         *(("LayerAblationCam", {"score": s}, {}) for s in ("softmax", "sigmoid", torch.sin)),
         *(("LayerAblationCam", {"divide_by_score": d}, {"perturbations_per_eval": n})
           for d, n in ((False, 16), (True, 1), (True, 3))),
-        *(("LayerAblationCam", {}, {"layer_baselines": each})
-          for each in ("min", 0.3, torch.linspace(-1, 1, 8)[:, None, None])),
+        *(("LayerAblationCam", {}, {"layer_baselines": fill})
+          for fill in ("min", 0.3, torch.linspace(-1, 1, 8)[:, None, None])),
         ("LayerEigenCam", {"center": True}, {}),
         ("LayerClassActivationMap", head, {}),
         *(("LayerSmoothGradCamPlusPlus", {"generator": fixed, "samples_per_eval": n}, {})
