@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def snapshot(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Any]:
-    """Everything that a call must leave as it was, in values that compare with ==."""
+    """The state that a call must leave unchanged, in values that compare with ==."""
     state: list[Any] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
     globals_ = vars(nn.modules.module)
     state += [
@@ -51,7 +51,7 @@ def snapshot(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Any]:
 
 @pytest.fixture
 def trace_free() -> Callable[..., AbstractContextManager[None]]:
-    """Context manager: the model, the inputs and torch's modes are as before at its end."""
+    """A context manager that checks that the model, the inputs and torch's modes are unchanged."""
 
     @contextmanager
     def check(model: nn.Module, *inputs: Tensor, keeps_rng: bool = True) -> Iterator[None]:

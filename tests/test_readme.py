@@ -1,4 +1,4 @@
-"""The README: its example runs, its table is that of the classes, its links lead somewhere.
+"""Tests of the README: its example, its table of methods and its links.
 
 `python -m tests.test_readme` writes the table anew.
 """
@@ -45,11 +45,11 @@ def methods_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def test_the_table_is_that_of_the_classes() -> None:
+def test_the_table_of_methods_is_made_from_the_classes() -> None:
     assert methods_table() == TABLE.search(README)[0], "run `python -m tests.test_readme`"
 
 
-def test_links_to_files_lead_somewhere() -> None:
+def test_linked_files_exist() -> None:
     for link in re.findall(r"\]\((tutorials/[^)]+)\)", README):
         assert (Path(__file__).parents[1] / link).is_file(), link
 

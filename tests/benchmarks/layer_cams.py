@@ -1,4 +1,4 @@
-"""What the layer CAMs cost, beside a bare forward pass and beside the public peers, in one run.
+"""Costs of the layer CAMs, beside a bare forward pass and beside the public peers, in one run.
 
     python -m tests.benchmarks.layer_cams [--device cpu|cuda] [--repeats N] [--threads N]
                                           [--side N] [--json FILE] [--quick]
@@ -51,7 +51,7 @@ SCORE_BARE = f"bare forwards: {CHANNELS} by {CHUNK}"
 GROUP_BARE = f"bare forwards for Group-CAM: 1 + {GROUPS + 1} by {CHUNK}"
 
 
-# --- what is called ------------------------------------------------------------------------------
+# --- calls ------------------------------------------------------------------------------
 
 
 def ours(method: Callable[..., Any], model: nn.Module, x: Tensor, **kwargs: Any) -> Any:
@@ -101,7 +101,7 @@ def gradient_calls(side: int, device: torch.device) -> Calls:
     torch.manual_seed(0)
     model = resnet50().eval().to(device)
     x = torch.randn(8, 3, side, side, device=device)
-    forwards(model, x, len(x), len(x))()  # what is set up once is no method's memory
+    forwards(model, x, len(x), len(x))()  # the first pass sets things up
     # Each library its own copy: hooks, modes and gradients of one are no concern of the others.
     mine, captums, pgcs, tcs = (copy.deepcopy(model) for _ in range(4))
     return {
@@ -127,22 +127,22 @@ def gradient_calls(side: int, device: torch.device) -> Calls:
 def masking_calls(side: int, device: torch.device) -> Calls:
     torch.manual_seed(0)
     model = resnet18().eval().to(device)
-    # So that no channel is flat: ours would not run it, and all are to run the same 512.
+    # No channel may be flat: our method would skip it, and all methods are to run the same 512.
     nn.init.ones_(model.layer4[-1].bn2.bias)
     x = torch.randn(1, 3, side, side, device=device)
     forwards(model, x, CHUNK, CHUNK)()
     mine, pgcs, tcs = (copy.deepcopy(model) for _ in range(3))
     image, group_masks = forwards(model, x, 1, 1), forwards(model, x, GROUPS + 1, CHUNK)
-    each = {"perturbations_per_eval": CHUNK}
+    chunks = {"perturbations_per_eval": CHUNK}
     return {
         SCORE_BARE: forwards(model, x, CHANNELS, CHUNK),
-        "LayerScoreCam": ours(attr.LayerScoreCam, mine, x, **each),
+        "LayerScoreCam": ours(attr.LayerScoreCam, mine, x, **chunks),
         "grad-cam ScoreCAM": by_grad_cam("ScoreCAM", pgcs, x),
         "torchcam ScoreCAM": by_torchcam("ScoreCAM", tcs, x, batch_size=CHUNK),
-        "LayerAblationCam": ours(attr.LayerAblationCam, mine, x, **each),
+        "LayerAblationCam": ours(attr.LayerAblationCam, mine, x, **chunks),
         "grad-cam AblationCAM": by_grad_cam("AblationCAM", pgcs, x, ablation_layer=AblationLayer()),
         GROUP_BARE: lambda: (image(), group_masks()),
-        "LayerGroupCam": ours(attr.LayerGroupCam, mine, x, **each),
+        "LayerGroupCam": ours(attr.LayerGroupCam, mine, x, **chunks),
     }
 
 
@@ -156,8 +156,8 @@ def main() -> None:
     arguments = parse_arguments(parser, repeats=1, side=64)
     device, side = torch.device(arguments.device), arguments.side
     torch.set_num_threads(arguments.threads)
-    found = environment(device, arguments.threads)
-    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n")
+    machine = environment(device, arguments.threads)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
 
     gradient = measure(partial(gradient_calls, side), lambda name: BARE, arguments.repeats, device)
     print(f"ResNet-50, layer4, 8 x 3 x {side} x {side}, {arguments.repeats} rounds\n")
@@ -176,7 +176,7 @@ def main() -> None:
     print(speed_up(masking, "grad-cam AblationCAM", "LayerAblationCam"))
 
     if arguments.json:
-        tables = {"environment": found, "gradient": gradient, "masking": masking}
+        tables = {"environment": machine, "gradient": gradient, "masking": masking}
         arguments.json.write_text(json.dumps(tables, indent=1))
 
 

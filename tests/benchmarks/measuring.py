@@ -1,4 +1,4 @@
-"""Ratios of interleaved timings, and peaks of memory: what the benchmarks measure, and how.
+"""Measurements of the benchmarks: ratios of interleaved timings, and peaks of memory.
 
 After one untimed round, calls are interleaved (A B C A B C ...), and each ratio is taken within a
 round, so that a machine that slows down for a while slows both of its sides; the tables have the
@@ -140,7 +140,7 @@ def speed_up(rows: list[Row], slow: str, fast: str) -> str:
 
 
 def environment(device: torch.device, threads: int) -> dict[str, str]:
-    """What the numbers were measured with."""
+    """The version of torch, the device and the threads of the measurements."""
     chip = platform.processor() or platform.machine()
     if device.type == "cuda":
         chip = torch.cuda.get_device_name()

@@ -1,11 +1,11 @@
-"""Whether every method still gives the numbers of another commit, to the last bit.
+"""Compares the numbers of all methods with those of another commit, to the last bit.
 
     python -m tests.benchmarks.same_numbers [REV] [--only PATTERN]
                                             [--save FILE.pt] [--against FILE.pt]
 
 REV (HEAD~1) is checked out into a temporary worktree. The folder `every_number` of this tree is run
 in a fresh process for each of the two trees, on one thread of the CPU, so that commits without it
-can be compared. This tree is looked at as it stands, with what is not committed. `--save` writes
+can be compared. This tree is taken as it stands, with uncommitted changes. `--save` writes
 its numbers and compares nothing; `--against` compares with such a file instead of a commit.
 `--only` takes the rows in whose name the regular expression is found. The exit code is 1 where a
 row differs or fails. A whole tree takes about a minute.
@@ -48,7 +48,7 @@ def numbers(tree: Path, only: str) -> dict[str, Row]:
 
 
 def numbers_of(rev: str, only: str) -> dict[str, Row]:
-    """Those of a commit."""
+    """The numbers of a commit."""
     git = ["git", "-C", str(ROOT), "worktree"]
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder, "tree")
@@ -65,7 +65,7 @@ def load(file: Path) -> dict[str, Row]:
 
 
 def difference(old: Row | None, new: Row | None) -> str:
-    """What a row of the table says."""
+    """The text of a row of the table."""
     if old is None or new is None:
         return "only here" if old is None else "only there"
     if isinstance(old, str) or isinstance(new, str):
@@ -100,10 +100,11 @@ def bits(x: Tensor) -> bytes:
 
 def table(old: Mapping[str, Row], new: Mapping[str, Row]) -> tuple[str, int]:
     """The table in Markdown, and how many rows differ."""
-    found = {name: difference(old.get(name), new.get(name)) for name in old | new}
-    differing = {name: text for name, text in found.items() if text != SAME}
-    lines = [f"| {name} | {text} |" for name, text in found.items()]
-    lines += ["", f"{len(found)} rows, {len(found) - len(differing)} of them with the same bits."]
+    differences = {name: difference(old.get(name), new.get(name)) for name in old | new}
+    differing = {name: text for name, text in differences.items() if text != SAME}
+    lines = [f"| {name} | {text} |" for name, text in differences.items()]
+    n_same = len(differences) - len(differing)
+    lines += ["", f"{len(differences)} rows, {n_same} of them with the same bits."]
     lines += [f"- {name}: {text}" for name, text in differing.items()]
     return "\n".join(["| | |", "|:--|:--|", *lines]), len(differing)
 

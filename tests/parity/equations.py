@@ -97,5 +97,5 @@ def ablation_cam_weights(score_behind: Scores, a: Tensor, value: float = 0.0) ->
     a = a.double()
     ablated = a.repeat(len(a), 1, 1, 1)
     ablated[range(len(a)), range(len(a))] = value
-    whole = score_behind(a[None])
-    return (whole - score_behind(ablated)) / whole
+    full_scores = score_behind(a[None])
+    return (full_scores - score_behind(ablated)) / full_scores

@@ -212,8 +212,8 @@ def test_score_cam_and_peer_differ_in_flat_channels_by_a_factor_only() -> None:
     """The peer runs a flat channel on a black image and gives it its share of the softmax."""
     subject = vgg("features.2", size=32, gain=100)
     x, model, theirs = subject.inputs(), subject.model(), subject.model()
-    for each in (model, theirs):
-        batch_norm = each.get_submodule("features.1")
+    for network in (model, theirs):
+        batch_norm = network.get_submodule("features.1")
         with torch.no_grad():
             batch_norm.weight[7] = batch_norm.bias[7] = 0
     our_map = LayerScoreCam(model, subject.layer).attribute(x, target=TARGETS)[:, 0]

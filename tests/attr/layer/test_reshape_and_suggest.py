@@ -215,7 +215,7 @@ LARGE_MODELS = {
     "vgg11_bn": 64,
     "resnet50": 64,
     "resnext50_32x4d": 64,
-    "inception_v3": 75,
+    "inception_v3": 107,  # smaller pictures have maps of one cell
     "mobilenet_v2": 64,
     "efficientnet_v2_s": 64,
     "convnext_tiny": 64,

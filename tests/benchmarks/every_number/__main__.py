@@ -81,9 +81,9 @@ def every_number(only: str) -> dict[str, dict[str, Tensor] | str]:
 
 
 def main(file: str, tree: str, only: str = "") -> None:
-    place = Path(import_module("captum_ext").__file__ or "").resolve()
-    if not place.is_relative_to(Path(tree).resolve()):
-        raise RuntimeError(f"captum_ext is that of {place}, not of {tree}.")
+    imported = Path(import_module("captum_ext").__file__ or "").resolve()
+    if not imported.is_relative_to(Path(tree).resolve()):
+        raise RuntimeError(f"captum_ext is that of {imported}, not of {tree}.")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

@@ -43,8 +43,8 @@ def layer_cams() -> Calls:
     def second(name: str, model: Any, layer: str) -> Tensor:
         x = images().requires_grad_()
         kwargs = {"target": TARGETS, "grad_kwargs": {"create_graph": True}}
-        found = explain(name, model, layer, x, {}, **kwargs)
-        return torch.autograd.grad(found.square().sum(), x)[0]
+        maps = explain(name, model, layer, x, {}, **kwargs)
+        return torch.autograd.grad(maps.square().sum(), x)[0]
 
     def frozen(name: str) -> Tensor:
         model = copy.deepcopy(small).requires_grad_(False)
@@ -59,7 +59,7 @@ def layer_cams() -> Calls:
     head, ln = {"head": "fc"}, "encoder.layers.encoder_layer_1.ln_1"
     at, extra = {"target": TARGETS}, {"additional_forward_args": (None, gain)}
     swin, mobile = other_models()
-    some = ("LayerHiResCam", "LayerGradCamPlusPlus", *MASKING)
+    few_methods = ("LayerHiResCam", "LayerGradCamPlusPlus", *MASKING)
     last = {"reshape_transform": late("attr", "channels_last_to_first")}
     for case, names, model, layer, inputs, options, kwargs in (
         ("small", EVERY, small, "relu2", x, {}, at),
@@ -85,11 +85,11 @@ def layer_cams() -> Calls:
         ("no vmap", EVERY, net(branches=True), "relu2", x, {}, at),
         ("train mode", EVERY[:-1], copy.deepcopy(small).train(), "relu2", x, {}, at),
         ("fp16", EVERY, net(dtype=torch.half), "relu2", x.half(), {}, at),
-        ("layer of two tensors", some, Two().eval(), "both", x, {}, at),
-        ("two tensors at input", some, Two().eval(), "join", x, {},
+        ("layer of two tensors", few_methods, Two().eval(), "both", x, {}, at),
+        ("two tensors at input", few_methods, Two().eval(), "join", x, {},
          at | {"attribute_to_layer_input": True}),
-        ("channels last", some, swin, "features.1", images(2, 32), last, at),
-        ("mobilenet", some, mobile, "features.7", images(2, 64), {}, at),
+        ("channels last", few_methods, swin, "features.1", images(2, 32), last, at),
+        ("mobilenet", few_methods, mobile, "features.7", images(2, 64), {}, at),
     ):  # fmt: skip
         for name in names:
             yield f"{name}: {case}", partial(explain, name, model, layer, inputs, options, **kwargs)
@@ -102,16 +102,16 @@ def layer_cams() -> Calls:
         *(("LayerScoreCam", {"score": s, "weighting": w}, {})
           for s in ("logit", "softmax", "sigmoid") for w in ("softmax", "increase", "score")),
         ("LayerScoreCam", {"score": torch.sin}, {"perturbations_per_eval": 3}),
-        *(("LayerScoreCam", {}, {"baselines": each}) for each in (0.5, b, b[:1])),
+        *(("LayerScoreCam", {}, {"baselines": baselines}) for baselines in (0.5, b, b[:1])),
         *(("LayerGroupCam", {"groups": g, "score": s}, {"baselines": b})
           for g in (1, 5, groups) for s in ("softmax", "logit")),
-        *(("LayerGroupCam", {}, {"baselines": each, "perturbations_per_eval": 2})
-          for each in (0.5, b)),
+        *(("LayerGroupCam", {}, {"baselines": baselines, "perturbations_per_eval": 2})
+          for baselines in (0.5, b)),
         *(("LayerAblationCam", {"score": s}, {}) for s in ("softmax", "sigmoid", torch.sin)),
         *(("LayerAblationCam", {"divide_by_score": d}, {"perturbations_per_eval": n})
           for d, n in ((False, 16), (True, 1), (True, 3))),
-        *(("LayerAblationCam", {}, {"layer_baselines": each})
-          for each in ("min", 0.3, torch.linspace(-1, 1, 8)[:, None, None])),
+        *(("LayerAblationCam", {}, {"layer_baselines": fill})
+          for fill in ("min", 0.3, torch.linspace(-1, 1, 8)[:, None, None])),
         ("LayerEigenCam", {"center": True}, {}),
         ("LayerClassActivationMap", head, {}),
         *(("LayerSmoothGradCamPlusPlus", {"generator": fixed, "samples_per_eval": n}, {})

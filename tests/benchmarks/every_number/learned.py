@@ -148,8 +148,8 @@ def features() -> Calls:
 
     def patches(model: Any, layer: str, **options: Any) -> Any:
         options = {"n": 3, "size": 32, "units": [0, 5, 2], "batch_size": 4} | options
-        found = features.maximally_activating_patches(model, layer, data, **options)
-        return found, found.crops(data, unit=5), found.picture_boxes(data, unit=5)
+        patches = features.maximally_activating_patches(model, layer, data, **options)
+        return patches, patches.crops(data, unit=5), patches.picture_boxes(data, unit=5)
 
     for model, layer, options in (
         (net(), "relu1", {}), (net(), "relu2", {"per_image": 2}), (net(), "gap", {}),
@@ -161,11 +161,11 @@ def features() -> Calls:
         yield f"maximally_activating_patches: {words}", partial(patches, model, layer, **options)
 
     def top(per_image: int) -> Any:
-        found = features.TopActivations(3, per_image)
+        top = features.TopActivations(3, per_image)
         for i in range(0, 6, 2):
             activations = maps(6, 8).view(6, 1, 8, 8)[i : i + 2].repeat(1, 2, 1, 1)
-            found.update(activations, torch.arange(i, i + 2))
-        return found.values, found.places, found.positions
+            top.update(activations, torch.arange(i, i + 2))
+        return top.values, top.places, top.positions
 
     yield "TopActivations", partial(top, 1)
     yield "TopActivations: two of an image", partial(top, 2)

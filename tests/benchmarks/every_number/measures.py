@@ -28,7 +28,7 @@ def metrics() -> Calls:
     target, masks = [1, 3, 0, 7], maps(4, 48, seed=4) > 0.6
     ignored = maps(4, 48, seed=5) > 0.9
     boxes = [torch.tensor([[5, 6, 30, 40]]), torch.tensor([[0, 0, 9, 9], [20, 10, 48, 33]])] * 2
-    one, tv = torch.tensor([[3, 4, 20, 20]]).repeat(4, 1), ("squared", "absolute")
+    box, tv = torch.tensor([[3, 4, 20, 20]]).repeat(4, 1), ("squared", "absolute")
 
     def faith(name: str, a: Tensor = a, **options: Any) -> Any:
         return getattr(m, name)(model, x, a, target, **anew(options))
@@ -59,7 +59,7 @@ def metrics() -> Calls:
         ("pointing_game", (a, masks)), ("pointing_game", (a, masks, 0)),
         ("energy_pointing_game", (a, masks)), ("mask_iou", (a > 0.5, masks)),
         *(("total_variation", (a[:, None], norm)) for norm in tv), ("box_from_map", (a,)),
-        ("box_from_map", (a, 0.6)), ("best_box_iou", (one, boxes)), ("pixel_counts", (a, masks)),
+        ("box_from_map", (a, 0.6)), ("best_box_iou", (box, boxes)), ("pixel_counts", (a, masks)),
         ("pixel_counts", (a, masks, ignored)), ("pixel_iou", (a, masks, ignored)),
         ("boxes_to_masks", (boxes, (48, 40))), ("masks_to_boxes", (masks,)),
         ("center_gaussian", ((9, 12), 0.3)), ("linear_imputation", (x, keep)),
@@ -96,9 +96,9 @@ def metrics() -> Calls:
 def evaluation() -> Calls:
     ev, attr = import_module("captum_ext.evaluation"), import_module("captum_ext.attr")
     datasets = import_module("captum_ext.datasets")
-    every = ["localization", "top_1_localization", "top_5_localization", "insertion", "deletion"]
-    every += ["overall_score", "average_drop", "increase_in_confidence", "road"]
-    every += ["infidelity", "sensitivity_max", "total_variation"]
+    names = ["localization", "top_1_localization", "top_5_localization", "insertion", "deletion"]
+    names += ["overall_score", "average_drop", "increase_in_confidence", "road"]
+    names += ["infidelity", "sensitivity_max", "total_variation"]
 
     def run(metrics: Any, **options: Any) -> Any:
         model, data = net(), datasets.TexturedEllipses(7, 0, (40, 40))
@@ -109,13 +109,13 @@ def evaluation() -> Calls:
         }
         with tempfile.TemporaryDirectory() as folder:
             options = {"output": folder, "size": 32, "batch_size": 3} | QUIET | options
-            found = ev.evaluate(methods, data, metrics, **options)
+            result = ev.evaluate(methods, data, metrics, **options)
             again = ev.summary(folder, against="IG", resamples=50)
-        parts = (found, again)
+        parts = (result, again)
         return [(s.figures, s.differences, s.images, s.failures, s.curves) for s in parts]
 
     yield "evaluate: localization", partial(run, None)
-    yield "evaluate: every metric", partial(run, every, seed=3)
+    yield "evaluate: every metric", partial(run, names, seed=3)
     yield (
         "evaluate: options, predicted target",
         partial(

@@ -1,4 +1,4 @@
-"""Networks, images and maps on fixed seeds, and what the tables of rows are written with."""
+"""Networks, images and maps on fixed seeds, and helpers of the tables of rows."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
