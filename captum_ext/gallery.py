@@ -1,4 +1,4 @@
-"""A picture of maps over the image that they explain."""
+"""Pictures of maps, laid over the image that they explain."""
 
 import math
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ _COLOURS = "inferno"  # perceptually uniform, and readable in grey
 
 
 def overlay(view: Array, attribution: Tensor) -> Array:
-    """The positive part of a map in colour, lit by the image.
+    """The positive part of a map in colour, as bright as the image.
 
     Args:
         view: the image, (H, W, 3) in [0, 1].
-        attribution: the map, (H, W), raw.
+        attribution: the raw map, (H, W).
 
     Returns:
         (H, W, 3) in [0, 1].
@@ -33,21 +33,21 @@ def overlay(view: Array, attribution: Tensor) -> Array:
     heat = (positive / (positive.max() or 1))[..., None]
     colour = colormaps[_COLOURS](heat[..., 0])[..., :3]
     grey = (view @ np.array([0.299, 0.587, 0.114]))[..., None]
-    shown: Array = colour * (0.4 + 0.6 * grey) + 0.3 * grey * (1 - heat)
-    return shown.clip(0, 1)
+    blended: Array = colour * (0.4 + 0.6 * grey) + 0.3 * grey * (1 - heat)
+    return blended.clip(0, 1)
 
 
 def gallery(
     image: "Image", maps: Mapping[str, Tensor], title: str = "", subtitle: str = ""
 ) -> "Figure":
-    """A figure of the image and, panel by panel, of the maps laid over it.
+    """A figure with a panel for the image and one for each map, laid over the image.
 
     Args:
-        image: what the network saw.
-        maps: for each panel's title a map (H, W) of the image's size, raw: its positive part is
-            shown, scaled to its own maximum.
-        title: of the figure, one line.
-        subtitle: below it, smaller.
+        image: the image that the network sees.
+        maps: raw maps (H, W) of the image's size, by their panels' titles. The positive part of
+            each is shown, scaled to its own maximum.
+        title: one line above the panels.
+        subtitle: a smaller line below the title.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
@@ -83,7 +83,7 @@ def gallery(
 
 
 def _columns(panels: int) -> int:
-    """Three to five columns, those that leave the fewest places empty; the more the better."""
+    """The number from three to five that leaves the fewest panels empty, the largest of several."""
     if panels <= 5:
         return panels
     return min((5, 4, 3), key=lambda columns: math.ceil(panels / columns) * columns - panels)

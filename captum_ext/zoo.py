@@ -388,7 +388,7 @@ def find_layer(
         capture = LayerCapture(loaded.module, [layer], traces_channels=True)
         activation = capture.activations((x,))[0][0][0]
     except (ValueError, TypeError) as error:
-        raise InputError(str(error)) from error
+        raise InputError(str(error).replace("`layer`", "the layer")) from error
     if activation.dim() not in (3, 4):
         raise InputError(
             f"the layer {name!r} gives the shape {tuple(activation.shape)}, which is no map: name "
@@ -398,6 +398,6 @@ def find_layer(
         capture.check_channels(x)
     except ValueError as error:
         if capture.channel_dims[0][0] != frozenset({activation.dim() - 1}):
-            raise InputError(str(error)) from error
+            raise InputError(str(error).replace("`layer`", "the layer")) from error
         return name, tokens_to_grid if activation.dim() == 3 else channels_last_to_first
     return name, None

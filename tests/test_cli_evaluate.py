@@ -1,4 +1,4 @@
-"""`captum-ext evaluate`: what it measures, what it says, and what it refuses."""
+"""`captum-ext evaluate`: its results, messages and errors."""
 
 import shutil
 import subprocess
@@ -46,25 +46,25 @@ def command(resnet, tmp_path, monkeypatch):
     return ("evaluate", "data", *model, "--size", 32, "--method", "grad-cam", "--batch-size", 2)
 
 
-def test_a_folder_of_some_classes_needs_their_places(command, capsys):
-    """Else the first folders would be taken for the model's first classes."""
+def test_a_folder_of_some_classes_needs_class_names(command, capsys):
+    """Without them the first folders would count as the model's first classes."""
     shutil.rmtree("data/c")
     assert run(*command, "--output", "run") == 2
-    said = capsys.readouterr().err
-    assert "has 2 classes, and resnet18 has 3 classes" in said
-    assert "--class-names" in said
+    message = capsys.readouterr().err
+    assert "has 2 classes, and resnet18 has 3 classes" in message
+    assert "--class-names" in message
     assert not Path("run").exists()
 
 
-def test_it_is_the_library_s_evaluation(command, resnet, capsys):
+def test_results_are_those_of_the_library(command, resnet, capsys):
     assert run(*command, "--method", "layer-cam", "--output", "run", "--seed", 3) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    found = summary("run")
-    assert list(found.figures) == ["grad-cam", "layercam"]
-    assert list(found.higher_is_better) == ["insertion", "deletion"]
-    assert said.out == f"{found.markdown()}\nwritten to run\n"
-    assert Path("run/summary.md").read_text() == found.markdown()
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    result = summary("run")
+    assert list(result.figures) == ["grad-cam", "layercam"]
+    assert list(result.higher_is_better) == ["insertion", "deletion"]
+    assert captured.out == f"{result.markdown()}\nwritten to run\n"
+    assert Path("run/summary.md").read_text() == result.markdown()
     assert Image.open("run/figure.png").size[0] > 100
     loaded = zoo.load_model("resnet18", resnet)
     cam = LayerGradCam(loaded.module, loaded.module.layer2)
@@ -77,32 +77,36 @@ def test_it_is_the_library_s_evaluation(command, resnet, capsys):
         batch_size=2,
         show_progress=False,
     )
-    assert straight.figures["grad-cam"] == found.figures["grad-cam"]
+    assert straight.figures["grad-cam"] == result.figures["grad-cam"]
     assert sorted(p.name for p in Path("run").iterdir()) == [
         *("curves.png", "figure.png", "results.0.lock", "results.0.sqlite", "rows.csv"),
         *("settings.json", "summary.md", "timings.csv"),
     ]
 
 
-def test_a_corrupt_picture_is_a_failed_row_and_the_exit_code_says_so(command, capsys):
+def test_a_corrupt_picture_is_a_failed_row_and_exit_code_1(command, capsys):
     Path("data/b/0.png").write_bytes(b"no picture")
     assert run(*command, "--metrics", "average_drop") == 1
-    said = capsys.readouterr()
-    assert said.err == ("captum-ext: note: 1 of 3 rows failed; their reasons are in evaluation\n")
-    assert "grad-cam: 1 failed, the first for: OSError: " in said.out
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "captum-ext: note: 1 of 3 rows failed; their reasons are in evaluation\n"
+    )
+    assert "grad-cam: 1 failed, the first for: OSError: " in captured.out
     assert summary("evaluation").figures["grad-cam"]["average_drop"].images == 2
-    whole = Path("evaluation/rows.csv").read_bytes()
-    assert run(*command, "--metrics", "average_drop") == 1  # nothing is left to do
-    assert Path("evaluation/rows.csv").read_bytes() == whole
+    rows = Path("evaluation/rows.csv").read_bytes()
+    assert run(*command, "--metrics", "average_drop") == 1  # all rows are there
+    assert Path("evaluation/rows.csv").read_bytes() == rows
     capsys.readouterr()
     assert run(*command, "--metrics", "average_drop", "--seed", 1) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("captum-ext: error: --output evaluation has the rows of another run: ")
-    assert "seed was 0 and is 1" in said
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "captum-ext: error: --output evaluation has the rows of another run: "
+    )
+    assert "seed was 0 and is 1" in message
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (("--metrics", "insertions"), "--metrics must be names of"),
         (
@@ -117,24 +121,24 @@ def test_a_corrupt_picture_is_a_failed_row_and_the_exit_code_says_so(command, ca
         (("--target", "labels"), "--target"),
     ],
 )
-def test_what_the_user_can_put_right_is_one_line(more, said, command, capsys):
+def test_errors_that_the_user_can_correct_are_one_line(more, message, command, capsys):
     Path("file").write_bytes(b"")
     assert run(*command, *more) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1, err
     assert err.startswith("captum-ext: error: ")
-    assert said in err
+    assert message in err
     assert not Path("evaluation").exists()
 
 
-def test_nothing_but_corrupt_pictures(command, capsys):
+def test_nothing_but_corrupt_pictures_is_an_error(command, capsys):
     for name in "abc":
         Path(f"data/{name}/0.png").write_bytes(b"no picture")
     assert run(*command) == 2
     assert "Not one of 3 rows came to anything" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_how_to_go_on(command, capsys, monkeypatch):
+def test_ctrl_c_says_how_to_resume(command, capsys, monkeypatch):
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -143,7 +147,7 @@ def test_ctrl_c_says_how_to_go_on(command, capsys, monkeypatch):
     assert "the same command goes on where it was" in capsys.readouterr().err
 
 
-def test_help_imports_nothing_that_takes_long():
+def test_help_imports_no_large_package():
     code = (
         "import sys; from captum_ext.cli import main\n"
         "try: main(['evaluate', '--help'])\n"

@@ -25,7 +25,7 @@ command, resnet = test_cli_evaluate.command, test_cli_evaluate.resnet
 
 @pytest.fixture
 def config(command, resnet):
-    """Write a file of settings, which has the model's."""
+    """Write a file of settings that starts with those of the model."""
 
     def write(text):
         model = f"data: data\nmodel: resnet18\nweights: {resnet}\ndevice: cpu\nsize: 32\n"
@@ -35,41 +35,41 @@ def config(command, resnet):
     return write
 
 
-def refused(capsys, said, *argv):
+def refused(capsys, message, *argv):
     assert run(*argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
     assert error.startswith("captum-ext: error: ")
-    assert said in error
+    assert message in error
     assert not Path("evaluation").exists()
 
 
-# --- what a file says ----------------------------------------------------------------------------
+# --- settings in a file --------------------------------------------------------------------------
 
 
 def test_a_file_and_flags_give_the_same_rows(command, config, capsys):
     flags = ("--method", "layercam", "--metrics", "average_drop", "--seed", 7, "--output", "a")
     assert run(*command, *flags) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     text = "layer: layer2\nbatch-size: 2\nmethod: [grad-cam, layercam]\nmetrics: average_drop\n"
     assert run(*config(f"{text}seed: 7\noutput: b")) == 0
-    assert capsys.readouterr().out == told.replace("written to a", "written to b")
+    assert capsys.readouterr().out == printed.replace("written to a", "written to b")
     for name in ("rows.csv", "settings.json", "summary.md"):
         assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
 
 
-def test_the_command_line_goes_before_the_file(config):
+def test_the_command_line_overrides_the_file(config):
     text = "layer: layer2\nmethod: [grad-cam, cam]\nmetrics: [road]\noutput: a\nseed: 3"
     flags = ("--method", "layercam", "--metrics", "average_drop", "--output", "b")
     assert run(*config(text), *flags) == 0
     assert not Path("a").exists()
-    found = summary("b")
-    assert list(found.figures) == ["layercam"]
-    assert list(found.higher_is_better) == ["average_drop"]
+    result = summary("b")
+    assert list(result.figures) == ["layercam"]
+    assert list(result.higher_is_better) == ["average_drop"]
     assert '"seed": 3' in Path("b/settings.json").read_text()
 
 
-def test_what_is_empty_is_not_given(config, capsys):
+def test_keys_without_a_value_are_ignored(config, capsys):
     text = "layer: layer2\nmethod: grad-cam\nmetrics: average_drop\nsplit:\nbatch-size:"
     assert run(*config(text)) == 0
     assert '"batch_size": 16' in Path("evaluation/settings.json").read_text()
@@ -91,7 +91,7 @@ def test_every_flag_has_a_key(capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("batchsize: 3", "unknown key 'batchsize'. Closest: batch-size"),
         ("config: a.yaml", "unknown key 'config'"),
@@ -144,36 +144,36 @@ def test_every_flag_has_a_key(capsys):
         ("against: cam\nmethod: grad-cam", "--against 'cam' is none of the methods"),
     ],
 )
-def test_what_is_wrong_is_named_by_its_key(text, said, config, capsys):
-    refused(capsys, said, *config(text))
+def test_errors_name_the_key(text, message, config, capsys):
+    refused(capsys, message, *config(text))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [("- data", "must have lines `flag: value`"), ("a: [", "is not YAML: "), ("a: \0", "not YAML")],
 )
-def test_a_file_of_something_else(text, said, config, capsys):
+def test_a_file_of_another_format_is_refused(text, message, config, capsys):
     argv = config("")
     Path("run.yaml").write_text(text)
-    refused(capsys, said, *argv)
+    refused(capsys, message, *argv)
 
 
-def test_a_file_that_is_not_there(config, capsys):
+def test_a_missing_file_is_refused(config, capsys):
     config("")
     refused(capsys, "nowhere.yaml", "evaluate", "--config", "nowhere.yaml")
 
 
-def test_what_is_required_may_be_in_the_file(config, capsys):
+def test_settings_missing_in_the_file_are_named(config, capsys):
     config("")
     Path("run.yaml").write_text("size: 32")
-    said = "the following arguments are required: DATA, --model"
-    refused(capsys, said, "evaluate", "--config", "run.yaml")
+    message = "the following arguments are required: DATA, --model"
+    refused(capsys, message, "evaluate", "--config", "run.yaml")
 
 
 # --- methods and metrics with options ------------------------------------------------------------
 
 
-def test_wrappers_arguments_and_options_are_the_librarys(config, resnet):
+def test_wrappers_and_options_are_those_of_the_library(config, resnet):
     text = """
 layer: layer2
 seed: 3
@@ -200,9 +200,9 @@ metrics: {insertion: {step: 0.5}, average_drop: }
     }
     metrics = {"insertion": {"step": 0.5}, "average_drop": {}}
     options = {"size": 32, "seed": 3, "output": "straight", "show_progress": False}
-    found = evaluation.evaluate(straight, Folder("data"), metrics, **options)
-    assert summary("evaluation").figures == found.figures
-    assert len({str(each) for each in found.figures.values()}) == 5  # which are five maps
+    result = evaluation.evaluate(straight, Folder("data"), metrics, **options)
+    assert summary("evaluation").figures == result.figures
+    assert len({str(figures) for figures in result.figures.values()}) == 5  # five different maps
 
 
 def test_rise_and_fido_with_arguments(config, resnet):
@@ -229,13 +229,13 @@ metrics: average_drop
         ),
     }
     options = {"size": 32, "output": "straight", "show_progress": False}
-    found = evaluation.evaluate(straight, Folder("data"), ["average_drop"], **options)
-    assert summary("evaluation").figures == found.figures
-    assert len({str(each) for each in found.figures.values()}) == 3
+    result = evaluation.evaluate(straight, Folder("data"), ["average_drop"], **options)
+    assert summary("evaluation").figures == result.figures
+    assert len({str(figures) for figures in result.figures.values()}) == 3
 
 
-def test_trials_of_what_takes_minutes_are_short(command, monkeypatch):
-    """But for the trial, as many passes as were asked for; as it comes, a thousand masks."""
+def test_trials_of_slow_methods_are_short(command, monkeypatch):
+    """Only the trial has one mask or step; the evaluation has all of them."""
     trials = []
 
     def keep(arguments, attributions, source, loaded):
@@ -260,7 +260,7 @@ def test_trials_of_what_takes_minutes_are_short(command, monkeypatch):
     assert trials == [("RISE", 1, None), ("FIDO", 1, 1)]
 
 
-def test_a_run_with_drawn_copies_goes_on(config, capsys):
+def test_a_run_with_random_copies_resumes(config, capsys):
     text = "layer: layer2\nbatch-size: 1\nmetrics: average_drop\nmethod:\n"
     argv = config(f"{text}  moved: {{method: grad-cam, augmented-sr: {{n_augmentations: 2}}}}")
     assert run(*argv) == 0
@@ -277,8 +277,8 @@ def test_classes_of_captum_on_the_command_line(command):
 
 
 def test_names_are_found_in_any_spelling_and_once():
-    found = find_attributions(["Grad_CAM", "gradcam", "Saliency", "Saliency"])
-    assert [request.name for request in found] == ["grad-cam", "saliency"]
+    result = find_attributions(["Grad_CAM", "gradcam", "Saliency", "Saliency"])
+    assert [request.name for request in result] == ["grad-cam", "saliency"]
     rise = find_attributions(["RISE", "rise", "FIDO"])
     assert [request.name for request in rise] == ["rise", "fido"]
     default = [method.name for method in cli.methods.default_methods()]
@@ -292,33 +292,33 @@ def test_the_readmes_file_can_be_read(tmp_path, monkeypatch):
     settings = read_config("run.yaml", options_of_evaluate(), ("method", "metrics"))
     assert settings["batch_size"] == 32
     assert list(settings["metrics"]) == ["localization", "insertion"]
-    asked = find_attributions(settings["method"])
-    assert [one.name for one in asked] == ["grad-cam", "layer3", "SESS", "IG"]
-    assert asked[2].wrappers == {"sess": {"n_scales": 6}}
-    assert asked[3].arguments == {"n_steps": 20}
+    requests = find_attributions(settings["method"])
+    assert [request.name for request in requests] == ["grad-cam", "layer3", "SESS", "IG"]
+    assert requests[2].wrappers == {"sess": {"n_scales": 6}}
+    assert requests[3].arguments == {"n_steps": 20}
 
 
 # --- the summary again ---------------------------------------------------------------------------
 
 
-def test_the_summary_is_told_again_against_another_method(command, capsys):
+def test_a_run_is_summarized_again_against_another_method(command, capsys):
     flags = ("--method", "layercam", "--metrics", "average_drop", "--output", "run")
     assert run(*command, *flags) == 0
     rows = Path("run/rows.csv").read_bytes()
     capsys.readouterr()
     again = ("evaluate", "--summarize", "--output", "run", "--against", "layercam")
     assert run(*again) == 0
-    found = summary("run", against="layercam")
-    assert capsys.readouterr().out == f"{found.markdown()}\nwritten to run\n"
-    assert Path("run/summary.md").read_text() == found.markdown()
-    assert "less layercam" in found.markdown()
+    result = summary("run", against="layercam")
+    assert capsys.readouterr().out == f"{result.markdown()}\nwritten to run\n"
+    assert Path("run/summary.md").read_text() == result.markdown()
+    assert "less layercam" in result.markdown()
     assert Path("run/rows.csv").read_bytes() == rows
-    assert run(*command, *flags, "--against", "layercam") == 0
-    assert found.markdown() in capsys.readouterr().out
+    assert run(*command, *flags, "--against", "Layer_CAM") == 0
+    assert result.markdown() in capsys.readouterr().out
     assert run(*again[:-1], "cam") == 2
     assert "--against must be one of ['grad-cam', 'layercam']" in capsys.readouterr().err
 
 
-def test_no_run_to_tell_of(command, capsys):
-    said = "there is no run in --output evaluation"
-    refused(capsys, said, "evaluate", "--summarize")
+def test_a_missing_run_cannot_be_summarized(command, capsys):
+    message = "there is no run in --output evaluation"
+    refused(capsys, message, "evaluate", "--summarize")

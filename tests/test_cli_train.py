@@ -1,4 +1,4 @@
-"""`captum-ext train-fcam`: what it trains, what it says, and what it refuses."""
+"""`captum-ext train-fcam`: its trainings, messages and errors."""
 
 import functools
 import inspect
@@ -37,13 +37,13 @@ def run(*argv):
         return stop.code
 
 
-def one_line(capsys, kind="error"):
-    """What stderr has: one line, and no traceback."""
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1, said
-    assert said.startswith(f"captum-ext: {kind}: ")
-    assert "Traceback" not in said
-    return said
+def one_line(capsys, level="error"):
+    """The text on stderr, which must be one line and no traceback."""
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, message
+    assert message.startswith(f"captum-ext: {level}: ")
+    assert "Traceback" not in message
+    return message
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def resnet(tmp_path_factory):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def workdir(tmp_path, monkeypatch):
     """A working folder, with the pictures of three classes in `data`."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    """So few steps teach nothing, of which there is no need to warn."""
+    """Hide the warning of a decoder that has learned nothing: these trainings have few steps."""
     monkeypatch.setattr(fit, "COLLAPSED_LOSS", 100.0)
 
 
@@ -82,8 +82,8 @@ def command(resnet):
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """What `fit_fcam` is asked for, in place of a training."""
+def fit_arguments(monkeypatch):
+    """The arguments of `fit_fcam`, which trains nothing here."""
     seen = {}
 
     @functools.wraps(fit_fcam)
@@ -114,11 +114,11 @@ def equal(a, b):
 # --- the training --------------------------------------------------------------------------------
 
 
-def test_a_decoder_is_trained_written_and_loaded(resnet, here, command, capsys):
+def test_a_decoder_is_trained_written_and_loaded(resnet, workdir, command, capsys):
     assert run(*command, "--seed", 3, "--resize", 70) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert sorted(p.name for p in here.iterdir()) == ["data", "fcam.pt"]
+    assert sorted(p.name for p in workdir.iterdir()) == ["data", "fcam.pt"]
     lines = captured.out.splitlines()
     assert [line.split(maxsplit=1) for line in lines[:5]] == [
         ["model", "resnet18"],
@@ -143,12 +143,12 @@ def test_a_decoder_is_trained_written_and_loaded(resnet, here, command, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_pictures_that_cannot_be_read_are_named_at_the_end(workers, here, command, capsys):
+def test_pictures_that_cannot_be_read_are_named_at_the_end(workers, workdir, command, capsys):
     """Once each, though seen twice, and also where another process reads them."""
     Path("data/a/text.jpg").write_text("no picture")
-    whole = Path("data/b/1.png").read_bytes()
-    Path("data/b/cut.png").write_bytes(whole[:300])
-    Path("data/b/sum.png").write_bytes(whole.replace(b"IDAT", b"IDAt"))  # PIL: SyntaxError
+    complete = Path("data/b/1.png").read_bytes()
+    Path("data/b/cut.png").write_bytes(complete[:300])
+    Path("data/b/sum.png").write_bytes(complete.replace(b"IDAT", b"IDAt"))  # PIL: SyntaxError
     assert run(*command, "--epochs", 2, "--workers", workers, "--cache", "maps") == 0
     captured = capsys.readouterr()
     notes = captured.err.splitlines()
@@ -159,22 +159,22 @@ def test_pictures_that_cannot_be_read_are_named_at_the_end(workers, here, comman
     assert Path("fcam.pt").is_file()
 
 
-def test_no_picture_can_be_read(here, command, capsys):
+def test_no_picture_can_be_read(workdir, command, capsys):
     for path in Path("data").rglob("*.png"):
         path.write_bytes(b"")
     assert run(*command) == 2
-    said = one_line(capsys)
-    assert "none of the 6 pictures can be read; the first: 'data/a/0.png' cannot be read" in said
+    message = one_line(capsys)
+    assert "none of the 6 pictures can be read; the first: 'data/a/0.png' cannot be read" in message
     assert not Path("fcam.pt").exists()
 
 
-def test_the_librarys_warnings_are_notes(here, command, capsys, monkeypatch):
+def test_the_librarys_warnings_are_notes(workdir, command, capsys, monkeypatch):
     monkeypatch.setattr(fit, "COLLAPSED_LOSS", -1.0)
     assert run(*command) == 0
     assert "The decoder has learned nothing" in one_line(capsys, "note")
 
 
-def test_pictures_are_upright_and_in_rgb(here):
+def test_pictures_are_upright_and_in_rgb(workdir):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("L", (40, 20)).save("data/a/0.jpg", exif=exif)
@@ -185,56 +185,60 @@ def test_pictures_are_upright_and_in_rgb(here):
 # --- the settings --------------------------------------------------------------------------------
 
 
-def test_defaults_are_those_of_fit_fcam(resnet, here, asked):
+def test_defaults_are_those_of_fit_fcam(resnet, workdir, fit_arguments):
     model = ("--model", "resnet18", "--weights", resnet, "--device", "cpu")
     assert run("train-fcam", "data", *model) == 0
     parameters = inspect.signature(fit_fcam).parameters
     for name in train_fcam._FLAGS:
-        assert asked[name] == parameters[name].default
-    assert "trainer" not in asked
-    assert type(asked["guide"]) is LayerTokenGradCam
-    assert asked["guide"].layer is asked["classifier"].layer4
-    assert asked["layers"] == ["relu", "layer1", "layer2", "layer3", "layer4"]
+        assert fit_arguments[name] == parameters[name].default
+    assert "trainer" not in fit_arguments
+    assert type(fit_arguments["guide"]) is LayerTokenGradCam
+    assert fit_arguments["guide"].layer is fit_arguments["classifier"].layer4
+    assert fit_arguments["layers"] == ["relu", "layer1", "layer2", "layer3", "layer4"]
 
 
-def test_the_papers_settings(here, command, asked):
+def test_paper_takes_the_papers_settings(workdir, command, fit_arguments):
     with_size = command[: command.index("--size")]
     assert run(*with_size, "--paper", "--epochs", 7) == 0
-    assert {name: asked[name] for name in PAPER} == {**PAPER, "n_epochs": 7}
+    assert {name: fit_arguments[name] for name in PAPER} == {**PAPER, "n_epochs": 7}
 
 
-def test_every_option_comes_through(here, command, asked):
-    given = {"resize": 72, "n_epochs": 2, "batch_size": 5, "seed": 9, "num_workers": 1}
-    options = [str(a) for n, v in given.items() for a in (train_fcam._FLAGS[n], v)]
+def test_every_option_reaches_fit_fcam(workdir, command, fit_arguments):
+    options_given = {"resize": 72, "n_epochs": 2, "batch_size": 5, "seed": 9, "num_workers": 1}
+    options = [str(a) for n, v in options_given.items() for a in (train_fcam._FLAGS[n], v)]
     folders = ("--checkpoints", "run", "--cache", "maps", "--devices", "2")
     guide = ("--guide", "Score_CAM", "--layer", "layer3")
     assert run(*command, *options, *folders, *guide, "--output", "d.pth") == 0
-    given |= {"size": 64, "checkpoints": "run", "cache": "maps", "trainer": {"devices": 2}}
-    assert {name: asked[name] for name in given} == given
-    assert isinstance(asked["guide"], LayerScoreCam)
-    assert asked["guide"].layer is asked["classifier"].layer3
-    assert asked["guide_kwargs"] == {"perturbations_per_eval": 16}
+    options_given |= {"size": 64, "checkpoints": "run", "cache": "maps", "trainer": {"devices": 2}}
+    assert {name: fit_arguments[name] for name in options_given} == options_given
+    assert isinstance(fit_arguments["guide"], LayerScoreCam)
+    assert fit_arguments["guide"].layer is fit_arguments["classifier"].layer3
+    assert fit_arguments["guide_kwargs"] == {"perturbations_per_eval": 16}
     assert Path("d.pth").is_file()
 
 
-def test_pictures_are_normalised_as_the_model_needs_it(here, command, asked, monkeypatch, resnet):
+def test_pictures_are_normalised_as_the_model_expects(
+    workdir, command, fit_arguments, monkeypatch, resnet
+):
     loaded = zoo.load_model("resnet18", resnet)
-    own = zoo.Preprocess(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    other = zoo.LoadedModel("net", loaded.module, own, loaded.categories, "layer4")
+    preprocess = zoo.Preprocess(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    other = zoo.LoadedModel("net", loaded.module, preprocess, loaded.categories, "layer4")
     monkeypatch.setattr(zoo, "load_model", lambda *_: other)
     assert run(*command) == 0
-    assert asked["normalize"] == (own.mean, own.std)
+    assert fit_arguments["normalize"] == (preprocess.mean, preprocess.std)
 
 
-def test_fewer_classes_than_the_classifier_has_are_noted(here, command, asked, capsys):
+def test_fewer_classes_than_the_classifier_has_are_noted(workdir, command, fit_arguments, capsys):
     shutil.rmtree("data/c")
     assert run(*command) == 0
-    said = one_line(capsys, "note")
-    assert "has 2 classes and resnet18 3" in said
-    assert "a for class 0 (0) to b for class 1 (1)" in said
+    message = one_line(capsys, "note")
+    assert "has 2 classes and resnet18 3" in message
+    assert "a for class 0 (0) to b for class 1 (1)" in message
 
 
-def test_one_of_many_processes_writes_and_speaks(here, command, asked, capsys, monkeypatch):
+def test_only_the_first_process_writes_files_and_messages(
+    workdir, command, fit_arguments, capsys, monkeypatch
+):
     from lightning.pytorch.utilities import rank_zero_only
 
     monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
@@ -243,9 +247,9 @@ def test_one_of_many_processes_writes_and_speaks(here, command, asked, capsys, m
     assert not Path("fcam.pt").exists()
 
 
-def test_pictures_that_another_process_could_not_read(here, monkeypatch):
-    def gather(found, own):
-        found[:] = [own, {0, 4}]
+def test_unreadable_pictures_of_other_processes_are_counted(workdir, monkeypatch):
+    def gather(of_processes, indices):
+        of_processes[:] = [indices, {0, 4}]
 
     folder = Folder("data")
     folder.is_unreadable[2] = True
@@ -256,15 +260,15 @@ def test_pictures_that_another_process_could_not_read(here, monkeypatch):
     assert folder.unreadable_indices() == [0, 2, 4]
 
 
-# --- what was stopped ----------------------------------------------------------------------------
+# --- stopped trainings ---------------------------------------------------------------------------
 
 
-def stop_in_epoch(monkeypatch, epoch, how):
-    """What `how` does is done in a step of that epoch."""
+def stop_in_epoch(monkeypatch, epoch, action):
+    """Call `action` in the first step of an epoch."""
     step = training.FCAMModule.training_step
 
     def stopped(self, batch, batch_idx):
-        return how() if self.current_epoch == epoch else step(self, batch, batch_idx)
+        return action() if self.current_epoch == epoch else step(self, batch, batch_idx)
 
     monkeypatch.setattr(training.FCAMModule, "training_step", stopped)
 
@@ -273,43 +277,45 @@ def interrupt():
     signal.raise_signal(signal.SIGINT)
 
 
-def test_ctrl_c_leaves_checkpoints_and_the_same_command_goes_on(resnet, here, command, capsys):
+def test_the_same_command_resumes_after_ctrl_c(resnet, workdir, command, capsys):
     command = (*command, "--epochs", 4, "--checkpoints", "run")
     for epoch in (1, 2):
         with pytest.MonkeyPatch.context() as patch:
             stop_in_epoch(patch, epoch, interrupt)
             assert run(*command) == 130
-        said = one_line(capsys, "stopped")
-        assert "interrupted; the same command goes on from run/last.ckpt" in said
+        message = one_line(capsys, "stopped")
+        assert "interrupted; the same command goes on from run/last.ckpt" in message
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert not Path("fcam.pt").exists()
     assert run(*command) == 0
     assert "went on   from run/last.ckpt" in capsys.readouterr().out
     classifier = zoo.load_model("resnet18", resnet).module
-    found = FCAM.load("fcam.pt", classifier).decoder.state_dict()
-    assert equal(found, straight(resnet, n_epochs=4).decoder.state_dict())
+    resumed = FCAM.load("fcam.pt", classifier).decoder.state_dict()
+    assert equal(resumed, straight(resnet, n_epochs=4).decoder.state_dict())
 
 
-def test_ctrl_c_without_checkpoints(here, command, capsys, monkeypatch):
+def test_ctrl_c_without_checkpoints(workdir, command, capsys, monkeypatch):
     stop_in_epoch(monkeypatch, 0, interrupt)
     assert run(*command) == 130
     assert one_line(capsys, "stopped") == "captum-ext: stopped: interrupted\n"
-    assert [p.name for p in here.iterdir()] == ["data"]
+    assert [p.name for p in workdir.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_a_loss_that_is_not_finite(epoch, here, command, capsys, monkeypatch):
+def test_a_loss_that_is_not_finite_names_the_last_checkpoint(
+    epoch, workdir, command, capsys, monkeypatch
+):
     step = training.partial_cross_entropy
     calls = iter([1.0, 1.0] * epoch + [torch.nan])
     monkeypatch.setattr(training, "partial_cross_entropy", lambda *a: next(calls) * step(*a))
     assert run(*command, "--epochs", 2, "--checkpoints", "run") == 2
-    said = one_line(capsys)
-    assert f"The loss is not finite in epoch {epoch}, batch 0 (seeds nan" in said
-    assert ("The last checkpoint is run/last.ckpt" in said) == (epoch == 1)
+    message = one_line(capsys)
+    assert f"The loss is not finite in epoch {epoch}, batch 0 (seeds nan" in message
+    assert ("The last checkpoint is run/last.ckpt" in message) == (epoch == 1)
     assert not Path("fcam.pt").exists()
 
 
-def test_folders_of_another_run(here, command, capsys):
+def test_folders_of_another_run_are_refused(workdir, command, capsys):
     command = (*command, "--checkpoints", "run", "--cache", "maps")
     assert run(*command) == 0
     capsys.readouterr()
@@ -322,23 +328,23 @@ def test_folders_of_another_run(here, command, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"text", "'run/last.ckpt' is not a checkpoint"), (None, "is a file")]
+    ("content", "message"), [(b"text", "'run/last.ckpt' is not a checkpoint"), (None, "is a file")]
 )
-def test_folders_of_something_else(content, said, here, command, capsys):
+def test_checkpoints_of_another_format_are_refused(content, message, workdir, command, capsys):
     if content is None:
         Path("run").write_text("a file")
     else:
         Path("run").mkdir()
         Path("run/last.ckpt").write_bytes(content)
     assert run(*command, "--checkpoints", "run") == 2
-    assert said in one_line(capsys)
+    assert message in one_line(capsys)
 
 
-# --- what the user can put right -----------------------------------------------------------------
+# --- errors that the user can correct -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--guide", "grdcam"], "unknown method 'grdcam'. Closest: grad-cam"),
         (["--guide", "rise"], "unknown method 'rise'. Closest: "),
@@ -360,37 +366,37 @@ def test_folders_of_something_else(content, said, here, command, capsys):
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
-def test_wrong_arguments(options, said, here, command, capsys):
+def test_wrong_arguments_are_one_line(options, message, workdir, command, capsys):
     assert run(*command, *options) == 2
-    assert said in one_line(capsys)
-    assert [p.name for p in here.iterdir()] == ["data"]
+    assert message in one_line(capsys)
+    assert [p.name for p in workdir.iterdir()] == ["data"]
 
 
-def test_the_model_must_be_named(here, capsys):
+def test_the_model_must_be_named(workdir, capsys):
     assert run("train-fcam", "data") == 2
     assert "--model" in one_line(capsys)
 
 
 @pytest.mark.parametrize("name", ["none", "empty", "flat", "hollow", "data/a/0.png"])
-def test_folders_without_pictures(name, here, command, capsys):
+def test_folders_without_pictures_are_refused(name, workdir, command, capsys):
     Path("empty").mkdir()
     Path("hollow/a").mkdir(parents=True)
     Path("flat").mkdir()
     shutil.copy("data/a/0.png", "flat")
     assert run("train-fcam", name, *command[2:]) == 2
-    said = one_line(capsys)
-    assert f"the folder {name!r} " in said
+    message = one_line(capsys)
+    assert f"the folder {name!r} " in message
     wrong = "a folder of pictures for each class" if Path(name).is_dir() else "does not exist"
-    assert wrong in said
+    assert wrong in message
 
 
-def test_more_classes_than_the_classifier_has(here, command, capsys):
+def test_more_classes_than_the_classifier_has_are_refused(workdir, command, capsys):
     shutil.copytree("data/a", "data/d")
     assert run(*command) == 2
     assert "'data' has 4 classes, and resnet18 has 3" in one_line(capsys)
 
 
-def test_a_model_without_spatial_features(here, command, capsys):
+def test_a_model_without_spatial_features_is_refused(workdir, command, capsys):
     torch.manual_seed(0)
     torch.save(torchvision.models.vit_b_32(num_classes=N_CLASSES).state_dict(), "vit.pt")
     vit = ("--model", "vit_b_32", "--weights", "vit.pt")
@@ -400,7 +406,7 @@ def test_a_model_without_spatial_features(here, command, capsys):
     assert "vit_b_32 has no spatial features" in one_line(capsys)
 
 
-def test_a_guide_that_does_not_work(here, command, capsys):
+def test_a_guide_that_does_not_work_is_refused(workdir, command, capsys):
     net = torchvision.models.mobilenet_v3_small(num_classes=N_CLASSES)
     torch.save(net.state_dict(), "mobilenet.pt")
     model = ("--model", "mobilenet_v3_small", "--weights", "mobilenet.pt")
@@ -408,7 +414,7 @@ def test_a_guide_that_does_not_work(here, command, capsys):
     assert "cam does not work at layer features of mobilenet_v3_small" in one_line(capsys)
 
 
-def test_weights_that_are_not_finite(resnet, here, command, capsys):
+def test_weights_that_are_not_finite_are_refused(resnet, workdir, command, capsys):
     state = torch.load(resnet, weights_only=True)
     state["fc.bias"][0] = torch.nan
     torch.save(state, "nan.pt")
@@ -416,14 +422,14 @@ def test_weights_that_are_not_finite(resnet, here, command, capsys):
     assert "not finite" in one_line(capsys)
 
 
-def test_the_output_is_not_the_weights(resnet, here, command, capsys):
+def test_the_weights_file_is_no_output(resnet, workdir, command, capsys):
     before = resnet.read_bytes()
     assert run(*command, "--output", resnet) == 2
     assert "is the weights file" in one_line(capsys)
     assert resnet.read_bytes() == before
 
 
-def test_devices_that_are_not_there(monkeypatch):
+def test_too_many_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_devices(2, torch.device("cuda"))
     check_devices(9, torch.device("cpu"))
@@ -433,7 +439,7 @@ def test_devices_that_are_not_there(monkeypatch):
         check_devices(2, torch.device("cuda:1"))
 
 
-def test_too_little_memory(here, command, capsys, monkeypatch):
+def test_too_little_memory_names_the_batch_size(workdir, command, capsys, monkeypatch):
     def full():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
@@ -442,17 +448,17 @@ def test_too_little_memory(here, command, capsys, monkeypatch):
     assert "a lower --batch-size" in one_line(capsys)
 
 
-def test_without_lightning(here, command, capsys, monkeypatch):
+def test_without_lightning_the_extra_is_named(workdir, command, capsys, monkeypatch):
     for name in ("captum_ext.fcam.fit", "captum_ext.fcam.training", "captum_ext._training"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lightning", None)
     assert run(*command) == 2
-    said = one_line(capsys)
-    assert "needs Lightning" in said
-    assert 'pip install "captum_ext[train]"' in said
+    message = one_line(capsys)
+    assert "needs Lightning" in message
+    assert 'pip install "captum_ext[train]"' in message
 
 
-def test_our_own_mistakes_are_not_hidden(here, command, monkeypatch):
+def test_our_own_mistakes_are_not_hidden(workdir, command, monkeypatch):
     def mistake():
         raise ValueError("a bug")
 
@@ -461,7 +467,7 @@ def test_our_own_mistakes_are_not_hidden(here, command, monkeypatch):
         run(*command)
 
 
-def test_a_full_disk_leaves_no_half_of_a_decoder(here, command, asked, capsys, monkeypatch):
+def test_a_full_disk_leaves_the_old_decoder(workdir, command, fit_arguments, capsys, monkeypatch):
     def full(content, path):
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
@@ -471,10 +477,10 @@ def test_a_full_disk_leaves_no_half_of_a_decoder(here, command, asked, capsys, m
     assert run(*command) == 2
     assert "No space left" in one_line(capsys)
     assert Path("fcam.pt").read_bytes() == b"old"
-    assert sorted(p.name for p in here.iterdir()) == ["data", "fcam.pt"]
+    assert sorted(p.name for p in workdir.iterdir()) == ["data", "fcam.pt"]
 
 
-def test_help_imports_nothing_that_takes_long():
+def test_help_imports_no_large_package():
     code = (
         "import sys; from captum_ext.cli import main\n"
         "try: main(['train-fcam', '--help'])\n"

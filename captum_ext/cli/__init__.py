@@ -24,7 +24,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("captum-ext", description="More attribution methods for Captum.")
+    parser = _Parser(
+        "captum-ext",
+        description="Attribution maps of image classifiers: draw them, measure them, and train a "
+        "decoder for them.",
+    )
     parser.add_argument("--version", action="version", version=f"captum-ext {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (explain, methods, train_fcam, evaluate):

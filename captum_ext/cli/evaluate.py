@@ -7,8 +7,7 @@ import argparse
 import functools
 import logging
 import os
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,10 @@ from captum_ext.cli.attributions import find_attributions, make_attributions
 from captum_ext.cli.config import read_config
 from captum_ext.cli.evaluation_run import read_summary, run_evaluation
 from captum_ext.cli.layouts import DRAWN, LAYOUTS, check_labels, open_data
+from captum_ext.cli.methods import name_key
 from captum_ext.cli.models import check_devices, check_input_size, find_device, random_input
 from captum_ext.cli.options import COUNT, SHARED, Options, add_options
-from captum_ext.cli.output import check_output_folder, say
+from captum_ext.cli.output import check_output_folder, collected_warnings, say
 from captum_ext.cli.signatures import constant_of, defaults_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _DATA_OPTIONS: Options = {
     "data": {
         "nargs": "?",
         "metavar": "DATA",
-        "help": "a folder with a folder of pictures for each class, or with the files of another "
+        "help": "a folder with a folder of pictures for each class, or with a data set of another "
         "--layout",
     },
     "--layout": {
@@ -122,7 +122,7 @@ def add_command(commands: Any) -> None:
         "--config",
         metavar="FILE",
         default=argparse.SUPPRESS,
-        help="a YAML file with lines `flag: value`; flags on the command line go before it",
+        help="a YAML file with lines `flag: value`; flags on the command line take precedence",
     )
     parser.set_defaults(run=functools.partial(evaluate, actions, defaults))
 
@@ -151,7 +151,7 @@ def evaluate(
     _check_required(arguments)
     check_output_folder(output)
     requests = find_attributions(arguments.method)
-    _check_against(arguments.against, [request.name for request in requests])
+    arguments.against = _find_against(arguments.against, [request.name for request in requests])
     source = open_data(arguments)
     device = find_device(arguments.device)
     if arguments.devices > 1:
@@ -164,10 +164,7 @@ def evaluate(
     if arguments.layout is None and source.layout != "classes":
         notes.append(f"{arguments.data!r} has the files of --layout {source.layout}")
     loaded.module.to(device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", category=UserWarning, module="captum_ext|__main__")
-        warnings.filterwarnings("ignore", message="Some rows failed")  # _write_summary says so
+    with collected_warnings("Some rows failed") as warned:  # _write_summary counts them
         x = random_input(arguments.size).to(device)
         check_input_size(loaded, x)
         attributions, left_out = make_attributions(
@@ -183,12 +180,12 @@ def evaluate(
             for note in (*left_out, *notes):
                 if note:
                     say("note", note)
-        _check_against(arguments.against, list(attributions))
+        _find_against(arguments.against, list(attributions))
         summary = run_evaluation(arguments, attributions, source, loaded)
     if not _is_first_process():
         return 0
-    for text in dict.fromkeys(str(warning.message) for warning in caught):
-        say("note", text)
+    for note in warned:
+        say("note", note)
     return _write_summary(summary, output)
 
 
@@ -240,14 +237,23 @@ def _check_required(arguments: argparse.Namespace) -> None:
         )
 
 
-def _check_against(against: str | None, names: Iterable[str]) -> None:
+def _find_against(against: str | None, names: Sequence[str]) -> str | None:
+    """The name that --against means, in any spelling.
+
+    Raises:
+        InputError: none of the names.
+    """
     from captum_ext._checks import closest
     from captum_ext._errors import InputError
 
-    if against is not None and against not in names:
+    if against is None or against in names:
+        return against
+    by_key = {name_key(name): name for name in names}
+    if name_key(against) not in by_key:
         raise InputError(
-            f"--against {against!r} is none of the methods. Closest: {closest(against, [*names])}"
+            f"--against {against!r} is none of the methods. Closest: {closest(against, names)}"
         )
+    return by_key[name_key(against)]
 
 
 # --- processes ------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def run_evaluation(
     import torch
 
     from captum_ext import evaluation
-    from captum_ext._errors import AllFailedError, ArgumentError, ArgumentTypeError, InputError
+    from captum_ext._errors import AllFailedError, InputError
 
     metrics = arguments.metrics
     if metrics is None:
@@ -83,8 +83,8 @@ def run_evaluation(
         ) from error
     except AllFailedError as error:
         raise InputError(str(error)) from error
-    except (ArgumentError, ArgumentTypeError) as error:
-        if error.argument not in _FLAGS:  # the mistake is ours
+    except (ValueError, TypeError, RuntimeError) as error:
+        if getattr(error, "argument", None) not in _FLAGS:  # the mistake is ours
             raise
         raise InputError(in_flags(error, _FLAGS)) from error
 

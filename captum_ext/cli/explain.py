@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from captum_ext.cli.methods import Method, find_methods
 from captum_ext.cli.models import find_device
 from captum_ext.cli.options import SHARED, Options, add_options
-from captum_ext.cli.output import check_output_file, say, table
+from captum_ext.cli.output import check_output_file, collected_warnings, say, table
 
 if TYPE_CHECKING:
     from captum.attr import Attribution
@@ -153,9 +152,7 @@ def run_methods(
         layer, reshape_transform = loaded.layer, loaded.reshape_transform
     explanations, notes = [], []
     bar = tqdm(methods, unit="method", leave=False, disable=None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", category=UserWarning, module="captum_ext|__main__")
+    with collected_warnings() as warned:
         for method in bar:
             bar.set_description(method.title)
             try:
@@ -169,7 +166,7 @@ def run_methods(
                 notes.append(f"{note} (left out)")
     if not explanations:
         raise InputError(f"no method works here; name another --layer. {notes[0]}")
-    return explanations, notes + [str(warning.message) for warning in caught]
+    return explanations, notes + warned
 
 
 def _run(method: Method, cam: "Attribution", x: "Tensor", target: int) -> Explanation:

@@ -23,10 +23,13 @@ MOST_MASKS = 1000
 # Methods that explain given features get the cells of a grid. RISE has as many along each side.
 GRID = 7
 _BEHIND = " of the part behind the layer"
-# Exact Shapley values of n features need n! passes.
-_ENDLESS = ("ShapleyValues",)
-# Arguments for which a command has nothing to give: other data, and the neuron to explain.
-_UNKNOWN = {"baselines", "neuron_selector"}
+# Methods with these required arguments need other data, or explain a neuron and not a class.
+_UNKNOWN_ARGUMENTS = {"baselines", "neuron_selector"}
+_LEFT_OUT = {
+    "FeaturePermutation": "swaps features with those of other images in the batch",
+    "LayerFeaturePermutation": "likewise",
+    "ShapleyValues": "n features take n! passes",
+}
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,8 @@ class Method:
 
     def batching(self, batch_size: int = BATCH_SIZE) -> dict[str, Any]:
         """The argument that says how many perturbed inputs a forward pass has, if there is one."""
-        if "perturbations_per_eval" in self.arguments:
+        # Captum's LayerFeatureAblation mixes targets up where a pass has several perturbations.
+        if "perturbations_per_eval" in self.arguments and (self.is_ours or not self.at_layer):
             return {"perturbations_per_eval": BATCH_SIZE}
         internal = self.arguments.get("internal_batch_size")
         return {"internal_batch_size": batch_size} if internal and internal.default is None else {}
@@ -209,8 +213,8 @@ def all_methods() -> tuple[Method, ...]:
     """Our methods, those of a layer first, and then Captum's, by their names.
 
     A method is a public attribution class that is made of a model, or of a model and a layer, and
-    that explains a target. Left out are classes of Captum that need a distribution of baselines,
-    that explain a neuron, or that would never end.
+    that explains a target. Left out are classes of Captum that need other images or baselines, that
+    explain a neuron, or that would never end.
     """
     import captum.attr
 
@@ -233,10 +237,10 @@ def all_methods() -> tuple[Method, ...]:
 
 
 def _is_method(cls: "type[Attribution]") -> bool:
-    if inspect.isabstract(cls) or cls.__name__ in _ENDLESS or not hasattr(cls, "attribute"):
+    if inspect.isabstract(cls) or cls.__name__ in _LEFT_OUT or not hasattr(cls, "attribute"):
         return False
     method = Method(cls)
-    if "target" not in method.arguments or _UNKNOWN & {*method.needed}:
+    if "target" not in method.arguments or _UNKNOWN_ARGUMENTS & {*method.needed}:
         return False
     # Captum calls the model `forward_func`, or `model` where it must be a module.
     model, *others = required_of(cls)
@@ -266,10 +270,10 @@ def find_methods(
     if names is None:
         return default_methods()
     methods = [method for method in all_methods() if method.at_layer or not at_layer]
-    by_key = {_key(method.cls.__name__): method for method in methods}
-    by_key |= {_key(method.name): method for method in methods}
+    by_key = {name_key(method.cls.__name__): method for method in methods}
+    by_key |= {name_key(method.name): method for method in methods}
     for name in names:
-        if _key(name) not in by_key:
+        if name_key(name) not in by_key:
             from captum_ext._checks import closest
             from captum_ext._errors import InputError
 
@@ -278,10 +282,11 @@ def find_methods(
                 f"unknown method {name!r}. Closest: "
                 f"{closest(name.lower(), [method.name for method in methods])}{hint}"
             )
-    return tuple(dict.fromkeys(by_key[_key(name)] for name in names))
+    return tuple(dict.fromkeys(by_key[name_key(name)] for name in names))
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
+    """The name without upper case, hyphens and underscores, to compare names."""
     return name.lower().replace("-", "").replace("_", "")
 
 
@@ -314,13 +319,13 @@ def print_methods(arguments: argparse.Namespace) -> None:
     on_request = ", ".join(m.name for m in methods if m.is_ours and not m.at_layer)
     print(table(ours))
     print(
-        "\ngrad: whether gradients are needed. passes: forward passes for an image, where K is\n"
-        "the number of the layer's channels; * of the part behind the layer only. "
-        f"{on_request}:\n"
-        "of the model, whatever its layers, and run where it is named only.\n"
+        "\ngrad: the method needs gradients. passes: forward passes for one image, with K the\n"
+        "number of the layer's channels; *: only the part of the model behind the layer runs K\n"
+        "times.\n"
+        f"{on_request}: they explain the model as a whole, and run only where they are named.\n"
     )
     print(table(captums))
     print(
-        "\nCaptum's methods run where they are named only. Those that remove features from the\n"
-        f"image remove the cells of a grid of {GRID} x {GRID}."
+        "\nCaptum's methods run only where they are named. Their features, if they have any, are\n"
+        f"the cells of a grid of {GRID} x {GRID} over the image."
     )

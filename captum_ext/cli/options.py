@@ -39,8 +39,8 @@ SHARED: Mapping[str, dict[str, Any]] = {
         "nargs": "+",
         "action": "extend",
         "metavar": "NAME",
-        "help": "the methods, by their names in `captum-ext methods` (default: all that are of "
-        "this package and explain a layer)",
+        "help": "the methods, by their names in `captum-ext methods` (default: all of this package "
+        "that explain a layer)",
     },
     "--layer": {
         "metavar": "NAME",

@@ -2,13 +2,32 @@
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def say(level: str, text: str) -> None:
     """Print one line on stderr; the level is "note", "error" or "stopped"."""
     print(f"captum-ext: {level}: {' '.join(text.split())}", file=sys.stderr)
+
+
+@contextmanager
+def collected_warnings(*ignored: str) -> Iterator[list[str]]:
+    """Hide all warnings, and collect those of this package, each once, for notes.
+
+    Args:
+        ignored: patterns of messages that are not collected.
+    """
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning, module="captum_ext|__main__")
+        for pattern in ignored:
+            warnings.filterwarnings("ignore", message=pattern)
+        yield notes
+        notes += dict.fromkeys(str(warning.message) for warning in caught)
 
 
 def in_flags(error: Exception, flags: Mapping[str, str]) -> str:

@@ -7,7 +7,6 @@ import argparse
 import functools
 import logging
 import sys
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from captum_ext.cli.methods import Method, find_methods
 from captum_ext.cli.models import check_devices, check_input_size, find_device, random_input
 from captum_ext.cli.options import COUNT, SHARED, Options, add_options
-from captum_ext.cli.output import check_output_file, in_flags, say, table
+from captum_ext.cli.output import check_output_file, collected_warnings, in_flags, say, table
 from captum_ext.cli.pictures import Folder, check_classes
 from captum_ext.cli.signatures import defaults_of
 
@@ -137,11 +136,8 @@ def train_fcam(defaults: Mapping[str, Any], command_line: argparse.Namespace) ->
     loaded.module.to(device)
     checkpoint = _checkpoint(settings["checkpoints"])
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", category=UserWarning, module="captum_ext|__main__")
-        # Warnings of other processes do not come here, so the folder remembers these pictures.
-        warnings.filterwarnings("ignore", message=".* cannot be read and (is|are) left out")
+    # Warnings of other processes do not come here, so the folder remembers unreadable pictures.
+    with collected_warnings(".* cannot be read and (is|are) left out") as notes:
         x = random_input(settings["size"]).to(device)
         check_input_size(loaded, x)
         taps = _find_taps(loaded, x)
@@ -166,12 +162,11 @@ def train_fcam(defaults: Mapping[str, Any], command_line: argparse.Namespace) ->
     unreadable = folder.unreadable_indices()
     if not _is_first_process():
         return
-    for text in dict.fromkeys(str(warning.message) for warning in caught):
-        say("note", text)
     if unreadable:
-        say("note", f"{len(unreadable)} of {len(folder)} pictures were left out:")
-    for index in unreadable:
-        say("note", folder.reason(index))
+        notes.append(f"{len(unreadable)} of {len(folder)} pictures were left out:")
+        notes += map(folder.reason, unreadable)
+    for note in notes:
+        say("note", note)
     fcam.save(output)
     rows = [
         ("model", loaded.name),
@@ -206,10 +201,10 @@ def _find_taps(loaded: "LoadedModel", x: "Tensor") -> list[str]:
         InputError: the model has no features for a decoder.
     """
     from captum_ext._errors import InputError
-    from captum_ext.fcam import find_taps
+    from captum_ext.fcam import find_feature_layers
 
     try:
-        return find_taps(loaded.module, x)
+        return find_feature_layers(loaded.module, x)
     except ValueError as error:
         raise InputError(
             f"{loaded.name} has no spatial features of several resolutions at {x.shape[2]} x "
@@ -282,7 +277,7 @@ def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: Folder) -> 
     """Call `fit`, with its errors in the flags of the command line."""
     import torch
 
-    from captum_ext._errors import ArgumentError, ArgumentTypeError, InputError
+    from captum_ext._errors import InputError
 
     try:
         return fit()
@@ -296,13 +291,13 @@ def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: Folder) -> 
         raise InputError(f"{error}{stored}") from error
     except torch.cuda.OutOfMemoryError as error:
         raise InputError("the GPU has too little memory: give a lower --batch-size") from error
-    except (ArgumentError, ArgumentTypeError) as error:
+    except (ValueError, TypeError) as error:
         if bool(folder.is_unreadable.all()):
             raise InputError(
                 f"none of the {len(folder)} pictures can be read; the first: {folder.reason(0)}"
             ) from error
         flags = {**_FLAGS, "guide": "--guide", "checkpoints": f"--checkpoints {checkpoints}"}
-        if error.argument not in flags:  # the mistake is ours
+        if getattr(error, "argument", None) not in flags:  # the mistake is ours
             raise
         raise InputError(in_flags(error, flags)) from error
 

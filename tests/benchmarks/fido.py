@@ -1,7 +1,7 @@
 """The cost of FIDO beside the passes of the network that it needs, in one run.
 
     python -m tests.benchmarks.fido [--device cpu|cuda] [--repeats N] [--threads N] [--steps N]
-                                    [--masks N] [--json FILE]
+                                    [--masks N] [--json FILE] [--quick]
 
 Three tables, in Markdown, of a ResNet-50 at 224 pixels:
 
@@ -40,6 +40,7 @@ from tests.benchmarks.measuring import (
     environment,
     markdown,
     measure,
+    parse_arguments,
     peaks,
 )
 
@@ -232,7 +233,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a call; 4 on a CPU, 40 on a GPU")
     parser.add_argument("--masks", type=int, default=8, help="for each objective and step")
     parser.add_argument("--json", type=Path, help="write all numbers here")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser, repeats=1, steps=1, masks=2)
     warnings.simplefilter("ignore")
     device = torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)

@@ -1,7 +1,7 @@
 """The cost of RISE beside the forward passes that it needs, in one run.
 
     python -m tests.benchmarks.rise [--device cpu|cuda] [--repeats N] [--threads N] [--masks N]
-                                    [--network NAME] [--json FILE]
+                                    [--network NAME] [--json FILE] [--quick]
 
 Two tables, in Markdown:
 
@@ -56,6 +56,7 @@ from tests.benchmarks.measuring import (
     environment,
     markdown,
     measure,
+    parse_arguments,
     peaks,
     speed_up,
 )
@@ -212,7 +213,7 @@ def main() -> None:
     parser.add_argument("--masks", type=int, help="of a call; 64 on a CPU, 4096 on a GPU")
     parser.add_argument("--network", help="of torchvision; resnet18 on a CPU, resnet50 on a GPU")
     parser.add_argument("--json", type=Path, help="write all numbers here")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser, repeats=1, masks=BATCH)
     warnings.simplefilter("ignore")
     device = torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)
