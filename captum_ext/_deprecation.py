@@ -28,3 +28,13 @@ def old_name(module: str, new_names: Mapping[str, str], name: str) -> Any:
         stacklevel=3,
     )
     return getattr(import_module(new_module), new)
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Give a DeprecationWarning for the old name of an argument or attribute.
+
+    The warning shows the line that called the caller of this function.
+    """
+    warnings.warn(
+        f"`{old}` is now `{new}`; version 0.3 drops the old name.", DeprecationWarning, stacklevel=3
+    )

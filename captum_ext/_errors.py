@@ -10,13 +10,13 @@ class ArgumentError(ValueError):
 
     Args:
         message: names the argument, the value and the values that are allowed.
-        argument: the argument's name.
+        argument: the argument's name; by default the one in backticks that begins the message.
         code: a word for the fault, for callers that treat it apart from others.
     """
 
     def __init__(self, message: str, argument: str = "", code: str = "invalid") -> None:
         super().__init__(message)
-        self.argument, self.code = argument, code
+        self.argument, self.code = argument or _first_name(message), code
 
 
 class ArgumentTypeError(TypeError):
@@ -24,8 +24,13 @@ class ArgumentTypeError(TypeError):
 
     def __init__(self, message: str, argument: str = "", code: str = "invalid") -> None:
         super().__init__(message)
-        self.argument, self.code = argument, code
+        self.argument, self.code = argument or _first_name(message), code
 
 
 class AllFailedError(RuntimeError):
     """Each part of a run failed; the message has the first reason."""
+
+
+def _first_name(message: str) -> str:
+    """The name in backticks that begins a message, if any."""
+    return message.split("`")[1] if message.startswith("`") else ""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from captum_ext._engine.precision import full_precision, without_autocast
+from captum_ext._errors import ArgumentError
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
@@ -46,7 +47,7 @@ def resize(
     """
     n = x.dim() - 2
     if mode not in MODES:
-        raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
+        raise ArgumentError(f"`mode` must be one of {MODES}, got {mode!r}.")
     fits = n in _LINEAR and len(size) == n and (mode != "bicubic" or n == 2)
     if not fits or min(size) < 1:
         raise ValueError(
@@ -127,7 +128,9 @@ def warp(
     from kornia.geometry.transform import warp_affine
 
     if isinstance(fill, str) and fill not in _PADDINGS:
-        raise ValueError(f"`fill` must be one of {_PADDINGS}, a number or a tensor, got {fill!r}.")
+        raise ArgumentError(
+            f"`fill` must be one of {_PADDINGS}, a number or a tensor, got {fill!r}."
+        )
     floats = full_precision(x) if x.is_floating_point() else x.double()
     size, affine = (x.shape[2], x.shape[3]), matrices[:, :2].to(floats)
     padding = fill if isinstance(fill, str) else "zeros"
@@ -170,7 +173,7 @@ def blur(x: Tensor, kernel_size: int = 51, sigma: float = 50.0) -> Tensor:
     from kornia.filters import filter2d, get_gaussian_kernel1d
 
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"`kernel_size` must be odd and positive, got {kernel_size}.")
+        raise ArgumentError(f"`kernel_size` must be odd and positive, got {kernel_size}.")
     kernel = get_gaussian_kernel1d(kernel_size, sigma, device=x.device, dtype=x.dtype)[:, None]
     for dim in range(2, x.dim()):
         line = x.movedim(dim, -1)

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from captum_ext._engine.precision import full_precision, without_autocast
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import options_repr
 from captum_ext.imaging import blur
 
@@ -162,7 +163,7 @@ class Infill:
     def __init__(self, images: Tensor, baselines: Baselines = None) -> None:
         if isinstance(baselines, tuple):
             if len(baselines) != 1:
-                raise ValueError(
+                raise ArgumentError(
                     f"`baselines` must be a single infill, got a tuple of {len(baselines)}."
                 )
             baselines = baselines[0]
@@ -176,7 +177,7 @@ class Infill:
             baselines = "blur"
         if isinstance(baselines, str):
             if baselines not in NAMES:
-                raise ValueError(f"`baselines` must be one of {NAMES}, got {baselines!r}.")
+                raise ArgumentError(f"`baselines` must be one of {NAMES}, got {baselines!r}.")
             self.is_noise = baselines == "noise"
             self.of_masks = MASK_INFILLS.get(baselines)
             baselines = IMAGE_INFILLS.get(baselines)
@@ -190,7 +191,7 @@ class Infill:
             with torch.no_grad():
                 self.fixed = self._expand(cast(FromImages, baselines)(images.clone()))
         elif baselines is not None:
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"`baselines` must be None, a number, a tensor, one of {NAMES} or a callable, got "
                 f"{type(baselines)}."
             )
@@ -232,7 +233,7 @@ class Infill:
         filled = self.of_masks(repeated, keep.flatten(0, 1).clone())
         if not isinstance(filled, Tensor) or filled.shape != repeated.shape:
             got = tuple(filled.shape) if isinstance(filled, Tensor) else type(filled)
-            raise ValueError(
+            raise ArgumentError(
                 f"`baselines` must give images of shape {tuple(repeated.shape)}, got {got}."
             )
         if not self.is_checked:  # only once, because the check synchronises with the device
@@ -248,7 +249,7 @@ class Infill:
             expanded: Tensor = fill.detach().to(self.images).expand(shape)
         except (AttributeError, RuntimeError):
             got = tuple(fill.shape) if isinstance(fill, Tensor) else type(fill)
-            raise ValueError(
+            raise ArgumentError(
                 f"`baselines` must broadcast to the images {tuple(shape)}, got {got}."
             ) from None
         _check_finite(expanded)
@@ -257,7 +258,7 @@ class Infill:
 
 def _check_finite(fill: Tensor) -> None:
     if not bool(torch.isfinite(fill).all()):
-        raise ValueError("`baselines` are not finite, in the images' number format.")
+        raise ArgumentError("`baselines` are not finite, in the images' number format.")
 
 
 def _needs_masks(function: Callable[..., Any]) -> bool:

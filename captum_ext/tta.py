@@ -16,6 +16,7 @@ from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward
 from captum_ext._engine.outputs import Score, Scorer, compute_scores
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext.imaging import blur, resize
 from captum_ext.metrics import masks_to_boxes
 from captum_ext.metrics._inputs import checked_maps
@@ -219,10 +220,10 @@ def _map_to_original(
 
 def _check_box_options(threshold: float, sigma: float, margin: int, min_size: int) -> None:
     if not is_finite(threshold):
-        raise ValueError(f"`threshold` must be a finite number, got {threshold!r}.")
+        raise ArgumentError(f"`threshold` must be a finite number, got {threshold!r}.")
     check_size("sigma", sigma)
     if isinstance(margin, bool) or not isinstance(margin, int) or margin < 0:
-        raise ValueError(f"`margin` must be an integer of at least 0, got {margin!r}.")
+        raise ArgumentError(f"`margin` must be an integer of at least 0, got {margin!r}.")
     check_count("min_size", min_size)
 
 
@@ -232,11 +233,11 @@ def _check_box_options(threshold: float, sigma: float, margin: int, min_size: in
 def _check_images(images: Tensor, masks: Tensor) -> None:
     _check_floats("images", images)
     if images.dim() != 4 or 0 in images.shape:
-        raise ValueError(f"`images` must be (N, C, H, W), got {tuple(images.shape)}.")
+        raise ArgumentError(f"`images` must be (N, C, H, W), got {tuple(images.shape)}.")
     if not isinstance(masks, Tensor):
-        raise TypeError(f"`masks` must be a tensor, got {type(masks)}.")
+        raise ArgumentTypeError(f"`masks` must be a tensor, got {type(masks)}.")
     if masks.dim() == 0 or len(masks) != len(images):
-        raise ValueError(
+        raise ArgumentError(
             f"`masks` must be {len(images)}, one for each image, got {tuple(masks.shape)}."
         )
 
@@ -244,9 +245,11 @@ def _check_images(images: Tensor, masks: Tensor) -> None:
 def _check_floats(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value)
-        raise TypeError(f"`{name}` must be tensors of floats, as the model takes them, got {got}.")
+        raise ArgumentTypeError(
+            f"`{name}` must be tensors of floats, as the model takes them, got {got}."
+        )
     if not bool(torch.isfinite(value).all()):
-        raise ValueError(f"`{name}` has values that are not finite.")
+        raise ArgumentError(f"`{name}` has values that are not finite.")
 
 
 def _checked_originals(
@@ -258,7 +261,7 @@ def _checked_originals(
     shapes = [tuple(source.shape) for source in sources]
     shapes_fit = all(len(s) == 3 and s[0] == images.shape[1] and 0 not in s for s in shapes)
     if len(sources) != len(images) or not shapes_fit:
-        raise ValueError(
+        raise ArgumentError(
             f"`originals` must be {len(images)} tensors ({images.shape[1]}, H', W'), one for each "
             f"image, got {shapes}."
         )
@@ -271,16 +274,16 @@ def _checked_views(
     if views is None:
         return [[0, 0, source.shape[2], source.shape[1]] for source in sources]
     if not has_originals:
-        raise ValueError("`views` are parts of `originals`: pass `originals` too.")
+        raise ArgumentError("`views` are parts of `originals`: pass `originals` too.")
     if not isinstance(views, Tensor) or views.shape != (len(sources), 4):
         got = tuple(views.shape) if isinstance(views, Tensor) else type(views)
-        raise ValueError(f"`views` must be a tensor ({len(sources)}, 4), got {got}.")
+        raise ArgumentError(f"`views` must be a tensor ({len(sources)}, 4), got {got}.")
     windows: list[list[float]] = views.double().tolist()
     for (x1, y1, x2, y2), source in zip(windows, sources, strict=True):
         height, width = source.shape[1:]
         finite = all(math.isfinite(edge) for edge in (x1, y1, x2, y2))
         if not (finite and x1 < x2 and y1 < y2 and x1 < width and y1 < height and min(x2, y2) > 0):
-            raise ValueError(
+            raise ArgumentError(
                 f"`views` must be (x1, y1, x2, y2) with x1 < x2 and y1 < y2, in pixels of the "
                 f"original, got {(x1, y1, x2, y2)} for one of {height} x {width}."
             )
@@ -294,11 +297,13 @@ def _predictions(scorer: Scorer, pictures: Tensor, examples: list[int]) -> Tenso
     scores = compute_scores(output, scorer.score)
     _check_rows("`score` must return", scores, len(pictures))
     if not bool(torch.isfinite(scores).all()):
-        raise ValueError("`model` gives predictions that are not finite.")
+        raise ArgumentError("`model` gives predictions that are not finite.")
     return scores
 
 
 def _check_rows(requirement: str, rows: Any, n: int) -> None:
     if not isinstance(rows, Tensor) or rows.dim() not in (1, 2) or len(rows) != n:
         got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows)
-        raise ValueError(f"{requirement} (N, K) or (N,), a row for each of {n} images, got {got}.")
+        raise ArgumentError(
+            f"{requirement} (N, K) or (N,), a row for each of {n} images, got {got}."
+        )

@@ -30,14 +30,14 @@ CLASSES = {
     for cls in (getattr(captum_ext.attr, name) for name in captum_ext.attr.__all__)
     if inspect.isclass(cls) and issubclass(cls, BaseLayerCam) and hasattr(cls, "title")
 }
-EVERY: dict[str, Method] = {
+METHODS: dict[str, Method] = {
     **CLASSES,
     "Smooth Grad-CAM++": smooth,
     "Score-CAM increase": partial(LayerScoreCam, score="softmax", weighting="increase"),
     "Group-CAM": partial(LayerGroupCam, groups=3),
 }
 CLASSES["Score-CAM increase"] = LayerScoreCam
-GRADIENT = {name: method for name, method in EVERY.items() if CLASSES[name].family == "gradient"}
-MASKING = {name: method for name, method in EVERY.items() if CLASSES[name].family == "masking"}
-OTHER = {name: method for name, method in EVERY.items() if CLASSES[name].family == "activation"}
-NEEDS_GRADIENTS = {name for name in EVERY if CLASSES[name].needs_gradients}
+GRADIENT = {name: method for name, method in METHODS.items() if CLASSES[name].family == "gradient"}
+MASKING = {name: method for name, method in METHODS.items() if CLASSES[name].family == "masking"}
+OTHER = {name: method for name, method in METHODS.items() if CLASSES[name].family == "activation"}
+NEEDS_GRADIENTS = {name for name in METHODS if CLASSES[name].needs_gradients}

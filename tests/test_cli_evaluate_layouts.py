@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 # The small trees of the layouts' own tests.
 cub, voc, wsol = test_folders.cub, test_folders.voc, test_folders.wsol
 open_images, photographs = test_folders.open_images, test_folders.photographs
-text = test_folders.text
+text = test_folders.write_lines
 
 LOCALIZATION = ["pointing_game", "energy", "max_box_acc", "max_box_acc_v2"]
 

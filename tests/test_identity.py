@@ -34,7 +34,7 @@ from captum_ext.attr import (
     tokens_to_grid,
 )
 from captum_ext.evaluation import evaluate
-from captum_ext.evaluation.methods import Method, method_fingerprint
+from captum_ext.evaluation.methods import ConfiguredMethod, method_fingerprint
 from captum_ext.infill import gaussian
 from tests.evaluation.subjects import Boxes, Of
 from tests.networks import tiny_net
@@ -222,7 +222,7 @@ def test_the_options_of_a_method_are_part_of_its_fingerprint(name, monkeypatch):
     model, where = tiny_net(), "`methods`: a: " + name.replace("of a layer", "reshape_transform")
 
     def fingerprint(f):
-        return method_fingerprint(Method("a", HOLDERS[name](model, f), {}), model_digest)
+        return method_fingerprint(ConfiguredMethod("a", HOLDERS[name](model, f), {}), model_digest)
 
     monkeypatch.setattr("tests.evaluation.subjects.Known", lambda f: f)
     where = where.replace("within", "function")
@@ -248,9 +248,9 @@ def test_captums_methods_need_no_version_and_have_no_addresses():
         KernelShap(model), Lime(model), FeaturePermutation(model), ShapleyValueSampling(model),
         NeuronGradient(model, model[0]), IntegratedGradients(model), LayerGradCam(model, model[0]),
     ):  # fmt: skip
-        assert " at 0x" not in method_fingerprint(Method("a", method, {}), model_digest)
+        assert " at 0x" not in method_fingerprint(ConfiguredMethod("a", method, {}), model_digest)
     one, other = (
-        method_fingerprint(Method("a", Lime(model, similarity_func=f), {}), model_digest)
+        method_fingerprint(ConfiguredMethod("a", Lime(model, similarity_func=f), {}), model_digest)
         for f in (get_exp_kernel_similarity_function("cosine", w) for w in (1.0, 2.0))
     )
     assert one != other

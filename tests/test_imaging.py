@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kornia.filters import gaussian_blur2d
 from torch.nn import functional as F
@@ -16,7 +16,6 @@ from captum_ext.imaging import blur, lay_over, min_max, percentile, resize, warp
 D = torch.float64
 
 
-@settings(max_examples=30, deadline=None)
 @given(dims=st.integers(1, 3), size=st.integers(1, 9), new=st.integers(1, 20))
 def test_resizing_keeps_constants_and_ramps_in_range(dims: int, size: int, new: int) -> None:
     flat = torch.full((1, 2, *[size] * dims), 3.5, dtype=D)
@@ -82,7 +81,6 @@ def test_lay_over_moves_units_off_the_centres_of_cells() -> None:
     assert (result[193:] == 192).all()
 
 
-@settings(max_examples=30, deadline=None)
 @given(size=st.integers(1, 40), q=st.floats(0, 100), ties=st.booleans())
 def test_percentile_equals_numpys(size: int, q: float, ties: bool) -> None:
     x = torch.rand(2, 1, size, 3, dtype=D)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -68,7 +68,6 @@ def test_at_a_border_a_box_moves_inside() -> None:
     assert mask_boxes(corners, square=True).tolist() == [[0, 0, 2, 2], [8, 10, 10, 12]]
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     margin=st.integers(0, 9),

@@ -165,10 +165,10 @@ class LayerCapture:
         for (index, device), tensors in zip(keys, leaves, strict=True):
             own_gradients = [next(remaining) for _ in tensors]
             if all(gradient is None for gradient in own_gradients):
-                raise ValueError(
-                    f"The target does not depend on `layer` "
-                    f"{module_name(self.forward_func, self.layers[index])}: it has no gradient "
-                    f"there."
+                name = module_name(self.forward_func, self.layers[index])
+                raise ArgumentError(
+                    f"The target does not depend on `layer` {name}: it has no gradient there.",
+                    "layer",
                 )
             self.captured[index][device] = tuple(
                 torch.zeros_like(t) if g is None else g

@@ -126,7 +126,7 @@ def check_channels_first(tensor: Tensor, dims: Dims | None, layer: Module) -> No
     shape, name = tuple(tensor.shape), type(layer).__name__
     if dims is None:
         raise ArgumentError(
-            f"`layer` {name} has shape {shape}, and the dimension of its channels is not known "
+            f"`layer` {name}, of shape {shape}, has its channels in a dimension that is not known "
             f"from the operations that made it. A map needs them in dimension 1. Pass "
             f"`reshape_transform=torch.nn.Identity()` if they are there, `tokens_to_grid` for "
             f"(B, T, C), `channels_last_to_first` for (B, h, w, C), or your own callable.",

@@ -35,12 +35,15 @@ def root_module(forward_func: Forward) -> Module | None:
     return owner
 
 
-def require_module(forward_func: Forward, argument: str = "forward_func") -> Module:
+def require_module(
+    forward_func: Forward, argument: str = "forward_func", advice: str = ""
+) -> Module:
     """The module behind `forward_func`, unwrapped from DataParallel.
 
     Args:
         forward_func: the model.
         argument: the name of `forward_func` in the error.
+        advice: the end of the error.
 
     Raises:
         ValueError: `forward_func` is a plain function.
@@ -48,7 +51,7 @@ def require_module(forward_func: Forward, argument: str = "forward_func") -> Mod
     root = root_module(forward_func)
     if root is None:
         raise ArgumentError(
-            f"`{argument}` must be a torch.nn.Module, got {forward_func!r}.", argument
+            f"`{argument}` must be a torch.nn.Module, got {forward_func!r}{advice}.", argument
         )
     return root
 

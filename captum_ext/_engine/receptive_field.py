@@ -26,6 +26,7 @@ from captum_ext._compat import _run_forward
 from captum_ext._engine.channels import call_argument, permutation, torch_function_name
 from captum_ext._engine.hooks import LockedFunctionMode, enter_mode, hooked
 from captum_ext._engine.modules import Forward, module_name
+from captum_ext._errors import ArgumentError
 
 
 class FieldAxis(NamedTuple):
@@ -105,15 +106,18 @@ def receptive_field(
         with lock, tracer_lock:
             _run_forward(forward_func, tracer.image, None, additional_forward_args)
     traced, leak = results[0] if results else (None, None)
+    name = module_name(forward_func, layer)
     if traced is None:
-        raise ValueError(
-            f"The receptive fields of `layer` {module_name(forward_func, layer)} are not known: "
-            f"there is more than convolution and pooling on the way from the image."
+        raise ArgumentError(
+            f"The receptive fields of `layer` {name} are not known: there is more than convolution "
+            f"and pooling on the way from the image.",
+            "layer",
         )
     if exact and leak is not None:
-        raise ValueError(
-            f"The units of `layer` {module_name(forward_func, layer)} may see all of the image: "
-            f"`{leak}` is on the way, which is not known to work unit by unit."
+        raise ArgumentError(
+            f"The units of `layer` {name} may see all of the image: `{leak}` is on the way, which "
+            f"is not known to work unit by unit.",
+            "layer",
         )
     return traced.field
 

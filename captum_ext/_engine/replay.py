@@ -293,7 +293,7 @@ class LayerReplay:
         )
 
     def __call__(
-        self, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, which: int = 0
+        self, edit: Callable[[Tensor, Tensor], Tensor], chunk: Tensor, tensor_index: int = 0
     ) -> Tensor:
         """Scores after each of `len(chunk)` edits, (len(chunk), B).
 
@@ -301,12 +301,12 @@ class LayerReplay:
             edit: takes the activation (B, ...) and one entry of `chunk`, and returns the new
                 activation, by operations that `torch.vmap` supports.
             chunk: the parameters of the edits, along dimension 0.
-            which: the index of the tensor to edit, for a layer with several.
+            tensor_index: the index of the tensor to edit, for a layer with several.
         """
 
         def score_after(entry: Tensor) -> Tensor:
             edited = list(self.activations)
-            edited[which] = edit(edited[which], entry)
+            edited[tensor_index] = edit(edited[tensor_index], entry)
             return self._replay(tuple(edited))
 
         depth = torch._C._functorch.get_dynamic_layer_stack_depth()

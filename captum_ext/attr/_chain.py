@@ -9,6 +9,7 @@ from captum.attr import Attribution, GuidedGradCam, LayerAttribution, NeuronAttr
 
 from captum_ext._checks import closest
 from captum_ext._engine.modules import Forward
+from captum_ext._errors import ArgumentError
 
 # The default of a wrapper's argument that is handed on only where the caller passed it: some
 # methods take no `target`, and each of the others has its own default.
@@ -79,7 +80,7 @@ def with_forward_func(method: Attribution, forward_func: Forward) -> Attribution
     """
     needs_module = LayerAttribution | NeuronAttribution | GuidedGradCam
     if isinstance(method, needs_module) or hasattr(method, "model"):
-        raise ValueError(
+        raise ArgumentError(
             f"`attribution_method` {type(method).__name__} needs the module itself, so it cannot "
             f"explain a function of it."
         )

@@ -7,6 +7,7 @@ from torch import Generator, Tensor
 
 from captum_ext._checks import check_count, is_finite
 from captum_ext._engine.precision import full_precision, without_autocast
+from captum_ext._errors import ArgumentError
 from captum_ext.imaging import resize
 
 BLOCK = 256  # masks whose random numbers are drawn together; RISE may stop after each block
@@ -31,13 +32,13 @@ class GridMasks:
         size = tuple(x.shape[2:])
         cells = grid if isinstance(grid, tuple | list) else (grid,) * len(size)
         if not is_finite(p) or not 0 < p < 1:
-            raise ValueError(f"`p` must be a number greater than 0 and less than 1, got {p!r}.")
+            raise ArgumentError(f"`p` must be a number greater than 0 and less than 1, got {p!r}.")
         if len(cells) != len(size):
-            raise ValueError(f"`grid` must have a number for each of {size}, got {grid!r}.")
+            raise ArgumentError(f"`grid` must have a number for each of {size}, got {grid!r}.")
         for n in cells:
             check_count("grid", n)
         if any(n > pixels for n, pixels in zip(cells, size, strict=True)):
-            raise ValueError(f"`grid` is finer than the inputs' {size}: got {grid!r}.")
+            raise ArgumentError(f"`grid` is finer than the inputs' {size}: got {grid!r}.")
         self.cells, self.p, self.generator = tuple(cells), p, generator
         self.device = x.device
         self.shifts = [math.ceil(pixels / n) for n, pixels in zip(cells, size, strict=True)]

@@ -12,6 +12,7 @@ from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward
 from captum_ext._engine.outputs import Scorer, even_chunk_size
 from captum_ext._engine.precision import full_precision, gradient_of_sum, without_autocast
+from captum_ext._errors import ArgumentError
 from captum_ext.attr._concrete_dropout import draw_uniform_noise
 from captum_ext.attr._log_odds import log_odds
 from captum_ext.imaging import resize
@@ -71,10 +72,10 @@ class LogOddsScorer:
         """Check the first values only, because each check synchronises with the device."""
         self.is_checked = True
         if not bool(torch.isfinite(odds).all()):
-            raise ValueError("`forward_func` gives scores that are not finite.")
+            raise ArgumentError("`forward_func` gives scores that are not finite.")
         is_in_0_1 = bool(((output >= 0) & (output <= 1 + 1e-3)).all())
         if self.outputs == "probabilities" and not is_in_0_1:
-            raise ValueError(
+            raise ArgumentError(
                 "`outputs` is 'probabilities', but `forward_func` gives values beyond [0, 1]."
             )
         if self.outputs == "logits" and is_in_0_1 and output.dim() > 1 and output.shape[1] > 1:

@@ -29,12 +29,13 @@ from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import default_batch_size
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import fields_repr
 from captum_ext.attr._concrete_dropout import DROPOUTS
 from captum_ext.attr._log_odds import OUTPUTS
 from captum_ext.attr._masked_scores import SDR, SSR, LogOddsScorer, MaskedScores, regulariser
 from captum_ext.attr._method_info import Paper
-from captum_ext.attr._named import Named
+from captum_ext.attr._mixin import AttributionMixin
 from captum_ext.imaging import resize
 from captum_ext.infill import Baselines, Infill, gaussian
 
@@ -87,7 +88,7 @@ class FIDOOptions(TypedDict, total=False):
     callback: Callable[[int, FIDOMasks], Any] | None
 
 
-class FIDO(Named, PerturbationAttribution):
+class FIDO(AttributionMixin, PerturbationAttribution):
     r"""FIDO: the pixels that suffice for the model's decision, and those that it needs.
 
     Each pixel is replaced by the infill with a probability theta = sigmoid(logit) of its own. The
@@ -313,7 +314,7 @@ class FIDO(Named, PerturbationAttribution):
         check_generator(generator, images.device)
         size = _checked_size(mask_size, images)
         if callback is not None and not callable(callback):
-            raise TypeError(f"`callback` must be callable or None, got {type(callback)}.")
+            raise ArgumentTypeError(f"`callback` must be callable or None, got {type(callback)}.")
         rows = OBJECTIVES[objective]
         with torch.inference_mode(False), preserve_state(self.forward_func), torch.enable_grad():
             scorer = LogOddsScorer(
@@ -342,7 +343,7 @@ class FIDO(Named, PerturbationAttribution):
                     n = step + 1
                     callback(n, _make_masks(logits.clone(), losses[:n].clone(), rows, shape))
         if not bool(torch.isfinite(logits).all() & torch.isfinite(losses).all()):
-            raise ValueError("`forward_func` gave scores or gradients that are not finite.")
+            raise ArgumentError("`forward_func` gave scores or gradients that are not finite.")
         masks = _make_masks(logits.detach(), losses, rows, shape)
         maps: Tensor = getattr(masks, objective)
         repeated = maps.to(images.dtype).repeat(1, images.shape[1], 1, 1)
@@ -402,7 +403,7 @@ def _checked_size(mask_size: Any, images: Tensor) -> tuple[int, int]:
     height, width = images.shape[2:]
     size = (height, width) if mask_size is None else height_width("mask_size", mask_size)
     if size[0] > height or size[1] > width:
-        raise ValueError(
+        raise ArgumentError(
             f"`mask_size` must be at most the image's {height} x {width}, got {mask_size!r}."
         )
     return size

@@ -23,11 +23,12 @@ from captum_ext._compat import (
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import Score, Scorer, check_score, compute_scores, select_target
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError
 from captum_ext._repr import fields_repr
 from captum_ext.attr._grid_masks import BLOCK, GridMasks, chunk_bounds
 from captum_ext.attr._masked_means import MaskedMeans
 from captum_ext.attr._method_info import Paper
-from captum_ext.attr._named import Named
+from captum_ext.attr._mixin import AttributionMixin
 from captum_ext.infill import IMAGE_INFILLS, blend
 
 ESTIMATORS = ("standard", "self-normalized")
@@ -75,7 +76,7 @@ class _Options:
         check_generator(self.generator, device)
 
 
-class RISE(Named, PerturbationAttribution):
+class RISE(AttributionMixin, PerturbationAttribution):
     r"""RISE: a pixel matters if the score is high when random masks show it.
 
     With the score f, the baseline b, and N random masks m with values of mean p, the map (Eq. 6)
@@ -255,7 +256,9 @@ class RISE(Named, PerturbationAttribution):
             AssertionError: as in `attribute`.
         """
         if not isinstance(targets, Sequence | Tensor) or len(targets) == 0:
-            raise ValueError(f"`targets` must be a list of at least one target, got {targets!r}.")
+            raise ArgumentError(
+                f"`targets` must be a list of at least one target, got {targets!r}."
+            )
         options = _Options(
             n_masks, p, grid, estimator, tolerance, generator, perturbations_per_eval, show_progress
         )
@@ -274,12 +277,19 @@ class RISE(Named, PerturbationAttribution):
         options: _Options,
         with_errors: bool,
     ) -> RISEMaps:
-        first = inputs[_masked_inputs(inputs).index(True)]
+        is_masked = _masked_inputs(inputs)
+        first = inputs[is_masked.index(True)]
         options.check(first.device)
         masks = GridMasks(first, options.grid, options.p, options.generator)
-        scores = _MaskedScores(
-            self.forward_func, self.score, inputs, baselines, targets, additional_forward_args
-        )
+        baselines = _checked_baselines(baselines, inputs)
+        scorers = [
+            Scorer(
+                self.forward_func, len(first), target, additional_forward_args, self.score,
+                first.device,
+            )
+            for target in targets
+        ]  # fmt: skip
+        scores = _TargetScores(inputs, baselines, is_masked, scorers)
         n_masks = options.n_masks
         chunks = chunk_bounds(n_masks, options.perturbations_per_eval)
         sums, latest = MaskedMeans(with_errors), _LatestMaps(options.tolerance)
@@ -304,37 +314,25 @@ class RISE(Named, PerturbationAttribution):
         )
 
 
-class _MaskedScores:
+class _TargetScores:
     """The scores of T targets of B examples under masks, all from the same forward passes."""
 
     def __init__(
-        self,
-        forward_func: Forward,
-        score: Score,
-        inputs: Tensors,
-        baselines: Any,
-        targets: Sequence[TargetType],
-        additional_forward_args: Any,
+        self, inputs: Tensors, baselines: Any, is_masked: list[bool], scorers: list[Scorer]
     ) -> None:
-        self.inputs, self.score = inputs, score
-        self.baselines = _checked_baselines(baselines, inputs)
-        self.is_masked = _masked_inputs(inputs)
-        first = inputs[self.is_masked.index(True)]
-        self.indices = torch.arange(len(first), device=first.device)
-        self.scorers = [
-            Scorer(forward_func, len(first), target, additional_forward_args, score, first.device)
-            for target in targets
-        ]
+        self.parts = list(zip(inputs, baselines, is_masked, strict=True))
+        self.scorers = scorers
+        self.indices = torch.arange(len(inputs[0]), device=inputs[is_masked.index(True)].device)
 
     def __call__(self, masks: Tensor) -> Tensor:
         """The scores (n, T * B) under masks (n, *spatial)."""
         n = len(masks)
         masked = tuple(
             blend(x, b, masks.to(x.dtype)[:, None, None]) if is_masked else torch.cat([x] * n)
-            for x, b, is_masked in zip(self.inputs, self.baselines, self.is_masked, strict=True)
+            for x, b, is_masked in self.parts
         )
-        examples = self.indices.repeat(n)
-        scores = compute_scores(self.scorers[0].outputs(masked, examples), self.score)
+        examples, first = self.indices.repeat(n), self.scorers[0]
+        scores = compute_scores(first.outputs(masked, examples), first.score)
         selected = [select_target(scores, s.targets_for(examples)) for s in self.scorers]
         return torch.stack([s.reshape(n, len(self.indices)) for s in selected], 1).flatten(1)
 
@@ -368,7 +366,7 @@ def _masked_inputs(inputs: Tensors) -> list[bool]:
     """Whether each of the inputs is masked."""
     can_mask = [x.is_floating_point() and 3 <= x.dim() <= 5 and x.numel() > 0 for x in inputs]
     if not any(can_mask):
-        raise ValueError(
+        raise ArgumentError(
             f"`inputs` must have a tensor of floats (B, C, *spatial) with one to three spatial "
             f"dimensions, got {[(tuple(x.shape), x.dtype) for x in inputs]}."
         )
@@ -376,7 +374,7 @@ def _masked_inputs(inputs: Tensors) -> list[bool]:
     is_masked = [can and x.shape[2:] == size for x, can in zip(inputs, can_mask, strict=True)]
     for x, masked in zip(inputs, is_masked, strict=True):
         if masked and not bool(torch.isfinite(x).all()):
-            raise ValueError("`inputs` has values that are not finite.")
+            raise ArgumentError("`inputs` has values that are not finite.")
     return is_masked
 
 
@@ -385,7 +383,7 @@ def _checked_baselines(baselines: Any, inputs: Tensors) -> Any:
     parts = baselines if isinstance(baselines, tuple) else (baselines,)
     if any(isinstance(b, str) for b in parts):
         if len(parts) != len(inputs):
-            raise ValueError(
+            raise ArgumentError(
                 f"`baselines` must be one for each of {len(inputs)} inputs, got {len(parts)}."
             )
         parts = tuple(
@@ -397,7 +395,7 @@ def _checked_baselines(baselines: Any, inputs: Tensors) -> Any:
     _validate_input(inputs, formatted)
     for x, baseline in zip(inputs, formatted, strict=True):
         if isinstance(baseline, Tensor) and not _can_broadcast(baseline, x):
-            raise ValueError(
+            raise ArgumentError(
                 f"`baselines` must broadcast to the inputs, got {tuple(baseline.shape)} for "
                 f"{tuple(x.shape)}."
             )
@@ -412,5 +410,7 @@ def _can_broadcast(baseline: Tensor, x: Tensor) -> bool:
 def _named_baseline(name: str, x: Tensor) -> Tensor:
     check_choice("baselines", name, IMAGE_INFILLS)
     if x.dim() != 4:
-        raise ValueError(f"`baselines` {name!r} is for images (B, C, H, W), got {tuple(x.shape)}.")
+        raise ArgumentError(
+            f"`baselines` {name!r} is for images (B, C, H, W), got {tuple(x.shape)}."
+        )
     return IMAGE_INFILLS[name](x).expand_as(x)

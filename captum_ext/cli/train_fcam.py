@@ -201,10 +201,10 @@ def _find_taps(loaded: "LoadedModel", x: "Tensor") -> list[str]:
         InputError: the model has no features for a decoder.
     """
     from captum_ext._errors import InputError
-    from captum_ext.fcam import find_taps
+    from captum_ext.fcam import find_feature_layers
 
     try:
-        return find_taps(loaded.module, x)
+        return find_feature_layers(loaded.module, x)
     except ValueError as error:
         raise InputError(
             f"{loaded.name} has no spatial features of several resolutions at {x.shape[2]} x "

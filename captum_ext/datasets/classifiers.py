@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from captum_ext._checks import check_count
 from captum_ext.datasets.fine_grained import PATTERNS, FineGrainedParts, normalized, stacked
 from captum_ext.datasets.textured_ellipses import TEXTURES, TexturedEllipses
 
@@ -148,8 +149,7 @@ def train_classifier(
     n_epochs = (15 if ellipses else 10) if n_epochs is None else n_epochs
     batch_size = (32 if ellipses else 16) if batch_size is None else batch_size
     lr = 5e-3 if lr is None else lr
-    if n_epochs < 1:
-        raise ValueError(f"`n_epochs` must be positive, got {n_epochs}.")
+    check_count("n_epochs", n_epochs)
     if not 2 <= batch_size <= len(data):
         raise ValueError(
             f"`batch_size` must be in [2, {len(data)}], the number of pictures, got {batch_size}."

@@ -61,6 +61,10 @@ class BeetleBatch(NamedTuple):
         images: (N, 3, H, W), float32: (pixel - `MEAN`) / `STD`, pixels in [0, 1].
         targets: (N,), int64.
         parts: (N, H, W), bool: the pixels of the marks.
+
+    Example:
+        >>> FineGrainedParts(8, size=(64, 64)).batch([0, 1]).images.shape
+        torch.Size([2, 3, 64, 64])
     """
 
     images: Tensor

@@ -33,6 +33,11 @@ class EllipseScene(Example):
         name: texture, seed and number, as in "checker-0-7".
         boxes: (1, 4), int64: (x1, y1, x2, y2) in pixels, half-open.
         mask: (H, W), bool: the object's pixels.
+
+    Example:
+        >>> scene = TexturedEllipses(8, seed=1)[0]
+        >>> scene.name, scene.box.shape
+        ('checker-1-0', torch.Size([4]))
     """
 
     image: "Image"
@@ -53,6 +58,10 @@ class EllipseBatch(NamedTuple):
         targets: (N,), int64.
         masks: (N, H, W), bool.
         boxes: (N, 4), int64.
+
+    Example:
+        >>> TexturedEllipses(8).batch([0, 1]).masks.shape
+        torch.Size([2, 64, 64])
     """
 
     pixels: Tensor

@@ -1,4 +1,4 @@
-"""Labelled examples of a data set, as a model takes them, with their ground truth."""
+"""Labelled images of a data set with their ground truth, in batches."""
 
 import re
 from dataclasses import dataclass
@@ -20,25 +20,26 @@ from captum_ext._data.pictures import (
 )
 from captum_ext._data.pixels import Normalize, resize_pixels, to_byte_tensor
 from captum_ext._identity import digest
+from captum_ext._repr import fields_repr
 from captum_ext.imaging import resize
 from captum_ext.metrics import boxes_to_masks
 
-LONGEST_REASON = 300
-N_PROBES = 8  # entries by which a data set is known again
+MAX_MESSAGE = 300  # characters of an error in a row
+N_PROBES = 8  # examples in the fingerprint of a data set
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """An image and what is known of it.
+@dataclass(frozen=True, eq=False, repr=False)
+class Example:
+    """An image with its label and its ground truth.
 
     Attributes:
-        index: its place in the data set.
-        name: of its file, or its index.
+        index: in the data set.
+        name: the name of the file, or the index.
         image: (C, H, W), float32, as the model takes it.
-        label: the class.
-        boxes: (n, 4), float64: (x1, y1, x2, y2) in pixels of `image`, half-open. None: not known.
-        mask: (H, W), bool. None: not known.
-        ignored: (H, W), bool: pixels that do not count. None: all count.
+        label: the index of the class.
+        boxes: (n, 4), float64: (x1, y1, x2, y2) in pixels of `image`, half-open. None: unknown.
+        mask: (H, W), bool. None: unknown.
+        ignored: (H, W), bool: pixels that do not count. None: all pixels count.
     """
 
     index: int
@@ -51,34 +52,34 @@ class Prepared:
 
     @cached_property
     def region(self) -> Tensor | None:
-        """(H, W), bool: the pixels in any of the boxes; without boxes, those of the mask."""
+        """(H, W), bool: the pixels inside any of the boxes, or the mask where there is no box."""
         if self.boxes is None:
             return self.mask
         height, width = self.image.shape[1:]
         return boxes_to_masks([self.boxes], (height, width))[0]
 
+    def __repr__(self) -> str:
+        return fields_repr(self)
+
 
 @dataclass(frozen=True)
-class Failure:
-    """An image that came to nothing, and why."""
+class FailedExample:
+    """An image that could not be read, or whose ground truth is invalid, with the reason."""
 
     index: int
     name: str
     reason: str
 
 
-class Blocks(Dataset[list[Prepared | Failure]]):
-    """The examples of a data set, so many consecutive ones at a time.
-
-    A picture that cannot be read, and ground truth that cannot be right, are failures.
+class ExampleBatches(Dataset[list[Example | FailedExample]]):
+    """The examples of a data set in batches of consecutive ones.
 
     Args:
-        data: what it has at i has attributes `image`, `target` and, as far as known, `boxes` or
-            `box`, `mask` or `part`, `ignored`, `name`; or is (picture, label) or
-            (picture, label, boxes).
-        batch_size: examples in a block.
-        size: (H, W) that pictures are brought to; None leaves them as they are.
-        normalize: (mean, std) of each channel; None takes tensors as they are.
+        data: entries with attributes `image`, `target` and optionally `boxes` or `box`, `mask` or
+            `part`, `ignored`, `name`; or tuples (picture, label) or (picture, label, boxes).
+        batch_size: examples in a batch; the last one may have fewer.
+        size: (H, W) to resize pictures to; None keeps their own size.
+        normalize: (mean, std) of each channel; None takes tensors without change.
     """
 
     def __init__(
@@ -96,60 +97,57 @@ class Blocks(Dataset[list[Prepared | Failure]]):
     def __len__(self) -> int:
         return -(-len(self.data) // self.batch_size)
 
-    def __getitem__(self, block: int) -> list[Prepared | Failure]:
-        return [self.example(index) for index in self.indices(block)]
+    def __getitem__(self, batch: int) -> list[Example | FailedExample]:
+        return [self.example(index) for index in self.indices(batch)]
 
-    def indices(self, block: int) -> range:
-        """The places of a block's examples in the data set."""
-        start = block * self.batch_size
+    def indices(self, batch: int) -> range:
+        """The indices of a batch's examples in the data set."""
+        start = batch * self.batch_size
         return range(start, min(start + self.batch_size, len(self.data)))
 
-    def example(self, index: int) -> Prepared | Failure:
-        """The example at a place of the data set."""
+    def example(self, index: int) -> Example | FailedExample:
+        """The example at an index of the data set."""
         samples = getattr(self.data, "samples", None)
-        name = "/".join(Path(samples[index][0]).parts[-2:]) if samples else str(index)
+        name = _short_name(samples[index][0]) if samples else str(index)
         try:
             entry = self.data[index]
             name = str(entry_field(entry, "name") or name)
-            return self._example(entry, index, name)
+            return self._make_example(entry, index, name)
         except Exception as error:
             if is_resource_error(error):
                 raise
-            return Failure(index, name, reason(error))
+            return FailedExample(index, name, failure_text(error))
 
-    def _example(self, entry: Any, index: int, name: str) -> Prepared:
-        pixels = self._pixels(entry_field(entry, "image", index=0))
-        label = entry_field(entry, "target", index=1)
-        if pixels is None or label is None:
+    def _make_example(self, entry: Any, index: int, name: str) -> Example:
+        picture, label = entry_field(entry, "image", index=0), entry_field(entry, "target", index=1)
+        if picture is None or label is None:
             raise TypeError(
                 f"examples must have `image` and `target`, or be (picture, label, ...), got "
                 f"{type(entry).__name__}."
             )
-        before = (pixels.shape[1], pixels.shape[2])
-        after = before if self.size is None else self.size
-        pixels = resize_pixels(pixels, after)
+        pixels = self._pixels(picture)
+        old_size = (pixels.shape[1], pixels.shape[2])
+        new_size = old_size if self.size is None else self.size
+        pixels = resize_pixels(pixels, new_size)
         if self.normalize is not None:
             pixels = self.normalize(pixels)
         if not bool(torch.isfinite(pixels).all()):
             raise ValueError("the image has values that are not finite.")
-        boxes = entry_field(
-            entry, "boxes", "box", index=2 if type(entry) in (tuple, list) else None
-        )
-        boxes = None if boxes is not None and len(boxes) == 0 else boxes  # known to have none
-        return Prepared(
+        is_tuple = type(entry) in (tuple, list)
+        boxes = entry_field(entry, "boxes", "box", index=2 if is_tuple else None)
+        has_boxes = boxes is not None and len(boxes) > 0
+        return Example(
             index,
             name,
             pixels,
-            _class(label),
-            None if boxes is None else _boxes(boxes, before, after),
-            _mask("mask", entry_field(entry, "mask", "part"), before, after),
-            _mask("ignored", entry_field(entry, "ignored"), before, after),
+            _class_index(label),
+            _resize_boxes(boxes, old_size, new_size) if has_boxes else None,
+            _resize_mask("mask", entry_field(entry, "mask", "part"), old_size, new_size),
+            _resize_mask("ignored", entry_field(entry, "ignored"), old_size, new_size),
         )
 
-    def _pixels(self, picture: Any) -> Tensor | None:
-        """(C, H, W), float32: in [0, 1], but for tensors of floats if nothing is normalised."""
-        if picture is None:
-            return None
+    def _pixels(self, picture: Any) -> Tensor:
+        """(C, H, W), float32, in [0, 1]. Without `normalize`, tensors of floats are not changed."""
         if not isinstance(picture, Tensor) or not picture.is_floating_point():
             pixels = to_byte_tensor(picture) / 255
         elif picture.dim() != 3 or 0 in picture.shape:
@@ -166,56 +164,66 @@ class Blocks(Dataset[list[Prepared | Failure]]):
         return self.normalize.grey(pixels)
 
     def fingerprint(self) -> str:
-        """By what the data set is known again: its length, its names, and some of its entries."""
+        """The length, the file names and the contents of some examples, to recognise the data."""
         samples = getattr(self.data, "samples", None)
-        known: list[Any] = [("/".join(Path(n).parts[-2:]), int(y)) for n, y in samples or ()]
+        parts: list[Any] = [(_short_name(name), int(label)) for name, label in samples or ()]
         for index in evenly_spaced(len(self.data), N_PROBES):
             example = self.example(index)
-            if isinstance(example, Failure):
-                known.append((example.name, example.reason))
+            if isinstance(example, FailedExample):
+                parts.append((example.name, example.reason))
                 continue
             tensors = (example.image, example.boxes, example.mask, example.ignored)
-            known.append((example.name, example.label))
-            known += [None if t is None else digest(t.numpy().tobytes()) for t in tensors]
-        return f"{len(self.data)} examples, {digest(known)}"
+            parts.append((example.name, example.label))
+            parts += [None if t is None else digest(t.numpy().tobytes()) for t in tensors]
+        return f"{len(self.data)} examples, {digest(parts)}"
 
 
-def reason(error: Exception) -> str:
-    """What is written of an error: one line, the same in each run."""
+def failure_text(error: Exception) -> str:
+    """An error as one line that is the same in each run."""
     text = re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}")
-    return " ".join(text.split())[:LONGEST_REASON]
+    return " ".join(text.split())[:MAX_MESSAGE]
 
 
-def _class(label: Any) -> int:
+def _short_name(path: Any) -> str:
+    """The last folder and the file name."""
+    return "/".join(Path(path).parts[-2:])
+
+
+def _class_index(label: Any) -> int:
     if isinstance(label, bool | str) or int(label) != label:
         raise ValueError(f"labels must be indices of classes, got {label!r}.")
     return int(label)
 
 
-def _boxes(boxes: Any, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
-    """(n, 4), in pixels of the image; each has some of them."""
-    found = box_tensor(boxes)
-    height, width = before
-    inside = (found[:, 2:].clamp(max=found.new_tensor([width, height])) > 0).all(1)
-    inside &= (found[:, :2] < found.new_tensor([width, height])).all(1)
-    if not bool((inside & (found[:, :2] < found[:, 2:]).all(1) & found.isfinite().all(1)).all()):
+def _resize_boxes(boxes: Any, old_size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """Boxes (n, 4) of a picture, clipped to it, in pixels of the resized picture.
+
+    Raises:
+        ValueError: a box without pixels of the picture.
+    """
+    corners = box_tensor(boxes)
+    height, width = old_size
+    end = corners.new_tensor([width, height])
+    is_inside = (corners[:, 2:].clamp(max=end) > 0).all(1) & (corners[:, :2] < end).all(1)
+    is_ordered = (corners[:, :2] < corners[:, 2:]).all(1) & corners.isfinite().all(1)
+    if not bool((is_inside & is_ordered).all()):
         raise ValueError(
             f"boxes must be (x1, y1, x2, y2) with x1 < x2 and y1 < y2, and not outside of an image "
-            f"of {width} x {height}, got {found.tolist()}."
+            f"of {width} x {height}, got {corners.tolist()}."
         )
-    return scale_boxes(
-        found.clamp(min=0).minimum(found.new_tensor([width, height] * 2)), before, after
-    )
+    return scale_boxes(corners.clamp(min=0).minimum(end.repeat(2)), old_size, new_size)
 
 
-def _mask(name: str, mask: Any, before: tuple[int, int], after: tuple[int, int]) -> Tensor | None:
-    """(H, W), bool, at the image's size."""
+def _resize_mask(
+    name: str, mask: Any, old_size: tuple[int, int], new_size: tuple[int, int]
+) -> Tensor | None:
+    """The mask (H, W), bool, of a resized picture."""
     if mask is None:
         return None
-    found = torch.as_tensor(mask)
-    if found.dtype != torch.bool or tuple(found.shape) != before:
+    values = torch.as_tensor(mask)
+    if values.dtype != torch.bool or tuple(values.shape) != old_size:
         raise ValueError(
-            f"`{name}` must be bool and of the picture's size, {before}, got {found.dtype}, "
-            f"{tuple(found.shape)}."
+            f"`{name}` must be bool and of the picture's size, {old_size}, got {values.dtype}, "
+            f"{tuple(values.shape)}."
         )
-    return resize(found[None, None].float(), after, "nearest-exact")[0, 0] > 0
+    return resize(values[None, None].float(), new_size, "nearest-exact")[0, 0] > 0

@@ -1,8 +1,8 @@
-"""What is read out of the rows: figures and curves of a data set.
+"""Measures: figures and curves of a data set, computed from its rows.
 
-What a measure takes of a row is a vector, and each figure of a data set is a function of the
-vectors' sum and their number: so a resample of the images is a weighted sum, for means as for
-MaxBoxAcc, whose threshold is chosen anew in each resample.
+A measure makes a vector of each row. Its figure of a data set is a function of the vectors' sum and
+their number, so that a bootstrap resample needs one weighted sum. This holds for means, and for
+MaxBoxAcc, which chooses the best threshold of each resample.
 """
 
 import inspect
@@ -15,166 +15,192 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_ext._checks import check_choice, closest
+from captum_ext._checks import closest
 from captum_ext._errors import ArgumentError
-from captum_ext.evaluation.examples import Prepared
-from captum_ext.evaluation.records import (
+from captum_ext.evaluation.columns import (
     Array,
-    Curves,
-    Explained,
-    Ious,
-    Numbers,
-    PixelCounts,
-    Record,
+    BoxIouColumn,
+    Columns,
+    CurveColumns,
+    ExplainedBatch,
+    NumberColumn,
+    PixelCountColumn,
+    call_with_model,
     infidelity_to_noise,
     label_in_top,
-    numbers_of,
-    of_model,
+    metric_values,
     sensitivity_to_noise,
-    unpacked,
+    unpack,
 )
+from captum_ext.evaluation.examples import Example
 from captum_ext.metrics import pixels, wsol
 from captum_ext.metrics._definition import DEFINITIONS, Definition
 
 Row = Mapping[str, str]
-SHARES = np.linspace(0, 1, 101)  # at which curves of different images are averaged
-# Keywords that are evaluate's own.
-_OURS = ("target", "additional_forward_args", "show_progress", "generator")
+SHARES = np.linspace(0, 1, 101)  # where the curves of all images are averaged
+# Arguments of metrics that `evaluate` passes, and not the user.
+_RESERVED = ("target", "additional_forward_args", "show_progress", "generator")
 _THRESHOLDS = np.arange(1000) / 1000
 _LEVELS = np.arange(1001) / 1000
 
 
 class Measure(ABC):
-    """One figure of the data set: the mean of its numbers, if nothing else is said.
+    """A figure of the data set: the mean of a column, unless a subclass overrides `figure`.
 
     Attributes:
-        name: by which it is asked for.
-        higher_is_better: or lower.
-        options: as they were given.
-        records: what it is read out of. Two measures may share one.
-        axis: what its curve is over, and its values there; None: there is no curve.
-        summed: what its vectors are called. Two measures may share them.
+        name: in the argument `metrics`, and in the summary.
+        higher_is_better: False where lower is better.
+        options: as the user gave them, with defaults.
+        columns: the columns that it is computed from; several measures may share some.
+        axis: the label and the values of its curve's x axis; None without a curve.
     """
 
     name: str
     higher_is_better: bool = True
     options: Mapping[str, Any]
-    records: Sequence[Record]
+    columns: Sequence[Columns]
     axis: ClassVar[tuple[str, Array] | None] = None
 
     @property
-    def summed(self) -> str:
+    def vector_name(self) -> str:
+        """The same for measures whose vectors are the same."""
         return self.name
 
-    def columns(self) -> list[str]:
-        return [column for record in self.records for column in record.columns]
+    def column_names(self) -> list[str]:
+        return [name for columns in self.columns for name in columns.names]
 
-    def serves(self, example: Prepared) -> bool:
-        return all(record.serves(example) for record in self.records)
+    def is_defined_for(self, example: Example) -> bool:
+        return all(columns.is_defined_for(example) for columns in self.columns)
 
     def vector(self, row: Row) -> Array:
-        """What is summed over images."""
+        """The vector (d,) of a row."""
         return np.array([float(row[self.name])])
 
     def figure(self, sums: Array, counts: Array) -> Array:
-        """Of sums (R, d) of the vectors of so many images, (R,): the figure, (R,)."""
+        """The figure (R,) of R data sets, from sums (R, d) and numbers (R,) of their vectors."""
         figures: Array = sums[:, 0] / counts
         return figures
 
     def curve(self, sums: Array, counts: Array) -> Array:
-        """Of the same: the values over `axis`, (R, n)."""
+        """The curve (R, n) over `axis` of R data sets, from the same sums and numbers."""
         raise NotImplementedError
 
 
 # --- means over images ---------------------------------------------------------------------------
 
 
-class _Mean(Measure):
-    """The mean of the numbers of a definition."""
+class _MetricMean(Measure):
+    """The mean of a metric's values."""
 
     def __init__(self, definition: Definition, **options: Any) -> None:
         self.name, self.higher_is_better = definition.name, definition.higher_is_better
-        known = _options_of(self.name, definition.function, options)
-        self.options = options if definition.takes == "model" else known | options
+        defaults = _checked_defaults(self.name, definition.function, options)
+        self.options = options if definition.takes == "model" else defaults | options
         if definition.check is not None:
             definition.check(**self.options)
-        needs = _region if definition.takes == "region" else None
-        self.records = [Numbers(self.name, partial(numbers_of, definition, self.options), needs)]
+        ground_truth = _region_to_point_at if definition.takes == "region" else None
+        values = partial(metric_values, definition, self.options)
+        self.columns = [NumberColumn(self.name, values, ground_truth)]
 
 
-class _CurveMean(_Mean):
+class _CurveMean(_MetricMean):
     """The mean of the areas under curves, and the mean of the curves."""
 
     axis = "share of the pixels", SHARES
 
     def __init__(self, definition: Definition, **options: Any) -> None:
         super().__init__(definition, **options)
-        self.records = [Curves(self.name, partial(of_model, definition.function, options))]
+        curve = partial(call_with_model, definition.function, options)
+        self.columns = [CurveColumns(self.name, curve)]
 
     def vector(self, row: Row) -> Array:
-        shares, scores = unpacked(row[f"{self.name}_curve"], "<f4").reshape(2, -1)
+        shares, scores = unpack(row[f"{self.name}_curve"], "<f4").reshape(2, -1)
         return np.concatenate((super().vector(row), np.interp(SHARES, shares, scores)))
 
     def curve(self, sums: Array, counts: Array) -> Array:
         return sums[:, 1:] / counts[:, None]
 
 
-class _Overall(Measure):
-    """Out of the records of insertion and deletion, with the options that they are given."""
+class _OverallScore(Measure):
+    """The mean of insertion minus deletion, with the options of these two."""
 
     name = "overall_score"
 
     def __init__(self) -> None:
         self.options = {}
-        self.records = [r for name in _CURVES for r in MEASURES[name]().records]
+        self.columns = [columns for name in _CURVES for columns in MEASURES[name]().columns]
 
     def vector(self, row: Row) -> Array:
         return np.array([float(row["insertion"]) - float(row["deletion"])])
 
 
-class _Captums(Measure):
-    """The mean of what a function of `Explained` gives, the lower the better."""
+class _CaptumMean(Measure):
+    """The mean of one of Captum's metrics, which are better the lower they are."""
 
     higher_is_better = False
 
     def __init__(self, name: str, function: Callable[..., Any], **options: Any) -> None:
-        _options_of(name, function, options)
+        _checked_defaults(name, function, options)
         self.name, self.options = name, options
-        self.records = [Numbers(name, partial(function, **options))]
+        self.columns = [NumberColumn(name, partial(function, **options))]
 
 
-def _options_of(name: str, function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
-    """The options that a function has, and their defaults; an error for other ones."""
+class _CustomMean(Measure):
+    """The mean of a user's function."""
+
+    def __init__(
+        self, name: str, function: Callable[[ExplainedBatch], Any], higher_is_better: bool
+    ) -> None:
+        self.name, self.higher_is_better = name, higher_is_better
+        self.options = {"function": function, "higher_is_better": higher_is_better}
+        self.columns = [NumberColumn(name, function)]
+
+
+def _checked_defaults(
+    name: str, function: Callable[..., Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The defaults of a metric's options.
+
+    Raises:
+        ValueError: an option that the metric does not have.
+    """
     parameters = inspect.signature(function).parameters.values()
-    known = {
-        p.name: p.default for p in parameters if p.default is not p.empty and p.name not in _OURS
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.default is not parameter.empty and parameter.name not in _RESERVED
     }
-    for option in given:
-        check_choice(f"metrics: {name}", option, known)
-    return known
+    for option in options:
+        if option not in defaults:
+            raise ArgumentError(
+                f"`metrics: {name}` must be one of {list(defaults)}, got {option!r}.", "metrics"
+            )
+    return defaults
 
 
 # --- figures of all images together --------------------------------------------------------------
 
 
 class _MaxBoxAcc(Measure):
+    """Among all thresholds, the highest accuracy of boxes."""
+
     name = "max_box_acc"
     contours: ClassVar[str] = "largest"
-    default: ClassVar[tuple[float, ...]] = (0.5,)
+    default_ious: ClassVar[tuple[float, ...]] = (0.5,)
     axis = "threshold", _THRESHOLDS
 
     def __init__(
         self, iou_thresholds: Sequence[float] | None = None, convention: str = "components"
     ) -> None:
-        thresholds = self.default if iou_thresholds is None else iou_thresholds
+        thresholds = self.default_ious if iou_thresholds is None else iou_thresholds
         self.box_options = wsol.BoxOptions(thresholds, self.contours, convention)
-        known = list(self.box_options.iou_thresholds)
-        self.options = {"iou_thresholds": known, "convention": convention}
-        self.ious = Ious(self.contours, convention)
-        self.records = [self.ious]
+        ious = list(self.box_options.iou_thresholds)
+        self.options = {"iou_thresholds": ious, "convention": convention}
+        self.iou_column = BoxIouColumn(self.contours, convention)
+        self.columns = [self.iou_column]
 
     def vector(self, row: Row) -> Array:
-        ious = _tensor(unpacked(row[self.ious.columns[0]], "<f4"))
+        ious = _tensor(unpack(row[self.iou_column.names[0]], "<f4"))
         hits: Array = wsol.box_hits(ious[None], self.box_options).flatten().numpy()
         return hits
 
@@ -191,11 +217,11 @@ class _MaxBoxAcc(Measure):
 
 
 class _MaxBoxAccV2(_MaxBoxAcc):
-    name, contours, default = "max_box_acc_v2", "all", (0.3, 0.5, 0.7)
+    name, contours, default_ious = "max_box_acc_v2", "all", (0.3, 0.5, 0.7)
 
 
-class _Top1(_MaxBoxAcc):
-    """A box counts only if the model's first k answers have the label."""
+class _Top1Localization(_MaxBoxAcc):
+    """MaxBoxAcc where a box counts only if the label is among the k highest scores."""
 
     name, k = "top_1_localization", 1
 
@@ -203,50 +229,53 @@ class _Top1(_MaxBoxAcc):
         self, iou_thresholds: Sequence[float] | None = None, convention: str = "components"
     ) -> None:
         super().__init__(iou_thresholds, convention)
-        self.right = f"label_in_top_{self.k}"
-        self.records = [self.ious, Numbers(self.right, partial(label_in_top, self.k))]
+        self.label_column = f"label_in_top_{self.k}"
+        is_right = NumberColumn(self.label_column, partial(label_in_top, self.k))
+        self.columns = [self.iou_column, is_right]
 
     def vector(self, row: Row) -> Array:
-        return super().vector(row) & (float(row[self.right]) > 0)
+        return super().vector(row) & (float(row[self.label_column]) > 0)
 
 
-class _Top5(_Top1):
+class _Top5Localization(_Top1Localization):
     name, k = "top_5_localization", 5
 
 
-class _Pixels(Measure):
+class _PixelMeasure(Measure):
+    """A figure of the pixels of all images."""
+
     def __init__(self) -> None:
         self.options = {}
-        self.records = [PixelCounts()]
+        self.columns = [PixelCountColumn()]
 
     @property
-    def summed(self) -> str:
+    def vector_name(self) -> str:
         return "pixel_counts"
 
     def vector(self, row: Row) -> Array:
-        return unpacked(row["pixel_counts"], "<i4")
+        return unpack(row["pixel_counts"], "<i4")
 
-    def counts(self, sums: Array) -> tuple[Tensor, Tensor]:
-        """How many pixels have which value, in the masks and outside: two (R, 1001)."""
+    def pixel_counts(self, sums: Array) -> tuple[Tensor, Tensor]:
+        """The numbers of pixels with each of 1001 values, inside and outside of the masks."""
         inside, outside = _tensor(sums).reshape(len(sums), 2, -1).unbind(1)
         return inside, outside
 
 
-class _PxAP(_Pixels):
+class _PxAP(_PixelMeasure):
     name = "pxap"
     axis = "recall", SHARES
 
     def figure(self, sums: Array, counts: Array) -> Array:
-        figures: Array = pixels.px_ap(*self.counts(sums)).numpy()
+        figures: Array = pixels.px_ap(*self.pixel_counts(sums)).numpy()
         return figures
 
     def curve(self, sums: Array, counts: Array) -> Array:
         recalls = torch.from_numpy(SHARES)
-        precisions: Array = pixels.precision_at(*self.counts(sums), recalls).numpy()
+        precisions: Array = pixels.precision_at(*self.pixel_counts(sums), recalls).numpy()
         return precisions
 
 
-class _PxIoU(_Pixels):
+class _PxIoU(_PixelMeasure):
     name = "px_iou"
     axis = "threshold", _LEVELS
 
@@ -255,7 +284,7 @@ class _PxIoU(_Pixels):
         return figures
 
     def curve(self, sums: Array, counts: Array) -> Array:
-        ious: Array = pixels.px_iou_curve(*self.counts(sums)).numpy()
+        ious: Array = pixels.px_iou_curve(*self.pixel_counts(sums)).numpy()
         return ious
 
 
@@ -266,83 +295,84 @@ def _tensor(values: Array) -> Tensor:
 # --- by name -------------------------------------------------------------------------------------
 
 
-class _Custom(Measure):
-    """A function of the caller's."""
-
-    def __init__(self, name: str, function: Callable[[Explained], Any], higher: bool) -> None:
-        self.name, self.higher_is_better = name, higher
-        self.options = {"function": function, "higher_is_better": higher}
-        self.records = [Numbers(name, function)]
-
-
 _CURVES = ("insertion", "deletion")
 LOCALIZATION = ("pointing_game", "energy", "max_box_acc", "max_box_acc_v2", "pxap", "px_iou")
-_POOLED = (_MaxBoxAcc, _MaxBoxAccV2, _PxAP, _PxIoU, _Top1, _Top5)
+_POOLED = (_MaxBoxAcc, _MaxBoxAccV2, _PxAP, _PxIoU, _Top1Localization, _Top5Localization)
 _ALL: Mapping[str, Callable[..., Measure]] = (
-    {name: partial(_Mean, definition) for name, definition in DEFINITIONS.items()}
+    {name: partial(_MetricMean, definition) for name, definition in DEFINITIONS.items()}
     | {name: partial(_CurveMean, DEFINITIONS[name]) for name in _CURVES}
-    | {measure.name: measure for measure in (_Overall, *_POOLED)}
+    | {measure.name: measure for measure in (_OverallScore, *_POOLED)}
     | {
-        "infidelity": partial(_Captums, "infidelity", infidelity_to_noise),
-        "sensitivity_max": partial(_Captums, "sensitivity_max", sensitivity_to_noise),
+        "infidelity": partial(_CaptumMean, "infidelity", infidelity_to_noise),
+        "sensitivity_max": partial(_CaptumMean, "sensitivity_max", sensitivity_to_noise),
     }
 )
 MEASURES = {name: _ALL[name] for name in (*LOCALIZATION, *_ALL)}
 
 
-def make_measures(metrics: Any, known: Sequence[Prepared]) -> list[Measure]:
-    """The measures of `evaluate`'s argument.
+def make_measures(metrics: Any, examples: Sequence[Example]) -> list[Measure]:
+    """The measures of `evaluate`'s argument `metrics`.
 
     Args:
         metrics: names, or a mapping from names to options or functions; None is "localization".
-        known: some examples, whose ground truth says what "localization" is.
+        examples: some examples, whose ground truth decides what "localization" contains.
+
+    Raises:
+        ValueError: an unknown name or option; no ground truth for "localization".
     """
     if metrics is None:
         metrics = ["localization"]
     if isinstance(metrics, str):
         metrics = [metrics]
     items = metrics.items() if isinstance(metrics, Mapping) else ((name, {}) for name in metrics)
-    made: dict[str, Measure] = {}
+    measures: dict[str, Measure] = {}
     for name, value in items:
-        value = {} if value is None else value
-        if name == "localization" and value == {}:
-            every = [MEASURES[each]() for each in LOCALIZATION]
-            # Where no example is known, rows say why.
-            made |= {m.name: m for m in every if not known or any(m.serves(e) for e in known)}
-        elif callable(value) and name not in MEASURES:
-            made[name] = _Custom(name, value, bool(getattr(value, "higher_is_better", True)))
-        elif name in MEASURES and isinstance(value, Mapping):
-            made[name] = MEASURES[name](**value)
-        else:
-            near = closest(str(name), ["localization", *MEASURES])
-            raise ArgumentError(
-                f"`metrics` must be names of {['localization', *MEASURES]}, with options where "
-                f"they are a mapping (of single metrics, not of 'localization'), or other names "
-                f"with functions, got {name!r}: {value!r}. Closest: {near}",
-                "metrics",
-            )
-    if _Overall.name in made:
-        both = [made.get(name) or MEASURES[name]() for name in _CURVES]
-        made[_Overall.name].records = [record for one in both for record in one.records]
-    if not made:
+        measures |= {m.name: m for m in _named_measures(name, value, examples)}
+    if _OverallScore.name in measures:
+        curves = [measures.get(name) or MEASURES[name]() for name in _CURVES]
+        measures[_OverallScore.name].columns = [c for curve in curves for c in curve.columns]
+    if not measures:
         raise ArgumentError(
-            f"`metrics`: the first {len(known)} examples of `data` that can be read have neither "
-            f"boxes nor masks, so that no localisation can be measured: name others, of "
+            f"`metrics`: the first {len(examples)} examples of `data` that can be read have "
+            f"neither boxes nor masks, so that no localisation can be measured: name others, of "
             f"{list(MEASURES)}.",
             "metrics",
         )
-    return list(made.values())
+    return list(measures.values())
 
 
-def measure_of(name: str, options: Mapping[str, Any]) -> Measure:
-    """The measure of a run, to read its rows, for which only the options of boxes matter."""
+def _named_measures(name: Any, value: Any, examples: Sequence[Example]) -> list[Measure]:
+    """The measures of one name, with its options or function."""
+    value = {} if value is None else value
+    if name == "localization" and value == {}:
+        measures = [MEASURES[metric]() for metric in LOCALIZATION]
+        # Without any example there are failed ones, whose rows have the reason.
+        return [m for m in measures if not examples or any(map(m.is_defined_for, examples))]
+    if callable(value) and name not in MEASURES:
+        return [_CustomMean(name, value, bool(getattr(value, "higher_is_better", True)))]
+    if name in MEASURES and isinstance(value, Mapping):
+        return [MEASURES[name](**value)]
+    names = ["localization", *MEASURES]
+    raise ArgumentError(
+        f"`metrics` must be names of {names}, with options where they are a mapping (of single "
+        f"metrics, not of 'localization'), or other names with functions, got {name!r}: {value!r}. "
+        f"Closest: {closest(str(name), names)}",
+        "metrics",
+    )
+
+
+def stored_measure(name: str, options: Mapping[str, Any]) -> Measure:
+    """The measure of a stored run, to read its rows.
+
+    Only the options of boxes matter here: rows contain the values of the other metrics.
+    """
     if name not in MEASURES:
-        return _Custom(name, lambda found: None, options.get("higher_is_better", True))
+        return _CustomMean(name, lambda batch: None, options.get("higher_is_better", True))
     measure = MEASURES[name]()
     return MEASURES[name](**options) if isinstance(measure, _MaxBoxAcc) else measure
 
 
-def _region(example: Prepared) -> Any:
-    """None where no pixel is in it: there is nothing to point at."""
+def _region_to_point_at(example: Example) -> Tensor | None:
+    """The region of an example; None where it is unknown or has no pixel."""
     region = example.region
     return None if region is None or not bool(region.any()) else region

@@ -1,4 +1,4 @@
-"""The attributions of an evaluation: what they are known by, and what they are called with."""
+"""The methods of an evaluation: attributions with the arguments of their `attribute`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,8 +19,8 @@ from captum_ext.attr._chain import chain, innermost, keywords_of
 from captum_ext.attr._fingerprint import attribution_fingerprint
 
 
-class Method(NamedTuple):
-    """An attribution, and what its `attribute` is called with."""
+class ConfiguredMethod(NamedTuple):
+    """An attribution, its name in the run, and the arguments of its `attribute`."""
 
     name: str
     attribution: Attribution
@@ -29,33 +29,27 @@ class Method(NamedTuple):
     @property
     def forward_func(self) -> Forward:
         """The model."""
-        found: Forward = self.attribution.forward_func
-        return found
+        forward_func: Forward = self.attribution.forward_func
+        return forward_func
 
     @property
-    def where(self) -> tuple[torch.device, torch.dtype]:
-        """Of the images that the model takes."""
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """The device and the dtype of the images that the model takes."""
         root = root_module(self.forward_func)
         if root is None:  # a function: its layers are of the model, if the method has any
-            root = next(
-                (
-                    m
-                    for m in tree_leaves(vars(innermost(self.attribution)).get("layer"))
-                    if isinstance(m, Module)
-                ),
-                None,
-            )
+            leaves = tree_leaves(vars(innermost(self.attribution)).get("layer"))
+            root = next((leaf for leaf in leaves if isinstance(leaf, Module)), None)
         if root is None:
             return torch.device("cpu"), torch.float32
         return next(root.parameters(), torch.empty(0)).device, parameter_dtype(root)
 
 
-def checked_methods(methods: Any) -> list[Method]:
-    """Those of `evaluate`'s argument; layer attributions are laid over the image.
+def configured_methods(methods: Any) -> list[ConfiguredMethod]:
+    """The methods of `evaluate`'s argument, with maps of layers upsampled to the image.
 
     Raises:
         TypeError: no mapping from names to attributions.
-        ValueError: an argument of `attribute` that is not the caller's.
+        ValueError: an argument of `attribute` that the user cannot give.
     """
     if not isinstance(methods, Mapping) or not methods:
         raise ArgumentTypeError(
@@ -68,10 +62,10 @@ def checked_methods(methods: Any) -> list[Method]:
             raise ArgumentTypeError(
                 f"`methods` must have names of one line, got {name!r}.", "methods"
             )
-    return [_method(name, value) for name, value in methods.items()]
+    return [_configured_method(name, value) for name, value in methods.items()]
 
 
-def _method(name: str, value: Any) -> Method:
+def _configured_method(name: str, value: Any) -> ConfiguredMethod:
     attribution, kwargs = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
     if not isinstance(attribution, Attribution) or not isinstance(kwargs, Mapping):
         raise ArgumentTypeError(
@@ -79,97 +73,98 @@ def _method(name: str, value: Any) -> Method:
             f"`attribute`), got {type(value).__name__}.",
             "methods",
         )
-    taken = {"inputs", "target", "return_convergence_delta"} & kwargs.keys()
-    if taken:
-        raise ArgumentError(f"`methods`: {name}: {sorted(taken)} cannot be given.", "methods")
+    reserved = {"inputs", "target", "return_convergence_delta"} & kwargs.keys()
+    if reserved:
+        raise ArgumentError(f"`methods`: {name}: {sorted(reserved)} cannot be given.", "methods")
     if isinstance(attribution, LayerAttribution):
         attribution = UpsampleWrapper(attribution)
-    known = keywords_of(attribution)
-    if known is not None and (unknown := sorted(kwargs.keys() - known)):
+    keywords = keywords_of(attribution)
+    if keywords is not None and (unknown := sorted(kwargs.keys() - keywords)):
         raise ArgumentError(
-            f"`methods`: {name} has no arguments {unknown}, but {sorted(known)}.", "methods"
+            f"`methods`: {name} has no arguments {unknown}, but {sorted(keywords)}.", "methods"
         )
-    return Method(name, attribution, kwargs)
+    return ConfiguredMethod(name, attribution, kwargs)
 
 
 @contextmanager
-def seeded(method: Method, seed: int) -> Iterator[None]:
-    """A method's own generators, and those among its arguments, from a seed; then as before."""
-    found: list[Generator] = []
-    for inner in chain(method.attribution):
-        found += [value for value in vars(inner).values() if isinstance(value, Generator)]
-    found += [value for value in method.kwargs.values() if isinstance(value, Generator)]
-    states = [generator.get_state() for generator in found]
-    for generator in found:
+def seed_generators(method: ConfiguredMethod, seed: int) -> Iterator[None]:
+    """Seed a method's own generators and those of its arguments; restore their states after it."""
+    generators: list[Generator] = []
+    for attribution in chain(method.attribution):
+        generators += [
+            value for value in vars(attribution).values() if isinstance(value, Generator)
+        ]
+    generators += [value for value in method.kwargs.values() if isinstance(value, Generator)]
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
         generator.manual_seed(seed)
     try:
         yield
     finally:
-        for generator, state in zip(found, states, strict=True):
+        for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
 
 
-def on_device(device: torch.device, method: Method) -> Method:
-    """A method whose model, other modules (a decoder) and tensors are on the device."""
+def move_to_device(device: torch.device, method: ConfiguredMethod) -> ConfiguredMethod:
+    """Move a method's model, other modules (a decoder) and tensors to the device."""
     root = root_module(method.forward_func)
     if root is not None:
         root.to(device)
-    for inner in chain(method.attribution):
-        for name, value in vars(inner).items():
+    for attribution in chain(method.attribution):
+        for name, value in vars(attribution).items():
             if isinstance(value, Module | Tensor | Generator):
-                setattr(inner, name, _there(device, value))
-    return method._replace(kwargs=tree_map(partial(_there, device), dict(method.kwargs)))
+                setattr(attribution, name, _moved(device, value))
+    return method._replace(kwargs=tree_map(partial(_moved, device), dict(method.kwargs)))
 
 
-def _there(device: torch.device, value: Any) -> Any:
-    """A module stays the same object. One GPU's generator is a new one there; `seeded` seeds it."""
+def _moved(device: torch.device, value: Any) -> Any:
+    """A value on the device; a module stays the same object.
+
+    A generator cannot move between GPUs. A new one replaces it, which `seed_generators` seeds.
+    """
     if isinstance(value, Generator):
-        other = value.device.type == device.type and value.device != device
-        return Generator(device) if other else value
+        is_other_gpu = value.device.type == device.type and value.device != device
+        return Generator(device) if is_other_gpu else value
     return value.to(device) if isinstance(value, Module | Tensor) else value
 
 
-# --- in words ------------------------------------------------------------------------------------
-
-
-def method_fingerprint(method: Method, digest_of: Callable[[Module], str]) -> str:
-    """A method, its options, its arguments and its model, as far as they can be known.
+def method_fingerprint(method: ConfiguredMethod, digest_of: Callable[[Module], str]) -> str:
+    """A method's class, options, arguments and model as a text, to recognise stored rows.
 
     Args:
         method: of a run.
-        digest_of: `model_digest`, with a memory of the models of this run.
+        digest_of: `model_digest`, with a cache for models that several methods share.
     """
 
-    def in_digits(module: Module) -> str:
+    def module_text(module: Module) -> str:
         mode = " in train mode" if any(part.training for part in module.modules()) else ""
         return f"{type(module).__name__} {digest_of(module)}{mode}"
 
-    def held() -> list[str]:
-        """Its tensors, and modules that are no part of the model, such as a decoder."""
-        found = []
-        attributes = (
-            item for one in chain(method.attribution) for item in sorted(vars(one).items())
-        )
-        for name, value in attributes:
-            for leaf in tree_leaves(value):
-                if isinstance(leaf, Tensor):
-                    found.append(f"{name}={json_value(where, leaf)}")
-                elif isinstance(leaf, Module) and leaf not in own:
-                    found.append(f"{name}={in_digits(leaf)}")
-        return found
+    def tensors_and_modules() -> list[str]:
+        """The method's tensors, and modules outside of the model, such as a decoder."""
+        texts = []
+        for attribution in chain(method.attribution):
+            for name, value in sorted(vars(attribution).items()):
+                for leaf in tree_leaves(value):
+                    if isinstance(leaf, Tensor):
+                        texts.append(f"{name}={json_value(where, leaf)}")
+                    elif isinstance(leaf, Module) and leaf not in model_parts:
+                        texts.append(f"{name}={module_text(leaf)}")
+        return texts
 
     where = f"`methods`: {method.name}"
     root = root_module(method.forward_func)
-    own = set() if root is None else set(root.modules())
+    model_parts = set() if root is None else set(root.modules())
     if root is None:
         model = versioned_name(f"{where}: the model", method.forward_func)
     else:
-        model = in_digits(root)
-    made = ", ".join(
-        [attribution_fingerprint(where, method.attribution, root or Module()), *held()]
-    )
+        model = module_text(root)
+    options = attribution_fingerprint(where, method.attribution, root or Module())
     arguments = [
         f"{key}={json_value(f'{where}: {key}', value)!r}"
         for key, value in sorted(method.kwargs.items())
     ]
-    return f"{made}, of {model}, called with ({', '.join(arguments)})"
+    return (
+        f"{', '.join([options, *tensors_and_modules()])}, of {model}, called with "
+        f"({', '.join(arguments)})"
+    )

@@ -1,4 +1,4 @@
-"""What came of a run: figures with intervals, paired differences, failures; a table, a picture."""
+"""The summary of a run: figures with intervals, paired differences, failures, tables and plots."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,31 +10,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from captum_ext._checks import check_choice, check_count
-from captum_ext.evaluation.measures import Measure, measure_of
-from captum_ext.evaluation.records import Array
+from captum_ext.evaluation.columns import Array
+from captum_ext.evaluation.measures import Measure, stored_measure
 from captum_ext.evaluation.store import ResultStore, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CHUNK = 512  # rows that are summed at once
-_ENOUGH = 10  # images, for an asterisk
+_MIN_IMAGES = 10  # for an asterisk
 _LEGEND = (
     "In brackets, 95% bootstrap intervals over the images; in parentheses, how many images a "
     "figure is of, where not all have it. Figures that choose the best threshold choose it anew "
     "in each resample, so that their intervals lie high."
 )
-_STAR = f" An asterisk: the interval is without 0, of at least {_ENOUGH} images."
+_STAR = f" An asterisk: the interval is without 0, of at least {_MIN_IMAGES} images."
 
 
 class Estimate(NamedTuple):
     """A figure and its 95% bootstrap interval.
 
     Attributes:
-        value: of the images as they are.
-        low: the percentile 2.5 over the resamples.
-        high: the percentile 97.5.
-        images: how many it is of.
+        value: the figure of the images.
+        low: the 2.5th percentile of the resamples.
+        high: the 97.5th percentile.
+        images: their number.
     """
 
     value: float
@@ -51,10 +51,10 @@ class Band(NamedTuple):
 
     Attributes:
         x: (n,).
-        value: (n,), of the images as they are.
-        low: (n,), the percentile 2.5 over the resamples.
-        high: (n,), the percentile 97.5.
-        over: what `x` is.
+        value: (n,), the curve of the images.
+        low: (n,), the 2.5th percentiles of the resamples.
+        high: (n,), the 97.5th percentiles.
+        over: the label of `x`.
     """
 
     x: Array
@@ -63,25 +63,29 @@ class Band(NamedTuple):
     high: Array
     over: str
 
+    def __repr__(self) -> str:
+        return f"Band({len(self.x)} points over {self.over!r})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Summary:
-    """What a run found, by the names of methods and metrics.
+    """The results of a run by the names of methods and metrics.
 
     Attributes:
-        figures: of each method and metric, over the images that the method has it of.
-        differences: of each method but one and each metric: its figure less that of `against`, over
+        figures: of each method and metric, over the images for which the method has the metric.
+        differences: for each other method and each metric, its figure minus that of `against`, over
             the images that both have, in the same resamples.
         against: the method that the others are compared with.
-        images: how many rows of each method came to something.
-        failures: how many did not.
+        images: the number of rows of each method that did not fail.
+        failures: the number of rows of each method that failed.
         reasons: the first reason of each method that failed.
-        seconds: of each method, for one image: of the attribution, and of the metrics. They differ
+        seconds: of each method for one image: of the attribution, and of the metrics. They differ
             from run to run.
         higher_is_better: of each metric.
-        curves: of each method, and those metrics that have one: the score while pixels come or go,
-            averaged at 101 shares of them; the accuracy of boxes at each threshold, averaged over
-            the IoUs; precision over recall, for PxAP; the IoU of all pixels at each threshold.
+        curves: of each method, and those metrics that have one: the score while pixels are inserted
+            or deleted, averaged at 101 shares of them; the accuracy of boxes at each threshold,
+            averaged over the IoUs; precision over recall, for PxAP; the IoU of all pixels at each
+            threshold.
     """
 
     figures: Mapping[str, Mapping[str, Estimate]]
@@ -95,7 +99,7 @@ class Summary:
     curves: Mapping[str, Mapping[str, Band]]
 
     def only(self, *metrics: str) -> "Summary":
-        """The same of some metrics, in this order.
+        """The summary of some metrics, in this order.
 
         Raises:
             ValueError: a metric that the run does not have.
@@ -103,34 +107,36 @@ class Summary:
         for metric in metrics:
             check_choice("metrics", metric, self.higher_is_better)
 
-        def some(found: Mapping[str, Any]) -> dict[str, Any]:
-            return {metric: found[metric] for metric in metrics if metric in found}
+        def select(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {metric: values[metric] for metric in metrics if metric in values}
 
         return replace(
             self,
-            figures={name: some(each) for name, each in self.figures.items()},
-            differences={name: some(each) for name, each in self.differences.items()},
-            higher_is_better=some(self.higher_is_better),
-            curves={name: some(each) for name, each in self.curves.items()},
+            figures={name: select(figures) for name, figures in self.figures.items()},
+            differences={name: select(values) for name, values in self.differences.items()},
+            higher_is_better=select(self.higher_is_better),
+            curves={name: select(curves) for name, curves in self.curves.items()},
         )
+
+    def __repr__(self) -> str:
+        methods = {name: self.images[name] for name in self.figures}
+        return f"Summary(images={methods}, metrics={list(self.higher_is_better)})"
 
     def __str__(self) -> str:
         return self.markdown()
 
     def markdown(self) -> str:
-        """Both tables, how to read them, and the failures."""
+        """The tables of figures and differences, how to read them, and the failures."""
         metrics = list(self.higher_is_better)
         heads = [f"{m} {'↑' if self.higher_is_better[m] else '↓'}" for m in metrics]
-        rows = [
-            [name, *(_shown(each.get(m), self.images[name]) for m in metrics), self.images[name]]
-            for name, each in self.figures.items()
-        ]
+
+        def cells(name: str, estimates: Mapping[str, Estimate], star: bool = False) -> list[Any]:
+            return [name, *(_cell(estimates.get(m), self.images[name], star) for m in metrics)]
+
+        rows = [[*cells(name, values), self.images[name]] for name, values in self.figures.items()]
         parts = [_table(["method", *heads, "images"], rows)]
         if self.differences:
-            rows = [
-                [name, *(_shown(each.get(m), self.images[name], star=True) for m in metrics)]
-                for name, each in self.differences.items()
-            ]
+            rows = [cells(name, values, star=True) for name, values in self.differences.items()]
             parts.append(_table([f"less {_escaped(self.against)}", *heads], rows))
         parts.append(_LEGEND + (_STAR if self.differences else ""))
         failed = [
@@ -143,38 +149,38 @@ class Summary:
     def figure(self) -> "Figure":
         """A matplotlib figure: for each metric, the methods with their intervals."""
         names = list(self.figures)
-        picture, axes = _panels(list(self.higher_is_better), 1 + 0.3 * len(names), sharey=True)
+        figure, axes = _panels(list(self.higher_is_better), 1 + 0.3 * len(names), sharey=True)
         for metric, axis in axes.items():
-            for place, name in enumerate(names):
-                found = self.figures[name].get(metric)
-                if found is not None:
-                    axis.plot([found.low, found.high], [place] * 2, color=f"C{place % 10}")
-                    axis.plot(found.value, place, "o", color=f"C{place % 10}")
+            for i, name in enumerate(names):
+                estimate = self.figures[name].get(metric)
+                if estimate is not None:
+                    axis.plot([estimate.low, estimate.high], [i] * 2, color=f"C{i % 10}")
+                    axis.plot(estimate.value, i, "o", color=f"C{i % 10}")
             better = "higher" if self.higher_is_better[metric] else "lower"
             axis.set_title(f"{metric} ({better} is better)", fontsize="small")
         first = next(iter(axes.values()))
         first.set_yticks(range(len(names)), names)
         first.set_ylim(len(names) - 0.5, -0.5)
-        return picture
+        return figure
 
     def curves_figure(self) -> "Figure":
-        """A matplotlib figure: for each metric that has curves, those of the methods.
+        """A matplotlib figure: for each metric with curves, those of the methods.
 
         Raises:
-            ValueError: no metric has any.
+            ValueError: no metric has curves.
         """
         metrics = [m for m in self.higher_is_better if any(m in c for c in self.curves.values())]
         if not metrics:
             raise ValueError(f"Of {list(self.higher_is_better)}, none has a curve.")
-        picture, axes = _panels(metrics, 2.6, sharey=False)
+        figure, axes = _panels(metrics, 2.6, sharey=False)
         styles = ("-", "--", ":")
         for metric, axis in axes.items():
-            for place, (name, curves) in enumerate(self.curves.items()):
+            for i, (name, curves) in enumerate(self.curves.items()):
                 if metric in curves:
                     x, value, low, high, over = curves[metric]
-                    style = styles[place // 10 % len(styles)]
-                    axis.plot(x, value, style, color=f"C{place % 10}", label=name)
-                    axis.fill_between(x, low, high, color=f"C{place % 10}", alpha=0.12, lw=0)
+                    style = styles[i // 10 % len(styles)]
+                    axis.plot(x, value, style, color=f"C{i % 10}", label=name)
+                    axis.fill_between(x, low, high, color=f"C{i % 10}", alpha=0.12, lw=0)
                     axis.set_xlabel(over, fontsize="small")
             axis.set_title(metric, fontsize="small")
         handles = {
@@ -182,48 +188,54 @@ class Summary:
             for axis in axes.values()
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-        picture.legend(
-            handles.values(), handles.keys(), loc="outside right upper", fontsize="small"
-        )
-        return picture
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
+        return figure
 
 
 def summary(
     output: str | Path, *, against: str | None = None, resamples: int = 1000, seed: int = 0
 ) -> Summary:
-    """What the rows of a run say, finished or not.
+    """Figures with intervals and paired differences from the stored results of a run.
 
-    Resamples are of images, drawn with replacement, the same ones for all methods and metrics.
-    Intervals lie between the percentiles 2.5 and 97.5. MaxBoxAcc takes the best threshold of each
-    resample, as it does of the data set.
+    The run may be unfinished, or being written by another process: its finished tasks count, and
+    reading does not disturb it. Tasks whose checksum does not match are left out, with a warning.
+
+    Bootstrap resamples are drawn from the images with replacement, the same for all methods and
+    metrics. Intervals lie between the percentiles 2.5 and 97.5. MaxBoxAcc takes the best threshold
+    of each resample, as it does of the data set.
 
     Args:
         output: the folder that `evaluate` wrote.
         against: the method that the others are compared with. None is the first.
-        resamples: how many.
+        resamples: their number.
         seed: of the resamples.
 
     Raises:
         FileNotFoundError: there is no run in the folder.
-        ValueError: an unknown method, or no resample.
+        ValueError: an unknown method; fewer than one resample; a damaged file; a run of another
+            version.
+        OSError: the folder of a killed run that cannot be written: an unfinished task must be
+            rolled back in it.
     """
     check_count("resamples", resamples)
     store = ResultStore.read(output)
     names = list(store.settings["methods"])
     against = names[0] if against is None else against
     check_choice("against", against, names)
-    measures = [measure_of(name, given) for name, given in store.settings["metrics"].items()]
+    metrics = store.settings["metrics"].items()
+    measures = [stored_measure(name, options) for name, options in metrics]
 
     n = store.settings["examples"]
     images, failures, reasons, has = _counts(store.rows(), names, measures, n)
-    weights = _weights(n, resamples, seed)
-    sums: dict[tuple[str, str, str], _Sums] = {}
+    weights = _resample_weights(n, resamples, seed)
+    sums: dict[tuple[str, str, str], _WeightedSums] = {}
 
-    def sums_of(name: str, m: Measure, other: str) -> _Sums:
-        """Over the images that the method has the metric of, and the other method too."""
+    def sums_of(name: str, m: Measure, other: str) -> _WeightedSums:
+        """The sums over the images for which both methods have the measure."""
         both = has[name, m.name] & has[other, m.name]
         same = name if (both == has[name, m.name]).all() else other
-        return sums.setdefault((name, m.summed, same), _Sums(m.vector, weights, both))
+        key = (name, m.vector_name, same)
+        return sums.setdefault(key, _WeightedSums(m.vector, weights, both))
 
     for m, name in itertools.product(measures, names):
         for other in (name, against) if name != against else names:
@@ -236,19 +248,21 @@ def summary(
 
     @cache
     def resampled(name: str, m: Measure, other: str) -> Array:
-        return sums_of(name, m, other).read(m.figure)
+        return sums_of(name, m, other).apply(m.figure)
 
     figures: dict[str, dict[str, Estimate]] = {name: {} for name in names}
     differences: dict[str, dict[str, Estimate]] = {n: {} for n in names if n != against}
-    for m in measures:
-        for name in names:
-            mine = has[name, m.name]
-            both = mine & has[against, m.name]
-            if mine.any():
-                figures[name][m.name] = _estimate(resampled(name, m, name), mine)
-            if name != against and both.any():
-                less = resampled(name, m, against) - resampled(against, m, name)
-                differences[name][m.name] = _estimate(less, both)
+    curves: dict[str, dict[str, Band]] = {name: {} for name in names}
+    for name, m in itertools.product(names, measures):
+        of_one = has[name, m.name]
+        both = of_one & has[against, m.name]
+        if of_one.any():
+            figures[name][m.name] = _estimate(resampled(name, m, name), of_one)
+            if m.axis is not None:
+                curves[name][m.name] = _band(sums_of(name, m, name).apply(m.curve), *m.axis)
+        if name != against and both.any():
+            difference = resampled(name, m, against) - resampled(against, m, name)
+            differences[name][m.name] = _estimate(difference, both)
     return Summary(
         figures,
         differences,
@@ -258,53 +272,54 @@ def summary(
         reasons,
         store.seconds_per_image(),
         {m.name: m.higher_is_better for m in measures},
-        {
-            name: {
-                m.name: _band(sums_of(name, m, name).read(m.curve), *m.axis)
-                for m in measures
-                if m.axis is not None and has[name, m.name].any()
-            }
-            for name in names
-        },
+        curves,
     )
 
 
 def _counts(
     rows: Iterable[Row], names: list[str], measures: list[Measure], n: int
 ) -> tuple[dict[str, int], dict[str, int], dict[str, str], dict[tuple[str, str], Array]]:
-    """Images and failures of each method, why its first failed, and which images have a metric."""
+    """Images and failures of each method, its first reason, and which images have each measure."""
     images, failures = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-    reasons: dict[str, tuple[int, str]] = {}
+    reasons: dict[str, str] = {}
     has = {(name, m.name): np.zeros(n, dtype=bool) for name in names for m in measures}
     for row in rows:
-        name, place = row["method"], int(row["index"])
+        name = row["method"]
         if row["failure"]:
             failures[name] += 1
-            reasons[name] = min(reasons.get(name, (n, "")), (place, row["failure"]))
+            reasons.setdefault(name, row["failure"])
             continue
         images[name] += 1
         for m in measures:
-            has[name, m.name][place] = all(row[column] for column in m.columns())
-    return images, failures, {name: why for name, (_, why) in reasons.items()}, has
+            has[name, m.name][int(row["index"])] = all(row[c] for c in m.column_names())
+    return images, failures, reasons, has
 
 
-class _Sums:
-    """Weighted sums of the vectors of some images: row 0 each image once, then the resamples."""
+class _WeightedSums:
+    """Sums of the vectors of some images, weighted by how often a resample has each image.
+
+    Args:
+        vector: makes a vector (d,) of a row.
+        weights: (R + 1, n), of all images: first 1 for each, then those of R resamples.
+        images: (n,), bool: the images that count.
+    """
 
     def __init__(self, vector: Callable[[Row], Array], weights: Array, images: Array) -> None:
         self.vector, self.weights, self.images = vector, weights, images
         self.sums: Array | None = None
-        self.waiting: list[tuple[int, Array]] = []
+        self.indices: list[int] = []
+        self.vectors: list[Array] = []
 
     def add(self, row: Row) -> None:
-        place = int(row["index"])
-        if self.images[place]:
-            self.waiting.append((place, self.vector(row)))
-            if len(self.waiting) == _CHUNK:
+        index = int(row["index"])
+        if self.images[index]:
+            self.indices.append(index)
+            self.vectors.append(self.vector(row))
+            if len(self.indices) == _CHUNK:
                 self._sum()
 
-    def read(self, function: Callable[[Array, Array], Array]) -> Array:
-        """Of sums and counts, (R + 1, ...); NaN where a resample has none of the images."""
+    def apply(self, function: Callable[[Array, Array], Array]) -> Array:
+        """A function of sums and numbers, (R + 1, ...); NaN for resamples without these images."""
         self._sum()
         if self.sums is None:
             return np.full(len(self.weights), np.nan)
@@ -313,28 +328,27 @@ class _Sums:
 
     @cached_property
     def counts(self) -> Array:
-        """Of images in each resample."""
+        """The number of images in each resample, (R + 1,)."""
         of_images = self.weights if self.images.all() else self.weights[:, self.images]
-        found: Array = of_images.sum(1, dtype=float)
-        return found
+        counts: Array = of_images.sum(1, dtype=float)
+        return counts
 
     def _sum(self) -> None:
-        if self.waiting:
-            places = [place for place, _ in self.waiting]
-            vectors = np.stack([vector for _, vector in self.waiting])
-            # Sums of so few truth values are exact in float32, and take half the time.
-            kind = np.float32 if vectors.dtype == bool else np.float64
-            part = self.weights[:, places].astype(kind) @ vectors.astype(kind)
+        if self.indices:
+            vectors = np.stack(self.vectors)
+            # Sums of a few truth values are exact in float32, and take half the time.
+            dtype = np.float32 if vectors.dtype == bool else np.float64
+            part = self.weights[:, self.indices].astype(dtype) @ vectors.astype(dtype)
             self.sums = part.astype(float) if self.sums is None else self.sums + part
-            self.waiting = []
+            self.indices, self.vectors = [], []
 
 
-def _weights(n: int, resamples: int, seed: int) -> Array:
-    """How often each image is in each resample, (R + 1, n); first, once in all images."""
+def _resample_weights(n: int, resamples: int, seed: int) -> Array:
+    """How often each resample has each image, (R + 1, n); the first row is 1 for each image."""
     random = np.random.default_rng(seed)
-    weights = np.ones((resamples + 1, n), dtype=np.uint8)  # none comes 255 times
-    for line in weights[1:]:
-        line[:] = np.bincount(random.integers(0, n, n), minlength=n)
+    weights = np.ones((resamples + 1, n), dtype=np.uint8)  # an image never comes 255 times
+    for row in weights[1:]:
+        row[:] = np.bincount(random.integers(0, n, n), minlength=n)
     return weights
 
 
@@ -350,34 +364,35 @@ def _band(curves: Array, over: str, x: Array) -> Band:
     return Band(x, curves[0], low, high, over)
 
 
-def _shown(found: Estimate | None, images: int, star: bool = False) -> str:
-    if found is None:
+def _cell(estimate: Estimate | None, images: int, star: bool) -> str:
+    """A cell of a table: it has the number of images where that differs, and perhaps a star."""
+    if estimate is None:
         return ""
-    is_sure = found.images >= _ENOUGH and (found.low > 0 or found.high < 0)
-    of = f" ({found.images})" if found.images != images else ""
-    return f"{found}{of}{' *' if star and is_sure else ''}"
+    is_significant = estimate.images >= _MIN_IMAGES and (estimate.low > 0 or estimate.high < 0)
+    of = f" ({estimate.images})" if estimate.images != images else ""
+    return f"{estimate}{of}{' *' if star and is_significant else ''}"
 
 
 def _panels(
     metrics: Sequence[str], height: float, *, sharey: bool
 ) -> tuple["Figure", dict[str, Any]]:
-    """A figure, and its axes by the metrics' names."""
+    """A figure with a panel for each metric, and its axes by metric."""
     from matplotlib.figure import Figure
 
-    columns = min(len(metrics), 3)
-    lines = -(-len(metrics) // columns)
-    picture = Figure(figsize=(1.5 + 3 * columns, lines * height), layout="constrained")
-    axes = list(picture.subplots(lines, columns, squeeze=False, sharey=sharey).flat)
+    n_columns = min(len(metrics), 3)
+    n_rows = -(-len(metrics) // n_columns)
+    figure = Figure(figsize=(1.5 + 3 * n_columns, n_rows * height), layout="constrained")
+    axes = list(figure.subplots(n_rows, n_columns, squeeze=False, sharey=sharey).flat)
     for axis in axes:
         axis.grid(alpha=0.3)
     for axis in axes[len(metrics) :]:
         axis.set_visible(False)
-    return picture, dict(zip(metrics, axes, strict=False))
+    return figure, dict(zip(metrics, axes, strict=False))
 
 
 def _table(head: list[str], rows: Iterable[list[Any]]) -> str:
-    every = [head, ["---"] * len(head), *([_escaped(row[0]), *row[1:]] for row in rows)]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in every)
+    lines = [head, ["---"] * len(head), *([_escaped(row[0]), *row[1:]] for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _escaped(text: str) -> str:

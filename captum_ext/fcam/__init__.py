@@ -5,10 +5,11 @@ Training needs Lightning, which the extra `train` installs: `pip install "captum
 
 from typing import TYPE_CHECKING, Any
 
+from captum_ext._deprecation import old_name
 from captum_ext._lazy import import_lazily
 from captum_ext.fcam.attribution import FCAM
 from captum_ext.fcam.crf import DenseCRFLoss, LocalCRFLoss, dense_crf_loss, local_crf_loss
-from captum_ext.fcam.decoder import FCAMDecoder, find_taps
+from captum_ext.fcam.decoder import FCAMDecoder, find_feature_layers
 from captum_ext.fcam.losses import SizeLoss, log_barrier, partial_cross_entropy, size_loss
 from captum_ext.fcam.seeding import SeedSampler, otsu
 
@@ -33,7 +34,7 @@ __all__ = [
     "SeedSampler",
     "SizeLoss",
     "dense_crf_loss",
-    "find_taps",
+    "find_feature_layers",
     "fit_fcam",
     "local_crf_loss",
     "log_barrier",
@@ -45,4 +46,6 @@ __all__ = [
 if not TYPE_CHECKING:  # for a type checker, unknown names stay errors
 
     def __getattr__(name: str) -> Any:
-        return import_lazily(__name__, _LAZY, name)
+        if name in _LAZY:
+            return import_lazily(__name__, _LAZY, name)
+        return old_name(__name__, {"find_taps": "find_feature_layers"}, name)

@@ -12,18 +12,20 @@ from torch.nn import Module
 from captum_ext._checks import check_images
 from captum_ext._compat import TargetType, TensorOrTupleOfTensors, _format_output, log_usage
 from captum_ext._engine.capture import LayerCapture
-from captum_ext._engine.modules import Forward, find_module, require_module
+from captum_ext._engine.modules import Forward, find_module, module_name, require_module
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import SavedDecoder
+from captum_ext._repr import options_repr
 from captum_ext.attr._method_info import Paper
-from captum_ext.attr._named import Named
+from captum_ext.attr._mixin import AttributionMixin
 from captum_ext.fcam.decoder import FCAMDecoder
 
 _DECODER_FILE = SavedDecoder("F-CAM", ("channels", "widths", "center", "layers"))
 
 
-class FCAM(Named, Attribution):
+class FCAM(AttributionMixin, Attribution):
     r"""F-CAM: the foreground map of a decoder on the features of a frozen classifier.
 
     .. math:: M = \operatorname{softmax}(D(f_1(x), ..., f_L(x)))_1
@@ -75,15 +77,22 @@ class FCAM(Named, Attribution):
     ) -> None:
         super().__init__(forward_func)
         if not isinstance(decoder, FCAMDecoder):
-            raise TypeError(f"`decoder` must be an FCAMDecoder, got {type(decoder)}.")
+            raise ArgumentTypeError(
+                f"`decoder` must be an FCAMDecoder, got {type(decoder)}.", "decoder"
+            )
         layers = decoder.layers if layers is None else layers
         if layers is None or len(layers) != len(decoder.channels):
-            raise ValueError(
+            raise ArgumentError(
                 f"`layers` must be {len(decoder.channels)}, as many as the decoder reads, got "
-                f"{layers!r}."
+                f"{layers!r}.",
+                "layers",
             )
         self.decoder = decoder
         self.layers = [find_module(forward_func, layer, "layers") for layer in layers]
+
+    def __repr__(self) -> str:
+        names = [module_name(self.forward_func, layer).strip("`") for layer in self.layers]
+        return options_repr(self, layers=None if names == self.decoder.layers else names)
 
     @log_usage()
     def attribute(

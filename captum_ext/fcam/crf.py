@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from captum_ext._checks import check_count, check_generator, check_size, warn
 from captum_ext._engine.precision import full_precision, without_autocast
+from captum_ext._errors import ArgumentError
 
 # Elements of the affinity matrix that are in memory at once: in float32 32 MiB on a GPU, and 4 MiB
 # on a CPU, which fit into its caches.
@@ -301,9 +302,10 @@ def _validated(foreground: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     fits = foreground.dim() == images.dim() == 4 and foreground.shape[1] == 1
     fits = fits and foreground.shape[2:] == images.shape[2:] and len(foreground) == len(images)
     if not fits or not foreground.numel() or not foreground.is_floating_point():
-        raise ValueError(
+        raise ArgumentError(
             f"`foreground` must be floats (N, 1, H, W) and `images` (N, C, H, W), got "
-            f"{tuple(foreground.shape)}, {foreground.dtype}, and {tuple(images.shape)}."
+            f"{tuple(foreground.shape)}, {foreground.dtype}, and {tuple(images.shape)}.",
+            "foreground",
         )
     foreground = full_precision(foreground)
     colours = images.detach().to(foreground.dtype)

@@ -15,6 +15,7 @@ from captum_ext._engine.capture import LayerCapture, clone_tensors
 from captum_ext._engine.hooks import hooked
 from captum_ext._engine.modules import Forward, find_module, require_module
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError
 
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
@@ -34,7 +35,7 @@ class FCAMDecoder(nn.Module):
 
     Args:
         channels: channels of the features, from the shallowest to the deepest, in the order of
-            `find_taps`.
+            `find_feature_layers`.
         widths: channels of each block, from the deepest, one for each of the features. If there are
             too few, the last is repeated; if too many, the rest is dropped.
             (256, 128, 64, 32, 16) (official code).
@@ -69,11 +70,13 @@ class FCAMDecoder(nn.Module):
         channels, widths = list(channels), list(widths)
         for name, numbers in (("channels", channels), ("widths", widths)):
             if not numbers:
-                raise ValueError(f"`{name}` must be one or more numbers, got none.")
+                raise ArgumentError(f"`{name}` must be one or more numbers, got none.", name)
             for number in numbers:
                 check_count(name, number)
         if layers is not None and len(layers) != len(channels):
-            raise ValueError(f"`layers` must be {len(channels)} names, got {layers!r}.")
+            raise ArgumentError(
+                f"`layers` must be {len(channels)} names, got {layers!r}.", "layers"
+            )
         widths = [*widths, *[widths[-1]] * (len(channels) - len(widths))][: len(channels)]
         self.channels, self.widths, self.has_center = channels, widths, center
         self.layers = None if layers is None else list(layers)
@@ -108,23 +111,24 @@ class FCAMDecoder(nn.Module):
             classifier: the module, or its bound method.
             images: example inputs (N, C, H, W), of the size that will be explained.
             layers: names of the layers to read, from the shallowest to the deepest. None takes
-                those of `find_taps`.
+                those of `find_feature_layers`.
             widths: channels of each block; see `FCAMDecoder`.
             center: whether there is a centre block; see `FCAMDecoder`.
 
         Raises:
             ValueError: a layer is unknown, or its output is no map.
         """
-        names = find_taps(classifier, images) if layers is None else list(layers)
+        names = find_feature_layers(classifier, images) if layers is None else list(layers)
         modules = [find_module(classifier, name, "layers") for name in names]
         with preserve_state(classifier):
             activations, _ = LayerCapture(classifier, modules).activations(images)
         features = [tensors[0] for tensors in activations]
         for name, maps in zip(names, features, strict=True):
             if maps.dim() != 4:
-                raise ValueError(
+                raise ArgumentError(
                     f"`layers` must put out maps (N, C, h, w), but {name} puts out "
-                    f"{tuple(maps.shape)}."
+                    f"{tuple(maps.shape)}.",
+                    "layers",
                 )
         return cls([maps.shape[1] for maps in features], widths, center, layers=names)
 
@@ -140,7 +144,9 @@ class FCAMDecoder(nn.Module):
         """
         channels = [f.shape[1] if f.dim() == 4 else f.shape for f in features]
         if channels != self.channels:
-            raise ValueError(f"`features` must have {self.channels} channels, got {channels}.")
+            raise ArgumentError(
+                f"`features` must have {self.channels} channels, got {channels}.", "features"
+            )
         *skips, x = features
         x = self.center(x)
         for block, skip in zip(self.blocks, [*reversed(skips), None], strict=True):
@@ -170,7 +176,7 @@ def _resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
 
 
-def find_taps(classifier: Forward, images: Tensor) -> list[str]:
+def find_feature_layers(classifier: Forward, images: Tensor) -> list[str]:
     """The layers that a decoder reads: the last layer of each resolution.
 
     The classifier runs once. A layer is a candidate if it puts out maps, unless
@@ -196,10 +202,10 @@ def find_taps(classifier: Forward, images: Tensor) -> list[str]:
 
     Example:
         >>> from torchvision.models import resnet18
-        >>> find_taps(resnet18().eval(), torch.zeros(1, 3, 64, 64))
+        >>> find_feature_layers(resnet18().eval(), torch.zeros(1, 3, 64, 64))
         ['relu', 'layer1', 'layer2', 'layer3', 'layer4']
     """
-    root = require_module(classifier, "classifier")
+    root = require_module(classifier, "classifier", ": name the `layers`")
     names, modules = zip(*root.named_modules(), strict=True)
     runs: Counter[str] = Counter()
     ran: list[tuple[str, tuple[int, int]]] = []
@@ -236,16 +242,17 @@ def find_taps(classifier: Forward, images: Tensor) -> list[str]:
         if name and runs[name] == 1 and is_map and not is_resized_by_parent(name, size):
             last.pop(size, None)  # keeps the order in which layers ran
             last[size] = name
-    taps: list[str] = []
+    layers: list[str] = []
     deeper_side = 0
     for (h, w), name in reversed(last.items()):
         if min(h, w) >= 1.5 * deeper_side:
-            taps.insert(0, name)
+            layers.insert(0, name)
             deeper_side = min(h, w)
-    if len(taps) < 2:
-        raise ValueError(
-            f"`classifier` {type(root).__name__} has {len(taps)} layers of different resolutions "
-            f"at {height} x {width} pixels ({taps}), and a decoder needs two: name them as "
-            f"`layers`."
+    if len(layers) < 2:
+        raise ArgumentError(
+            f"`classifier` {type(root).__name__} has {len(layers)} layers of different resolutions "
+            f"at {height} x {width} pixels ({layers}), and a decoder needs two: name them as "
+            f"`layers`.",
+            "classifier",
         )
-    return taps
+    return layers

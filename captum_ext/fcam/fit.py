@@ -83,7 +83,7 @@ def fit_fcam(
             for both. None is `size`.
         n_epochs: how often each picture is seen. 5.
         batch_size: pictures in a step, on each device. 32.
-        layers: names of the layers that the decoder reads. None takes those of `find_taps`.
+        layers: names of the layers that the decoder reads. None takes `find_feature_layers`.
         widths: channels of the decoder's blocks; see `FCAMDecoder`.
         center: whether the decoder has a centre block; see `FCAMDecoder`.
         cache: a folder for the guide's maps of the whole pictures, which are computed once. Maps of

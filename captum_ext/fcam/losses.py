@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from captum_ext._checks import check_size
 from captum_ext._engine.precision import full_precision
+from captum_ext._errors import ArgumentError
 from captum_ext.fcam.seeding import IGNORED
 
 # --- seeds ---------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class SizeLoss(nn.Module):
         for name, value in (("t", t), ("growth", growth), ("t_max", t_max)):
             check_size(name, value, positive=True)
         if t_max < t:
-            raise ValueError(f"`t_max` must be at least `t`, got {t_max} and {t}.")
+            raise ArgumentError(f"`t_max` must be at least `t`, got {t_max} and {t}.", "t_max")
         self.start, self.growth, self.t_max = t, growth, t_max
         self.register_buffer("t", torch.tensor(float(t)))
 

@@ -5,6 +5,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import max_pool2d
 
 from captum_ext._checks import check_count, check_generator, check_range
+from captum_ext._errors import ArgumentError
+from captum_ext._repr import options_repr
 
 FOREGROUND, BACKGROUND, IGNORED = 1, 0, -255
 LEVELS = 256
@@ -107,9 +109,12 @@ class SeedSampler:
             if size is not None:
                 check_count(name, size)
                 if size % 2 == 0:
-                    raise ValueError(f"`{name}` must be odd, got {size}.")
+                    raise ArgumentError(f"`{name}` must be odd, got {size}.", name)
         self.n_foreground, self.n_background, self.n_minus = n_foreground, n_background, n_minus
         self.kernel_size, self.erosion = kernel_size, erosion
+
+    def __repr__(self) -> str:
+        return options_repr(self)
 
     def __call__(self, maps: Tensor, generator: Generator | None = None) -> Tensor:
         """Draw the seeds.
@@ -125,8 +130,9 @@ class SeedSampler:
         """
         is_map = maps.dim() == 4 and maps.shape[1] == 1 and maps.numel()
         if not is_map or not maps.is_floating_point():
-            raise ValueError(
-                f"`maps` must be (N, 1, H, W) of floats, got {tuple(maps.shape)}, {maps.dtype}."
+            raise ArgumentError(
+                f"`maps` must be (N, 1, H, W) of floats, got {tuple(maps.shape)}, {maps.dtype}.",
+                "maps",
             )
         check_generator(generator, maps.device)
         noise = torch.rand((3, len(maps), maps[0].numel()), generator=generator, device=maps.device)

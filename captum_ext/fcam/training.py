@@ -14,7 +14,7 @@ from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module, parameter_dtype
 from captum_ext._engine.state import eval_mode, seeded_random
-from captum_ext._errors import ArgumentError
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import derive_seed
 from captum_ext._training import DecoderModule
 from captum_ext.fcam.decoder import FCAMDecoder
@@ -117,9 +117,9 @@ class FCAMModule(DecoderModule):
         ):
             check_size(name, value, positive=name == "lr")
         if crf is not None and not callable(crf):
-            raise TypeError(f"`crf` must be a module or None, got {type(crf)}.")
+            raise ArgumentTypeError(f"`crf` must be a module or None, got {type(crf)}.", "crf")
         if seeds is not None and not isinstance(seeds, SeedSampler):
-            raise TypeError(f"`seeds` must be a SeedSampler, got {type(seeds)}.")
+            raise ArgumentTypeError(f"`seeds` must be a SeedSampler, got {type(seeds)}.", "seeds")
         self.guide = guide
         self.crf, self.size_loss = crf, SizeLoss()
         self.seeds = seeds or SeedSampler()

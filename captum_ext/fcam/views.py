@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from captum_ext._data.pictures import PictureDataset, box_tensor, entry_field, scale_boxes
 from captum_ext._data.pixels import resize_pixels
+from captum_ext._errors import ArgumentError
 
 
 class BoxedPictures(Dataset[tuple[Tensor, Tensor]]):
@@ -41,11 +42,13 @@ class BoxedPictures(Dataset[tuple[Tensor, Tensor]]):
         name = f"`validation`: {self.pictures.name(index)}"
         boxes = entry_field(entry, "boxes", index=2)
         if boxes is None:
-            raise ValueError(f"{name} has no boxes: entries must be (picture, label, boxes).")
+            raise ArgumentError(
+                f"{name} has no boxes: entries must be (picture, label, boxes).", "validation"
+            )
         try:
             boxes = box_tensor(boxes)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ArgumentError(f"{name}: {error}", "validation") from error
         size = self.pictures.size
         boxes = scale_boxes(boxes, (pixels.shape[1], pixels.shape[2]), size)
         return resize_pixels(pixels, size), boxes.floor()

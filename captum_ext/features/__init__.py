@@ -1,4 +1,4 @@
-"""Feature visualisation: what the units of a network look for."""
+"""Feature visualisation: preferred inputs of units, and the patches that activate them most."""
 
 from captum_ext.features._activating_patches import ActivatingPatches
 from captum_ext.features._top_activations import TopActivations

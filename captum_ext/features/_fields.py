@@ -1,4 +1,4 @@
-"""Which part of an image a unit sees: its receptive field, or where its gradient lies."""
+"""Boxes of the image regions that units see, by receptive fields or by gradients."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,19 @@ from tqdm import tqdm
 
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._engine.receptive_field import ReceptiveField
-from captum_ext.features._layer_maps import LayerMaps
+from captum_ext._errors import ArgumentError
+from captum_ext._layer_maps import LayerMaps
 
 
 def field_boxes(field: ReceptiveField, positions: Tensor) -> Tensor:
-    """The receptive fields of units, also beyond the image.
+    """The receptive fields of units, which may extend beyond the image.
 
     Args:
-        field: of the layer.
-        positions: (..., 2), row and column of each unit.
+        field: the layer's receptive field.
+        positions: (..., 2), row and column of each unit in the layer's map.
 
     Returns:
-        (..., 4), int64: (x1, y1, x2, y2), half-open.
+        Boxes (..., 4), int64: (x1, y1, x2, y2) in pixels, half-open.
 
     Example:
         >>> from captum_ext._engine.receptive_field import FieldAxis
@@ -29,18 +30,18 @@ def field_boxes(field: ReceptiveField, positions: Tensor) -> Tensor:
         [5, -1, 10, 4]
     """
     lows, highs = [], []
-    for axis, at in zip(field, positions.double().unbind(-1), strict=True):
-        low = axis.start + axis.stride * at - (axis.size - 1) / 2
+    for axis, position in zip(field, positions.double().unbind(-1), strict=True):
+        low = axis.start + axis.stride * position - (axis.size - 1) / 2
         lows.append(low.floor())
         highs.append((low + axis.size).ceil())
     return torch.stack([lows[1], lows[0], highs[1], highs[0]], -1).long()
 
 
-def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes (..., 4) without what is beyond an image of `size`; at least the nearest pixel.
+def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes (..., 4) clipped to an image of `size`, (H, W); at least the nearest pixel is left.
 
     Example:
-        >>> clipped(torch.tensor([[-3, 2, 4, 9], [-2, 0, 0, 1]]), (6, 5)).tolist()
+        >>> clip_boxes(torch.tensor([[-3, 2, 4, 9], [-2, 0, 0, 1]]), (6, 5)).tolist()
         [[0, 2, 4, 6], [0, 0, 1, 1]]
     """
     ends = boxes.new_tensor([size[1], size[0]])
@@ -50,14 +51,14 @@ def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def energy_boxes(energy: Tensor, share: float) -> Tensor:
-    """Boxes that hold at least `share` of an energy: each side cuts off (1 - share) / 4 at most.
+    """Boxes with at least `share` of the energy. Each side cuts off at most (1 - share) / 4 of it.
 
     Args:
         energy: (B, H, W), 0 or more.
-        share: in [0, 1]. With 1 the box ends where the energy does.
+        share: in [0, 1]. With 1 the box contains all energy.
 
     Returns:
-        (B, 4), int64: (x1, y1, x2, y2), half-open; the whole where there is no energy.
+        Boxes (B, 4), int64: (x1, y1, x2, y2), half-open; the whole image without energy.
 
     Example:
         >>> energy_boxes(torch.tensor([[[0.0, 1.0, 98.0, 1.0]]]), 0.96).tolist()
@@ -65,14 +66,14 @@ def energy_boxes(energy: Tensor, share: float) -> Tensor:
     """
     tail = (1 - share) / 4
     ends = []
-    for axis in (1, 2):  # what is left of the columns, of the rows
+    for axis in (1, 2):  # sums over rows, then over columns
         line = energy.double().sum(axis)
         total = line.sum(1, keepdim=True)
         before = (line.cumsum(1) <= tail * total).sum(1)
         after = (line.flip(1).cumsum(1) <= tail * total).sum(1)
-        none = total[:, 0] == 0
+        is_empty = total[:, 0] == 0
         side = line.shape[1]
-        ends += [torch.where(none, 0, before), torch.where(none, side, side - after)]
+        ends += [torch.where(is_empty, 0, before), torch.where(is_empty, side, side - after)]
     x1, x2, y1, y2 = ends
     return torch.stack([x1, y1, x2, y2], 1)
 
@@ -81,59 +82,61 @@ def effective_boxes(
     maps: LayerMaps,
     pictures: PictureDataset,
     channels: Sequence[int],
-    places: Tensor,
+    indices: Tensor,
     positions: Tensor,
     share: float,
     batch_size: int,
     num_workers: int,
     show_progress: bool,
 ) -> Tensor:
-    """Where the squared gradients of activations with respect to their images lie.
+    """Effective receptive fields: boxes around the squared gradients of units by their images.
 
     Args:
-        maps: of the layer.
-        pictures: of the data set.
-        channels: one for each row of `places`.
-        places: (U, m).
-        positions: (U, m, 2).
-        share: of the energy.
-        batch_size: gradients at once.
+        maps: the layer's maps.
+        pictures: the data set.
+        channels: the channel of each row of `indices`.
+        indices: (U, m), of the pictures.
+        positions: (U, m, 2), row and column of the units in the layer's map.
+        share: the share of squared gradients in each box.
+        batch_size: gradients computed at once.
         num_workers: processes that read pictures.
         show_progress: whether to draw a progress bar.
 
     Returns:
-        (U, m, 4).
+        Boxes (U, m, 4), int64: (x1, y1, x2, y2), half-open.
 
     Raises:
-        ValueError: activations that do not depend on the image; a picture that can no longer be
-            read.
+        ValueError: the activations do not depend on the images, or a picture can no longer be read.
     """
-    units = torch.tensor(channels).repeat_interleave(places.shape[1]).to(maps.device)
-    cells = positions.flatten(0, 1).to(maps.device)
+    device = maps.device
+    units = torch.tensor(channels).repeat_interleave(indices.shape[1]).to(device)
+    rows, columns = positions.flatten(0, 1).to(device).unbind(1)
     loader = DataLoader(
-        Subset(pictures, places.flatten().tolist()),
+        Subset(pictures, indices.flatten().tolist()),
         batch_size,
         num_workers=num_workers,
         generator=torch.Generator(),  # the global one stays as it is
     )
-    found: list[Tensor] = []
-    done = 0
-    for pixels, _, at, is_read in tqdm(loader, desc="gradients", disable=not show_progress):
+    boxes: list[Tensor] = []
+    n_done = 0
+    for pixels, _, batch, is_read in tqdm(loader, desc="gradients", disable=not show_progress):
         if not bool(is_read.all()):
-            raise ValueError(f"`data`: picture {int(at[~is_read][0])} cannot be read any more.")
-        images = maps.images(pixels).requires_grad_()
-        part = slice(done, done + len(pixels))
-        done += len(pixels)
-        each = torch.arange(len(pixels), device=maps.device)
-        with torch.enable_grad():
-            activations = maps.with_graph(images)
-            chosen = activations[each, units[part], cells[part, 0], cells[part, 1]]
-        if not chosen.requires_grad:
-            raise ValueError(
-                f"`layer` `{maps.name}` has no gradient with respect to the images, which an "
-                f"effective receptive field is made of."
+            raise ArgumentError(
+                f"`data`: picture {int(batch[~is_read][0])} cannot be read any more.", "data"
             )
-        (gradients,) = torch.autograd.grad(chosen, images, torch.ones_like(chosen))
-        energy = gradients.double().square().sum(1)  # in float32 small ones would underflow
-        found.append(energy_boxes(energy, share))
-    return torch.cat(found).reshape(*places.shape, 4)
+        images = maps.images(pixels.to(device) / 255).requires_grad_()
+        part = slice(n_done, n_done + len(pixels))
+        n_done += len(pixels)
+        with torch.enable_grad():
+            examples = torch.arange(len(pixels), device=device)
+            activations = maps(images)[examples, units[part], rows[part], columns[part]]
+        if not activations.requires_grad:
+            raise ArgumentError(
+                f"`layer` `{maps.name}` has no gradient with respect to the images, which an "
+                f"effective receptive field needs.",
+                "layer",
+            )
+        (gradients,) = torch.autograd.grad(activations, images, torch.ones_like(activations))
+        energy = gradients.double().square().sum(1)  # in float32 small gradients would underflow
+        boxes.append(energy_boxes(energy, share))
+    return torch.cat(boxes).reshape(*indices.shape, 4)

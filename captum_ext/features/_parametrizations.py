@@ -1,4 +1,4 @@
-"""What an optimiser moves: an image's pixels, or its frequencies."""
+"""Parametrisations of images, which an optimiser moves: by pixels, or by frequencies."""
 
 from typing import Any
 
@@ -7,32 +7,32 @@ from torch import Tensor
 
 
 class Pixels:
-    """Images (B, C, *spatial) as they are."""
+    """Images (B, C, *spatial) as parameters, without a change."""
 
     def encode(self, images: Tensor) -> Tensor:
         """The images."""
         return images
 
     def decode(self, parameters: Tensor) -> Tensor:
-        """A copy: what is moved has a gradient, and is nobody's image."""
+        """A copy, since the optimiser writes to the parameters."""
         return parameters.clone()
 
     def gradient(self, of_images: Tensor) -> Tensor:
-        """The gradient by the parameters, of that by the images."""
+        """The gradient by the parameters, from the gradient by the images."""
         return of_images
 
 
 class Fourier:
-    """Images (B, C, *spatial) by coefficients c of their frequencies f, weighted by 1 / |f|.
+    """Images (B, C, *spatial) as coefficients c of their frequencies f, weighted by 1 / |f|.
 
-    The spectrum of an image is c / |f|, as that of photographs falls. A step of the same size in
-    all coefficients then changes coarse structure most, and an optimiser that gives each number
-    its own pace, as Adam does, gives it to a frequency and not to a pixel. |f| is at least one
-    period over the longest side. The scale is such that coefficients with a mean square of 1 make
-    images with a mean square of about 1.
+    The spectrum of an image is c / |f|, which falls like that of photographs. A step of the same
+    size in all coefficients changes coarse structure most. An optimiser with a step size for each
+    parameter, such as Adam, has one for each frequency, instead of one for each pixel. |f| is at
+    least one period over the longest side. Coefficients with a mean square of 1 make images with a
+    mean square of about 1.
 
     Args:
-        images: their spatial size, dtype and device are meant.
+        images: example images, for their spatial size, dtype and device.
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -56,7 +56,7 @@ class Fourier:
         return images
 
     def gradient(self, of_images: Tensor) -> Tensor:
-        """The gradient by the parameters, of that by the images."""
+        """The gradient by the parameters, from the gradient by the images."""
         zeros = torch.zeros_like(self.encode(of_images)).requires_grad_()
-        (found,) = torch.autograd.grad(self.decode(zeros), zeros, of_images)
-        return found
+        (gradient,) = torch.autograd.grad(self.decode(zeros), zeros, of_images)
+        return gradient

@@ -16,6 +16,8 @@ def as_column(values: Tensor) -> Tensor:
 class Definition:
     """A metric that is the mean of numbers of single images.
 
+    Each definition enters itself in `DEFINITIONS`, where `evaluate` finds it.
+
     Attributes:
         name: the metric's name in `evaluate`.
         function: the public function. Its options follow the arguments that `takes` stands for.
@@ -35,17 +37,8 @@ class Definition:
     values: Callable[[Any], Tensor] = as_column
     check: Callable[..., None] | None = None
 
+    def __post_init__(self) -> None:
+        DEFINITIONS[self.name] = self
+
 
 DEFINITIONS: dict[str, Definition] = {}
-
-
-def define(
-    name: str,
-    function: Callable[..., Any],
-    takes: Literal["model", "region", "map"],
-    class_name: str | None = None,
-    **others: Any,
-) -> Definition:
-    """Make a `Definition` and enter it in `DEFINITIONS`, where `evaluate` finds it."""
-    DEFINITIONS[name] = Definition(name, function, takes, class_name, **others)
-    return DEFINITIONS[name]

@@ -121,7 +121,7 @@ class PerturbationScorer:
         with torch.no_grad(), preserve_state(self.forward_func):
             yield
 
-    def checked_maps(self, attributions: Any) -> Tensor:
+    def maps_of(self, attributions: Any) -> Tensor:
         """One map for each image, (B, H, W)."""
         if isinstance(attributions, tuple) and len(attributions) == 1:
             attributions = attributions[0]
@@ -137,7 +137,7 @@ class PerturbationScorer:
 
     def rank_pixels(self, attributions: Any) -> Tensor:
         """Rank pixels (B, H, W) from 0, the most relevant; equal pixels in random order."""
-        maps = self.checked_maps(attributions)
+        maps = self.maps_of(attributions)
         flat = maps.flatten(1)
         draws = self.generator or Generator().manual_seed(SEED)
         shuffled = torch.randperm(flat.shape[1], generator=draws, device=draws.device)
@@ -180,7 +180,7 @@ class PerturbationScorer:
     def score_masked(self, attributions: Any, baselines: Baselines) -> tuple[Tensor, Tensor]:
         """Score the images, bare and masked by their maps, scaled to [0, 1]: (B,) each."""
         infill = self.make_infill(baselines)
-        weights = min_max(self.checked_maps(attributions)[:, None])
+        weights = min_max(self.maps_of(attributions)[:, None])
 
         def perturb(examples: Tensor, indices: Tensor) -> Tensor:
             keep = torch.where(indices[:, None, None, None] == 0, 1, weights[examples])

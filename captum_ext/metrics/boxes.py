@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_ext._checks import check_count, check_range, warn
+from captum_ext._checks import check_count, check_range, check_size, warn
 from captum_ext._engine.precision import full_precision
 from captum_ext.metrics._inputs import (
     check_boxes,
@@ -215,8 +215,7 @@ def center_gaussian(
         raise ValueError(f"`size` must be (H, W), got {size}.")
     for side in size:
         check_count("size", side)
-    if not 0 < sigma < float("inf"):
-        raise ValueError(f"`sigma` must be a number, greater than 0, got {sigma!r}.")
+    check_size("sigma", sigma, positive=True)
     y, x = (
         torch.exp(-(((torch.arange(n, dtype=torch.float64) + 0.5) / n - 0.5) ** 2) / (2 * sigma**2))
         for n in size

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._errors import ArgumentError
 from captum_ext.infill import Baselines
-from captum_ext.metrics._definition import as_column, define
+from captum_ext.metrics._definition import Definition, as_column
 from captum_ext.metrics._scorer import PerturbationScorer, ScoringOptions, with_scoring_options
 
 __all__ = ["average_drop", "increase_in_confidence"]
@@ -68,9 +69,10 @@ def average_drop(
     scorer = PerturbationScorer(forward_func, inputs, target, additional_forward_args, **scoring)
     original, masked = scorer.score_masked(attributions, baselines)
     if bool((original < 0).any()):
-        raise ValueError(
+        raise ArgumentError(
             f"`score` {scorer.score!r} is below 0 for an image, so that no share of it can be "
-            f"lost: choose a probability, 'softmax' or 'sigmoid'."
+            f"lost: choose a probability, 'softmax' or 'sigmoid'.",
+            "score",
         )
     return (original - masked).clamp(min=0) / torch.where(original > 0, original, 1)
 
@@ -134,7 +136,7 @@ def _column_of(result: Any, are_bool: bool) -> Tensor:
     return as_column(result)
 
 
-AVERAGE_DROP = define(
+AVERAGE_DROP = Definition(
     "average_drop",
     average_drop,
     "model",
@@ -142,7 +144,7 @@ AVERAGE_DROP = define(
     higher_is_better=False,
     values=partial(_column_of, are_bool=False),
 )
-INCREASE = define(
+INCREASE = Definition(
     "increase_in_confidence",
     increase_in_confidence,
     "model",

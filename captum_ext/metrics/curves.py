@@ -8,9 +8,10 @@ from torch import Tensor
 
 from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward, Tensors
+from captum_ext._errors import ArgumentError
 from captum_ext._repr import fields_repr
 from captum_ext.infill import Baselines
-from captum_ext.metrics._definition import as_column, define
+from captum_ext.metrics._definition import Definition, as_column
 from captum_ext.metrics._scorer import PerturbationScorer, ScoringOptions, with_scoring_options
 
 __all__ = ["Curve", "OverallScore", "deletion", "insertion", "overall_score"]
@@ -272,9 +273,10 @@ def _pixels_at_points(step: Any, pixels: int) -> list[int]:
     if isinstance(step, int) and not isinstance(step, bool) and 1 <= step <= pixels:
         return [*range(0, pixels, step), pixels]
     if not isinstance(step, float) or not 0 < step <= 1:
-        raise ValueError(
+        raise ArgumentError(
             f"`step` must be a number of pixels, an int from 1 to the images' {pixels}, or a share "
-            f"of them, a float above 0 and at most 1, got {step!r}."
+            f"of them, a float above 0 and at most 1, got {step!r}.",
+            "step",
         )
     share = max(step, 1 / pixels)
     steps = math.ceil(1 / share)
@@ -293,8 +295,8 @@ def _columns_of_overall(result: Any) -> Tensor:
     return torch.stack((result.score, result.insertion.auc, result.deletion.auc), 1)
 
 
-INSERTION = define("insertion", insertion, "model", "Insertion", values=_column_of_aucs)
-DELETION = define(
+INSERTION = Definition("insertion", insertion, "model", "Insertion", values=_column_of_aucs)
+DELETION = Definition(
     "deletion", deletion, "model", "Deletion", higher_is_better=False, values=_column_of_aucs
 )
-OVERALL = define("overall_score", overall_score, "model", "Overall", values=_columns_of_overall)
+OVERALL = Definition("overall_score", overall_score, "model", "Overall", values=_columns_of_overall)

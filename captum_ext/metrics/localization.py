@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_ext.metrics._definition import define
+from captum_ext._checks import check_choice, check_size
+from captum_ext._errors import ArgumentError
+from captum_ext.metrics._definition import Definition
 from captum_ext.metrics._inputs import checked_maps, checked_masks
 
 __all__ = ["energy_pointing_game", "pointing_game"]
@@ -123,18 +125,13 @@ def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
 
 
 def _check_tolerance(tolerance: float) -> None:
-    try:
-        allowed = 0 <= tolerance < float("inf")
-    except TypeError:
-        allowed = False
-    if not allowed:
-        raise ValueError(f"`tolerance` must be a number of pixels, 0 or more, got {tolerance!r}.")
+    check_size("tolerance", tolerance)
 
 
-POINTING_GAME = define(
+POINTING_GAME = Definition(
     "pointing_game", pointing_game, "region", "PointingGame", check=_check_tolerance
 )
-ENERGY = define("energy", energy_pointing_game, "region", "EnergyPointingGame")
+ENERGY = Definition("energy", energy_pointing_game, "region", "EnergyPointingGame")
 
 
 # --- means over examples -------------------------------------------------------------------------
@@ -149,13 +146,16 @@ class RegionOptions:
     ignore_empty: bool = False
 
     def __post_init__(self) -> None:
-        if self.average not in AVERAGES:
-            raise ValueError(f"`average` must be one of {AVERAGES}, got {self.average!r}.")
-        if self.num_classes is None and self.average != "micro":
-            raise ValueError(f'`num_classes` must be given with average="{self.average}".')
+        check_choice("average", self.average, AVERAGES)
         n = self.num_classes
+        if n is None and self.average != "micro":
+            raise ArgumentError(
+                f'`num_classes` must be given with average="{self.average}".', "num_classes"
+            )
         if n is not None and (isinstance(n, bool) or not hasattr(n, "__index__") or n < 1):
-            raise ValueError(f"`num_classes` must be positive, a whole number, got {n!r}.")
+            raise ArgumentError(
+                f"`num_classes` must be positive, a whole number, got {n!r}.", "num_classes"
+            )
 
 
 def add_scores(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import check_choice
-from captum_ext.metrics._definition import define
+from captum_ext.metrics._definition import Definition
 from captum_ext.metrics._inputs import checked_maps, checked_masks
 
 __all__ = ["mask_iou", "total_variation"]
@@ -32,6 +32,9 @@ def mask_iou(predicted: Tensor, true: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit.
         TypeError: masks that are not bool.
+
+    Reference:
+        Korsch et al., https://arxiv.org/abs/2307.14825
 
     Example:
         >>> maps = torch.tensor([[[0.9, 0.6, 0.5]]])
@@ -68,6 +71,9 @@ def total_variation(maps: Tensor, norm: str = "squared") -> Tensor:
         ValueError: another shape, values that are not finite, an unknown norm.
         TypeError: maps that are no tensor.
 
+    Reference:
+        Korsch et al., https://arxiv.org/abs/2307.14825
+
     Example:
         >>> maps = torch.tensor([[[0.0, 3.0], [0.0, 1.0]]])
         >>> total_variation(maps), total_variation(maps, "absolute")
@@ -83,6 +89,6 @@ def _check_norm(norm: str) -> None:
     check_choice("norm", norm, NORMS)
 
 
-TOTAL_VARIATION = define(
+TOTAL_VARIATION = Definition(
     "total_variation", total_variation, "map", higher_is_better=False, check=_check_norm
 )

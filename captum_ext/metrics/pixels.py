@@ -33,6 +33,9 @@ def pixel_counts(
         ValueError: shapes that do not fit, maps that are not finite or not in [0, 1].
         TypeError: masks that are not bool.
 
+    Reference:
+        Choe et al., https://arxiv.org/abs/2001.07437
+
     Example:
         >>> maps = torch.tensor([[[0.0, 0.5], [0.5004, 1.0]]])
         >>> masks = torch.tensor([[[False, True], [True, False]]])

@@ -13,9 +13,10 @@ from captum_ext._checks import check_size, is_finite
 from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
+from captum_ext._errors import ArgumentError
 from captum_ext._repr import fields_repr
 from captum_ext.infill import Infill
-from captum_ext.metrics._definition import define
+from captum_ext.metrics._definition import Definition
 from captum_ext.metrics._scorer import (
     SEED,
     PerturbationScorer,
@@ -117,8 +118,9 @@ def road(
     """
     check_size("noise", noise)
     if not len(percentiles) or not all(is_finite(p) and 0 < p < 100 for p in percentiles):
-        raise ValueError(
-            f"`percentiles` must be numbers above 0 and below 100, got {tuple(percentiles)}."
+        raise ArgumentError(
+            f"`percentiles` must be numbers above 0 and below 100, got {tuple(percentiles)}.",
+            "percentiles",
         )
     scorer = PerturbationScorer(forward_func, inputs, target, additional_forward_args, **scoring)
     ranks, images = scorer.rank_pixels(attributions), scorer.images
@@ -145,7 +147,7 @@ def _columns_of_road(result: Any) -> Tensor:
     return torch.stack((result.score, result.morf.mean(1), result.lerf.mean(1)), 1)
 
 
-ROAD = define("road", road, "model", "Road", values=_columns_of_road)
+ROAD = Definition("road", road, "model", "Road", values=_columns_of_road)
 
 
 # --- imputation ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import check_choice, check_range
+from captum_ext._errors import ArgumentError
 from captum_ext.metrics._inputs import check_boxes, check_corners, checked_unit_maps
 from captum_ext.metrics._regions import (
     N_THRESHOLDS,
@@ -147,8 +148,9 @@ class BoxOptions:
         value = self.iou_thresholds
         thresholds = () if isinstance(value, str) or not isinstance(value, Iterable) else (*value,)
         if not thresholds:
-            raise ValueError(
-                f"`iou_thresholds` must be at least one number in a tuple, got {value!r}."
+            raise ArgumentError(
+                f"`iou_thresholds` must be at least one number in a tuple, got {value!r}.",
+                "iou_thresholds",
             )
         object.__setattr__(self, "iou_thresholds", thresholds)  # a tuple, which is hashable
         for threshold in thresholds:

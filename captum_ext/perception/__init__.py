@@ -1,4 +1,4 @@
-"""Perception Visualization: where a classifier looks, and what it sees there.
+"""Perception Visualization: an attribution's map, filled with the picture that a classifier sees.
 
 Training needs Lightning, which the extra `train` installs: `pip install "captum_ext[train]"`.
 """

@@ -1,6 +1,7 @@
-"""The decoder of Perception Visualization: from the latents of a layer back to pictures."""
+"""The decoder of Perception Visualization, from the latents of a layer back to pictures."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,41 +11,44 @@ from torch.nn import Module
 
 from captum_ext._checks import check_count
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import SavedDecoder, describe_changes
 from captum_ext.imaging import resize
-from captum_ext.perception.encoder import LayerEncoder, fits, stride_of
+from captum_ext.perception.encoder import LayerEncoder, channels_and_stride, stride_fits
 
-WIDTHS = (512, 512, 256, 128, 64)  # of the paper's blocks, from the latent on
+WIDTHS = (512, 512, 256, 128, 64)  # of the paper's blocks, from the latents on
 CONVOLUTIONS = (2, 2, 2, 1, 1)
-_FILE = SavedDecoder(
+_DECODER_FILE = SavedDecoder(
     "Perception Visualization",
     ("channels", "stride", "widths", "convolutions", "colors", "encoder"),
 )
 
 
 class PerceptionDecoder(nn.Module):
-    r"""From the latents of a layer to pictures in [0, 1].
+    r"""Decodes the latents of a layer to pictures in [0, 1].
 
-    One block for each doubling of the size: a transposed convolution 2 x 2 of stride 2, batch
-    normalisation, and so many convolutions 3 x 3 with a leaky ReLU of slope 0.2. A last convolution
-    3 x 3 gives the colours, and a sigmoid brings them to [0, 1]. Where the picture's size is no
-    multiple of the stride, the result is resized to it, bilinearly.
+    Each block doubles the size. It is a transposed convolution 2 x 2 of stride 2, batch
+    normalisation, and a number of convolutions 3 x 3 with a leaky ReLU of slope 0.2. A last
+    convolution 3 x 3 gives the colours, and a sigmoid maps them to [0, 1]. If the picture's size is
+    no multiple of the stride, the result is resized to it bilinearly.
 
     Args:
-        channels: of the latents.
-        stride: pixels a side of one cell of the latents, a power of two.
-        widths: channels of each block, from the latents on. None takes the last of the paper's
-            (512, 512, 256, 128, 64), which are for a stride of 32, with more of 512 in front where
-            there are more blocks.
-        convolutions: of each block. None takes the last of the paper's (2, 2, 2, 1, 1).
-        colors: 3, or 1 for grey pictures.
+        channels: the channels of the latents.
+        stride: the side of one cell of the latents in pixels, a power of two.
+        widths: the channels of each block, from the latents on. None takes those of the paper,
+            (512, 512, 256, 128, 64), which are for a stride of 32: the last ones for fewer blocks,
+            with more of 512 in front for more blocks.
+        convolutions: the number of convolutions in each block. None takes those of the paper,
+            (2, 2, 2, 1, 1), likewise.
+        colors: the channels of the pictures, 3, or 1 for grey pictures.
 
     Raises:
-        ValueError: a stride that is no power of two; lists of another length than there are blocks.
+        ValueError: `stride` is no power of two, a number is below 1, or `widths` or `convolutions`
+            do not have one number for each block.
 
     Shape:
         - latents: (N, channels, h, w).
-        - pictures: (N, colors, H, W), of size `(h stride, w stride)` unless it is given.
+        - pictures: (N, colors, H, W). (H, W) is `(h * stride, w * stride)` unless it is passed.
 
     Example:
         >>> import torch
@@ -68,11 +72,11 @@ class PerceptionDecoder(nn.Module):
             check_count(name, count)
         n_blocks = stride.bit_length() - 1
         if 2**n_blocks != stride:
-            raise ValueError(f"`stride` must be a power of two, got {stride}.")
+            raise ArgumentError(f"`stride` must be a power of two, got {stride}.", "stride")
         self.channels, self.stride, self.colors = channels, stride, colors
-        self.made_for: dict[str, Any] = {}  # see `check_encoder`
-        self.widths = _each("widths", widths, WIDTHS, n_blocks)
-        self.convolutions = _each("convolutions", convolutions, CONVOLUTIONS, n_blocks)
+        self.encoder_fingerprint: dict[str, Any] = {}
+        self.widths = _per_block("widths", widths, WIDTHS, n_blocks)
+        self.convolutions = _per_block("convolutions", convolutions, CONVOLUTIONS, n_blocks)
         inputs = [channels, *self.widths]
         self.blocks = nn.Sequential(
             *(
@@ -90,58 +94,68 @@ class PerceptionDecoder(nn.Module):
         widths: Sequence[int] | None = None,
         convolutions: Sequence[int] | None = None,
     ) -> Self:
-        """A decoder for an encoder's latents, of which one pass tells the shape.
+        """A decoder for an encoder's latents. One forward pass measures their shape.
 
         Args:
             encoder: the classifier up to a layer.
-            images: (N, C, H, W), some that it takes, of the size that will be explained.
-            widths: of the blocks.
-            convolutions: of each block.
+            images: example inputs (N, C, H, W), of the size that will be explained.
+            widths: the channels of each block; see `PerceptionDecoder`.
+            convolutions: the number of convolutions in each block; see `PerceptionDecoder`.
 
         Raises:
-            ValueError: a layer without height and width, or of which the cells are not a power of
-                two of pixels wide.
+            ValueError: the layer has no height and width, or its stride is no power of two.
         """
         with preserve_state(encoder.forward_func):
-            channels, stride = stride_of(encoder, images)
+            channels, stride = channels_and_stride(encoder, images)
         decoder = cls(channels, stride, widths, convolutions, colors=encoder.channels)
-        decoder.made_for = encoder.fingerprint()
+        decoder.encoder_fingerprint = encoder.fingerprint()
         return decoder
 
     def check_encoder(self, encoder: LayerEncoder) -> None:
         """Raise an error if the decoder was made for another encoder.
 
         Raises:
-            TypeError: no encoder.
-            ValueError: of another architecture, layer, normalisation or `reshape_transform`.
+            TypeError: `encoder` is no `LayerEncoder`.
+            ValueError: `encoder` has another architecture, layer, normalisation or
+                `reshape_transform`.
         """
         if not isinstance(encoder, LayerEncoder):
-            raise TypeError(f"`encoder` must be a LayerEncoder, got {type(encoder)}.")
-        found = encoder.fingerprint()
-        shared = {k: v for k, v in found.items() if k in self.made_for}
-        changed = describe_changes(self.made_for, shared)
+            raise ArgumentTypeError(
+                f"`encoder` must be a LayerEncoder, got {type(encoder)}.", "encoder"
+            )
+        fingerprint = encoder.fingerprint()
+        shared = {k: v for k, v in fingerprint.items() if k in self.encoder_fingerprint}
+        changed = describe_changes(self.encoder_fingerprint, shared)
         if changed:
-            raise ValueError(f"`encoder` is not the one that the decoder was made for: {changed}.")
+            raise ArgumentError(
+                f"`encoder` is not the one that the decoder was made for: {changed}.", "encoder"
+            )
 
     def forward(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Pictures of `size`, (H, W).
+        """The pictures of latents.
+
+        Args:
+            latents: (N, channels, h, w).
+            size: (H, W) of the pictures. None is `(h * stride, w * stride)`.
 
         Raises:
-            ValueError: latents of other channels, or a size that is not theirs.
+            ValueError: `latents` have another number of channels, or `size` does not fit them.
         """
         if latents.dim() != 4 or latents.shape[1] != self.channels:
-            raise ValueError(
+            raise ArgumentError(
                 f"`latents` must be (N, {self.channels}, h, w), as the decoder was made for, got "
-                f"{tuple(latents.shape)}."
+                f"{tuple(latents.shape)}.",
+                "latents",
             )
         cells = latents.shape[2:]
         if size is not None and not (
             len(size) == 2
-            and all(fits(side, n, self.stride) for side, n in zip(size, cells, strict=True))
+            and all(stride_fits(side, n, self.stride) for side, n in zip(size, cells, strict=True))
         ):
-            raise ValueError(
-                f"`latents` of {tuple(cells)} cells are not of pictures of {tuple(size)} pixels at "
-                f"a stride of {self.stride}: the decoder does not fit this layer."
+            raise ArgumentError(
+                f"`latents` of {tuple(cells)} cells do not fit pictures of {tuple(size)} pixels at "
+                f"a stride of {self.stride}: the decoder does not fit this layer.",
+                "latents",
             )
         pictures = torch.sigmoid(self.head(self.blocks(latents)))
         if size is None:
@@ -149,15 +163,19 @@ class PerceptionDecoder(nn.Module):
         return resize(pictures, size).clamp(max=1)  # interpolation may round up
 
     def save(self, path: str | Path, encoder: LayerEncoder) -> None:
-        """Write the weights and the architecture to a file, with the classifier's fingerprint.
+        """Write the decoder to a file, with a fingerprint of the classifier and the encoder.
 
-        The folder is made where there is none.
+        The classifier itself is not stored. A missing folder is created.
+
+        Args:
+            path: the file.
+            encoder: the encoder that the decoder was trained with.
 
         Raises:
             ValueError: the decoder was made for another encoder.
         """
         self.check_encoder(encoder)
-        _FILE.save(
+        _DECODER_FILE.save(
             path,
             self,
             encoder.root,
@@ -171,33 +189,42 @@ class PerceptionDecoder(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, encoder: LayerEncoder) -> Self:
-        """What `save` wrote, for the same layer of the same classifier and on its device.
+        """Load a file of `save`, for the same layer of the same classifier.
 
         Only tensors and plain values are read (`weights_only`).
 
+        Args:
+            path: the file.
+            encoder: the encoder. The decoder is moved to the classifier's device.
+
         Raises:
-            ValueError: the file is no decoder, or one of another architecture; the classifier is
-                another one, or has other weights; the layer or the normalisation is another one.
-            FileNotFoundError: there is no such file.
+            ValueError: the file does not contain such a decoder; the classifier is another one, or
+                has other weights; or the layer or the normalisation is another one.
+            FileNotFoundError: the file does not exist.
         """
-        return _FILE.load(path, encoder.root, lambda saved: cls._without_weights(saved, encoder))
+        make = partial(cls._without_weights, encoder)
+        return _DECODER_FILE.load(path, encoder.root, make)
 
     @classmethod
-    def _without_weights(cls, saved: Mapping[str, Any], encoder: LayerEncoder) -> Self:
+    def _without_weights(cls, encoder: LayerEncoder, saved: Mapping[str, Any]) -> Self:
         sizes = (saved[name] for name in ("channels", "stride", "widths", "convolutions"))
         decoder = cls(*sizes, colors=saved["colors"])
-        decoder.made_for = saved["encoder"]
+        decoder.encoder_fingerprint = saved["encoder"]
         decoder.check_encoder(encoder)
         return decoder
 
 
-def _each(name: str, given: Sequence[int] | None, last: Sequence[int], n: int) -> list[int]:
-    """A number for each of n blocks."""
-    if given is None:
-        return [*[last[0]] * (n - len(last)), *last[max(len(last) - n, 0) :]]
-    numbers = list(given)
+def _per_block(
+    name: str, values: Sequence[int] | None, defaults: Sequence[int], n: int
+) -> list[int]:
+    """One number for each of n blocks; `defaults` end with the last block."""
+    if values is None:
+        return [*[defaults[0]] * (n - len(defaults)), *defaults[max(len(defaults) - n, 0) :]]
+    numbers = list(values)
     if len(numbers) != n:
-        raise ValueError(f"`{name}` must be {n} numbers, one for each block, got {numbers}.")
+        raise ArgumentError(
+            f"`{name}` must be {n} numbers, one for each block, got {numbers}.", name
+        )
     for number in numbers:
         check_count(name, number)
     return numbers

@@ -1,50 +1,47 @@
-"""A classifier up to a layer: what Perception Visualization decodes."""
+"""A classifier up to a layer, whose latents Perception Visualization decodes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, is_tensor
 from torch.nn import Module
 
-from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
-from captum_ext._engine.modules import (
-    Forward,
-    find_module,
-    module_name,
-    parameter_dtype,
-    require_module,
-)
+from captum_ext._data.pixels import IMAGENET_MEAN_STD
+from captum_ext._engine.modules import Forward, Tensors, require_module
 from captum_ext._engine.precision import full_precision
-from captum_ext._engine.replay import run_to_layer
-from captum_ext._identity import digest, versioned_name
+from captum_ext._errors import ArgumentError
+from captum_ext._identity import digest
+from captum_ext._layer_maps import LayerMaps, ReshapeTransform
+from captum_ext._repr import options_repr
 
 
-class LayerEncoder:
-    r"""E: pictures to the latents of a layer, without what the classifier does behind it.
+class LayerEncoder(LayerMaps):
+    r"""The encoder E: a classifier up to a layer, from images to the layer's latents.
 
-    A call gives `E(images)`, with a graph to the images, and to parameters that are not frozen,
-    unless gradients are switched off. The classifier is run as it stands: in train mode its batch
-    statistics move, which `PerceptionVisualization` puts back.
+    `encoder(images)` is E(images). It has a graph to the images, and to parameters that are not
+    frozen, unless gradients are switched off. The classifier runs in the mode that it is in: in
+    train mode its batch statistics move (`PerceptionVisualization` puts them back).
 
     Args:
         forward_func: the classifier: a module, or its bound method.
-        layer: whose output is decoded, as a module or by name. The paper has the input of the
-            global average pooling: `"layer4"` of a ResNet, `"features"` of many others.
-        normalize: mean and standard deviation of each channel, as the classifier expects pictures;
-            of one channel where it takes grey ones. ImageNet's. (The authors' classifier takes
-            pictures in [0, 1] as they are: `((0, 0, 0), (1, 1, 1))`.)
-        reshape_transform: of the layer's output to (N, C, h, w), as the layer methods take it;
-            `tokens_to_grid` for a vision transformer. A decoder knows one of your own by its name
-            and an attribute `version`: ``my_transform.version = "1"`` below its definition.
+        layer: the layer whose output is decoded, as a module or by name. The paper takes the input
+            of the global average pooling: `"layer4"` of a ResNet, `"features"` of many others.
+        normalize: (mean, std) of each channel, as the classifier expects pictures; of one channel
+            for models of grey pictures. ImageNet's. (The authors' classifier takes pictures in
+            [0, 1] as they are: `((0, 0, 0), (1, 1, 1))`.)
+        reshape_transform: turns the layer's output into (N, C, h, w), as for the layer methods:
+            `tokens_to_grid` for a vision transformer. A decoder recognises your own function by its
+            name and its attribute `version`: ``my_transform.version = "1"`` below its definition.
 
     Raises:
-        ValueError: a plain function, a layer that is unknown, `normalize` out of range.
-        TypeError: a layer of another kind.
+        ValueError: `forward_func` is a plain function, `layer` is unknown, or `normalize` is out of
+            range.
+        TypeError: `layer` or `reshape_transform` has the wrong type.
 
     Shape:
         - images: (N, channels, H, W), as the classifier takes them.
-        - latents: (N, C, h, w), in float32 or better.
+        - latents: (N, C, h, w), in float32 or float64, with more than one cell.
 
     Example:
         >>> import torch
@@ -61,82 +58,70 @@ class LayerEncoder:
         layer: Module | str,
         *,
         normalize: tuple[Sequence[float], Sequence[float]] = IMAGENET_MEAN_STD,
-        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+        reshape_transform: ReshapeTransform | None = None,
     ) -> None:
-        self.forward_func, self.root = forward_func, require_module(forward_func)
-        self.layer = find_module(forward_func, layer)
-        self.normalize = Normalize(normalize)
-        self.reshape_transform = reshape_transform
+        self.root = require_module(forward_func)
+        super().__init__(
+            forward_func, layer, normalize=normalize, reshape_transform=reshape_transform
+        )
+
+    def __repr__(self) -> str:
+        # Rounded, as float32 has not exactly the numbers that were passed.
+        normalize = tuple(tuple(round(v, 6) for v in row) for row in self.normalize.to_lists())
+        return options_repr(self, layer=self.name, normalize=normalize)
 
     @property
     def channels(self) -> int:
-        """How many the images have, 3 or 1."""
+        """The number of channels of the classifier's images, 3 or 1."""
         return self.normalize.channels
 
-    @property
-    def name(self) -> str:
-        """Of the layer."""
-        return module_name(self.forward_func, self.layer).strip("`")
-
     def fingerprint(self) -> dict[str, Any]:
-        """By what a decoder knows the encoder that it was made for, without the weights' values."""
+        """The settings by which a decoder recognises its encoder, without values of weights."""
         shapes = [(k, tuple(v.shape)) for k, v in self.root.state_dict().items() if is_tensor(v)]
-        return {
-            "architecture": digest(shapes),
-            "layer": self.name,
-            "normalize": self.normalize.to_lists(),
-            "reshape_transform": versioned_name("`reshape_transform`", self.reshape_transform),
-        }
-
-    def images(self, pictures: Tensor) -> Tensor:
-        """Pictures in [0, 1] as the classifier takes them, in its dtype."""
-        return self.normalize(pictures).to(parameter_dtype(self.root))
+        return {"architecture": digest(shapes), **super().fingerprint()}
 
     def pictures(self, images: Tensor) -> Tensor:
-        """Images as the classifier takes them as pictures, cut off at [0, 1]."""
+        """Images, as the classifier takes them, as pictures in [0, 1]; values outside are cut."""
         return self.normalize.inverse(full_precision(images.detach()))
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """The latents of images.
-
-        Raises:
-            ValueError: the layer does not run, or has no height and width.
-        """
-        latents = run_to_layer(self.forward_func, self.layer, (images,))[0]
-        if self.reshape_transform is not None:
-            latents = self.reshape_transform(latents)
-        if latents.dim() != 4 or latents.shape[2:].numel() == 1:
-            raise ValueError(
-                f"`layer` {self.name} has no space to decode: of images {tuple(images.shape)} it "
-                f"gives {tuple(latents.shape)}, and (N, C, h, w) of more than one cell is needed. "
-                f"Choose a layer in front of the pooling, or a `reshape_transform` for tokens."
+    def _to_maps(self, tensors: Tensors, images: Tensor) -> Tensor:
+        latents = super()._to_maps(tensors, images)
+        if latents.shape[2:].numel() == 1:
+            raise ArgumentError(
+                f"`layer` `{self.name}` has no space to decode: for images {tuple(images.shape)} "
+                f"it gives {tuple(latents.shape)}, and a decoder needs (N, C, h, w) of more than "
+                f"one cell. Choose a layer in front of the pooling, or a `reshape_transform` for "
+                f"tokens.",
+                "layer",
             )
         return full_precision(latents)
 
 
-def stride_of(encoder: LayerEncoder, images: Tensor) -> tuple[int, int]:
-    """The latent's channels, and how many pixels a side one of its cells has: a power of two.
+def channels_and_stride(encoder: LayerEncoder, images: Tensor) -> tuple[int, int]:
+    """The latents' channels, and the side of one of their cells in pixels, a power of two.
 
     Raises:
-        ValueError: no such power brings the latent to the images' size.
+        ValueError: no power of two scales the latents to the images' size.
     """
     with torch.no_grad():
         _, channels, *cells = encoder(images[:1]).shape
     sides = list(zip(images.shape[2:], cells, strict=True))
     powers = [2**i for i in range(max(images.shape[2:]).bit_length())]
-    fitting = [s for s in powers if all(fits(side, n, s) for side, n in sides)]
-    if not fitting:
-        raise ValueError(
-            f"`layer` {encoder.name} gives {tuple(cells)} cells of {tuple(images.shape[2:])} "
-            f"pixels, and a decoder doubles the size so many times: choose a layer, or images, of "
-            f"which the ratio is near a power of two."
+    strides = [s for s in powers if all(stride_fits(side, n, s) for side, n in sides)]
+    if not strides:
+        raise ArgumentError(
+            f"`layer` `{encoder.name}` gives {tuple(cells)} cells for {tuple(images.shape[2:])} "
+            f"pixels, but a decoder can only double the size: choose a layer, or a size of images, "
+            f"with a ratio near a power of two.",
+            "layer",
         )
-    return channels, min(fitting, key=lambda s: sum(abs(side / s - n) for side, n in sides))
+    return channels, min(strides, key=lambda s: sum(abs(side / s - n) for side, n in sides))
 
 
-def fits(side: int, cells: int, stride: int) -> bool:
-    """Whether so many cells of a stride are a picture's side, rounded or within a quarter of it.
+def stride_fits(side: int, cells: int, stride: int) -> bool:
+    """Whether that many cells of a stride make a picture's side, rounded, or but for a quarter.
 
-    Layers without padding have fewer cells: AlexNet's 6 of 224 pixels, at a stride of 32.
+    The quarter is for layers without padding, which have fewer cells: AlexNet has 6 cells for 224
+    pixels at a stride of 32.
     """
     return cells in (side // stride, -(-side // stride)) or 4 * abs(cells * stride - side) <= side

@@ -1,31 +1,36 @@
-"""What the decoder of Perception Visualization is trained by."""
+"""The loss of Perception Visualization's decoder, and its parts."""
 
 from kornia.metrics import ssim
 from torch import Tensor
 
 from captum_ext._engine.precision import full_precision, without_autocast
+from captum_ext._errors import ArgumentError
 
 WINDOW = 11  # of SSIM, with sigma 1.5
 
 
 def structural_similarity(pictures: Tensor, others: Tensor) -> Tensor:
-    r"""SSIM of pictures in [0, 1], each channel by itself (Wang et al. 2004), by Kornia.
+    r"""The SSIM of pictures in [0, 1], of each channel by itself (by Kornia).
 
     .. math:: \mathrm{SSIM} = \frac{(2 \mu_x \mu_y + c_1)(2 \sigma_{xy} + c_2)}
         {(\mu_x^2 + \mu_y^2 + c_1)(\sigma_x^2 + \sigma_y^2 + c_2)}
 
-    with Gaussian windows of 11 x 11 and sigma 1.5 that lie in the picture as a whole, averaged over
-    their places.
+    (Eq. 13 of the reference) with :math:`c_1 = 0.01^2`, :math:`c_2 = 0.03^2` and Gaussian windows
+    of 11 x 11 pixels with sigma 1.5, averaged over the windows that lie inside the picture.
 
     Args:
-        pictures: (N, C, H, W), at least 11 x 11.
-        others: the same.
+        pictures: x, (N, C, H, W), at least 11 x 11.
+        others: y, of the same shape.
 
     Returns:
-        (N, C), in float32 or better.
+        (N, C), in float32 or float64. 1 is equality.
 
     Raises:
-        ValueError: pictures that are smaller, or of different shapes.
+        ValueError: the pictures are smaller, or their shapes differ.
+
+    Reference:
+        Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity",
+        IEEE Transactions on Image Processing 13(4), 2004
 
     Example:
         >>> import torch
@@ -35,9 +40,10 @@ def structural_similarity(pictures: Tensor, others: Tensor) -> Tensor:
         torch.Size([2, 3])
     """
     if pictures.shape != others.shape or pictures.dim() != 4 or min(pictures.shape[2:]) < WINDOW:
-        raise ValueError(
+        raise ArgumentError(
             f"`pictures` must be two of (N, C, H, W), at least {WINDOW} x {WINDOW}, got "
-            f"{tuple(pictures.shape)} and {tuple(others.shape)}."
+            f"{tuple(pictures.shape)} and {tuple(others.shape)}.",
+            "pictures",
         )
     x, y = full_precision(pictures), full_precision(others)
     with without_autocast(x):  # half precision loses variances
@@ -46,9 +52,27 @@ def structural_similarity(pictures: Tensor, others: Tensor) -> Tensor:
 
 
 def deep_similarity(latents: Tensor, others: Tensor) -> Tensor:
-    r"""How far latents are apart: the mean of :math:`(E(\hat x) - E(x))^2`, (N,).
+    r"""The distance of latents, which the paper calls deep similarity; 0 is equality.
 
-    The paper's name; 0 is equality.
+    .. math:: d = \overline{(E(\hat x) - E(x))^2}
+
+    averaged over channels and cells.
+
+    Args:
+        latents: E(x), (N, C, h, w).
+        others: E of the reconstruction, of the same shape.
+
+    Returns:
+        (N,), in float32 or float64.
+
+    Raises:
+        RuntimeError: the shapes do not broadcast.
+
+    Example:
+        >>> import torch
+        >>> from captum_ext.perception import deep_similarity
+        >>> deep_similarity(torch.zeros(1, 2, 3, 3), torch.full((1, 2, 3, 3), 0.5))
+        tensor([0.2500])
     """
     return (full_precision(others) - full_precision(latents)).square().flatten(1).mean(1)
 
@@ -60,28 +84,39 @@ def perception_loss(
     latents_of_reconstructions: Tensor,
     weights: tuple[float, float, float] = (0.2, 0.4, 0.4),
 ) -> dict[str, Tensor]:
-    r"""The parts of the loss, which is their sum.
+    r"""The weighted parts of the decoder's loss, which is their sum.
 
     .. math::
-        a \, \overline{(x - \hat x)^2} + b \, \overline{(E(\hat x) - E(x))^2}
+        L = a \, \overline{(x - \hat x)^2} + b \, \overline{(E(\hat x) - E(x))^2}
         - c \sum_{R, G, B} \mathrm{SSIM}(x, \hat x)
 
-    The three colours' SSIMs are summed, not averaged, so that c counts three times.
+    averaged over the batch. The SSIMs of the three colours are summed, not averaged, so that c
+    counts three times.
 
     Args:
         pictures: x, (N, C, H, W), in [0, 1].
-        reconstructions: of them.
-        latents: E(x).
-        latents_of_reconstructions: E of the reconstructions.
-        weights: a, b, c. (0.2, 0.4, 0.4): the authors' final model; their published script has
-            (0.4, 0, 0.6), which leaves the latents out.
+        reconstructions: the decoder's pictures of them, of the same shape.
+        latents: E(x), (N, C, h, w).
+        latents_of_reconstructions: E of the reconstructions, of the same shape.
+        weights: a, b and c. (0.2, 0.4, 0.4) (authors' final model). The authors' published script
+            has (0.4, 0, 0.6), which leaves the latents out.
 
     Returns:
-        "pixel", "deep" and "ssim", weighted; those of weight 0 are left out.
+        Scalars "pixel", "deep" and "ssim", weighted. Parts of weight 0 are left out.
+
+    Raises:
+        ValueError: with c, the pictures are smaller than 11 x 11, or their shapes differ.
 
     Reference:
         Giulivi, Carman, Boracchi, "Perception Visualization: Seeing Through the Eyes of a DNN",
         https://arxiv.org/abs/2204.09920
+
+    Example:
+        >>> import torch
+        >>> from captum_ext.perception import perception_loss
+        >>> x, latents = torch.rand(2, 3, 16, 16), torch.rand(2, 4, 2, 2)
+        >>> perception_loss(x, x, latents, latents + 1, weights=(0.2, 0.5, 0))
+        {'pixel': tensor(0.), 'deep': tensor(0.5000)}
     """
     pixel, deep, similarity = weights
     parts: dict[str, Tensor] = {}
@@ -91,6 +126,6 @@ def perception_loss(
     if deep:
         parts["deep"] = deep * deep_similarity(latents, latents_of_reconstructions).mean()
     if similarity:
-        found = structural_similarity(pictures, reconstructions)
-        parts["ssim"] = -similarity * found.sum(1).mean()
+        ssims = structural_similarity(pictures, reconstructions)
+        parts["ssim"] = -similarity * ssims.sum(1).mean()
     return parts

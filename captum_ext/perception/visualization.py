@@ -10,6 +10,8 @@ from torch.nn import Module
 from captum_ext._checks import check_choice, check_images, check_range, check_size
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError, ArgumentTypeError
+from captum_ext._repr import fields_repr, options_repr
 from captum_ext.imaging import min_max, one_channel, resize
 from captum_ext.perception.decoder import PerceptionDecoder
 from captum_ext.perception.encoder import LayerEncoder
@@ -19,11 +21,11 @@ SCALES = ("max", "min-max")
 
 
 class Perception(NamedTuple):
-    """What `PerceptionVisualization` shows of a batch, on its device, in float32 or better.
+    """The result of `PerceptionVisualization`, on the images' device, in float32 or float64.
 
     Attributes:
         image: (N, C, H, W), in [0, 1]: the reconstruction where the mask is 1, the background where
-            it is 0.
+            the mask is 0.
         mask: (N, 1, H, W), in [0, 1].
         reconstruction: (N, C, H, W), in [0, 1].
     """
@@ -32,43 +34,47 @@ class Perception(NamedTuple):
     mask: Tensor
     reconstruction: Tensor
 
+    def __repr__(self) -> str:
+        return fields_repr(self)
+
 
 class PerceptionVisualization:
-    r"""Where a classifier looks, and what it sees there.
+    r"""Shows where a classifier looks and, in a reconstruction, which features it sees there.
 
-    An attribution says where; it does not say what the classifier made of the place. A decoder D
-    that was trained to invert the latents E of a layer shows what is left of the picture there, and
-    the mask m of the attribution is laid over it:
+    An attribution shows which region matters, but not which features the classifier found in it. A
+    decoder D that inverts the latents E of a layer reconstructs the picture from these features.
+    The mask m of the attribution selects the region that is shown:
 
     .. math:: PV = m \odot D(E(x)) + (1 - m) \, b
 
-    It is a picture, not an attribution: colours are those of the reconstruction, and b is white.
+    The result is a picture, not an attribution. It has the reconstruction's colours on a white
+    background b.
 
-    **The mask** is the attribution's map of the explained class: channels are summed (of equal ones
-    one is taken), negative values are set to 0, the map is divided by its largest value and resized
-    bilinearly. (Authors: Grad-CAM at the last convolution, quantised to 8 bits, which is left out
-    here.) Any Captum attribution will do, and a finer one (a wrapper, `FIDO`, `FCAM`) gives a finer
-    mask. `scale="min-max"` is for maps that
-    are high everywhere, as RISE's are, and those of a layer with few cells. A map without
-    positive values, and a flat one under "min-max", gives the background alone.
+    **The mask** is made of the attribution's map for the explained class. Channels are summed (if
+    all are equal, one is taken), negative values are set to 0, and the map is divided by its
+    maximum and resized bilinearly. (The authors use Grad-CAM at the last convolution, and quantise
+    the mask to 8 bits, which is left out here.) Any Captum attribution works. Finer ones (wrappers,
+    `FIDO`, `FCAM`) give finer masks. `scale="min-max"` is for maps that are high everywhere, such
+    as those of RISE and of layers with few cells. A map without positive values gives the
+    background alone, and with "min-max" so does a flat map.
 
-    **What it shows is the decoder's as well as the classifier's**: the reconstruction is the mean
-    of what the decoder has learned to expect of such latents, and where it was not trained with
-    such pictures it shows nothing of the classifier. `quality` tells how far to trust it.
+    **The reconstruction depends on the decoder, too.** It is the mean picture that the decoder
+    expects for such latents. For pictures unlike those of its training it tells nothing about the
+    classifier. `quality` measures how far to trust it.
 
     Args:
         attribution: any Captum attribution, of this classifier or another.
         encoder: the classifier up to a layer.
-        decoder: a `PerceptionDecoder` that was trained for it, by `fit_perception` or from a file;
-            or any module whose `decoder(latents, (H, W))` is pictures in [0, 1].
-        scale: "max" or "min-max".
-        threshold: values of the mask below it become 0. (Authors: 0; 0.3 is in their code, unused.)
-        gamma: the mask to this power. (Authors: 1; 2/3 is in their code, unused.)
-        background: b, in [0, 1]. 1 is white.
+        decoder: a `PerceptionDecoder` that was trained for the encoder, by `fit_perception` or from
+            a file; or any module whose `decoder(latents, (H, W))` gives pictures in [0, 1].
+        scale: "max" (the paper's division by the maximum) or "min-max".
+        threshold: values of the mask below it become 0. 0 (authors; their code has an unused 0.3).
+        gamma: the power that the mask is raised to. 1 (authors; their code has an unused 2/3).
+        background: b, in [0, 1]. 1 (white).
 
     Raises:
-        TypeError: arguments of other kinds.
-        ValueError: a number out of range; a decoder that was made for another encoder.
+        TypeError: `attribution`, `encoder` or `decoder` has the wrong type.
+        ValueError: a number is out of range, or the decoder was made for another encoder.
 
     Reference:
         Giulivi, Carman, Boracchi, "Perception Visualization: Seeing Through the Eyes of a DNN",
@@ -101,14 +107,14 @@ class PerceptionVisualization:
         gamma: float = 1.0,
         background: float = 1.0,
     ) -> None:
-        for name, value, kind in (
+        for name, value, expected in (
             ("attribution", attribution, Attribution),
             ("encoder", encoder, LayerEncoder),
             ("decoder", decoder, Module),
         ):
-            if not isinstance(value, kind):
-                raise TypeError(
-                    f"`{name}` must be an instance of {kind.__name__}, got {value!r:.80}."
+            if not isinstance(value, expected):
+                raise ArgumentTypeError(
+                    f"`{name}` must be an instance of {expected.__name__}, got {value!r:.80}.", name
                 )
         if isinstance(decoder, PerceptionDecoder):
             decoder.check_encoder(encoder)
@@ -120,16 +126,19 @@ class PerceptionVisualization:
         self.scale, self.threshold, self.gamma = scale, threshold, gamma
         self.background = background
 
+    def __repr__(self) -> str:
+        return options_repr(self)
+
     def visualize(self, inputs: Tensor, **kwargs: Any) -> Perception:
-        """The picture of each image.
+        """The picture of each image, with its mask and reconstruction.
 
         Args:
             inputs: images (N, C, H, W), as the classifier takes them.
-            **kwargs: of the attribution's `attribute`, such as `target`.
+            **kwargs: arguments of the attribution's `attribute`, such as `target`.
 
         Raises:
-            ValueError: inputs that are not images, or not finite; an attribution that gives no map;
-                a decoder that does not fit the latents.
+            ValueError: `inputs` are not images or not finite, the attribution gives no map, or the
+                decoder does not fit the latents.
         """
         images = check_images(inputs)
         reconstruction = self.reconstruct(images)
@@ -139,37 +148,53 @@ class PerceptionVisualization:
 
     @torch.no_grad()
     def reconstruct(self, inputs: Tensor) -> Tensor:
-        """D(E(x)), (N, C, H, W), in [0, 1]."""
+        """The reconstructions D(E(x)) of images, (N, C, H, W), in [0, 1].
+
+        Args:
+            inputs: images (N, C, H, W), as the classifier takes them.
+
+        Raises:
+            ValueError: `inputs` are not images or not finite, or the decoder does not fit the
+                latents.
+        """
         images = check_images(inputs)
         size = (images.shape[2], images.shape[3])
         with preserve_state(self.encoder.forward_func), preserve_state(self.decoder):
             latents = self.encoder(images)
             weights = next(self.decoder.parameters(), latents)
-            found = self.decoder(latents.to(weights.dtype), size)
+            pictures = self.decoder(latents.to(weights.dtype), size)
         expected = (len(images), self.encoder.channels, *size)
-        if not isinstance(found, Tensor) or tuple(found.shape) != expected:
-            shown = tuple(found.shape) if isinstance(found, Tensor) else type(found)
-            raise ValueError(f"`decoder` must give pictures {expected}, and gives {shown}.")
-        return full_precision(found)
+        if not isinstance(pictures, Tensor) or tuple(pictures.shape) != expected:
+            result = tuple(pictures.shape) if isinstance(pictures, Tensor) else type(pictures)
+            raise ArgumentError(
+                f"`decoder` must give pictures {expected}, and gives {result}.", "decoder"
+            )
+        return full_precision(pictures)
 
     def mask(self, inputs: Tensor, **kwargs: Any) -> Tensor:
-        """The mask of the attribution, (N, 1, H, W), in [0, 1].
+        """The mask m of each image, (N, 1, H, W), in [0, 1].
 
         Args:
             inputs: images (N, C, H, W), as the classifier takes them.
-            **kwargs: of the attribution's `attribute`.
+            **kwargs: arguments of the attribution's `attribute`.
+
+        Raises:
+            ValueError: the attribution gives no map, or a map that is not finite.
         """
-        found = self.attribution.attribute(inputs, **kwargs)
-        found = found[0] if isinstance(found, tuple) else found
-        if not isinstance(found, Tensor) or found.dim() != 4 or len(found) != len(inputs):
-            shown = tuple(found.shape) if isinstance(found, Tensor) else type(found)
-            raise ValueError(
+        maps = self.attribution.attribute(inputs, **kwargs)
+        maps = maps[0] if isinstance(maps, tuple) else maps
+        if not isinstance(maps, Tensor) or maps.dim() != 4 or len(maps) != len(inputs):
+            result = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps)
+            raise ArgumentError(
                 f"`attribution` must give a map (N, C, h, w) of each image, and "
-                f"{self.attribution.get_name()} gives {shown}."
+                f"{self.attribution.get_name()} gives {result}.",
+                "attribution",
             )
-        maps = one_channel(found.detach())
+        maps = one_channel(maps.detach())
         if not bool(torch.isfinite(maps).all()):
-            raise ValueError(f"`attribution` {self.attribution.get_name()} is not finite.")
+            raise ArgumentError(
+                f"`attribution` {self.attribution.get_name()} is not finite.", "attribution"
+            )
         maps = maps.clamp(min=0)
         if self.scale == "max":
             largest = maps.amax((2, 3), keepdim=True)
@@ -181,17 +206,28 @@ class PerceptionVisualization:
 
     @torch.no_grad()
     def quality(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """How much of the images reconstructions keep: SSIM and distance of latents, (N,) each.
+        """Two measures of how well reconstructions keep the images.
 
-        The SSIM is the mean over channels, 1 where nothing is lost; the second is
-        `deep_similarity`, 0 where the classifier sees no difference.
+        Args:
+            inputs: images (N, C, H, W), as the classifier takes them.
+
+        Returns:
+            The SSIM of images and reconstructions, (N,), a mean over channels, which is 1 for equal
+            pictures; and the `deep_similarity` of their latents, (N,), which is 0 if the classifier
+            sees no difference.
+
+        Raises:
+            ValueError: `inputs` are not images, not finite or smaller than 11 x 11, or the decoder
+                does not fit the latents.
         """
         images = check_images(inputs)
-        found = self.reconstruct(images)
+        decoded = self.reconstruct(images)
         pictures = self.encoder.pictures(images)
         with preserve_state(self.encoder.forward_func):
-            latents, again = self.encoder(images), self.encoder(self.encoder.images(found))
-        return structural_similarity(pictures, found).mean(1), deep_similarity(latents, again)
+            latents = self.encoder(images)
+            latents_of_decoded = self.encoder(self.encoder.images(decoded))
+        ssims = structural_similarity(pictures, decoded).mean(1)
+        return ssims, deep_similarity(latents, latents_of_decoded)
 
 
 def composite(pictures: Tensor, masks: Tensor, background: float = 1.0) -> Tensor:
@@ -199,13 +235,16 @@ def composite(pictures: Tensor, masks: Tensor, background: float = 1.0) -> Tenso
 
     .. math:: m \odot x + (1 - m) \, b
 
-    Of the pictures themselves instead of their reconstructions it is the panel that the authors
-    show beside Perception Visualization.
+    `PerceptionVisualization` applies it to reconstructions. The authors also show it for the
+    pictures themselves, for comparison.
 
     Args:
-        pictures: (N, C, H, W), in [0, 1].
-        masks: (N, 1, H, W), in [0, 1].
-        background: b.
+        pictures: x, (N, C, H, W), in [0, 1].
+        masks: m, (N, 1, H, W), in [0, 1].
+        background: b, in [0, 1]. 1 (white).
+
+    Returns:
+        (N, C, H, W), in [0, 1].
 
     Example:
         >>> import torch

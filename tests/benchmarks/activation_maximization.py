@@ -1,7 +1,7 @@
 """What the settings of activation maximisation give, on a trained network, in one run.
 
     python -m tests.benchmarks.activation_maximization [--size N] [--steps N] [--threads N]
-                                                       [--pictures FOLDER]
+                                                       [--pictures FOLDER] [--quick]
 
 A table in Markdown, and with `--pictures` a strip of pictures for each of its rows. All rows have
 the same classes, steps and random numbers, and differ from the defaults in what their name says.
@@ -21,6 +21,7 @@ from torch import Generator
 from captum_ext.features import ActivationMaximization
 from captum_ext.imaging import blur
 from captum_ext.zoo import load_model
+from tests.benchmarks.measuring import parse_arguments
 
 CLASSES = {
     "goldfish": 1,
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pictures", type=Path, help="a folder for PNGs")
-    options = parser.parse_args()
+    options = parse_arguments(parser, size=48, steps=8)
     torch.set_num_threads(options.threads)
     demo = load_model()
     net, targets = demo.module.requires_grad_(False), list(CLASSES.values())

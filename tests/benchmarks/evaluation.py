@@ -34,8 +34,8 @@ from captum_ext import attr
 from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext.cli.methods import Method, default_methods
 from captum_ext.datasets import TexturedEllipses
-from captum_ext.evaluation import Explained, Prepared, evaluate, summary
-from captum_ext.evaluation.examples import Blocks
+from captum_ext.evaluation import Example, ExplainedBatch, evaluate, summary
+from captum_ext.evaluation.examples import ExampleBatches
 from captum_ext.evaluation.measures import LOCALIZATION, make_measures
 from captum_ext.evaluation.store import ResultStore, ResultWriter, Task
 from captum_ext.imaging import resize
@@ -223,9 +223,13 @@ def counted(model: nn.Module) -> Iterator[list[int]]:
         hook.remove()
 
 
-def examples() -> list[Prepared]:
+def examples() -> list[Example]:
     scenes = TexturedEllipses(BATCH, seed=0, size=(SIDE, SIDE))
-    return [e for e in Blocks(scenes, BATCH, None, IMAGENET_MEAN_STD)[0] if isinstance(e, Prepared)]
+    return [
+        e
+        for e in ExampleBatches(scenes, BATCH, None, IMAGENET_MEAN_STD)[0]
+        if isinstance(e, Example)
+    ]
 
 
 def evaluate_tables(device: torch.device, repeats: int) -> dict[str, Any]:
@@ -261,7 +265,7 @@ def evaluate_tables(device: torch.device, repeats: int) -> dict[str, Any]:
     maps = resize(cells, (SIDE, SIDE))[:, 0]
     print("\n| | passes | s for a map | in bare forwards | bytes |\n|:--|--:|--:|--:|--:|")
     cam = LayerGradCam(model, model.layer4)  # Captum's metrics would call it; they are not asked
-    found = Explained(model, x, maps, labels, known, None, maps[:, None], cam, {})
+    found = ExplainedBatch(model, x, maps, labels, known, None, maps[:, None], cam, {})
     metrics = metric_costs(found, forward, repeats, device)
     for name, cost in metrics.items():
         print(
@@ -274,19 +278,19 @@ def evaluate_tables(device: torch.device, repeats: int) -> dict[str, Any]:
 
 
 def metric_costs(
-    found: Explained, forward: Callable[[], Any], repeats: int, device: torch.device
+    found: ExplainedBatch, forward: Callable[[], Any], repeats: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Seconds, pictures through the model and bytes in a row, for one map, by what is written."""
     costs = {}
     known = make_measures([*LOCALIZATION, *PASSES], found.examples)
-    for record in {r.columns: r for measure in known for r in measure.records}.values():
-        name = record.columns[0]
+    for columns in {c.names: c for measure in known for c in measure.columns}.values():
+        name = columns.names[0]
         many = device.type == "cuda" or name not in PASSES
         some = found.only(list(range(len(found.examples) if many else FEW)))
         n = len(some.examples)
         with counted(found.forward_func) as passes:  # type: ignore[arg-type]
-            cells = record.cells(some)
-        seconds, ratio = beside(partial(record.cells, some), forward, repeats, device)
+            cells = columns.cells(some)
+        seconds, ratio = beside(partial(columns.cells, some), forward, repeats, device)
         costs[name] = {
             "seconds": seconds / n,
             "forwards": ratio * len(found.images) / n,

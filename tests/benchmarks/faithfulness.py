@@ -1,4 +1,4 @@
-"""What insertion, deletion and ROAD cost beside the model's own passes, and beside torchcam's.
+"""The cost of insertion, deletion and ROAD, beside the model's passes and beside torchcam.
 
 Tables, in Markdown, of a ResNet-18 at 112 pixels, whose command is in `metrics.py`:
 
@@ -8,12 +8,12 @@ Tables, in Markdown, of a ResNet-18 at 112 pixels, whose command is in `metrics.
 - the seconds of one imputation, and its largest error against SciPy's general solver, by the share
   of pixels removed;
 - torchcam's metrics, given the same maps, target, steps, baseline and size of a pass. Their figures
-  are ours, which is checked first. They differ in what is shared: torchcam takes the bare baseline
-  and the image once for both curves (56 pictures for each image where ours takes 58), the latter
-  with a graph; its classification metric takes 2 pictures where our two functions take 4.
+  are ours, which is checked first. They share other passes: torchcam runs the bare baseline and
+  the image once for both curves (56 pictures for each image where ours runs 58), the latter with
+  a graph; its classification metric runs 2 pictures where our two functions run 4.
 
-How it is measured says `measuring.py`. The network has random weights; maps are of 7 x 7 cells,
-upsampled, as CAMs are.
+`measuring.py` describes how it is measured. The network has random weights; maps have 7 x 7
+cells, upsampled, as those of CAMs.
 """
 
 import multiprocessing
@@ -73,7 +73,7 @@ def pictures(n: int, device: torch.device, side: int = SIDE) -> tuple[Tensor, Te
 
 
 def forwards(model: nn.Module, batch: Tensor, count: int) -> None:
-    """So many pictures, in batches of the same size and a rest."""
+    """Run `count` pictures, in batches of the same size and a rest."""
     with torch.no_grad():
         for start in range(0, count, len(batch)):
             model(batch[: count - start])
@@ -109,7 +109,7 @@ def bare_of(name: str) -> str:
 
 def memory_calls(device: torch.device) -> Calls:
     model, (x, maps) = network(device), pictures(4, device)
-    insertion(model, x, maps, TARGET, step=0.5)  # what is set up once is not the call's
+    insertion(model, x, maps, TARGET, step=0.5)  # the first call sets up what later ones reuse
     calls: Calls = {}
     for size in (4, 8, 16):
         calls[f"{size} at once: a pass"] = partial(forwards, model, pictures(size, device)[0], size)
@@ -140,9 +140,9 @@ def imputation_rows() -> list[Row]:
         x, maps = pictures(1, cpu, side)
         for share in (0.1, 0.5, 0.9):
             keep = maps <= maps.quantile(1 - share)
-            found: list[Tensor] = []
+            imputed: list[Tensor] = []
             seconds = seconds_of(
-                lambda x=x, keep=keep, found=found: found.append(
+                lambda x=x, keep=keep, imputed=imputed: imputed.append(
                     linear_imputation(x.double(), keep.float())
                 ),
                 cpu,
@@ -150,7 +150,7 @@ def imputation_rows() -> list[Row]:
             kept = keep.flatten().numpy()
             values, system = x.double().flatten(2)[0].numpy(), _laplacian(side, side)[~kept]
             true = spsolve(system[:, ~kept].tocsc(), -(system[:, kept] @ values[:, kept].T)).T
-            error = abs(found[0].flatten(2)[0].numpy()[:, ~kept] - true).max()
+            error = abs(imputed[0].flatten(2)[0].numpy()[:, ~kept] - true).max()
             rows.append({"name": f"{side} px, {share:.0%}", "seconds": seconds, "error": error})
     return rows
 
@@ -158,8 +158,8 @@ def imputation_rows() -> list[Row]:
 # --- torchcam ------------------------------------------------------------------------------------
 
 
-class Given:
-    """What torchcam takes for an extractor of maps: it gives those that it was made with."""
+class FixedMaps:
+    """An extractor for torchcam that returns fixed maps."""
 
     def __init__(self, model: nn.Module, maps: Tensor) -> None:
         self.model, self.maps = model, maps
@@ -178,11 +178,11 @@ def torchcam_calls(n: int, size: int, device: torch.device) -> Calls:
     model, (x, maps) = network(device), pictures(n, device)
     maps = min_max(maps)
     batch = pictures(size, device)[0]
-    given, softmax = Given(model, maps[:, 0]), partial(torch.softmax, dim=-1)
+    extractor, softmax = FixedMaps(model, maps[:, 0]), partial(torch.softmax, dim=-1)
     options: dict[str, Any] = {"internal_batch_size": size}
 
     def theirs() -> DeletionInsertionMetric:
-        metric = DeletionInsertionMetric(given, softmax, steps=POINTS - 1, batch_size=size)
+        metric = DeletionInsertionMetric(extractor, softmax, steps=POINTS - 1, batch_size=size)
         metric.update(x, TARGET)
         return metric
 
@@ -190,7 +190,7 @@ def torchcam_calls(n: int, size: int, device: torch.device) -> Calls:
         return overall_score(model, x, maps, TARGET, insertion_baselines="zeros", **options)
 
     def their_drop() -> ClassificationMetric:
-        metric = ClassificationMetric(given, softmax)
+        metric = ClassificationMetric(extractor, softmax)
         metric.update(x, TARGET)
         return metric
 
@@ -202,8 +202,8 @@ def torchcam_calls(n: int, size: int, device: torch.device) -> Calls:
         for count in counts:
             forwards(model, batch, count)
 
-    found, expected = ours(), theirs().summary()
-    for curve, key in ((found.insertion, "insertion_auc"), (found.deletion, "deletion_auc")):
+    scores, expected = ours(), theirs().summary()
+    for curve, key in ((scores.insertion, "insertion_auc"), (scores.deletion, "deletion_auc")):
         torch.testing.assert_close(curve.auc.mean().item(), expected[key], rtol=1e-3, atol=1e-6)
     (drop, increase), expected = our_drop(), their_drop().summary()
     torch.testing.assert_close(drop.mean().item(), expected["avg_drop"], rtol=1e-3, atol=1e-4)

@@ -1,18 +1,18 @@
-"""What FIDO costs beside the passes of the network that it cannot do without, in one run.
+"""The cost of FIDO beside the passes of the network that it needs, in one run.
 
     python -m tests.benchmarks.fido [--device cpu|cuda] [--repeats N] [--threads N] [--steps N]
-                                    [--masks N] [--json FILE]
+                                    [--masks N] [--json FILE] [--quick]
 
 Three tables, in Markdown, of a ResNet-50 at 224 pixels:
 
 - time of whole calls for one image, beside the floor: as many forward and backward passes to the
   input as FIDO does, 2 x masks a step, at the same batch size, on a batch that is there already.
-  Beside them the same optimisation as one writes it down without a thought for the network's
-  parameters, whose gradients it computes too. That both find the same is checked first;
+  Beside them is a plain loop for the same optimisation, which also computes the gradients of the
+  network's parameters. Both give the same result, which is checked first;
 - memory beyond one pass of the floor, for ever larger batches and for ever more masks;
 - on a GPU, a batch of 16 images beside 16 single calls.
 
-How it is measured says `measuring.py`. The network has random weights.
+`measuring.py` describes how it is measured. The network has random weights.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from tests.benchmarks.measuring import (
     environment,
     markdown,
     measure,
+    parse_arguments,
     peaks,
 )
 
@@ -77,7 +78,7 @@ def pictures(n: int, device: torch.device) -> Tensor:
 def fido(
     model: nn.Module, x: Tensor, n_masks: int, n_steps: int, batch: int, **options: Any
 ) -> tuple[Tensor, FIDOMasks]:
-    found: tuple[Tensor, FIDOMasks] = FIDO(model).attribute(
+    result: tuple[Tensor, FIDOMasks] = FIDO(model).attribute(
         x,
         target=TARGET,
         n_masks=n_masks,
@@ -88,14 +89,14 @@ def fido(
         **SETTINGS,
         **options,
     )
-    return found
+    return result
 
 
-# --- what it is compared with --------------------------------------------------------------------
+# --- references ----------------------------------------------------------------------------------
 
 
 def passes(model: nn.Module, batch: Tensor, count: int) -> None:
-    """So many forward passes of a batch, each with the gradient of the target by the batch."""
+    """Run `count` forward passes of a batch, each with the gradient of the target by the batch."""
     for _ in range(count):
         x = batch.detach().requires_grad_()
         torch.autograd.grad(model(x)[:, TARGET].sum(), x)
@@ -104,7 +105,7 @@ def passes(model: nn.Module, batch: Tensor, count: int) -> None:
 def plain_loop(
     model: nn.Module, x: Tensor, n_masks: int, n_steps: int, batch: int
 ) -> tuple[Tensor, Tensor]:
-    """FIDO of one image as one writes it down; the logits and the losses."""
+    """FIDO of one image in a plain loop; the logits and the losses."""
     generator = Generator(x.device).manual_seed(0)
     infill = blur(x, 65, 10.0)
     logits = x.new_zeros(1, 2, SIDE, SIDE).requires_grad_()
@@ -136,7 +137,7 @@ def plain_loop(
 
 
 def compare(device: torch.device) -> None:
-    """That the same is timed: in float64, FIDO and the loop end with the same logits and losses."""
+    """Check that FIDO and the loop end with the same logits and losses, in float64."""
     model, x = network(device).double(), pictures(1, device).double()
     _, masks = fido(model, x, 3, 3, 4)
     logits, losses = plain_loop(model, x, 3, 3, 4)
@@ -151,7 +152,7 @@ def compare(device: torch.device) -> None:
 def step_calls(n_masks: int, n_steps: int, device: torch.device) -> Calls:
     model, x = network(device), pictures(1, device)
     frozen, leaky = copy.deepcopy(model).requires_grad_(False), copy.deepcopy(model)
-    fido(model, x, 1, 1, 2)  # what is set up once is not the call's
+    fido(model, x, 1, 1, 2)  # the first call sets up what later ones reuse
     size = min(BATCH, 2 * n_masks)
     batch = pictures(size, device)
     count = n_steps * (2 * n_masks) // size
@@ -232,13 +233,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a call; 4 on a CPU, 40 on a GPU")
     parser.add_argument("--masks", type=int, default=8, help="for each objective and step")
     parser.add_argument("--json", type=Path, help="write all numbers here")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser, repeats=1, steps=1, masks=2)
     warnings.simplefilter("ignore")
     device = torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)
     n_masks, n_steps = arguments.masks, arguments.steps or (40 if device.type == "cuda" else 4)
-    found = environment(device, arguments.threads)
-    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n")
+    machine = environment(device, arguments.threads)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
 
     start = time.perf_counter()
     compare(device)
@@ -272,7 +273,7 @@ def main() -> None:
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
 
     if arguments.json:
-        tables = {"environment": found, "steps": steps, "memory": memory, "batches": batches}
+        tables = {"environment": machine, "steps": steps, "memory": memory, "batches": batches}
         arguments.json.write_text(json.dumps(tables, indent=1))
 
 

@@ -1,4 +1,4 @@
-"""What makes FIDO's masks good: simplified dropout, the temperature, masks a step, or steps?
+"""The effect on FIDO's masks of simplified dropout, temperature, masks a step, and steps.
 
     python -m tests.benchmarks.fido_ablation [--images N] [--masks N ...] [--steps N ...]
         [--dropouts NAME ...] [--temperatures T ...] [--seeds N] [--repeats N] [--workers N]
@@ -6,7 +6,7 @@
 
 The pictures are held-out specimens of `captum_ext.datasets.FineGrainedParts` (224 px; the truth is
 the mark, 2% to 3% of the picture), and the network is its `SmallCNN`, trained here first. Neither
-was chosen by what any method of explanation makes of it. The target is the label.
+was chosen by the results of any explanation. The target is the label.
 
 The grid: concrete dropout ("cd") or the simplified one ("scd") x temperature x masks a step, with
 as many seeds as asked for at 8 masks and one elsewhere; everything else as in `COMMON`. Fewer steps
@@ -138,7 +138,7 @@ def trained(path: Path, settings: Row, threads: int) -> tuple[SmallCNN, Row]:
 
 
 def accuracy(network: SmallCNN, data: FineGrainedParts) -> dict[str, float]:
-    """On the specimens, and on the same ones without their marks."""
+    """The accuracy on the specimens, with and without their marks."""
     right: dict[str, float] = {"accuracy": 0, "without_marks": 0}
     for i in range(len(data)):
         for key, specimen in zip(right, (data[i], data.variant(i, None)), strict=True):
@@ -157,7 +157,7 @@ def loaded(path: Path, n_images: int) -> tuple[SmallCNN, BeetleBatch]:
 
 
 def prepare(threads: int) -> None:
-    """For each worker. Blocks that malloc keeps are not given zeros by the kernel each time."""
+    """Set up a worker. Malloc keeps its blocks, which the kernel then need not clear again."""
     import ctypes
 
     torch.set_num_threads(threads)
@@ -230,15 +230,15 @@ def keeper(kept: dict[int, FIDOMasks], steps: Iterable[int]) -> Callable[[int, F
 
 
 def measured(masks: FIDOMasks, parts: Tensor) -> Row:
-    found: Row = {"largest_logit": masks.logits.abs().max().item()}
+    row: Row = {"largest_logit": masks.logits.abs().max().item()}
     for name in MAPS:
         values = getattr(masks, name)[:, 0]
-        found[name] = measures(values, parts)
-    return found
+        row[name] = measures(values, parts)
+    return row
 
 
 def measures(maps: Tensor, parts: Tensor) -> Row:
-    """Of each image, and the sum over images of the IoU at each threshold."""
+    """The measures of each image, and the sum over images of the IoU at each threshold."""
     return {
         "iou": mask_iou(maps > 0.5, parts).tolist(),
         "tv": total_variation(maps).tolist(),
@@ -306,14 +306,14 @@ def gradients(
     network: SmallCNN,
     batch: BeetleBatch,
     n_masks: int,
-    sample: Callable[[Tensor, Tensor], Tensor],
+    dropout: Callable[[Tensor, Tensor], Tensor],
 ) -> MaskedScores:
-    """What gives the gradient of the scores by the logits, as `FIDO` uses it."""
+    """The object that gives the gradient of the scores by the logits, as `FIDO` uses it."""
     return MaskedScores(
         LogOddsScorer(network, "logits", batch.targets, None, batch.images),
         batch.images,
         Infill(batch.images),
-        sample,
+        dropout,
         (SSR, SDR),
         n_masks,
         BATCH,
@@ -328,7 +328,7 @@ def variance(
     masks: list[int],
     repeats: int,
 ) -> Row:
-    """For each number of masks: variance over repeats over the squared mean gradient."""
+    """For each number of masks: the variance over repeats, over the squared mean gradient."""
     dropout, t = variant
     sums, spreads = torch.zeros_like(logits, dtype=torch.float64), {}
     for n_masks in masks:
@@ -382,7 +382,7 @@ def summarise(rows: list[Row], variants: list[Variant], masks: list[int], steps:
     summary: Row = {"chance": interval(np.array(beside["chance"]), samples), "cells": []}
     summary["beside"] = []
     needed = np.array(beside["needed"])
-    among = np.random.RandomState(1).randint(needed.sum(), size=(SAMPLES, needed.sum()))
+    resampled = np.random.RandomState(1).randint(needed.sum(), size=(SAMPLES, needed.sum()))
     summary["needed"] = int(needed.sum())
     cams: dict[str, np.ndarray] = {}
     cams_needed: dict[str, np.ndarray] = {}
@@ -393,7 +393,7 @@ def summarise(rows: list[Row], variants: list[Variant], masks: list[int], steps:
         summary[name] = {"threshold": float(best), "iou_best": interval(ious[best], samples)}
         summary[name]["iou"] = interval(ious["0.5"], samples)
         cams_needed[name] = max((v[needed] for v in ious.values()), key=np.mean)
-        summary[name]["iou_needed"] = interval(cams_needed[name], among)
+        summary[name]["iou_needed"] = interval(cams_needed[name], resampled)
     grid = [
         {"dropout": dropout, "temperature": temperature, "n_masks": n_masks}
         for dropout, temperature in variants
@@ -414,7 +414,7 @@ def summarise(rows: list[Row], variants: list[Variant], masks: list[int], steps:
             seconds = sum(row["seconds"] for row in cell)
             options = BESIDE.get(key.get("beside", ""), {})
             ran = {k: options.get(k, key[k]) for k in ("dropout", "temperature", "n_masks")}
-            found: Row = (
+            entry: Row = (
                 key
                 | ran
                 | {
@@ -428,27 +428,29 @@ def summarise(rows: list[Row], variants: list[Variant], masks: list[int], steps:
                 values = {k: gathered(cell, step, name, k) for k in ("iou", "tv", "area")}
                 at = np.array([row["found"][str(step)][name]["iou_at"] for row in cell])
                 at = at.sum(0) / (n_images * n_seeds)
-                found[name] = {k: interval(v, samples) for k, v in values.items()}
-                found[name] |= {
+                entry[name] = {k: interval(v, samples) for k, v in values.items()}
+                entry[name] |= {
                     "iou_best": float(at.max()),
                     "threshold": THRESHOLDS[int(at.argmax())],
                 }
                 if name == "joint":
-                    found["over"] = {c: interval(values["iou"] - cams[c], samples) for c in CAMS}
-                    some = values["iou"][needed]
-                    found["iou_needed"] = interval(some, among)
-                    found["over_needed"] = {c: interval(some - cams_needed[c], among) for c in CAMS}
+                    entry["over"] = {c: interval(values["iou"] - cams[c], samples) for c in CAMS}
+                    ious_needed = values["iou"][needed]
+                    entry["iou_needed"] = interval(ious_needed, resampled)
+                    entry["over_needed"] = {
+                        c: interval(ious_needed - cams_needed[c], resampled) for c in CAMS
+                    }
                 if reference is not None:
-                    found[name]["tv_ratio"] = ratio(values["tv"], reference[name], samples)
-            summary["beside" if "beside" in key else "cells"].append(found)
+                    entry[name]["tv_ratio"] = ratio(values["tv"], reference[name], samples)
+            summary["beside" if "beside" in key else "cells"].append(entry)
     return summary
 
 
 def of_cell(rows: list[Row], key: Row) -> list[Row]:
     """The parts of a cell: all seeds, all groups of images."""
     same = ("dropout", "temperature", "n_masks", "beside")
-    found = [row for row in rows if row["kind"] == "cell"]
-    return [row for row in found if all(row.get(k) == key.get(k) for k in same)]
+    cells = [row for row in rows if row["kind"] == "cell"]
+    return [row for row in cells if all(row.get(k) == key.get(k) for k in same)]
 
 
 def gathered(cell: list[Row], step: int, name: str, key: str) -> np.ndarray:
@@ -473,7 +475,7 @@ def interval(values: np.ndarray, samples: np.ndarray) -> dict[str, float]:
 
 
 def ratio(values: np.ndarray, by: np.ndarray, samples: np.ndarray) -> dict[str, float]:
-    """Of the means, on the same samples."""
+    """The ratio of the means, on the same samples."""
     low, high = np.percentile(values[samples].mean(1) / by[samples].mean(1), [2.5, 97.5])
     return {"mean": float(values.mean() / by.mean()), "low": float(low), "high": float(high)}
 
@@ -483,7 +485,7 @@ def ratio(values: np.ndarray, by: np.ndarray, samples: np.ndarray) -> dict[str, 
 
 def markdown(summary: Row) -> str:
     head = ["variant", "masks", "steps"]
-    head += [f"{name} {what}" for name in MAPS for what in ("IoU", "TV")]
+    head += [f"{name} {measure}" for name in MAPS for measure in ("IoU", "TV")]
     head += ["joint TV ratio", "joint area, %", "joint IoU, best threshold"]
     head += ["joint over Grad-CAM", "in place", "joint IoU, needed", "over Grad-CAM", "in place"]
     head += ["ms a step"]
@@ -491,17 +493,17 @@ def markdown(summary: Row) -> str:
     for cell in summary["cells"] + summary["beside"]:
         joint = cell["joint"]
         name = cell.get("beside") or title((cell["dropout"], cell["temperature"]))
-        shown = [name, cell["n_masks"], cell["steps"]]
+        fields = [name, cell["n_masks"], cell["steps"]]
         for name in MAPS:
-            shown += [ranged(cell[name]["iou"]), f"{cell[name]['tv']['mean']:.0f}"]
-        shown += [ranged(joint["tv_ratio"]) if "tv_ratio" in joint else ""]
-        shown += [f"{100 * joint['area']['mean']:.1f}"]
-        shown += [f"{joint['iou_best']:.3f} at {joint['threshold']:g}"]
-        shown += [signed(cell["over"][c]) for c in CAMS]
-        shown += [ranged(cell["iou_needed"])]
-        shown += [signed(cell["over_needed"][c]) for c in CAMS]
-        shown += [f"{1000 * cell['seconds_per_image_and_step']:.1f}"]
-        table.append("| " + " | ".join(map(str, shown)) + " |")
+            fields += [ranged(cell[name]["iou"]), f"{cell[name]['tv']['mean']:.0f}"]
+        fields += [ranged(joint["tv_ratio"]) if "tv_ratio" in joint else ""]
+        fields += [f"{100 * joint['area']['mean']:.1f}"]
+        fields += [f"{joint['iou_best']:.3f} at {joint['threshold']:g}"]
+        fields += [signed(cell["over"][c]) for c in CAMS]
+        fields += [ranged(cell["iou_needed"])]
+        fields += [signed(cell["over_needed"][c]) for c in CAMS]
+        fields += [f"{1000 * cell['seconds_per_image_and_step']:.1f}"]
+        table.append("| " + " | ".join(map(str, fields)) + " |")
     table += [""]
     for name in CAMS:
         cam = summary[name]
@@ -515,8 +517,8 @@ def markdown(summary: Row) -> str:
     return "\n".join(table)
 
 
-def signed(found: dict[str, float]) -> str:
-    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+def signed(value: dict[str, float]) -> str:
+    return f"{value['mean']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
 
 
 def variance_markdown(rows: list[Row]) -> str:
@@ -527,11 +529,11 @@ def variance_markdown(rows: list[Row]) -> str:
     head = ["logits of", "largest", "variant", *(f"{n} masks" for n in masks), "float32 error"]
     lines = ["| " + " | ".join(head) + " |", "|---|---:|---" + "|---:" * (len(masks) + 1) + "|"]
     for name, stage in stages:
-        for found in stage["variants"]:
-            shown = [name, f"{stage['largest_logit']:.1f}"]
-            shown += [title((found["dropout"], found["temperature"]))]
-            shown += ["" if r is None else f"{r:.3g}" for r in found["ratio"].values()]
-            lines.append("| " + " | ".join([*shown, f"{found['error']:.1e}"]) + " |")
+        for variant in stage["variants"]:
+            fields = [name, f"{stage['largest_logit']:.1f}"]
+            fields += [title((variant["dropout"], variant["temperature"]))]
+            fields += ["" if r is None else f"{r:.3g}" for r in variant["ratio"].values()]
+            lines.append("| " + " | ".join([*fields, f"{variant['error']:.1e}"]) + " |")
     return "\n".join(lines)
 
 
@@ -544,19 +546,19 @@ def staged(rows: list[Row]) -> Iterable[tuple[str, Row]]:
                 yield name, stage
 
 
-def ranged(found: dict[str, float]) -> str:
-    return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+def ranged(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
 
 
-def figure(found: Row) -> "Figure":
+def figure(results: Row) -> "Figure":
     """IoU and TV of the joint maps and the gradient's variance, by masks a step.
 
     Args:
-        found: what the output file holds.
+        results: the contents of the output file.
     """
     from matplotlib.figure import Figure
 
-    summary, steps = found["summary"], found["steps"]
+    summary, steps = results["summary"], results["steps"]
     drawing = Figure(figsize=(12, 7), layout="constrained")
     axes = drawing.subplots(2, max(len(steps), 2), squeeze=False)
     for axis, step in zip(axes[0], steps, strict=False):
@@ -581,7 +583,7 @@ def figure(found: Row) -> "Figure":
     axes[1, 0].set(title=f"Joint map, {steps[-1]} steps", ylabel="TV (Eq. 10)")
     axes[1, 0].set_ylim(bottom=0)
     name = f"step {steps[-1]} of {title(SIMPLIFIED)}"
-    stage = dict(staged(found["rows"])).get(name)
+    stage = dict(staged(results["rows"])).get(name)
     if stage is not None:
         for variant in stage["variants"]:
             style = look((variant["dropout"], variant["temperature"]))
@@ -605,15 +607,15 @@ def lines(axis: Any, summary: Row, step: int, key: str) -> None:
             if (cell["dropout"], cell["temperature"]) == variant and cell["steps"] == step
         ]
         masks = [cell["n_masks"] for cell in cells]
-        found = [cell["joint"][key] for cell in cells]
+        intervals = [cell["joint"][key] for cell in cells]
         style = look(variant)
-        axis.plot(masks, [f["mean"] for f in found], **style, label=title(variant))
-        low, high = ([f[end] for f in found] for end in ("low", "high"))
+        axis.plot(masks, [f["mean"] for f in intervals], **style, label=title(variant))
+        low, high = ([f[end] for f in intervals] for end in ("low", "high"))
         axis.fill_between(masks, low, high, color=style["color"], alpha=0.08, linewidth=0)
 
 
 def look(variant: Variant) -> Row:
-    """Colour says the temperature; the dropouts are told apart where one covers the other."""
+    """The colour is the temperature. Both dropouts are visible where one covers the other."""
     dropout, temperature = variant
     style = {"color": "tab:orange" if temperature < 0.5 else "tab:blue"}
     if dropout == "cd":
@@ -627,11 +629,11 @@ def look(variant: Variant) -> Row:
 def resume(partial_file: Path, settings: Row) -> list[Row]:
     """The finished rows of an earlier run with the same settings; else a fresh file."""
     text = partial_file.read_text() if partial_file.is_file() else ""
-    whole = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    if not whole or whole[0] != settings:
-        whole = [settings]
-    partial_file.write_text("".join(json.dumps(row) + "\n" for row in whole))
-    return whole[1:]
+    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    if not rows or rows[0] != settings:
+        rows = [settings]
+    partial_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows[1:]
 
 
 def versions() -> dict[str, str]:
@@ -640,7 +642,7 @@ def versions() -> dict[str, str]:
 
 
 def described(options: dict[str, Any]) -> str:
-    """The same in each process: functions without their addresses."""
+    """The options as text that is equal in each process: functions without their addresses."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(options))
 
 
@@ -730,13 +732,13 @@ def main() -> None:
             file.flush()
 
     summary = summarise(rows, variants, masks, steps)
-    found = settings | {
+    results = settings | {
         "seconds": before + time.perf_counter() - begin,
         "seconds_of_parts": sum(row.get("seconds", 0) for row in rows),
         "summary": summary,
         "rows": rows,
     }
-    arguments.output.write_text(json.dumps(found) + "\n")
+    arguments.output.write_text(json.dumps(results) + "\n")
     figure(json.loads(arguments.output.read_text())).savefig(arguments.figure, dpi=100)
     for name in (partial_file, path):
         name.unlink()
@@ -746,7 +748,7 @@ def main() -> None:
     cost = [row for row in rows if row["kind"] == "cell"]
     spent = sum(row["seconds"] for row in cost)
     passes = sum(2 * row["n_masks"] * images_of(row) * max(steps) for row in cost)
-    print(f"{1000 * spent / passes:.2f} ms a masked image; {found['seconds'] / 60:.1f} minutes")
+    print(f"{1000 * spent / passes:.2f} ms a masked image; {results['seconds'] / 60:.1f} minutes")
 
 
 def images_of(row: Row) -> int:

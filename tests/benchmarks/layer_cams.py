@@ -1,7 +1,7 @@
 """What the layer CAMs cost, beside a bare forward pass and beside the public peers, in one run.
 
     python -m tests.benchmarks.layer_cams [--device cpu|cuda] [--repeats N] [--threads N]
-                                          [--json FILE]
+                                          [--side N] [--json FILE] [--quick]
 
 Two tables, in Markdown:
 
@@ -17,6 +17,7 @@ import copy
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,14 @@ from torch import Tensor, nn
 from torchvision.models import resnet18, resnet50
 
 from captum_ext import attr
-from tests.benchmarks.measuring import Calls, environment, markdown, measure, speed_up
+from tests.benchmarks.measuring import (
+    Calls,
+    environment,
+    markdown,
+    measure,
+    parse_arguments,
+    speed_up,
+)
 
 TARGET = 7
 CHUNK = 16  # masks in one forward pass; grad-cam's default for Score-CAM
@@ -89,10 +97,10 @@ def forwards(model: nn.Module, x: Tensor, n: int, batch: int) -> Any:
     return call
 
 
-def gradient_calls(device: torch.device) -> Calls:
+def gradient_calls(side: int, device: torch.device) -> Calls:
     torch.manual_seed(0)
     model = resnet50().eval().to(device)
-    x = torch.randn(8, 3, 224, 224, device=device)
+    x = torch.randn(8, 3, side, side, device=device)
     forwards(model, x, len(x), len(x))()  # what is set up once is no method's memory
     # Each library its own copy: hooks, modes and gradients of one are no concern of the others.
     mine, captums, pgcs, tcs = (copy.deepcopy(model) for _ in range(4))
@@ -116,12 +124,12 @@ def gradient_calls(device: torch.device) -> Calls:
     }
 
 
-def masking_calls(device: torch.device) -> Calls:
+def masking_calls(side: int, device: torch.device) -> Calls:
     torch.manual_seed(0)
     model = resnet18().eval().to(device)
     # So that no channel is flat: ours would not run it, and all are to run the same 512.
     nn.init.ones_(model.layer4[-1].bn2.bias)
-    x = torch.randn(1, 3, 224, 224, device=device)
+    x = torch.randn(1, 3, side, side, device=device)
     forwards(model, x, CHUNK, CHUNK)()
     mine, pgcs, tcs = (copy.deepcopy(model) for _ in range(3))
     image, group_masks = forwards(model, x, 1, 1), forwards(model, x, GROUPS + 1, CHUNK)
@@ -144,22 +152,26 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11, help="rounds; at most 3 of the masking")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--json", type=Path, help="write all numbers here")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    parser.add_argument("--side", type=int, default=224, help="of the images, in pixels")
+    arguments = parse_arguments(parser, repeats=1, side=64)
+    device, side = torch.device(arguments.device), arguments.side
     torch.set_num_threads(arguments.threads)
     found = environment(device, arguments.threads)
     print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n")
 
-    gradient = measure(gradient_calls, lambda name: BARE, arguments.repeats, device)
-    print(f"ResNet-50, layer4, 8 x 3 x 224 x 224, {arguments.repeats} rounds\n")
+    gradient = measure(partial(gradient_calls, side), lambda name: BARE, arguments.repeats, device)
+    print(f"ResNet-50, layer4, 8 x 3 x {side} x {side}, {arguments.repeats} rounds\n")
     print(markdown(gradient), end="\n\n")
     print(speed_up(gradient, "grad-cam GradCAM", "LayerGradCamPlusPlus"), end="\n\n", flush=True)
 
     repeats = min(3, arguments.repeats)
     masking = measure(
-        masking_calls, lambda name: GROUP_BARE if "Group" in name else SCORE_BARE, repeats, device
+        partial(masking_calls, side),
+        lambda name: GROUP_BARE if "Group" in name else SCORE_BARE,
+        repeats,
+        device,
     )
-    print(f"ResNet-18, layer4, 1 x 3 x 224 x 224, {repeats} rounds\n")
+    print(f"ResNet-18, layer4, 1 x 3 x {side} x {side}, {repeats} rounds\n")
     print(markdown(masking), end="\n\n")
     print(speed_up(masking, "grad-cam AblationCAM", "LayerAblationCam"))
 

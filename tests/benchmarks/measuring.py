@@ -11,6 +11,7 @@ with the profiler's tensor events, and unlike these it sees numpy and the scratc
 That malloc would cost time, hence the other process.
 """
 
+import argparse
 import ctypes
 import gc
 import multiprocessing
@@ -29,6 +30,17 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 Calls = dict[str, Callable[[], Any]]
 Row = dict[str, Any]
+
+
+def parse_arguments(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
+    """The arguments; with `--quick`, `quick` takes the place of the defaults.
+
+    A quick run shows in a minute or two that a benchmark still works. Its numbers mean nothing.
+    """
+    parser.add_argument("--quick", action="store_true", help="only to see that it runs")
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**quick)
+    return parser.parse_args()
 
 
 def measure(

@@ -1,19 +1,19 @@
-"""What the metrics and `evaluate` cost, in one run.
+"""The cost of the metrics and of `evaluate`.
 
     python -m tests.benchmarks.metrics [--device cpu|cuda] [--repeats N] [--threads N]
-                                       [--images N] [--json FILE]
+                                       [--images N] [--json FILE] [--quick]
                                        [--part boxes faithfulness torchcam flat evaluate]
 
-- boxes, on the CPU with one thread: MaxBoxAcc, its 1000 thresholds on a map of 224 x 224: a class
-  activation map of 7 x 7 upsampled; one that is nearly of two values, as F-CAM's are; and noise. It
-  is compared with labelling by SciPy at each threshold ("components"), or drawing contours by
-  OpenCV as the authors do ("wsolevaluation"), and with doing the latter only for the thresholds
-  that differ, which are but 255 of a map of bytes. All have the same IoUs: this is checked before
-  anything is timed. Each ratio is how many times as long as ours it takes.
+- boxes, on the CPU with one thread: MaxBoxAcc with its 1000 thresholds on a map of 224 x 224. The
+  maps are an upsampled class activation map of 7 x 7, a map with nearly two values, as F-CAM's, and
+  noise. The references label the mask at each threshold by SciPy ("components"), or draw its
+  contours by OpenCV as the authors do ("wsolevaluation"), at all thresholds or at the distinct ones
+  only, at most 255 for a map of bytes. All have the same IoUs, which is checked before the timing.
+  A ratio is the time of the reference over ours.
 - faithfulness, torchcam: see `faithfulness.py`.
 - flat, evaluate: see `evaluation.py`.
 
-How it is measured says `measuring.py`.
+`measuring.py` describes how times are measured.
 """
 
 import argparse
@@ -35,126 +35,137 @@ from captum_ext.imaging import min_max, resize
 from captum_ext.metrics import MaxBoxAcc, box_ious
 from tests.benchmarks.evaluation import evaluate_tables, flat_tables
 from tests.benchmarks.faithfulness import faithfulness_tables, torchcam_tables
-from tests.benchmarks.measuring import Calls, Row, environment, markdown, measure
+from tests.benchmarks.measuring import (
+    Calls,
+    Row,
+    environment,
+    markdown,
+    measure,
+    parse_arguments,
+)
 
 SIDE = 224
-TRUE = (40, 50, 150, 170)
-WISHED = 20
+TRUE_BOX = (40, 50, 150, 170)
+WISHED_RATIO = 20
 PARTS = ("boxes", "faithfulness", "torchcam", "flat", "evaluate")
-KINDS = ("upsampled 7 x 7", "bimodal", "noise")
-EVERY, DISTINCT = "each threshold", "distinct thresholds"
+MAP_NAMES = ("upsampled 7 x 7", "bimodal", "noise")
+ALL_THRESHOLDS, DISTINCT_THRESHOLDS = "each threshold", "distinct thresholds"
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def a_map(kind: str) -> Tensor:
-    """(1, SIDE, SIDE) in [0, 1]."""
+def make_map(map_name: str) -> Tensor:
+    """A map (1, SIDE, SIDE) in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(1, SIDE, SIDE, generator=generator, dtype=torch.float64)
-    if kind == "noise":
+    if map_name == "noise":
         return noise
     coarse = torch.rand(1, 1, 7, 7, generator=generator, dtype=torch.float64)
     smooth = min_max(resize(coarse, (SIDE, SIDE)))[:, 0]
-    if kind == "upsampled 7 x 7":
+    if map_name == "upsampled 7 x 7":
         return smooth
     return (torch.sigmoid(40 * (smooth - 0.5)) + 0.02 * (noise - 0.5)).clamp(0, 1)
 
 
-# --- the plain way -------------------------------------------------------------------------------
+# --- the references ------------------------------------------------------------------------------
 
 
-def by_labels(image: Array, contours: str) -> Array:
-    """The IoU at each threshold, "components", with SciPy's labels."""
-    found = []
-    for cut in np.arange(1000) / 1000 * image.max():
-        labels, _ = ndimage.label(image > cut, np.ones((3, 3)))
+def ious_by_labels(image: Array, contours: str) -> Array:
+    """The IoUs at all thresholds by "components", with SciPy's labels."""
+    ious = []
+    for threshold in np.arange(1000) / 1000 * image.max():
+        labels, _ = ndimage.label(image > threshold, np.ones((3, 3)))
         boxes = [(x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(labels)]
-        chosen = np.array(boxes)
+        candidates = np.array(boxes)
         if contours == "largest":
             areas = np.bincount(labels.ravel())[1:]
-            chosen = chosen[areas == areas.max()]
-        found.append(best_iou(chosen, 0))
-    return np.array(found, dtype=np.float32)
+            candidates = candidates[areas == areas.max()]
+        ious.append(best_iou(candidates, 0))
+    return np.array(ious, dtype=np.float32)
 
 
-def by_contours(image: Array, contours: str, distinct: bool = False) -> Array:
-    """The IoU at each threshold, "wsolevaluation", with OpenCV's contours."""
+def ious_by_contours(image: Array, contours: str, distinct: bool = False) -> Array:
+    """The IoUs at all thresholds by "wsolevaluation", with OpenCV's contours."""
     levels = (255 * image).astype(np.uint8)
     known: dict[int, float] = {}
-    found = []
+    ious = []
     for tau in np.arange(0, 1, 0.001):
-        cut = int(tau * levels.max())
-        if cut not in known or not distinct:
-            mask = 255 * (levels > cut).astype(np.uint8)
+        threshold = int(tau * levels.max())
+        if threshold not in known or not distinct:
+            mask = 255 * (levels > threshold).astype(np.uint8)
             outlines, _ = cv2.findContours(mask, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
             if contours == "largest":
                 outlines = [max(outlines, key=cv2.contourArea)]
             boxes = np.array([cv2.boundingRect(outline) for outline in outlines])
             ends = np.minimum(boxes[:, :2] + boxes[:, 2:], SIDE - 1)
-            known[cut] = best_iou(np.concatenate((boxes[:, :2], ends), 1), 1)
-        found.append(known[cut])
-    return np.array(found, dtype=np.float32)
+            known[threshold] = best_iou(np.concatenate((boxes[:, :2], ends), 1), 1)
+        ious.append(known[threshold])
+    return np.array(ious, dtype=np.float32)
 
 
-def best_iou(boxes: Array, end: int) -> float:
-    """Of boxes (n, 4) with TRUE."""
-    true = np.array(TRUE)
+def best_iou(boxes: Array, inclusive: int) -> float:
+    """The best IoU of boxes (n, 4) with TRUE_BOX."""
+    true = np.array(TRUE_BOX)
     low, high = np.maximum(boxes[:, :2], true[:2]), np.minimum(boxes[:, 2:], true[2:])
-    shared = (high - low + end).clip(0).prod(1)
-    areas = (boxes[:, 2:] - boxes[:, :2] + end).prod(1) + (true[2:] - true[:2] + end).prod()
-    return float((shared / (areas - shared)).max())
+    shared = (high - low + inclusive).clip(0).prod(1)
+    areas = (boxes[:, 2:] - boxes[:, :2] + inclusive).prod(1)
+    union = areas + (true[2:] - true[:2] + inclusive).prod() - shared
+    return float((shared / union).max())
 
 
-PLAIN: dict[str, dict[str, Callable[[Array, str], Array]]] = {
-    "components": {f"SciPy, {EVERY}": by_labels},
+REFERENCES: dict[str, dict[str, Callable[[Array, str], Array]]] = {
+    "components": {f"SciPy, {ALL_THRESHOLDS}": ious_by_labels},
     "wsolevaluation": {
-        f"OpenCV, {EVERY}": by_contours,
-        f"OpenCV, {DISTINCT}": functools.partial(by_contours, distinct=True),
+        f"OpenCV, {ALL_THRESHOLDS}": ious_by_contours,
+        f"OpenCV, {DISTINCT_THRESHOLDS}": functools.partial(ious_by_contours, distinct=True),
     },
 }
 
 
-# --- what is measured ----------------------------------------------------------------------------
+# --- tables --------------------------------------------------------------------------------------
 
 
-def box_calls(kind: str, device: torch.device) -> Calls:
-    maps, boxes = a_map(kind).to(device), [torch.tensor([TRUE])]
+def make_box_calls(map_name: str, device: torch.device) -> Calls:
+    maps, boxes = make_map(map_name).to(device), [torch.tensor([TRUE_BOX])]
     image = maps[0].cpu().numpy()
     calls: Calls = {}
-    for convention, ways in PLAIN.items():
+    for convention, references in REFERENCES.items():
         for contours in ("largest", "all"):
             ours = box_ious(maps, boxes, contours, convention)[0].cpu().numpy()
             metric = MaxBoxAcc((0.3, 0.5, 0.7), contours, convention)
             name = f"{convention}, {contours}"
             calls[name] = functools.partial(metric.update, maps, boxes)
-            for way, plain in ways.items():
-                np.testing.assert_array_equal(ours, plain(image, contours))
-                calls[f"{name}: {way}"] = functools.partial(plain, image, contours)
+            for title, reference in references.items():
+                np.testing.assert_array_equal(ours, reference(image, contours))
+                calls[f"{name}: {title}"] = functools.partial(reference, image, contours)
     return calls
 
 
-def ours_of(name: str) -> str:
+def baseline_of(name: str) -> str:
     return name.partition(":")[0]
 
 
-def wish(rows: list[Row]) -> str:
-    """Of each call of ours, how many times as long the plain way takes."""
-    seen = [
-        f"{ours_of(row['name'])} {row['ratio']:.0f}" for row in rows if row["name"].endswith(EVERY)
+def ratio_sentence(rows: list[Row]) -> str:
+    """A sentence with the wished ratio and the measured ones."""
+    measured = [
+        f"{baseline_of(row['name'])} {row['ratio']:.0f}"
+        for row in rows
+        if row["name"].endswith(ALL_THRESHOLDS)
     ]
-    return f"Wished: {WISHED} times as fast as at {EVERY}; seen: {'; '.join(seen)}."
+    wished = f"Wished: {WISHED_RATIO} times as fast as at {ALL_THRESHOLDS}"
+    return f"{wished}; measured: {'; '.join(measured)}."
 
 
 def box_tables(repeats: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     tables: dict[str, Any] = {}
-    for kind in KINDS:
-        build = functools.partial(box_calls, kind)
-        rows = measure(build, ours_of, repeats, torch.device("cpu"))
-        print(f"MaxBoxAcc, {kind}, {SIDE} x {SIDE}, one thread, {repeats} rounds\n")
-        print(f"{markdown(rows)}\n\n{wish(rows)}\n", flush=True)
-        tables[kind] = rows
+    for map_name in MAP_NAMES:
+        build = functools.partial(make_box_calls, map_name)
+        rows = measure(build, baseline_of, repeats, torch.device("cpu"))
+        print(f"MaxBoxAcc, {map_name}, {SIDE} x {SIDE}, one thread, {repeats} rounds\n")
+        print(f"{markdown(rows)}\n\n{ratio_sentence(rows)}\n", flush=True)
+        tables[map_name] = rows
     torch.set_num_threads(threads)
     return tables
 
@@ -167,26 +178,26 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="in a batch of faithfulness and torchcam")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="all, if not named")
-    given = parser.parse_args()
+    arguments = parse_arguments(parser, repeats=1, images=2, part=PARTS[:3])
     warnings.simplefilter("ignore")
-    device, repeats, images = torch.device(given.device), given.repeats, given.images
-    torch.set_num_threads(given.threads)
-    tables: dict[str, Any] = {"environment": environment(device, given.threads), "seconds": {}}
+    device, repeats, images = torch.device(arguments.device), arguments.repeats, arguments.images
+    torch.set_num_threads(arguments.threads)
+    tables: dict[str, Any] = {"environment": environment(device, arguments.threads), "seconds": {}}
     print(", ".join(f"{k} {v}" for k, v in tables["environment"].items()), end="\n\n")
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "boxes": lambda: box_tables(repeats, given.threads),
+        "boxes": lambda: box_tables(repeats, arguments.threads),
         "faithfulness": lambda: faithfulness_tables(device, repeats, images),
         "torchcam": lambda: torchcam_tables(device, repeats, images),
         "flat": flat_tables,
         "evaluate": lambda: evaluate_tables(device, repeats),
     }
-    for part in given.part:
+    for part in arguments.part:
         start = time.perf_counter()
         tables[part] = parts[part]()
         tables["seconds"][part] = time.perf_counter() - start
         print(f"({part}: {tables['seconds'][part]:.0f} seconds)\n", flush=True)
-        if given.json:
-            given.json.write_text(json.dumps(tables, indent=1, default=float))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(tables, indent=1, default=float))
 
 
 if __name__ == "__main__":

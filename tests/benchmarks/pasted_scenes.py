@@ -1,24 +1,24 @@
 """Do finer maps find small objects? Grad-CAM, wrapped and bare, on photographs with pasted objects.
 
     python -m tests.benchmarks.pasted_scenes [--scenes N] [--seed N] [--methods NAME ...]
-                                             [--threads N] [--output FILE]
+                                             [--threads N] [--output FILE] [--quick]
 
 For each scene of `captum_ext.datasets.PastedScenes` (480 x 640), the demo's ImageNet network and
-the class of the pasted objects, whatever the network says of the scene: the pointing game (is the
-maximum less than 15 pixels from one of the objects' boxes? is it in one?), the share of the map's
-positive mass in the boxes, and the time. The positive part of each map counts; a map that has none
-is a miss without mass. The wrappers have their default options but for those in `METHODS`, which
-are what keeps the run short; none was chosen by its results on these scenes.
+the class of the pasted objects, not the predicted one, it measures the pointing game (is the
+maximum less than 15 pixels from one of the objects' boxes? is it in a box?), the share of the map's
+positive mass in the boxes, and the time. Only the positive part of each map counts; a map without
+one is a miss without mass. `METHODS` lists the options of the wrappers that differ from the
+defaults. They keep the run short, and were not chosen by results on these scenes.
 
-Means are over scenes, their intervals the central 95% of 10,000 bootstrap samples of the scenes,
-the same samples for each method. The columns of differences are paired: method minus Grad-CAM at
-native size, scene by scene. "Chance" is the exact expectation for a point, and for mass, spread
-evenly over the picture. "Units in place" lays the map over the image where the receptive fields of
-its units are centred (`align="rf"`), in this network 15.5 pixels down and right of the cells'
-centres. Seconds are medians, after one untimed call on another scene.
+Means are over scenes. Intervals are the central 95% of 10,000 bootstrap samples of the scenes, the
+same samples for each method. Differences are paired: method minus Grad-CAM at native size, scene by
+scene. "Chance" is the exact expectation for a point, and for mass, spread evenly over the picture.
+"Units in place" centres the units of the map at their receptive fields (`align="rf"`), in this
+network 15.5 pixels down and right of the cells' centres. Seconds are medians, after one untimed
+call on another scene.
 
-Each finished scene and method is a line of FILE's neighbour with the ending .partial; a run that
-was killed goes on from there if its scenes and options are the same.
+A file beside FILE, with the ending .partial, has a line for each finished scene and method. A run
+that was killed goes on from there if its scenes and options are the same.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import importlib.metadata
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,7 @@ from captum_ext.datasets import KINDS, PastedScenes, Scene
 from captum_ext.imaging import resize
 from captum_ext.metrics import boxes_to_masks, energy_pointing_game, pointing_game
 from captum_ext.zoo import LoadedModel, load_model
+from tests.benchmarks.measuring import parse_arguments
 
 OUTPUT = Path(__file__).parents[2] / "tutorials" / "data" / "pasted_scenes.json"
 SIZE = (480, 640)
@@ -52,8 +54,8 @@ TOLERANCES = (15, 0)
 SAMPLES = 10_000
 SMALL = 224
 
-# Four windows at a time change no result; on a CPU they are three times as fast as 64, whose
-# activations malloc takes from the kernel and gives back each time.
+# Four windows at a time give the same result as 64, three times as fast on a CPU: malloc takes the
+# activations of 64 from the kernel and gives them back each time.
 SESS = {"n_scales": 12, "window": 224, "pre_filter_ratio": 0.9, "internal_batch_size": 4}
 AUGMENTED = {"n_augmentations": 8, "max_angle": 0.3, "max_shift": 0.13}
 FEW = AUGMENTED | {"n_augmentations": 3}
@@ -84,8 +86,11 @@ Method = Callable[[int, Scene], Tensor]
 # --- the methods ---------------------------------------------------------------------------------
 
 
-def build(name: str, network: LoadedModel) -> Method:
-    """Gives the map, (1, 1, H, W), of a scene and its number, which seeds the augmentations."""
+def make_method(name: str, network: LoadedModel) -> Method:
+    """Make a function from a scene and its index to a map (1, 1, H, W).
+
+    The index seeds the augmentations.
+    """
     base = LayerGradCam(network.module, network.module.get_submodule(network.layer))
     if name == CHANCE:
         return lambda index, scene: torch.ones(1, 1, *SIZE)
@@ -105,7 +110,7 @@ def build(name: str, network: LoadedModel) -> Method:
 
 
 def model_input(network: LoadedModel, scene: Scene, size: tuple[int, int]) -> Tensor:
-    """The whole scene at `size`, nothing cut off: (1, 3, H, W)."""
+    """The uncropped scene at `size`: (1, 3, H, W)."""
     image = scene.image
     if size != SIZE:
         image = image.resize(size[::-1], Image.Resampling.BICUBIC)
@@ -114,8 +119,10 @@ def model_input(network: LoadedModel, scene: Scene, size: tuple[int, int]) -> Te
     return x[None]
 
 
-def seen(network: LoadedModel, scene: Scene, size: tuple[int, int]) -> dict[str, float]:
-    """What the network gives to the class of the objects."""
+def class_probability(
+    network: LoadedModel, scene: Scene, size: tuple[int, int]
+) -> dict[str, float]:
+    """The probability and rank of the objects' class."""
     with torch.no_grad():
         shares = network.module(model_input(network, scene, size))[0].softmax(0)
     share = shares[scene.target]
@@ -141,30 +148,30 @@ def measure(name: str, explain: Method, index: int, scene: Scene) -> Row:
     return row | {f"hit_{tolerance}": hit for tolerance, hit in hits.items()}
 
 
-def summarise(rows: list[Row], kinds: list[str]) -> dict[str, dict[str, Row]]:
-    """For each kind of scene and method: each measure's mean and interval, and the seconds."""
+def summarise(rows: list[Row], scene_kinds: list[str]) -> dict[str, dict[str, Row]]:
+    """Means, intervals and seconds by the kind of scene and the method."""
     summary: dict[str, dict[str, Row]] = {}
     names = [name for name in METHODS if any(row["method"] == name for row in rows)]
     for kind in ("all", *KINDS):
-        chosen = [i for i, k in enumerate(kinds) if kind in ("all", k)]
-        if not chosen:
+        indices = [i for i, k in enumerate(scene_kinds) if kind in ("all", k)]
+        if not indices:
             continue
         random = np.random.RandomState(0)
-        samples = random.randint(len(chosen), size=(SAMPLES, len(chosen)))
+        samples = random.randint(len(indices), size=(SAMPLES, len(indices)))
         by_name = {
             name: {row["scene"]: row for row in rows if row["method"] == name} for name in names
         }
         summary[kind] = {}
         for name in names:
-            found: Row = {"scenes": len(chosen)}
-            found["seconds"] = statistics.median(by_name[name][i]["seconds"] for i in chosen)
+            row: Row = {"scenes": len(indices)}
+            row["seconds"] = statistics.median(by_name[name][i]["seconds"] for i in indices)
             for key in MEASURES:
-                values = np.array([by_name[name][i][key] for i in chosen])
-                found[key] = interval(values, samples)
+                values = np.array([by_name[name][i][key] for i in indices])
+                row[key] = interval(values, samples)
                 if NATIVE in names:
-                    native = np.array([by_name[NATIVE][i][key] for i in chosen])
-                    found[f"{key}_beyond_native"] = interval(values - native, samples)
-            summary[kind][name] = found
+                    native = np.array([by_name[NATIVE][i][key] for i in indices])
+                    row[f"{key}_beyond_native"] = interval(values - native, samples)
+            summary[kind][name] = row
     return summary
 
 
@@ -177,44 +184,44 @@ def interval(values: np.ndarray, samples: np.ndarray) -> dict[str, float]:
 
 
 def markdown(summary: dict[str, Row]) -> str:
-    beyond = {"hit_15": "hits at 15 px", "share": "mass"}
-    shown = [f"{title}, %" for title in MEASURES.values()]
-    head = ["method", *shown, *(f"{title} beyond native" for title in beyond.values())]
+    differences = {"hit_15": "hits at 15 px", "share": "mass"}
+    titles = [f"{title}, %" for title in MEASURES.values()]
+    head = ["method", *titles, *(f"{title} beyond native" for title in differences.values())]
     head += ["s per scene"]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    for name, found in summary.items():
-        cells = [percent(found[key]) for key in MEASURES]
-        for key in beyond:
-            difference = found.get(f"{key}_beyond_native")
+    for name, row in summary.items():
+        cells = [percent(row[key]) for key in MEASURES]
+        for key in differences:
+            difference = row.get(f"{key}_beyond_native")
             cells += [percent(difference) if difference and name != NATIVE else ""]
-        cells += ["" if name == CHANCE else f"{found['seconds']:.2f}"]
+        cells += ["" if name == CHANCE else f"{row['seconds']:.2f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def percent(found: dict[str, float]) -> str:
-    mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
+def percent(statistic: dict[str, float]) -> str:
+    mean, low, high = (100 * statistic[key] for key in ("mean", "low", "high"))
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
 # --- the run -------------------------------------------------------------------------------------
 
 
-def resume(partial: Path, settings: Row) -> list[Row]:
-    """The finished rows of an earlier run with the same settings; else a fresh file."""
+def read_partial(partial: Path, settings: Row) -> list[Row]:
+    """Read the finished rows of an earlier run with the same settings, or start the file."""
     lines = partial.read_text().splitlines(keepends=True) if partial.is_file() else []
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]
-    if not whole or whole[0] != settings:
-        whole = [settings]
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    if not rows or rows[0] != settings:
+        rows = [settings]
     partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text("".join(json.dumps(row) + "\n" for row in whole))
-    return whole[1:]
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows[1:]
 
 
 def environment(threads: int) -> dict[str, str]:
     packages = ("captum", "torch", "kornia", "pillow", "scikit-image")
-    found = {package: importlib.metadata.version(package) for package in packages}
-    return found | {
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return versions | {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": str(threads),
@@ -228,13 +235,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where all numbers go")
-    arguments = parser.parse_args()
+    output = Path(tempfile.gettempdir()) / "pasted_scenes_quick.json"
+    quick = {"scenes": 2, "methods": [CHANCE, AT_224, NATIVE, ALIGNED], "output": output}
+    arguments = parse_arguments(parser, **quick)
     torch.set_num_threads(arguments.threads)
 
     network = load_model()
     nn.Module.requires_grad_(network.module, False)
     scenes = PastedScenes(arguments.scenes, arguments.seed, size=SIZE)
-    methods = {name: build(name, network) for name in METHODS if name in arguments.methods}
+    methods = {name: make_method(name, network) for name in METHODS if name in arguments.methods}
     settings = {
         "model": network.name,
         "layer": network.layer,
@@ -246,14 +255,14 @@ def main() -> None:
     }
     settings = json.loads(json.dumps(settings))
     partial = arguments.output.with_suffix(".partial")
-    rows = resume(partial, settings)
+    rows = read_partial(partial, settings)
     done = {(row["scene"], row["method"]) for row in rows}
-    left = [(i, n) for i in range(len(scenes)) for n in methods if (i, n) not in done]
-    other = PastedScenes(1, arguments.seed + 1, size=SIZE)[0]
-    for name in {name for _, name in left}:
-        methods[name](0, other)
+    missing = [(i, n) for i in range(len(scenes)) for n in methods if (i, n) not in done]
+    untimed = PastedScenes(1, arguments.seed + 1, size=SIZE)[0]
+    for name in {name for _, name in missing}:
+        methods[name](0, untimed)
     with partial.open("a") as file:
-        for index, name in tqdm(left, unit="map"):
+        for index, name in tqdm(missing, unit="map"):
             row: Row = {"scene": index, "method": name}
             row |= measure(name, methods[name], index, scenes[index])
             rows.append(row)
@@ -267,15 +276,15 @@ def main() -> None:
             "boxes": scene.boxes.tolist(),
             "distractor_targets": list(scene.distractor_targets),
             "distractor_boxes": scene.distractor_boxes.tolist(),
-            "native": seen(network, scene, SIZE),
-            "at_224": seen(network, scene, (SMALL, SMALL)),
+            "native": class_probability(network, scene, SIZE),
+            "at_224": class_probability(network, scene, (SMALL, SMALL)),
         }
         for scene in scenes
     ]
     summary = summarise(rows, [scene.kind for scene in scenes])
     total = sum(row["seconds"] for row in rows)
-    found = settings | {"seconds": total, "summary": summary, "scene": described, "rows": rows}
-    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    results = settings | {"seconds": total, "summary": summary, "scene": described, "rows": rows}
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
     partial.unlink()
 
     for kind, by_name in summary.items():

@@ -1,7 +1,7 @@
 """What do reconstructions keep, and do they show what the classifier sees?
 
     python -m tests.benchmarks.perception [--train N] [--test N] [--epochs N] [--threads N]
-                                          [--output FOLDER]
+                                          [--output FOLDER] [--quick]
 
 The pictures are `captum_ext.datasets.TexturedEllipses` (64 x 64): one object, whose texture is the
 class, among distractors, in random colours. A `TinyCNN` learns the class, and a second one, the
@@ -46,7 +46,7 @@ from captum_ext.perception import (
     fit_perception,
     structural_similarity,
 )
-from tests.benchmarks.measuring import environment
+from tests.benchmarks.measuring import environment, parse_arguments
 
 SEEDS = {"train": 4000, "witness": 4001, "test": 4002}
 NORMALIZE = ((0.5,) * 3, (0.25,) * 3)
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15, help="of each decoder")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="a folder for the table and the weights")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser, train=60, test=100, epochs=1)
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,35 +1,35 @@
-"""What RISE costs beside the forward passes that it cannot do without, in one run.
+"""The cost of RISE beside the forward passes that it needs, in one run.
 
     python -m tests.benchmarks.rise [--device cpu|cuda] [--repeats N] [--threads N] [--masks N]
-                                    [--network NAME] [--json FILE]
+                                    [--network NAME] [--json FILE] [--quick]
 
 Two tables, in Markdown:
 
 - time of whole calls for a batch of two images of 224 pixels, beside the floor: as many forward
   passes of the network, at the same batch size, on a batch that is there already. The network is
-  a ResNet-18 on a CPU, where what is added to it weighs more than it does beside a ResNet-50, and
-  a ResNet-50 on a GPU. RISE and the loops below are run of a model that does nothing, too: what
-  they add, also where the machine is too busy for the ratio of whole calls.
+  a ResNet-18 on a CPU, where additional work weighs more than beside a ResNet-50, and a ResNet-50
+  on a GPU. RISE and the loops below are also run with a model that does nothing. This is the work
+  that they add, even on a machine that is too busy for the ratio of whole calls.
 
-  The loops are over single images, as libraries have them, and are written down here:
+  The loops are over single images, as in libraries, and are written out here:
 
   - in the manner of Xplique: for each image, all grids of zeros and ones are drawn first. Then, for
-    each batch of masks, the grids are resized to a little more than the image and all cut at one
-    place that is drawn for the batch, the image is repeated and multiplied, and sums of score x
+    each batch of masks, the grids are resized to a little more than the image and cropped with one
+    shift that is drawn for the batch, the image is repeated and multiplied, and sums of score x
     mask and of masks are kept: their quotient is the map.
   - in the manner of TorchRay: for each image and batch of masks, grids are drawn and resized, and
-    then, mask after mask, cut each at a place of its own into a tensor that waits for them; the
-    image is multiplied, the sigmoids of all classes are multiplied with the masks, and the sums,
-    a map for each class, are divided by N, of which one is taken at the end.
+    cropped mask by mask, each with a shift of its own, into a tensor. The image is multiplied, the
+    sigmoids of all classes are multiplied with the masks, and the sums, a map for each class, are
+    divided by N. The map of the target is taken at the end.
 
-  That these loops estimate the same map (TorchRay's but for 1 / p) is checked first, on a small
+  These loops estimate the same map (TorchRay's up to 1 / p), which is checked first, on a small
   model;
 - peak memory for ever more masks, and a network that needs next to none: all of it is RISE's. The
   most masks would be 1914 MiB.
 
 On two cores that are free it takes about three minutes.
 
-How it is measured says `measuring.py`. The network has random weights.
+`measuring.py` describes how it is measured. The network has random weights.
 """
 
 import argparse
@@ -56,6 +56,7 @@ from tests.benchmarks.measuring import (
     environment,
     markdown,
     measure,
+    parse_arguments,
     peaks,
     speed_up,
 )
@@ -94,7 +95,7 @@ def like_xplique(model: Model, x: Tensor, target: int, n_masks: int) -> Tensor:
     for image in x:
         grids = (torch.rand(n_masks, 1, GRID, GRID, device=x.device) < P).float()
         weighted = torch.zeros(height, width, device=x.device)
-        shown = torch.zeros_like(weighted)
+        mask_sum = torch.zeros_like(weighted)
         for chunk in grids.split(BATCH):
             large = F.interpolate(chunk, up, mode="bilinear")
             top = int(torch.randint(up[0] - height + 1, ()))
@@ -103,8 +104,8 @@ def like_xplique(model: Model, x: Tensor, target: int, n_masks: int) -> Tensor:
             repeated = image.expand(len(chunk), -1, -1, -1).clone()
             score = model(repeated * masks).softmax(1)[:, target]
             weighted += (score[:, None, None] * masks[:, 0]).sum(0)
-            shown += masks[:, 0].sum(0)
-        maps.append(weighted / shown)
+            mask_sum += masks[:, 0].sum(0)
+        maps.append(weighted / mask_sum)
     return torch.stack(maps)
 
 
@@ -133,7 +134,7 @@ def like_torchray(model: Model, x: Tensor, target: int, n_masks: int) -> Tensor:
 
 
 def compare(device: torch.device) -> None:
-    """That the same is timed: the maps differ by no more than their standard errors allow."""
+    """Check that the maps differ by no more than their standard errors allow."""
     x, n = images(device, side=28), 4096
     x[:, 1, 4:16, 8:20] += 4
     for loop, score, estimator, factor in (
@@ -192,7 +193,7 @@ def memory_calls(device: torch.device) -> Calls:
         options = {"n_masks": n, "grid": GRID, "perturbations_per_eval": BATCH}
         return partial(rise.estimate, x, [1], **options)
 
-    call(MEMORY[0])()  # what is set up once is not the masks'
+    call(MEMORY[0])()  # the first call sets up what later ones reuse
     return {f"{n} masks": call(n) for n in MEMORY} | {
         f"{n} masks, standard errors": with_errors(n) for n in MEMORY[1:2]
     }
@@ -212,7 +213,7 @@ def main() -> None:
     parser.add_argument("--masks", type=int, help="of a call; 64 on a CPU, 4096 on a GPU")
     parser.add_argument("--network", help="of torchvision; resnet18 on a CPU, resnet50 on a GPU")
     parser.add_argument("--json", type=Path, help="write all numbers here")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser, repeats=1, masks=BATCH)
     warnings.simplefilter("ignore")
     device = torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)
@@ -221,8 +222,8 @@ def main() -> None:
     network = arguments.network or ("resnet50" if on_gpu else "resnet18")
     if n_masks % BATCH:
         parser.error(f"--masks must be a multiple of {BATCH}")
-    found = environment(device, arguments.threads)
-    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n")
+    machine = environment(device, arguments.threads)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
 
     start = time.perf_counter()
     compare(device)
@@ -254,7 +255,7 @@ def main() -> None:
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
 
     if arguments.json:
-        tables = {"environment": found, "times": times, "memory": memory}
+        tables = {"environment": machine, "times": times, "memory": memory}
         arguments.json.write_text(json.dumps(tables, indent=1))
 
 

@@ -1,4 +1,4 @@
-"""What SESSWrapper and AugmentedSR cost, beside their floors and beside the peer, in one run.
+"""The cost of SESSWrapper and AugmentedSR, beside their floors and beside the peer, in one run.
 
     python -m tests.benchmarks.wrappers [--device cpu|cuda] [--repeats N] [--threads N]
                                         [--json FILE]
@@ -6,14 +6,14 @@
 Three tables, in Markdown:
 
 - SESS around Grad-CAM on layer4 of a ResNet-50, 12 scales, a photograph of 500 x 375: nothing
-  filtered (r = 0), and nine tenths filtered (r = 0.9), in units of what each needs at least: a
-  forward pass for each of the 157 windows, and for r = 0.9 the maps of the 16 that are kept, at the
-  same batch size, on windows that are cut already;
+  filtered (r = 0), and nine tenths filtered (r = 0.9), in units of the least work for each: a
+  forward pass for each of the 157 windows, and for r = 0.9 the maps of the 16 kept windows, at the
+  same batch size, on windows that are cropped already;
 - memory of the fusion alone at 3840 x 2160, for ever more windows;
 - AugmentedSR's solver: seconds until F is within 1 % of its minimum, for the same problem and the
   same operators.
 
-How it is measured says `measuring.py`. The networks have random weights.
+`measuring.py` describes how it is measured. The networks have random weights.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def photograph(device: torch.device) -> Tensor:
 def network(device: torch.device) -> nn.Module:
     torch.manual_seed(0)
     model = resnet50().eval()
-    # So that no map is empty, and every window has a vote to fuse.
+    # No map is empty, so that every window has a vote.
     model.fc.weight.data[TARGET].abs_()
     return model.to(device)
 
@@ -101,12 +101,12 @@ def sess_calls(device: torch.device) -> Calls:
         return lambda: sess.attribute(x, target=TARGET)
 
     def theirs(r: float) -> Any:
-        own = copy.deepcopy(model)
+        copied = copy.deepcopy(model)
 
         def call() -> Any:
-            with SESS(own, [own.layer4], window_size=224, pre_filter_ratio=r) as peer:
+            with SESS(copied, [copied.layer4], window_size=224, pre_filter_ratio=r) as peer:
                 maps = peer(x, [ClassifierOutputTarget(TARGET)])
-            own.zero_grad()
+            copied.zero_grad()
             return maps
 
         return call
@@ -124,7 +124,7 @@ def sess_calls(device: torch.device) -> Calls:
 
 
 def compare(ours: Tensor, theirs: Any) -> None:
-    """That the same is timed: with the peer's settings, the maps are the same."""
+    """Check that both compute the same: with the peer's settings, the maps are equal."""
     difference = float((ours[:, 0].cpu() - torch.from_numpy(theirs)).abs().max())
     assert difference < 1e-4, f"The maps of the two libraries differ by {difference}."
 
@@ -138,10 +138,10 @@ def fuse(device: torch.device, fusion: str, step: int) -> int:
     windows = slide_windows(sizes, WINDOW, (step, step))
     images = torch.empty(1, 1, 1, 1, device=device).expand(1, 3, *LARGE)
     pool = "max" if fusion == "max" else "mean"
-    way = "soft" if fusion == "max" else fusion
+    denominator = "soft" if fusion == "max" else fusion
     peak = torch.zeros(1, device=device)
-    fused = WindowFusion(images, sizes, WINDOW, pool, way, 0.0, peak, False)
-    windows.sort(key=fused.canvas)
+    fused = WindowFusion(images, sizes, WINDOW, pool, denominator, 0.0, peak, False)
+    windows.sort(key=fused.canvas_key)
     maps = torch.full((BATCH, 1, *WINDOW), 0.5, device=device)
     for start in range(0, len(windows), BATCH):
         chunk = windows[start : start + BATCH]
@@ -153,7 +153,7 @@ def fuse(device: torch.device, fusion: str, step: int) -> int:
 
 def fusion_calls(device: torch.device) -> Calls:
     calls: Calls = {"64 maps of 224 x 224": partial(torch.ones, BATCH, 1, *WINDOW, device=device)}
-    fuse(device, "soft", 224)  # what is set up once is not the fusion's
+    fuse(device, "soft", 224)  # the first call sets up what later ones reuse
     for fusion in ("soft", "reference", "max"):
         for step in (224, 112, 56):
             n = sum(1 for _ in windows_of(step))
@@ -197,7 +197,7 @@ def solver_rows(copies: int, repeats: int, device: torch.device) -> list[Row]:
     k, maps, tv, l2, first = problem(copies, device)
 
     def run(**options: Any) -> Solution:
-        vars(k).pop("majorant", None)  # kept from the last time: what it costs belongs to each
+        vars(k).pop("majorant", None)  # cached by the last call, but part of the cost
         return solve(k, maps, tv=tv, l2=l2, **options)
 
     best = float(run(solver="mfista", max_iterations=400, tolerance=0.0).history.min())
@@ -213,8 +213,8 @@ def solver_rows(copies: int, repeats: int, device: torch.device) -> list[Row]:
             steps, gap = arrival(run(max_iterations=60, **options).history[0], best)
         else:
             short = partial(run, max_iterations=20, **options)
-            each = statistics.median(seconds_of(short, device) for _ in range(3)) / 20
-            cap = max(200, round(40 * mine / each))
+            seconds_per_step = statistics.median(seconds_of(short, device) for _ in range(3)) / 20
+            cap = max(200, round(40 * mine / seconds_per_step))
             steps, gap = arrival(run(max_iterations=cap, **options).history[0], best)
         timed = partial(run, max_iterations=steps, **options)
         times = [seconds_of(timed, device) for _ in range(repeats if solver == "mfista" else 1)]
@@ -260,8 +260,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     device = torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)
-    found = environment(device, arguments.threads)
-    print(", ".join(f"{name} {value}" for name, value in found.items()), end="\n\n")
+    machine = environment(device, arguments.threads)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
 
     start = time.perf_counter()
     solver = [row for copies in (32, 100) for row in solver_rows(copies, arguments.repeats, device)]
@@ -285,7 +285,7 @@ def main() -> None:
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
 
     if arguments.json:
-        tables = {"environment": found, "solver": solver, "fusion": fusion, "sess": sess}
+        tables = {"environment": machine, "solver": solver, "fusion": fusion, "sess": sess}
         arguments.json.write_text(json.dumps(tables, indent=1))
 
 

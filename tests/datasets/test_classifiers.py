@@ -12,7 +12,7 @@ from captum_ext.datasets.fine_grained import normalized
 
 
 @pytest.mark.parametrize(("side", "units"), [(224, 14), (64, 4)])
-def test_the_network_sees_every_pixel(side: int, units: int) -> None:
+def test_the_output_depends_on_all_pixels(side: int, units: int) -> None:
     network = SmallCNN(5).eval()
     shapes = []
     handle = network.last.register_forward_hook(lambda *a: shapes.append(tuple(a[2].shape)))
@@ -26,7 +26,7 @@ def test_the_network_sees_every_pixel(side: int, units: int) -> None:
     assert not gradient[1].any()
 
 
-def test_training_learns_repeats_itself_and_leaves_the_random_state() -> None:
+def test_training_learns_is_reproducible_and_keeps_the_random_state() -> None:
     beetles = FineGrainedParts(16, size=(64, 64))
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -42,16 +42,16 @@ def test_training_learns_repeats_itself_and_leaves_the_random_state() -> None:
     assert not other.head.weight.equal(first.head.weight)
 
 
-def test_the_network_of_the_ellipses() -> None:
+def test_training_on_ellipses_gives_a_tiny_cnn() -> None:
     network = TinyCNN(4).eval()
     assert sum(p.numel() for p in network.parameters()) == 88_852
     scenes = TexturedEllipses(32, size=(32, 32))
     trained = train_classifier(scenes, n_epochs=20, batch_size=8)
     assert isinstance(trained, TinyCNN)
-    found = scenes.batch()
+    batch = scenes.batch()
     with torch.no_grad():
-        right = (trained(normalized(found.pixels)).argmax(1) == found.targets).float().mean()
-    assert right > 0.6
+        accuracy = (trained(normalized(batch.pixels)).argmax(1) == batch.targets).float().mean()
+    assert accuracy > 0.6
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""COCO's layout, on a small set made up here; run lengths' texts are those of pycocotools 2.0."""
+"""COCO's layout, on a small made-up set; the texts of run lengths come from pycocotools 2.0."""
 
 import json
 
@@ -20,9 +20,9 @@ evaluated, weights = evaluated, weights  # fixtures
 SQUARE = [1, 1, 4, 1, 4, 3, 1, 3]  # pixels 1 to 3, rows 1 and 2
 
 
-def annotation(image, category, box, segmentation=None, **more):
-    found = {"image_id": image, "category_id": category, "bbox": box, **more}
-    return found if segmentation is None else {**found, "segmentation": segmentation}
+def annotation(image, category, box, segmentation=None, **others):
+    entry = {"image_id": image, "category_id": category, "bbox": box, **others}
+    return entry if segmentation is None else {**entry, "segmentation": segmentation}
 
 
 def content():
@@ -40,7 +40,7 @@ def content():
         "annotations": [
             annotation(7, 18, [1, 1, 3, 2], [SQUARE], iscrowd=0),
             annotation(7, 18, [3.5, 0.25, 2.0, 1.5], {"size": [5, 6], "counts": [20, 2, 8]}),
-            # In columns 0 and 1: 2 pixels outside, 6 inside.
+            # 2 pixels outside and 6 inside, in columns 0 and 1
             annotation(7, 18, [0, 0, 2, 5], {"size": [5, 6], "counts": [2, 6, 22]}, iscrowd=1),
             annotation(7, 1, [0, 0, 6, 5], [SQUARE, [5, 3, 6, 3, 6, 5, 5, 5]]),
             annotation(12, 1, [0, 0, 6, 5], {"size": [5, 6], "counts": "52"}, iscrowd=1),
@@ -60,9 +60,9 @@ def coco(tmp_path):
     return root
 
 
-def write(root, told, split="val2017"):
+def write(root, values, split="val2017"):
     (root / "annotations").mkdir(exist_ok=True)
-    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(told))
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(values))
 
 
 def test_an_example_for_each_picture_and_class(coco):
@@ -70,10 +70,10 @@ def test_an_example_for_each_picture_and_class(coco):
     assert data.classes == ("person", "dog", "toothbrush")  # in the order of the ids
     assert data.names == ["a-person", "a-dog", "b-toothbrush"]
     assert [data.target(i) for i in range(len(data))] == [0, 1, 2]
-    assert [one.image.mode for one in data] == ["RGB"] * 3
-    assert [one.boxes.tolist() for one in data] == [
+    assert [example.image.mode for example in data] == ["RGB"] * 3
+    assert [example.boxes.tolist() for example in data] == [
         [[0, 0, 6, 5]],
-        [[1, 1, 4, 3], [3, 0, 6, 2]],  # x, y, width, height; fractions outwards
+        [[1, 1, 4, 3], [3, 0, 6, 2]],  # from x, y, width, height; fractions go outwards
         [[2, 1, 4, 4]],
     ]
 
@@ -102,16 +102,16 @@ def test_masks_are_the_union_and_crowds_are_ignored(coco):
         [1, 0, 0, 0, 0, 0],
         [1, 0, 0, 0, 0, 0],
     ]
-    assert brush.mask is brush.ignored is None  # which nobody has drawn
+    assert brush.mask is brush.ignored is None  # it has no segmentation
 
 
 def test_polygons_cover_the_pixels_whose_centres_are_inside():
     triangle = [0.0, 0.0, 4.0, 0.0, 0.0, 4.0]
-    found = module._fill_polygon(triangle, 4, 5).astype(int).tolist()
-    assert found == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+    rows = module._fill_polygon(triangle, 4, 5).astype(int).tolist()
+    assert rows == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
     bow = [0, 0, 6, 4, 6, 0, 0, 4]  # two triangles, left and right
-    found = module._fill_polygon(bow, 4, 6).astype(int).tolist()
-    assert found == [[1, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1]]
+    rows = module._fill_polygon(bow, 4, 6).astype(int).tolist()
+    assert rows == [[1, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1]]
     beyond = [-3.0, -3.0, 9.0, -3.0, 9.0, 1.5, -3.0, 1.5]
     assert module._fill_polygon(beyond, 3, 4).astype(int).tolist() == [[1] * 4, [0] * 4, [0] * 4]
     assert not module._fill_polygon([1, 1, 3, 3], 4, 4).any()
@@ -124,21 +124,21 @@ def test_polygons_cover_the_pixels_whose_centres_are_inside():
         ("k8R16" + "0" * 71 + "]7", (40, 50), [(slice(3, 37), slice(7, 44))]),
     ],
 )
-def test_texts_of_run_lengths(text, size, inside):
-    wanted = np.zeros(size, dtype=bool)
+def test_texts_of_run_lengths_are_decoded(text, size, inside):
+    expected = np.zeros(size, dtype=bool)
     for part in inside:
-        wanted[part] = True
-    assert (module._decode_mask({"size": size, "counts": text}, *size) == wanted).all()
+        expected[part] = True
+    assert (module._decode_mask({"size": size, "counts": text}, *size) == expected).all()
     runs = module._decode_text(text)
-    assert sum(runs) == wanted.size
+    assert sum(runs) == expected.size
     assert min(runs) > 0
-    assert (module._decode_mask({"size": size, "counts": runs}, *size) == wanted).all()
+    assert (module._decode_mask({"size": size, "counts": runs}, *size) == expected).all()
 
 
-def test_pictures_may_be_in_a_folder_of_their_own_and_classes_in_another_order(coco):
+def test_pictures_may_be_in_the_folder_images_and_classes_in_another_order(coco):
     (coco / "val2017").rename(coco / "images")
     data = Coco(coco, classes=["dog", "mouse", "toothbrush", "person"])
-    assert [(one.name, one.target) for one in data] == [
+    assert [(example.name, example.target) for example in data] == [
         ("a-dog", 0),
         ("a-person", 3),
         ("b-toothbrush", 2),
@@ -147,7 +147,7 @@ def test_pictures_may_be_in_a_folder_of_their_own_and_classes_in_another_order(c
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"annotations": []}, "no object"),
         ({"annotations": [annotation(7, 2, [0, 0, 1, 1])]}, "picture 7, category 2"),
@@ -180,14 +180,14 @@ def test_pictures_may_be_in_a_folder_of_their_own_and_classes_in_another_order(c
         ),
     ],
 )
-def test_files_that_cannot_be_understood(change, said, coco):
+def test_invalid_files_are_named(change, message, coco):
     write(coco, content() | change)
-    with pytest.raises(ValueError, match=rf"instances_val2017\.json: .*{said}"):
+    with pytest.raises(ValueError, match=rf"instances_val2017\.json: .*{message}"):
         Coco(coco)
 
 
 @pytest.mark.parametrize(
-    ("classes", "said"),
+    ("classes", "message"),
     [
         ("cat", "`classes` must be a list of names, got 'cat'"),
         ([], "`classes` must be a list of names"),
@@ -196,18 +196,18 @@ def test_files_that_cannot_be_understood(change, said, coco):
         (["dog", "person", "dog"], "`classes` must be distinct names, got 'dog' more than once"),
     ],
 )
-def test_classes_are_distinct_names(classes, said, coco):
-    with pytest.raises(ValueError, match=f"^{said}"):
+def test_classes_must_be_distinct_names(classes, message, coco):
+    with pytest.raises(ValueError, match=f"^{message}"):
         Coco(coco, classes=classes)
 
 
-def test_what_is_no_object(coco):
+def test_a_file_that_is_not_an_object_is_named(coco):
     (coco / "annotations" / "instances_val2017.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"instances_val2017\.json: expected an object, got"):
         Coco(coco)
 
 
-def test_what_coco_lacks(coco):
+def test_missing_files_and_classes_are_named(coco):
     with pytest.raises(FileNotFoundError, match=r"instances_train\.json is missing"):
         Coco(coco, "train")
     with pytest.raises(ValueError, match="the class 'dog' is not in `classes`"):
@@ -218,7 +218,7 @@ def test_what_coco_lacks(coco):
 
 
 @pytest.mark.parametrize(
-    ("segmentation", "said"),
+    ("segmentation", "message"),
     [
         ({"size": [5, 6], "counts": [3, 4]}, "runs of 7 pixels in a mask of size .5, 6."),
         ({"size": [6, 5], "counts": [30]}, "size .6, 5. do not fit a picture of .5, 6."),
@@ -233,30 +233,32 @@ def test_what_coco_lacks(coco):
         ("dog", "expected polygons or run lengths, got 'dog'"),
     ],
 )
-def test_segmentations_that_cannot_be_understood(segmentation, said, coco):
+def test_invalid_segmentations_are_named(segmentation, message, coco):
     write(coco, content() | {"annotations": [annotation(7, 1, [0, 0, 6, 5], segmentation)]})
-    with pytest.raises(ValueError, match=rf"val2017\.json: the segmentation of a-person.*{said}"):
+    with pytest.raises(
+        ValueError, match=rf"val2017\.json: the segmentation of a-person.*{message}"
+    ):
         Coco(coco)[0]
 
 
-def test_evaluate_takes_it(coco, tmp_path):
-    found = evaluate(
+def test_evaluate_accepts_coco(coco, tmp_path):
+    result = evaluate(
         {"a": Of(tiny_net())},
         Coco(coco),
         output=tmp_path / "run",
         batch_size=2,
         show_progress=False,
     )
-    assert found.failures == {"a": 0}
-    assert found.figures["a"]["energy"].images == 3
-    assert found.figures["a"]["pxap"].images == 2  # those with a mask
+    assert result.failures == {"a": 0}
+    assert result.figures["a"]["energy"].images == 3
+    assert result.figures["a"]["pxap"].images == 2  # the others have no mask
 
 
-def test_the_shell_takes_it(coco, evaluated):
+def test_the_shell_accepts_coco(coco, evaluated):
     assert layouts.find_layout(str(coco)) == "coco"
     assert evaluated(3, coco, "--metrics", "energy")[0] == 0
     assert summary("run").images == {"grad-cam": 3}
-    code, said = evaluated(3, coco, "--split", "train", "--output", "other")
+    code, message = evaluated(3, coco, "--split", "train", "--output", "other")
     assert code == 2
-    assert "instances_train.json is missing: the layout is coco and the split 'train'" in said
+    assert "instances_train.json is missing: the layout is coco and the split 'train'" in message
     assert torch.equal(Coco(coco)[1].boxes, torch.tensor([[1, 1, 4, 3], [3, 0, 6, 2]]))

@@ -1,4 +1,4 @@
-"""The one form of data: what an example is checked for, and that all sets give it."""
+"""Checks of `Example`, and the examples of the seeded sets."""
 
 from dataclasses import replace
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from captum_ext import datasets
 from captum_ext._data.pictures import PictureDataset
+from captum_ext._errors import ArgumentError
 from captum_ext.datasets import (
     Example,
     FineGrainedParts,
@@ -24,11 +26,11 @@ SETS = {
 
 
 def example(**parts):
-    given = {"image": Image.new("RGB", (6, 4)), "target": 1, "name": "a/1.jpg"}
-    return Example(**given | parts)
+    arguments = {"image": Image.new("RGB", (6, 4)), "target": 1, "name": "a/1.jpg"}
+    return Example(**arguments | parts)
 
 
-def test_an_example_of_a_picture_or_of_bytes():
+def test_images_may_be_pictures_or_bytes():
     boxes = torch.tensor([[0, 0, 6, 4], [5, 3, 6, 4]])
     mask = torch.ones(4, 6, dtype=torch.bool)
     for image in (Image.new("RGB", (6, 4)), torch.zeros(3, 4, 6, dtype=torch.uint8)):
@@ -39,7 +41,7 @@ def test_an_example_of_a_picture_or_of_bytes():
 
 
 @pytest.mark.parametrize(
-    ("parts", "error", "said"),
+    ("parts", "error", "message"),
     [
         ({"boxes": torch.tensor([[0, 0, 7, 4]])}, ValueError, r"boxes.*a/1.jpg.*x2 <= 6.*7"),
         ({"boxes": torch.tensor([[0, 0, 6, 5]])}, ValueError, r"y2 <= 4"),
@@ -55,25 +57,25 @@ def test_an_example_of_a_picture_or_of_bytes():
         ({"image": "a/1.jpg"}, TypeError, r"image.*str"),
     ],
 )
-def test_what_does_not_fit_is_named(parts, error, said):
-    with pytest.raises(error, match=said):
+def test_parts_that_do_not_fit_are_named(parts, error, message):
+    with pytest.raises(error, match=message):
         example(**parts)
 
 
 @pytest.mark.parametrize("data", SETS.values(), ids=SETS)
-def test_the_seeded_sets_give_examples(data):
-    """Mask and boxes agree; names are the example's own, and known before it is drawn."""
-    for i, one in enumerate(data):
-        assert isinstance(one, Example)
-        assert one.size == data.size
-        assert (one.name, one.target) == (data.name(i), data.target(i))
-        inside = torch.zeros(one.size, dtype=torch.bool)
-        for x1, y1, x2, y2 in one.boxes.tolist():
+def test_seeded_sets_have_consistent_examples(data):
+    """Masks agree with boxes, and names and targets are known before the picture is drawn."""
+    for i, drawn in enumerate(data):
+        assert isinstance(drawn, Example)
+        assert drawn.size == data.size
+        assert (drawn.name, drawn.target) == (data.name(i), data.target(i))
+        inside = torch.zeros(drawn.size, dtype=torch.bool)
+        for x1, y1, x2, y2 in drawn.boxes.tolist():
             inside[y1:y2, x1:x2] = True
-            assert one.mask[y1:y2, x1:x2].any(0).all()
-            assert one.mask[y1:y2, x1:x2].any(1).all()
-        assert not (one.mask & ~inside).any()
-        assert replace(one, name="other").name == "other"
+            assert drawn.mask[y1:y2, x1:x2].any(0).all()
+            assert drawn.mask[y1:y2, x1:x2].any(1).all()
+        assert not (drawn.mask & ~inside).any()
+        assert replace(drawn, name="other").name == "other"
     assert len({data.name(i) for i in range(6)}) == 6
     assert data.name(-1) == data.name(5)
     assert "-3-" in data.name(0)
@@ -81,7 +83,7 @@ def test_the_seeded_sets_give_examples(data):
         data.name(6)
 
 
-def test_a_variant_has_a_name_of_its_own():
+def test_variants_have_distinct_names():
     data = FineGrainedParts(8, seed=2)
     names = {data.variant(5, target).name for target in (None, *range(8))}
     assert len(names) == 9
@@ -89,7 +91,7 @@ def test_a_variant_has_a_name_of_its_own():
 
 
 @pytest.mark.parametrize("data", SETS.values(), ids=SETS)
-def test_training_takes_the_seeded_sets(data):
+def test_training_accepts_the_seeded_sets(data):
     item = PictureDataset(data, (20, 24))[1]
     assert (item.label, item.is_read, item.pixels.shape) == (data[1].target, True, (3, 20, 24))
     pixels, boxes = BoxedPictures(data, data.size)[1]
@@ -97,17 +99,51 @@ def test_training_takes_the_seeded_sets(data):
     assert boxes.tolist() == data[1].boxes.tolist()
 
 
-def test_training_wants_boxes_only_where_it_is_judged_by_them():
+def test_training_needs_boxes_for_validation_only():
     bare = [example(image=Image.new("RGB", (6, 4), (9, 9, 9)))]
     assert PictureDataset(bare, (4, 6))[0].pixels.unique().tolist() == [9]
     with pytest.raises(ValueError, match=r"validation.*no boxes"):
         BoxedPictures(bare, (4, 6))[0]
 
 
-def test_difficult_is_small_and_not_alone():
+def test_difficult_examples_are_small_and_not_alone():
     quarter, less = torch.tensor([[0, 0, 5, 5]]), torch.tensor([[5, 1, 10, 5], [0, 0, 2, 2]])
     assert not is_difficult(quarter, (10, 10), 1)
     assert is_difficult(less, (10, 10), 2)
     assert not is_difficult(less, (10, 10), 0)
     assert not is_difficult(less, (8, 12), 1)  # 24 of 96
     assert not is_difficult(less.repeat(2, 1), (10, 10), 1)  # areas add up
+
+
+def test_sets_and_examples_show_their_options_and_shapes():
+    assert repr(TexturedEllipses(6, cue="head")) == "TexturedEllipses(6, cue='head')"
+    assert repr(FineGrainedParts(size=(64, 80))) == "FineGrainedParts(size=(64, 80))"
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    assert repr(Example(torch.zeros(3, 4, 6, dtype=torch.uint8), 1, "a", mask=mask)) == (
+        "Example(image=Tensor((3, 4, 6), uint8), target=1, name='a', boxes=None, "
+        "mask=Tensor((4, 6), bool), ignored=None)"
+    )
+
+
+@pytest.mark.parametrize(("old", "new"), [("Specimen", "BeetleExample"), ("Batch", "BeetleBatch")])
+def test_old_names_work_with_a_warning(old, new):
+    with pytest.warns(DeprecationWarning, match=f"datasets.{old} is now .*datasets.{new}"):
+        assert getattr(datasets, old) is getattr(datasets, new)
+    with pytest.raises(AttributeError, match="Nothing"):
+        _ = datasets.Nothing
+
+
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [
+        (lambda: TexturedEllipses(0), "n"),
+        (lambda: PastedScenes(seed=-1), "seed"),
+        (lambda: PastedScenes(kind="large"), "kind"),
+        (lambda: FineGrainedParts(size=(8, 8)), "size"),
+        (lambda: FineGrainedParts().variant(0, 8), "target"),
+    ],
+)
+def test_errors_carry_the_name_of_the_argument(make, argument):
+    with pytest.raises(ArgumentError, match=f"`{argument}` must be") as raised:
+        make()
+    assert raised.value.argument == argument

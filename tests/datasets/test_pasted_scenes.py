@@ -34,10 +34,10 @@ def probabilities(network: LoadedModel, image: Image.Image) -> torch.Tensor:
         return network.module(x[None])[0].softmax(0)
 
 
-# --- which scene ---------------------------------------------------------------------------------
+# --- seeds and kinds -----------------------------------------------------------------------------
 
 
-def test_a_scene_depends_on_the_seed_and_its_number_alone() -> None:
+def test_a_scene_depends_on_the_seed_and_its_index_alone() -> None:
     torch.manual_seed(1)
     np.random.seed(1)
     first = checksum(PastedScenes(60, seed=5)[7])
@@ -52,12 +52,14 @@ def test_a_scene_depends_on_the_seed_and_its_number_alone() -> None:
     assert checksum(PastedScenes(60, seed=6)[7]) != first
 
 
-def test_the_mixture_is_of_the_single_kinds() -> None:
+def test_the_mixture_has_the_scenes_of_the_single_kinds() -> None:
     mixture = PastedScenes(12)
-    for which, kind in enumerate(KINDS):
+    for offset, kind in enumerate(KINDS):
         single = PastedScenes(4, kind=kind)
         assert [s.kind for s in single] == [kind] * 4
-        assert [checksum(s) for s in single] == [checksum(mixture[3 * i + which]) for i in range(4)]
+        assert [checksum(s) for s in single] == [
+            checksum(mixture[3 * i + offset]) for i in range(4)
+        ]
 
 
 def test_scenes_are_the_same_on_every_machine() -> None:
@@ -68,7 +70,7 @@ def test_scenes_are_the_same_on_every_machine() -> None:
     assert zlib.crc32(other.mask.numpy().tobytes()) == 60925124
 
 
-def test_a_returned_scene_may_be_changed() -> None:
+def test_changing_a_scene_does_not_change_the_set() -> None:
     before = checksum(PastedScenes()[0])
     scene = PastedScenes()[0]
     scene.image.paste((0, 0, 0), (0, 0, 640, 480))
@@ -76,7 +78,7 @@ def test_a_returned_scene_may_be_changed() -> None:
     assert checksum(PastedScenes()[0]) == before
 
 
-# --- what is in it -------------------------------------------------------------------------------
+# --- contents ------------------------------------------------------------------------------------
 
 
 def test_boxes_are_tight_apart_and_of_the_stated_size(scenes: list[Scene]) -> None:
@@ -101,7 +103,7 @@ def test_boxes_are_tight_apart_and_of_the_stated_size(scenes: list[Scene]) -> No
         assert (boxes[:, 2:] <= torch.tensor([640, 480])).all()
 
 
-def test_the_kinds_have_what_they_say(scenes: list[Scene]) -> None:
+def test_kinds_have_their_numbers_of_objects(scenes: list[Scene]) -> None:
     assert [s.kind for s in scenes] == list(KINDS) * 12
     counts = {kind: {len(s.boxes) for s in scenes if s.kind == kind} for kind in KINDS}
     assert counts == {"small": {1}, "several": {2, 3, 4}, "distractors": {1}}
@@ -116,7 +118,7 @@ def test_the_kinds_have_what_they_say(scenes: list[Scene]) -> None:
         assert sorted(targets) == sorted([285, 967, 812, 872] * 3)
 
 
-def test_difficult_is_a_class_in_under_a_quarter_of_the_picture_beside_another() -> None:
+def test_difficult_scenes_have_small_objects_and_another_class() -> None:
     scene = PastedScenes(kind="distractors")[0]
     assert scene.difficult
     half = torch.tensor([[0, 0, 640, 240]])
@@ -148,10 +150,10 @@ def test_only_the_objects_differ_from_the_background(monkeypatch: pytest.MonkeyP
     assert not change.any()
 
 
-# --- what the network sees -----------------------------------------------------------------------
+# --- the network's classes -----------------------------------------------------------------------
 
 
-def test_the_network_names_each_object_when_it_is_shown_alone(network: LoadedModel) -> None:
+def test_the_network_recognises_each_object_alone(network: LoadedModel) -> None:
     shares: dict[int, list[float]] = {}
     named: dict[int, list[bool]] = {}
     for scene in PastedScenes(36, seed=1, kind="small"):
@@ -199,14 +201,14 @@ def test_wrong_arguments_are_named(options: dict[str, object], name: str) -> Non
 
 
 @pytest.mark.parametrize("index", [4, -5])
-def test_there_are_n_scenes(index: int) -> None:
+def test_a_set_has_n_scenes(index: int) -> None:
     scenes = PastedScenes(4)
     assert len(scenes) == len(list(scenes)) == 4
     with pytest.raises(IndexError):
         scenes[index]
 
 
-def test_without_the_photographs_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_without_scikit_image_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     pasted_scenes._photograph.cache_clear()
     pasted_scenes._cut_out.cache_clear()
     monkeypatch.setitem(sys.modules, "skimage.data", None)

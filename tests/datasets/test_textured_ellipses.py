@@ -1,4 +1,4 @@
-"""Textured ellipses: reproducible, balanced, and what is said of masks and cues holds."""
+"""Textured ellipses: seeds, classes, masks, cues and batches."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_masks_are_one_region_inside_the_picture_of_the_stated_size():
     assert 0.13 < max(shares) < 0.2
 
 
-def test_without_distractors_the_object_is_the_same():
+def test_has_distractors_changes_nothing_but_distractors():
     with_them = TexturedEllipses(12, seed=5)
     without = TexturedEllipses(12, seed=5, has_distractors=False)
     changed = 0
@@ -62,7 +62,7 @@ def test_without_distractors_the_object_is_the_same():
 
 @pytest.mark.parametrize(("cue", "most"), [("half", 0.7), ("head", 0.35)])
 def test_cues_change_a_part_of_the_object_only(cue, most):
-    """Against the same scene with texture all over: what tells the class is in the part."""
+    """The scene of another class differs in a part of the object only."""
     for target in range(4):
         shares = []
         for i in range(16):
@@ -78,7 +78,7 @@ def test_cues_change_a_part_of_the_object_only(cue, most):
         assert 0.02 < np.mean(shares) < most
 
 
-def test_sizes_and_batches():
+def test_a_batch_has_the_pixels_masks_and_boxes_of_its_scenes():
     scenes = TexturedEllipses(6, seed=0, size=(48, 80))
     batch = scenes.batch(range(4))
     assert batch.pixels.shape == (4, 3, 48, 80)
@@ -102,6 +102,6 @@ def test_sizes_and_batches():
         ({"cue": "tail"}, "cue"),
     ],
 )
-def test_wrong_options(options, named):
+def test_wrong_options_are_named(options, named):
     with pytest.raises(ValueError, match=f"`{named}`"):
         TexturedEllipses(**options)

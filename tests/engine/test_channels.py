@@ -20,7 +20,7 @@ from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.channels import ChannelTracer
 from captum_ext._engine.hooks import enter_mode
 from captum_ext.attr import LayerAblationCam, LayerEigenCam, LayerHiResCam
-from tests.methods import EVERY
+from tests.methods import METHODS
 from tests.networks import (
     ChannelsLastNet,
     Lambda,
@@ -165,13 +165,13 @@ def test_unknown_channels_are_an_error_with_advice() -> None:
     assert method.attribute(x, target=1).shape == (1, 1, 4, 4)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_rejects_channels_last(name: str) -> None:
     permute, mean = Lambda(lambda x: x.permute(0, 2, 3, 1)), Lambda(lambda x: x.mean((1, 2)))
     net = nn.Sequential(nn.Conv2d(3, 4, 1), permute, nn.Linear(4, 4), mean)
     options = {"head": net[2]} if name == "CAM" else {}
     with pytest.raises(ValueError, match="tokens or channels last"):
-        EVERY[name](net, net[2], **options).attribute(torch.rand(2, 3, 4, 4), target=[1, 2])
+        METHODS[name](net, net[2], **options).attribute(torch.rand(2, 3, 4, 4), target=[1, 2])
 
 
 def test_an_error_in_the_model_leaves_no_function_mode(trace_free: Any) -> None:
@@ -214,5 +214,5 @@ def test_layers_that_run_in_other_threads_are_traced() -> None:
 def test_layers_that_pass_tensors_through_are_traced_from_the_image() -> None:
     net, x = TwoTensorNet().eval(), torch.rand(2, 3, 6, 6)
     for name in ("HiResCAM", "Ablation-CAM", "Eigen-CAM"):
-        small, large = EVERY[name](net, "down").attribute(x, target=[0, 1])
+        small, large = METHODS[name](net, "down").attribute(x, target=[0, 1])
         assert (small.shape, large.shape) == ((2, 1, 2, 2), (2, 1, 4, 4))

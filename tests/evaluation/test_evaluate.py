@@ -25,9 +25,9 @@ from torchvision.datasets import ImageFolder
 from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext.attr import FCAM, FIDO, UpsampleWrapper
 from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
-from captum_ext.evaluation import Prepared, evaluate, summary
-from captum_ext.evaluation.examples import Blocks
-from captum_ext.evaluation.methods import Method, on_device
+from captum_ext.evaluation import Example, evaluate, summary
+from captum_ext.evaluation.examples import ExampleBatches
+from captum_ext.evaluation.methods import ConfiguredMethod, move_to_device
 from captum_ext.evaluation.store import ResultStore
 from captum_ext.fcam import FCAMDecoder
 from captum_ext.fcam.views import BoxedPictures
@@ -442,8 +442,11 @@ def test_boxes_known_to_be_none_are_no_boxes(tmp_path):
 def test_images_go_where_a_functions_layer_is():
     model = tiny_net().double()
     cam = LayerGradCam(lambda x: model(x), model[0])
-    assert Method("a", UpsampleWrapper(cam), {}).where == (torch.device("cpu"), torch.float64)
-    assert Method("b", Of(lambda x: model(x)), {}).where[1] == torch.float32
+    assert ConfiguredMethod("a", UpsampleWrapper(cam), {}).device_and_dtype == (
+        torch.device("cpu"),
+        torch.float64,
+    )
+    assert ConfiguredMethod("b", Of(lambda x: model(x)), {}).device_and_dtype[1] == torch.float32
 
 
 def sum_of(x):
@@ -655,8 +658,8 @@ def test_each_process_has_everything_on_its_device():
     decoder, mask = torch.nn.Linear(2, 2), torch.ones(3)
     cam.decoder, cam.mask = decoder, mask
     kwargs = {"baselines": mask, "additional_forward_args": (mask, 2), "n_steps": 3}
-    moved = on_device(there, Method("a", UpsampleWrapper(cam), kwargs))
-    assert moved.where[0] == there
+    moved = move_to_device(there, ConfiguredMethod("a", UpsampleWrapper(cam), kwargs))
+    assert moved.device_and_dtype[0] == there
     assert cam.forward_func is model
     assert cam.layer is model[0]
     assert cam.layer.weight.device == there
@@ -887,7 +890,9 @@ def test_corners_of_boxes_that_come_to_whole_pixels_are_whole():
         ends = [x for x in range(1, side + 1) if x * new % side == 0]
         boxes = [[0, 0, x, x] for x in ends]
         wanted = [x * new // side for x in ends]
-        found = Blocks([(image, 0, boxes)], 1, (new, new), IMAGENET_MEAN_STD).example(0).boxes
+        found = (
+            ExampleBatches([(image, 0, boxes)], 1, (new, new), IMAGENET_MEAN_STD).example(0).boxes
+        )
         assert found[:, 2].tolist() == found[:, 3].tolist() == wanted
         assert BoxedPictures([(image, 0, boxes)], (new, new))[0][1][:, 2].tolist() == wanted
 
@@ -906,7 +911,7 @@ def test_an_image_without_an_object_is_not_pointed_at_and_counts_for_pixels(tmp_
     assert found.failures == {"a": 0}
     cells = [[bool(row[name]) for row in rows(tmp_path)] for name in ("energy", "pixel_counts")]
     assert cells == [[True, False, False, False], [True] * 4]
-    kept = [Blocks(data, 4, (4, 4), None).example(i) for i in range(4)]
+    kept = [ExampleBatches(data, 4, (4, 4), None).example(i) for i in range(4)]
     pxap = PxAP()
     for one in kept:
         pxap.update(min_max(one.image[None, :1])[:, 0], one.mask[None], one.ignored[None])
@@ -919,15 +924,15 @@ def test_grey_models_and_colour_models_take_either():
     floats = torch.full((1, 3, 4), 0.25)
     one = ((0.0,), (0.5,))
     for picture, mean in ((grey, 0.2), (colour, 0.299), (floats, 0.25)):
-        found = Blocks([(picture, 1)], 2, None, one).example(0)
+        found = ExampleBatches([(picture, 1)], 2, None, one).example(0)
         assert found.image.shape == (1, 3, 4)
         assert found.image.flatten().tolist() == pytest.approx([2 * mean] * 12)
-        found = Blocks([(picture, 1)], 2, (6, 8), IMAGENET_MEAN_STD).example(0)
+        found = ExampleBatches([(picture, 1)], 2, (6, 8), IMAGENET_MEAN_STD).example(0)
         assert found.image.shape == (3, 6, 8)
         wanted = torch.tensor([1.0, 0, 0] if picture is colour else [mean] * 3)
         wanted = (wanted - torch.tensor(IMAGENET_MEAN_STD[0])) / torch.tensor(IMAGENET_MEAN_STD[1])
         assert found.image[:, 2, 3].tolist() == pytest.approx(wanted.tolist())
-        found = Blocks([(picture, 1)], 2, None, None).example(0)
+        found = ExampleBatches([(picture, 1)], 2, None, None).example(0)
         assert found.image.amax().item() == pytest.approx(1 if picture is colour else mean)
 
 
@@ -1085,8 +1090,8 @@ def test_the_model_is_left_as_it_was(tmp_path, trace_free):
     ],
 )
 def test_the_data_sets_of_this_package_are_taken_as_they_are(data, known):
-    example = Blocks(data, 2, (96, 128), IMAGENET_MEAN_STD).example(1)
-    assert isinstance(example, Prepared), example
+    example = ExampleBatches(data, 2, (96, 128), IMAGENET_MEAN_STD).example(1)
+    assert isinstance(example, Example), example
     assert example.image.shape == (3, 96, 128)
     assert (example.boxes is not None, example.mask is not None) == known
     assert example.mask.shape == (96, 128)

@@ -8,7 +8,7 @@ from captum.attr import LayerGradCam
 
 from captum_ext._engine.modules import find_module
 from captum_ext.attr import FCAM
-from captum_ext.fcam import FCAMDecoder, SeedSampler, find_taps, fit_fcam
+from captum_ext.fcam import FCAMDecoder, SeedSampler, find_feature_layers, fit_fcam
 from tests.networks import torchvision_net
 
 # With the sizes of the pictures that they learn from. Inception takes 75 pixels at least.
@@ -58,7 +58,7 @@ def test_one_step_of_training(name, size, monkeypatch):
 
     monkeypatch.setattr(FCAMDecoder, "reading", noted)
     before, flags = state(model), [m.training for m in model.modules()]
-    deepest = find_taps(model, torch.zeros(1, 3, height, width))[-1]
+    deepest = find_feature_layers(model, torch.zeros(1, 3, height, width))[-1]
     fcam = fit_fcam(
         model,
         [(torch.randint(0, 256, (3, height, width), dtype=torch.uint8), k) for k in (1, 3)],

@@ -7,8 +7,9 @@ import torch
 import torchvision
 from torch import nn
 
+import captum_ext.fcam
 from captum_ext._engine.modules import find_module
-from captum_ext.fcam import FCAMDecoder, find_taps
+from captum_ext.fcam import FCAMDecoder, find_feature_layers
 from tests.captures import layer_activations
 from tests.networks import RaisingLayer, SharedReluNet
 
@@ -161,7 +162,7 @@ def test_taps_of_torchvisions_classifiers(name):
     model = classifier(name)
     for size in sizes:
         images = torch.rand(1, 3, *(size if isinstance(size, tuple) else (size, size)))
-        taps = find_taps(model, images)
+        taps = find_feature_layers(model, images)
         assert taps == expected
         layers = [find_module(model, tap) for tap in taps]
         features = [found[0] for found in layer_activations(model, layers, (images,))[0]]
@@ -175,7 +176,7 @@ def test_taps_of_torchvisions_classifiers(name):
 def test_modules_that_run_more_than_once_are_left_out():
     torch.manual_seed(0)
     model, images = SharedReluNet().eval(), torch.rand(2, 3, 33, 48)
-    assert find_taps(model, images) == ["conv2", "conv3"]
+    assert find_feature_layers(model, images) == ["conv2", "conv3"]
     decoder = FCAMDecoder.reading(model, images, widths=(4, 4))
     assert decoder.channels == [5, 6]
     x = nn.functional.max_pool2d(model.conv1(images).relu(), 2)
@@ -186,7 +187,7 @@ def test_modules_that_run_more_than_once_are_left_out():
 def test_another_thread_may_run_the_model_meanwhile():
     """Each probe lets a second thread run the model at another size, behind its first block."""
     model, images = classifier("resnet18"), torch.rand(1, 3, 64, 64)
-    expected = find_taps(model, images)
+    expected = find_feature_layers(model, images)
     me, errors = threading.get_ident(), []
 
     def run():
@@ -203,7 +204,7 @@ def test_another_thread_may_run_the_model_meanwhile():
             other.join()
 
     handle = model.layer2.register_forward_hook(meanwhile)
-    assert find_taps(model, images) == expected
+    assert find_feature_layers(model, images) == expected
     handle.remove()
     assert not errors
 
@@ -213,14 +214,14 @@ def test_probing_leaves_no_trace():
     model.layer1.train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.warns(UserWarning, match="train mode"):
-        find_taps(model, torch.rand(2, 3, 64, 64))
+        find_feature_layers(model, torch.rand(2, 3, 64, 64))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.layer1.training
     assert not any(m._forward_hooks for m in model.modules())
 
     broken = nn.Sequential(nn.Conv2d(3, 4, 3), RaisingLayer()).eval()
     with pytest.raises(RuntimeError, match="in the middle"):
-        find_taps(broken, torch.rand(1, 3, 8, 8))
+        find_feature_layers(broken, torch.rand(1, 3, 8, 8))
     assert not broken[0]._forward_hooks
 
 
@@ -235,14 +236,19 @@ def test_probing_leaves_no_trace():
 )
 def test_models_without_maps(model, size):
     with pytest.raises(ValueError, match="layers"):
-        find_taps(model.eval(), torch.rand(1, 3, size, size))
+        find_feature_layers(model.eval(), torch.rand(1, 3, size, size))
 
 
 def test_maps_with_channels_last_are_left_out():
     model = torchvision.models.swin_t(weights=None).eval()
-    assert find_taps(model, torch.rand(1, 3, 64, 64)) == ["features.0.0", "permute"]
+    assert find_feature_layers(model, torch.rand(1, 3, 64, 64)) == ["features.0.0", "permute"]
 
 
 def test_a_function_has_no_modules():
-    with pytest.raises(ValueError, match="layers"):
-        find_taps(lambda x: x.mean((2, 3)), torch.rand(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"`classifier` must be a torch\.nn\.Module"):
+        find_feature_layers(lambda x: x.mean((2, 3)), torch.rand(1, 3, 8, 8))
+
+
+def test_the_old_name_of_find_feature_layers_warns():
+    with pytest.deprecated_call(match="find_feature_layers"):
+        assert captum_ext.fcam.find_taps is find_feature_layers

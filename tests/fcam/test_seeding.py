@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 from skimage.filters import threshold_otsu
@@ -28,7 +28,6 @@ def levels_of(maps):
 # --- Otsu ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 255), min_size=2, max_size=60))
 def test_otsu_is_that_of_skimage(values):
     found = int(otsu(torch.tensor([values])))

@@ -20,7 +20,7 @@ from captum_ext.attr import channels_last_to_first, tokens_to_grid
 from captum_ext.datasets import Example
 from captum_ext.features import ActivatingPatches, TopActivations
 from captum_ext.features import maximally_activating_patches as top_patches
-from captum_ext.features._streaming import Store
+from captum_ext.features._streaming import PassCheckpoint
 from tests.captures import layer_activations
 from tests.features.test_patches_top import everything_sorted
 from tests.networks import net_with_ties, small_net, small_swin, small_vit
@@ -40,7 +40,7 @@ def same(found: ActivatingPatches, other: ActivatingPatches) -> bool:
 
 
 def seen(found: ActivatingPatches) -> tuple[Any, Any, Any]:
-    return found.values.tolist(), found.places.tolist(), found.positions.tolist()
+    return found.values.tolist(), found.indices.tolist(), found.positions.tolist()
 
 
 # --- the largest activations ---------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_units_are_rows_of_all() -> None:
     every = top_patches(net, net.relu2, data, n=5, size=8)
     some = top_patches(net, net.relu2, data, n=5, size=8, units=[3, 0])
     assert some.units == (3, 0)
-    for name in ("values", "places", "positions", "boxes"):
+    for name in ("values", "indices", "positions", "boxes"):
         assert torch.equal(getattr(some, name), getattr(every, name)[[3, 0]])
     assert some.row(0) == 1
 
@@ -88,7 +88,7 @@ def test_pictures_are_resized_and_normalised() -> None:
         for colour in colours
     ]
     order = sorted(range(3), key=lambda i: -expected[i])
-    assert found.places.tolist() == [order]
+    assert found.indices.tolist() == [order]
     torch.testing.assert_close(
         found.values[0], torch.tensor(expected).double()[order], rtol=1e-6, atol=1e-7
     )
@@ -116,7 +116,7 @@ def test_units_of_a_linear_layer_see_whole_images() -> None:
     logits = net(torch.stack([picture for picture, _ in data]) / 255).detach()
     expected = logits.sort(0, descending=True)
     torch.testing.assert_close(found.values, expected.values[:4].T)
-    assert torch.equal(found.places, expected.indices[:4].T)
+    assert torch.equal(found.indices, expected.indices[:4].T)
     assert (found.boxes == torch.tensor([0, 0, 9, 9])).all()
     assert (found.positions == 0).all()
 
@@ -164,7 +164,7 @@ def test_pictures_that_cannot_be_read_are_left_out() -> None:
     assert found.values.shape == (6, 25)
     pixels = [data.pictures[i] for i in kept]
     expected = top_patches(small_net(), "relu2", pixels, n=26, size=8, batch_size=3)
-    assert torch.equal(found.places, torch.tensor(kept)[expected.places])
+    assert torch.equal(found.indices, torch.tensor(kept)[expected.indices])
     torch.testing.assert_close(found.values, expected.values)
     data.unread = tuple(range(30))
     with warnings.catch_warnings():
@@ -214,7 +214,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path: Path, deadly
 def test_a_checkpoint_is_whole_at_any_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(tmp_path / "top.pt", {"n": 3}, 1)
+    store = PassCheckpoint(tmp_path / "top.pt", {"n": 3}, 1)
     store.write(TopActivations(3), 10, [])
 
     def full_disk(content: Any, path: Path) -> None:
@@ -224,9 +224,9 @@ def test_a_checkpoint_is_whole_at_any_moment(
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="no space left"):
         store.write(TopActivations(3), 20, [])
-    again = Store(tmp_path / "top.pt", {"n": 3}, 1)
+    again = PassCheckpoint(tmp_path / "top.pt", {"n": 3}, 1)
     assert again.saved is not None
-    assert again.saved["done"] == 10
+    assert again.saved["n_done"] == 10
 
 
 def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_shards_merge_to_what_one_process_finds(count: int, per_image: int) -> N
     net, data = net_with_ties(), noise(50)
     options: dict[str, Any] = {"n": 8, "per_image": per_image, "size": 8, "normalize": PLAIN}
     shards = [top_patches(net, "1", data, shard=(i, count), **options) for i in range(count)]
-    assert [set((s.places % count).flatten().tolist()) for s in shards] == [
+    assert [set((s.indices % count).flatten().tolist()) for s in shards] == [
         {i} for i in range(count)
     ]
     expected = top_patches(net, "1", data, **options)
@@ -335,7 +335,7 @@ def test_nothing_outside_of_a_box_counts(name: str, layer: str, side: int) -> No
     assert found.field is not None
     assert found.field.rows.size < side
     for row in found.values[:, 1].topk(3).indices.tolist():
-        for i, place in enumerate(found.places[row].tolist()):
+        for i, place in enumerate(found.indices[row].tolist()):
             x1, y1, x2, y2 = found.boxes[row, i].tolist()
             image = (data[place][0] / 255).double()
             inside = torch.zeros_like(image)
@@ -361,7 +361,7 @@ def test_boxes_by_hand() -> None:
         picture[:, y, x] = 50 + i
         data.append((picture, 0))
     found = top_patches(net, net, data, n=3, size=(9, 12), normalize=PLAIN)
-    assert found.places.tolist() == [[2, 1, 0]]
+    assert found.indices.tolist() == [[2, 1, 0]]
     # unit i sees the pixels 2 i - 1 to 2 i + 1: of the two that see pixel 7, the first
     assert found.positions.tolist() == [[[3, 5], [2, 2], [0, 0]]]
     assert found.unclipped_boxes.tolist() == [[[9, 5, 12, 8], [3, 3, 6, 6], [-1, -1, 2, 2]]]
@@ -390,7 +390,7 @@ def test_boxes_in_the_pictures_own_pixels() -> None:
         pixels[height // 4 : height // 2, -(-width * 2 // 3) :] = 100 + width
         pictures.append((Image.fromarray(pixels), 0))
     found = top_patches(net, net, pictures, n=3, size=(16, 18), normalize=PLAIN)
-    assert found.places.tolist() == [[1, 0, 2]]
+    assert found.indices.tolist() == [[1, 0, 2]]
     assert found.positions.tolist() == [[[1, 2]] * 3]
     assert found.boxes.tolist() == [[[12, 4, 18, 8]] * 3]
     # 11 rows of 16 and 20 columns of 18: 2.75 to 5.5, and 13.3 to 20, outwards
@@ -463,7 +463,7 @@ def test_the_figure_shows_the_patches() -> None:
         assert np.array_equal(axis.images[0].get_array(), crop.permute(1, 2, 0).numpy())
     whole = found.figure(data, [2], context=True)
     boxes = found.picture_boxes(data, 2).tolist()
-    for axis, place, (x1, y1, x2, y2) in zip(whole.axes, found.places[2], boxes, strict=True):
+    for axis, place, (x1, y1, x2, y2) in zip(whole.axes, found.indices[2], boxes, strict=True):
         assert np.array_equal(axis.images[0].get_array(), data[place][0].permute(1, 2, 0).numpy())
         (patch,) = axis.patches
         assert patch.get_xy() == (x1 - 0.5, y1 - 0.5)
@@ -590,11 +590,19 @@ def test_workers_read_the_same() -> None:
         ({"checkpoint_every": 0}, ValueError, "`checkpoint_every` must be an integer"),
         ({"size": 0}, ValueError, "`size` must be an integer of at least 1, got 0"),
         ({"size": (8, 8, 8)}, ValueError, "`size` must be one or two numbers of pixels"),
-        ({"units": []}, ValueError, "`units` must be channels, each once"),
-        ({"units": [1, 1]}, ValueError, "`units` must be channels, each once"),
-        ({"units": [-1]}, ValueError, "`units` must be channels, each once"),
-        ({"units": [True]}, ValueError, "`units` must be channels, each once"),
-        ({"units": 3}, ValueError, "`units` must be channels, each once"),
+        ({"units": []}, ValueError, "`units` must be channels, 0 or more and without repetition"),
+        (
+            {"units": [1, 1]},
+            ValueError,
+            "`units` must be channels, 0 or more and without repetition",
+        ),
+        ({"units": [-1]}, ValueError, "`units` must be channels, 0 or more and without repetition"),
+        (
+            {"units": [True]},
+            ValueError,
+            "`units` must be channels, 0 or more and without repetition",
+        ),
+        ({"units": 3}, ValueError, "`units` must be channels, 0 or more and without repetition"),
         ({"units": [6]}, ValueError, "`units` must be below 6, the channels of `layer` `relu2`"),
         ({"normalize": ((0.5,), (0.0,))}, ValueError, "`normalize` must be means and standard"),
         ({"shard": 1}, ValueError, "`shard` must be (i, k) with 0 <= i < k"),
@@ -633,7 +641,7 @@ def test_activations_that_are_not_finite() -> None:
     net, data = small_net(), noise(20)
     top_patches(net, "relu2", data, size=8)  # the zeros of the first pass are finite
     net.relu2 = Exploding()
-    with pytest.raises(ValueError, match="of 1 images are not finite; the first is at place 13"):
+    with pytest.raises(ValueError, match="of 1 images are not finite; the first has the index 13"):
         top_patches(net, "relu2", [*data[:13], (torch.ones(3, 8, 8), 0)], size=8, batch_size=5)
 
 
@@ -654,6 +662,6 @@ def test_on_a_gpu(field: str, tmp_path: Path) -> None:
     net, file = net_with_ties().cuda(), tmp_path / "top.pt"
     for _ in range(2):
         found = top_patches(net, expected.layer, data, checkpoint=file, **options)
-        assert torch.equal(found.places, expected.places)
+        assert torch.equal(found.indices, expected.indices)
         assert torch.equal(found.boxes, expected.boxes)
         torch.testing.assert_close(found.values, expected.values)

@@ -37,7 +37,7 @@ def everything_sorted(maps: Tensor, n: int, per_image: int) -> tuple[Any, Any, A
 
 
 def seen(top: TopActivations) -> tuple[Any, Any, Any]:
-    return top.values.tolist(), top.places.tolist(), top.positions.tolist()
+    return top.values.tolist(), top.indices.tolist(), top.positions.tolist()
 
 
 def fed(
@@ -61,7 +61,7 @@ def test_it_is_sorting_everything(batch_size: int, n: int, per_image: int) -> No
 def test_a_channel_that_is_flat_gives_the_first_images() -> None:
     top = fed(torch.zeros(30, 1, 2, 2), n=4)
     assert seen(top) == ([[0.0] * 4], [[0, 1, 2, 3]], [[[0, 0]] * 4])
-    assert fed(torch.zeros(30, 1, 2, 2), n=4, per_image=3).places.tolist() == [[0, 0, 0, 1]]
+    assert fed(torch.zeros(30, 1, 2, 2), n=4, per_image=3).indices.tolist() == [[0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("per_image", [1, 3])
@@ -97,7 +97,7 @@ def test_what_comes_twice_counts_once_where_it_differs_by_rounding() -> None:
     maps = torch.tensor([[[[1.0, 1.0 - 1e-7]]], [[[0.5, 0.5]]]])
     top = fed(maps, n=3)
     top.update(maps[:1].flip(3), torch.tensor([0]))
-    assert top.places.tolist() == [[0, 1]]
+    assert top.indices.tolist() == [[0, 1]]
     assert top.positions.tolist() == [[[0, 0], [0, 0]]]
 
 
@@ -127,7 +127,7 @@ def test_fewer_images_than_it_keeps() -> None:
     assert seen(fed(maps, n=9)) == ([[5.0, 4.0]], [[0, 1]], [[[0, 1], [0, 0]]])
     two = fed(maps, n=9, per_image=7)
     assert two.values.tolist() == [[5.0, 4.0, 4.0, 3.0]]
-    assert two.places.tolist() == [[0, 1, 1, 0]]
+    assert two.indices.tolist() == [[0, 1, 1, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -162,7 +162,7 @@ def test_activations_that_are_not_finite(bad: float) -> None:
     maps[2, 1, 0, 1] = maps[3, 0, 0, 0] = bad
     top = fed(torch.rand(4, 2, 3, 3))
     before = seen(top)
-    with pytest.raises(ValueError, match="of 2 images are not finite; the first is at place 12"):
+    with pytest.raises(ValueError, match="of 2 images are not finite; the first has the index 12"):
         top.update(maps, torch.arange(10, 14))
     assert seen(top) == before
 
@@ -173,12 +173,12 @@ def test_activations_that_are_not_finite(bad: float) -> None:
         (torch.rand(2, 3, 4), torch.arange(2), "`activations` must be (B, C, h, w) of floats"),
         (torch.ones(2, 3, 4, 4).long(), torch.arange(2), "`activations` must be (B, C, h, w)"),
         (torch.rand(0, 3, 4, 4), torch.arange(0), "`activations` must be (B, C, h, w)"),
-        (torch.rand(2, 3, 4, 4), torch.arange(3), "`places` must be int64 and (2,)"),
-        (torch.rand(2, 3, 4, 4), torch.tensor([0.0, 1.0]), "`places` must be int64 and (2,)"),
-        (torch.rand(2, 3, 4, 4), torch.tensor([1, 1]), "`places` must differ"),
-        (torch.rand(2, 3, 4, 4), torch.tensor([1, -1]), "`places` must differ and be 0 or more"),
-        (torch.rand(2, 4, 4, 4), torch.arange(2), "have 4 channels of (4, 4), and those before"),
-        (torch.rand(2, 3, 4, 5), torch.arange(2), "of (4, 5), and those before had 3 of (4, 4)"),
+        (torch.rand(2, 3, 4, 4), torch.arange(3), "`indices` must be int64 and (2,)"),
+        (torch.rand(2, 3, 4, 4), torch.tensor([0.0, 1.0]), "`indices` must be int64 and (2,)"),
+        (torch.rand(2, 3, 4, 4), torch.tensor([1, 1]), "`indices` must differ"),
+        (torch.rand(2, 3, 4, 4), torch.tensor([1, -1]), "`indices` must differ and be 0 or more"),
+        (torch.rand(2, 4, 4, 4), torch.arange(2), "have 4 channels of (4, 4), but those before"),
+        (torch.rand(2, 3, 4, 5), torch.arange(2), "of (4, 5), but those before had 3 of (4, 4)"),
     ],
 )
 def test_what_cannot_be_seen(maps: Tensor, places: Tensor, said: str) -> None:
@@ -192,7 +192,9 @@ def test_what_cannot_be_made_or_merged() -> None:
         with pytest.raises(ValueError, match="must be an integer of at least 1"):
             TopActivations(**options)
     top = fed(torch.rand(2, 3, 4, 4), n=3)
-    with pytest.raises(ValueError, match="keeps 4, 1 of an image, and this one 3, 1 of an image"):
+    with pytest.raises(
+        ValueError, match="keeps 4, 1 of an image, but this collector 3, 1 of an image"
+    ):
         top.merge(TopActivations(4))
     with pytest.raises(ValueError, match="3 channels of \\(4, 5\\)"):
         top.merge(fed(torch.rand(2, 3, 4, 5), n=3))
@@ -209,3 +211,11 @@ def test_on_a_gpu() -> None:
         assert seen(top) == everything_sorted(maps, 9, 2)
     top.merge(TopActivations.from_state_dict(top.state_dict()))
     assert seen(top) == everything_sorted(maps, 9, 2)
+
+
+def test_places_is_the_old_name_of_indices() -> None:
+    top, maps = TopActivations(n=1), torch.rand(2, 1, 2, 2)
+    with pytest.deprecated_call(match="`places` is now `indices`"):
+        top.update(maps, places=torch.tensor([4, 5]))
+    with pytest.deprecated_call(match="`places` is now `indices`"):
+        assert torch.equal(top.places, top.indices)

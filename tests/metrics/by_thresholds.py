@@ -1,4 +1,4 @@
-"""The boxes' IoUs as they are defined, each mask labelled anew by SciPy, and maps that are hard."""
+"""A slow reference of the boxes' IoUs, which labels each mask by SciPy, and difficult maps."""
 
 import numpy as np
 import torch
@@ -6,22 +6,22 @@ from scipy import ndimage
 
 from captum_ext.imaging import min_max, resize
 
-EIGHT = np.ones((3, 3))
+EIGHT_NEIGHBOURS = np.ones((3, 3))
 
 
-# --- the definition ------------------------------------------------------------------------------
+# --- the reference -------------------------------------------------------------------------------
 
 
-def slow_ious(image, true, contours, convention):
-    """Of one map (H, W) and boxes (m, 4): at each of the 1000 thresholds, in float32."""
-    known = {}  # masks that are equal have the same boxes
-    found = []
+def reference_ious(image, true, contours, convention):
+    """The IoUs of a map (H, W) and boxes (m, 4) at the 1000 thresholds, in float32."""
+    known = {}  # equal masks have the same boxes
+    ious = []
     for mask in masks(image.astype(np.float64), convention):
         key = mask.tobytes()
         if key not in known:
-            known[key] = slow_iou(mask, true, contours, convention)
-        found.append(known[key])
-    return np.array(found, dtype=np.float32)
+            known[key] = reference_iou(mask, true, contours, convention)
+        ious.append(known[key])
+    return np.array(ious, dtype=np.float32)
 
 
 def masks(image, convention):
@@ -31,31 +31,31 @@ def masks(image, convention):
     return [levels > int(tau * levels.max()) for tau in np.arange(0, 1, 0.001)]
 
 
-def slow_iou(mask, true, contours, convention):
-    """Of one mask."""
+def reference_iou(mask, true, contours, convention):
+    """The IoU of the boxes of one mask."""
     if convention == "components":
-        regions = regions_of(mask)
+        regions = label_regions(mask)
         if contours == "largest":
             largest = max((region.sum() for region, _ in regions), default=0)
             regions = [(region, box) for region, box in regions if region.sum() == largest]
-        return max((iou(box, one) for _, box in regions for one in true), default=0)
-    regions = regions_of(mask)
+        return max((iou(box, other) for _, box in regions for other in true), default=0)
+    regions = label_regions(mask)
     boxes = [box for _, box in regions]
     if contours == "largest" and boxes:
-        areas = [outlined_area(region) for region, _ in regions]
+        areas = [area_within_outline(region) for region, _ in regions]
         boxes = [max(zip(areas, range(len(boxes)), boxes, strict=True))[2]]
     elif contours == "all":
-        boxes += holes_of(mask)
+        boxes += hole_boxes(mask)
     height, width = mask.shape
     boxes = [(x1, y1, min(x2, width - 1), min(y2, height - 1)) for x1, y1, x2, y2 in boxes]
-    return max(iou(box, one, 1) for box in boxes or [(0, 0, 0, 0)] for one in true)
+    return max(iou(box, other, 1) for box in boxes or [(0, 0, 0, 0)] for other in true)
 
 
-def regions_of(mask):
-    """Each region and its box, half-open, in the order of their first pixels."""
-    labels, n = ndimage.label(mask, EIGHT)
-    found = [(labels == i, box(labels == i)) for i in range(1, n + 1)]
-    return sorted(found, key=lambda one: one[0].argmax())
+def label_regions(mask):
+    """Regions and their half-open boxes, in the order of their first pixels."""
+    labels, n = ndimage.label(mask, EIGHT_NEIGHBOURS)
+    regions = [(labels == i, box(labels == i)) for i in range(1, n + 1)]
+    return sorted(regions, key=lambda pair: pair[0].argmax())
 
 
 def box(region):
@@ -64,15 +64,15 @@ def box(region):
     return x1, y1, int(columns.max()) + 1, int(rows.max()) + 1
 
 
-def holes_of(mask):
-    """The boxes of what is not in the mask and does not reach the border, with a pixel around."""
+def hole_boxes(mask):
+    """The boxes of holes, with a pixel around: regions outside the mask away from the border."""
     labels, n = ndimage.label(np.pad(~mask, 1, constant_values=True))
     boxes = [box(labels == i) for i in range(1, n + 1) if i != labels[0, 0]]
     return [(x1 - 2, y1 - 2, x2, y2) for x1, y1, x2, y2 in boxes]  # the padding is 1
 
 
-def outlined_area(region):
-    """All of each square of four pixels that are in it or in its holes, half where it is three."""
+def area_within_outline(region):
+    """The number of squares of four pixels in the filled region; three pixels count a half."""
     filled = ndimage.binary_fill_holes(region)
     four = sum(filled[i : i + filled.shape[0] - 1] * 1 for i in (0, 1))
     four = four[:, 1:] + four[:, :-1]
@@ -91,7 +91,7 @@ SIZES = ((12, 17), (17, 9), (8, 8), (5, 24), (1, 13), (7, 1), (2, 2), (21, 22))
 
 
 def hard_maps(seed):
-    """Name and map, (H, W) in float64, of 30 maps, some random, some not."""
+    """The names and the maps (H, W), in float64, of 30 random and regular maps."""
     random = np.random.default_rng(seed)
     size = SIZES[seed % len(SIZES)]
     height, width = size
@@ -103,7 +103,7 @@ def hard_maps(seed):
     diamonds = abs(y % 6 - 2) + abs(x % 6 - 2)
     lines = random.random(size) < 0.1
     frame = (y == 0) | (y == height - 1) | (x == 0) | (x == width - 1)
-    found = {
+    maps = {
         "noise": noise,
         "noise in float32": noise.astype(np.float32).astype(np.float64),
         "noise below 1": noise * 0.37,
@@ -135,11 +135,11 @@ def hard_maps(seed):
         "constant": np.full(size, random.choice([0.3, 1.0])),
         "zeros": np.zeros(size),
     }
-    return found.items()
+    return maps.items()
 
 
-def some_boxes(seed, size):
-    """One to three boxes, (m, 4)."""
+def random_boxes(seed, size):
+    """One to three random boxes, (m, 4)."""
     random = np.random.default_rng(seed)
     m = random.integers(1, 4)
     low = random.integers(0, [size[1], size[0]], (m, 2))

@@ -1,4 +1,4 @@
-"""In a `MetricCollection`, each metric gives its own figure; what importing metrics costs."""
+"""Metrics in a `MetricCollection`, their reprs and signatures, and the cost of importing them."""
 
 import copy
 import inspect
@@ -32,7 +32,7 @@ from captum_ext.metrics import (
     RoadScores,
 )
 
-# All agree on the first batch, where the map is the object, and all differ on the second.
+# The first map is the object, so that all metrics agree on it; on the second they differ.
 MAPS = [torch.tensor([[[1.0, 0.0, 0.0]]]), torch.tensor([[[0.3, 1.0, 0.5]]])]
 MASKS = torch.tensor([[[True, False, False]]])
 BOXES = [torch.tensor([[0, 0, 1, 1]])]
@@ -43,12 +43,12 @@ def curve(value: Tensor) -> Curve:
     return Curve(value, torch.zeros(1, 2), torch.tensor([0.0, 1.0]))
 
 
-def of_regions(maps: Tensor, value: Tensor) -> dict[str, Any]:
+def region_batch(maps: Tensor, value: Tensor) -> dict[str, Any]:
     return {"attributions": maps, "maps": maps, "masks": MASKS, "boxes": BOXES}
 
 
-FOUND: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
-    "region": of_regions,
+MAKE_BATCH: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
+    "region": region_batch,
     "curve": lambda maps, v: {"result": curve(v)},
     "numbers": lambda maps, v: {"result": v},
     "bools": lambda maps, v: {"result": v > 0.5},
@@ -79,31 +79,32 @@ METRICS: dict[str, tuple[str, Callable[[], Metric]]] = {
     "road": ("road", Road),
 }
 BATCHES = {
-    kind: [make(*both) for both in zip(MAPS, VALUES, strict=True)] for kind, make in FOUND.items()
+    takes: [make(*both) for both in zip(MAPS, VALUES, strict=True)]
+    for takes, make in MAKE_BATCH.items()
 }
 
 
-def arguments(metric: Metric, kind: str, step: int) -> dict[str, Any]:
+def arguments(metric: Metric, takes: str, step: int) -> dict[str, Any]:
     target = {"target": torch.tensor([0])} if getattr(metric, "options", None) else {}
-    given = BATCHES[kind][step] | target
-    filtered: dict[str, Any] = metric._filter_kwargs(**given)
+    batch = BATCHES[takes][step] | target
+    filtered: dict[str, Any] = metric._filter_kwargs(**batch)
     return filtered
 
 
 @cache
-def alone(name: str) -> Any:
-    kind, make = METRICS[name]
+def computed_alone(name: str) -> Any:
+    takes, make = METRICS[name]
     metric = make()
     for step in range(2):
-        metric.update(**arguments(metric, kind, step))
+        metric.update(**arguments(metric, takes, step))
     return metric.compute()
 
 
-def same(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+def assert_same(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_all_classes_are_here() -> None:
+def test_all_classes_are_tested() -> None:
     made = {type(make()).__name__ for _, make in METRICS.values()}
     classes = {n for n in captum_ext.metrics.__all__ if issubclass_of_metric(n)}
     assert made == classes
@@ -116,46 +117,50 @@ def issubclass_of_metric(name: str) -> bool:
 
 @pytest.mark.parametrize("compute_groups", [True, False])
 @pytest.mark.parametrize("first", METRICS)
-def test_pairs_in_a_collection_give_what_each_gives_alone(first: str, compute_groups: bool) -> None:
+def test_pairs_in_a_collection_compute_the_same_as_alone(first: str, compute_groups: bool) -> None:
     others = list(METRICS)[list(METRICS).index(first) + 1 :]
     for second in others:
-        (kind, make), (other_kind, make_other) = METRICS[first], METRICS[second]
+        (takes, make), (other_takes, make_other) = METRICS[first], METRICS[second]
         if (
-            kind != other_kind
-            and "result" in BATCHES[kind][0]
-            and "result" in BATCHES[other_kind][0]
+            takes != other_takes
+            and "result" in BATCHES[takes][0]
+            and "result" in BATCHES[other_takes][0]
         ):
-            # No batch serves both: what is compared are the states.
+            # No batch serves both metrics, so that only their states can be compared.
             metrics = make(), make_other()
-            for metric, of in zip(metrics, (kind, other_kind), strict=True):
+            for metric, of in zip(metrics, (takes, other_takes), strict=True):
                 metric.update(**arguments(metric, of, 0))
             assert not MetricCollection._equal_metric_states(*metrics)
             continue
         both = MetricCollection({"a": make(), "b": make_other()}, compute_groups=compute_groups)
         for step in range(2):
-            given = BATCHES[kind][step] | BATCHES[other_kind][step] | {"target": torch.tensor([0])}
-            both.update(**given)
-        found = both.compute()
+            batch = (
+                BATCHES[takes][step] | BATCHES[other_takes][step] | {"target": torch.tensor([0])}
+            )
+            both.update(**batch)
+        computed = both.compute()
         for key, name in (("a", first), ("b", second)):
-            expected = alone(name)
+            expected = computed_alone(name)
             if isinstance(expected, dict):
                 for part, value in expected.items():
-                    same(found[f"{key}_{part}" if f"{key}_{part}" in found else part], value)
+                    assert_same(
+                        computed[f"{key}_{part}" if f"{key}_{part}" in computed else part], value
+                    )
             else:
-                same(found[key], expected)
+                assert_same(computed[key], expected)
 
 
-def test_the_pointing_games_of_two_tolerances() -> None:
+def test_pointing_games_of_two_tolerances_stay_apart() -> None:
     games = MetricCollection({"near": PointingGame(2), "in": PointingGame(0)})
     for peak in range(2):
         attributions = torch.zeros(1, 1, 3)
         attributions[0, 0, peak] = 1
         games.update(attributions, MASKS)
-    found = games.compute()
-    assert (found["near_all"].item(), found["in_all"].item()) == (1.0, 0.5)
+    computed = games.compute()
+    assert (computed["near_all"].item(), computed["in_all"].item()) == (1.0, 0.5)
 
 
-def test_equal_metrics_and_functions_of_the_same_counts_are_updated_as_one() -> None:
+def test_equal_metrics_and_metrics_of_the_same_sums_are_updated_as_one() -> None:
     games = MetricCollection({"a": PointingGame(2), "b": PointingGame(2), "c": PointingGame(3)})
     pixels = MetricCollection({"ap": PxAP(), "iou": PxIoU()})
     for collection in (games, pixels):
@@ -165,30 +170,30 @@ def test_equal_metrics_and_functions_of_the_same_counts_are_updated_as_one() -> 
 
 
 class Halved(PxAP):
-    """The same states of other sums."""
+    """A metric with the same states, but other sums."""
 
     def update(self, maps: Tensor, masks: Tensor, ignored: Tensor | None = None) -> None:
         super().update(maps.round() if bool((maps > 0.4).sum() > 1) else maps, masks, ignored)
 
 
-def test_a_subclass_with_an_update_of_its_own_is_not_merged() -> None:
+def test_a_subclass_with_its_own_update_is_updated_apart() -> None:
     both = MetricCollection({"own": Halved(), "px": PxAP()})
     lone = PxAP()
     for maps in MAPS:
         both.update(maps, MASKS)
         lone.update(maps, MASKS)
     assert len(both.compute_groups) == 2
-    same(both.compute()["px"], lone.compute())
+    assert_same(both.compute()["px"], lone.compute())
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_states_survive_what_is_done_to_metrics(name: str) -> None:
-    """Copies, pickles, devices, halves, resets, merges and the steps of a loop."""
-    kind, make = METRICS[name]
-    expected = alone(name)
+def test_states_survive_the_operations_of_torchmetrics(name: str) -> None:
+    """Copies, pickles, devices, dtypes, resets, merges and the steps of a training loop."""
+    takes, make = METRICS[name]
+    expected = computed_alone(name)
     metric = make()
     names = set(metric._defaults)
-    metric.update(**arguments(metric, kind, 0))
+    metric.update(**arguments(metric, takes, 0))
     for changed in (
         copy.deepcopy(metric),
         pickle.loads(pickle.dumps(metric)),
@@ -197,34 +202,34 @@ def test_states_survive_what_is_done_to_metrics(name: str) -> None:
     ):
         assert isinstance(changed, type(make()))
         assert MetricCollection._equal_metric_states(changed, metric)
-        changed.update(**arguments(changed, kind, 1))
-        same(changed.compute(), expected)
+        changed.update(**arguments(changed, takes, 1))
+        assert_same(changed.compute(), expected)
         changed.reset()
         assert set(changed._defaults) == names
         for step in range(2):
-            changed(**arguments(changed, kind, step))  # `forward` adds the states of each batch
-        same(changed.compute(), expected)
+            changed(**arguments(changed, takes, step))  # `forward` adds the states of each batch
+        assert_same(changed.compute(), expected)
     other = make()
-    other.update(**arguments(other, kind, 1))
+    other.update(**arguments(other, takes, 1))
     metric.merge_state(other)
-    same(metric.compute(), expected)
+    assert_same(metric.compute(), expected)
     assert MetricCollection._equal_metric_states(make(), make())
     metric.set_dtype(torch.half)
     assert set(metric._defaults) == names
 
 
-def test_a_stored_state_is_not_taken_for_another() -> None:
-    one, two = PointingGame(2), PointingGame(0)
-    for metric in (one, two):
+def test_a_stored_state_loads_into_the_same_options_only() -> None:
+    near, inside = PointingGame(2), PointingGame(0)
+    for metric in (near, inside):
         metric.persistent(True)
-    one.update(MAPS[1], MASKS)
+    near.update(MAPS[1], MASKS)
     again = PointingGame(2)
     again.persistent(True)
-    again.load_state_dict(one.state_dict())
+    again.load_state_dict(near.state_dict())
     again._update_count = 1
-    same(again.compute(), one.compute())
+    assert_same(again.compute(), near.compute())
     with pytest.raises(RuntimeError, match="tolerance"):
-        two.load_state_dict(one.state_dict())
+        inside.load_state_dict(near.state_dict())
 
 
 def test_metrics_show_their_options_without_the_defaults() -> None:
@@ -255,7 +260,7 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_importing_metrics_and_methods_stays_light() -> None:
+def test_importing_metrics_and_methods_does_not_import_heavy_packages() -> None:
     heavy = ("torchvision", "torchmetrics", "lightning", "scipy", "higra")
     code = (
         "import sys, torch, captum.attr; before = set(sys.modules);"
@@ -265,7 +270,7 @@ def test_importing_metrics_and_methods_stays_light() -> None:
     assert run(code) == "[]"
 
 
-def test_classes_are_imported_when_one_is_asked_for() -> None:
+def test_the_first_use_of_a_class_imports_torchmetrics() -> None:
     code = (
         "import sys, captum_ext.metrics as m; print(hasattr(m, 'Nothing'),"
         " {*m.__all__} <= {*dir(m)},"
@@ -276,7 +281,7 @@ def test_classes_are_imported_when_one_is_asked_for() -> None:
     assert run(code) == "False True True False PointingGame True\nPxAP road Curve"
 
 
-def test_public_names_are_those_of_the_files() -> None:
+def test_public_names_have_docstrings() -> None:
     for name in captum_ext.metrics.__all__:
         assert getattr(captum_ext.metrics, name).__doc__
     assert not [name for name in captum_ext.metrics.__all__ if name.startswith("_")]
@@ -287,7 +292,7 @@ SCORING = ["score", "generator", "internal_batch_size", "show_progress"]
 
 
 @pytest.mark.parametrize(
-    ("name", "own"),
+    ("name", "options"),
     [
         ("insertion", {"baselines": "blur", "step": 1 / 28}),
         ("deletion", {"baselines": "zeros", "step": 1 / 28}),
@@ -300,14 +305,14 @@ SCORING = ["score", "generator", "internal_batch_size", "show_progress"]
         ("road", {"percentiles": tuple(range(10, 100, 10)), "noise": 0.01}),
     ],
 )
-def test_signatures_name_all_arguments(name: str, own: dict[str, Any]) -> None:
+def test_signatures_name_all_arguments(name: str, options: dict[str, Any]) -> None:
     function = getattr(captum_ext.metrics, name)
     parameters = inspect.signature(function).parameters
-    assert list(parameters) == [*SIGNATURE, *own, *SCORING]
+    assert list(parameters) == [*SIGNATURE, *options, *SCORING]
     by_position = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert by_position == SIGNATURE
-    defaults = own | dict(zip(SCORING, ("softmax", None, None, False), strict=True))
+    defaults = options | dict(zip(SCORING, ("softmax", None, None, False), strict=True))
     assert {key: parameters[key].default for key in defaults} == defaults
-    said = rf"^{name}\(\) got an unexpected keyword argument 'stepp'\. Closest: "
-    with pytest.raises(TypeError, match=said):
+    message = rf"^{name}\(\) got an unexpected keyword argument 'stepp'\. Closest: "
+    with pytest.raises(TypeError, match=message):
         function(torch.sum, torch.ones(1, 1, 2, 2), torch.ones(1, 2, 2), stepp=3)

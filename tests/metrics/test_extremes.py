@@ -1,4 +1,4 @@
-"""Each metric of localisation on maps that say everything or nothing, to the digit.
+"""Metrics of localisation on perfect, inverted and constant maps, by hand.
 
 The object is 2 x 3 pixels in an image of 5 x 9.
 """
@@ -67,16 +67,16 @@ BY_HAND = {
 
 
 @figures
-@pytest.mark.parametrize("kind", MAPS)
-def test_perfect_inverted_and_constant_maps(name, kind):
-    found = FIGURES[name](MAPS[kind]).double().reshape(-1).tolist()
-    assert found == pytest.approx([BY_HAND[kind][list(FIGURES).index(name)]])
+@pytest.mark.parametrize("map_name", MAPS)
+def test_perfect_inverted_and_constant_maps(name, map_name):
+    result = FIGURES[name](MAPS[map_name]).double().reshape(-1).tolist()
+    assert result == pytest.approx([BY_HAND[map_name][list(FIGURES).index(name)]])
 
 
 @figures
-def test_a_map_of_nothing_but_nan(name):
+def test_a_map_of_nan_raises_an_error(name):
     nothing = torch.full((1, 5, 9), torch.nan)
-    if name == "mask IoU":  # the caller thresholds, and NaN is not above
+    if name == "mask IoU":  # NaN is not above the caller's threshold
         assert FIGURES[name](nothing).tolist() == [0]
         return
     with pytest.raises(ValueError, match="not finite"):
@@ -92,8 +92,8 @@ RISING = {
 
 @pytest.mark.parametrize("rising", RISING)
 @pytest.mark.parametrize("seed", range(5))
-def test_what_sees_only_the_order_of_pixels(rising, seed):
-    """Thresholds are 0.001 apart, so that values must stay that far from each other."""
+def test_pxap_px_iou_and_the_pointing_game_depend_on_the_order_of_pixels_only(rising, seed):
+    """Values must stay 0.001 apart, as thresholds do."""
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randint(2, 11, (3, 5, 9), generator=generator) / 10
     masks = torch.rand(3, 5, 9, generator=generator) < 0.4
@@ -106,15 +106,15 @@ def test_what_sees_only_the_order_of_pixels(rising, seed):
         assert torch.equal(in_top_k(RISING[rising](logits), target, k), in_top_k(logits, target, k))
 
 
-def test_what_sees_the_share_of_the_maximum():
+def test_boxes_and_energy_depend_on_shares_of_the_maximum():
     """A positive factor changes no box and no share of mass; a summand does."""
     maps = torch.zeros(1, 5, 9)
     maps[0, 1:3, 2:5] = 1
     maps[0, 3, 2:8] = 0.25
     true = [torch.tensor([[2, 1, 8, 4]])]
     for factor in (1, 0.5, 2**-10):
-        found = box_ious(factor * maps, true)[0]
-        assert found.tolist() == pytest.approx([1] * 250 + [6 / 18] * 750)
+        ious = box_ious(factor * maps, true)[0]
+        assert ious.tolist() == pytest.approx([1] * 250 + [6 / 18] * 750)
         assert box_from_map(factor * maps).tolist() == [[2, 1, 8, 4]]
         assert energy_pointing_game(factor * maps, MASK).item() == pytest.approx(6 / 7.5)
     raised = 0.25 + 0.75 * maps
@@ -125,7 +125,7 @@ def test_what_sees_the_share_of_the_maximum():
 # --- the truth -----------------------------------------------------------------------------------
 
 
-def test_where_there_is_no_object():
+def test_images_without_an_object_raise_an_error_or_give_nan():
     nothing = torch.zeros_like(MASK)
     for call in (pointing_game, energy_pointing_game):
         with pytest.raises(ValueError, match="empty"):
@@ -141,13 +141,13 @@ def test_where_there_is_no_object():
     metric = PxAP()
     metric.update(PERFECT, nothing)
     assert metric.compute().isnan()
-    # Beside an image with an object, what is found in one without is found wrongly.
+    # With another image's object, all pixels in the empty image are false positives.
     metric.update(PERFECT, MASK)
     assert metric.compute().item() == pytest.approx(1 / 2)
 
 
-def test_several_boxes():
-    """The nearer one counts to the pointing game, both to the mass, the better one to the IoU."""
+def test_metrics_of_images_with_several_boxes():
+    """The pointing game takes the nearest box, energy all of them, and the IoU the best."""
     two = torch.cat((BOX, torch.tensor([[7, 4, 9, 5]])))
     masks = boxes_to_masks([two], (5, 9))
     assert masks.sum() == 8
@@ -164,8 +164,8 @@ def test_several_boxes():
     assert best_box_iou(two[1:], [two]).tolist() == [1]
 
 
-def test_boxes_that_reach_out_of_the_image():
-    """A mask has no pixels there; a box keeps its area, of which a region finds its part."""
+def test_boxes_may_reach_out_of_the_image():
+    """Masks are cut off at the border; boxes keep their whole area."""
     out, far = torch.tensor([[2, 1, 5, 7]]), torch.tensor([[20, 20, 30, 30]])
     assert boxes_to_masks([out], (5, 9)).sum() == 3 * 4
     assert masks_to_boxes(boxes_to_masks([out], (5, 9))).tolist() == [[2, 1, 5, 5]]
@@ -180,7 +180,7 @@ def test_boxes_that_reach_out_of_the_image():
     assert best_box_iou(BOX, [far]).tolist() == [0]
 
 
-def test_maps_of_another_size_than_their_masks():
+def test_maps_of_another_size_than_their_masks_raise_an_error():
     small = PERFECT[:, :4]
     for call in (pointing_game, energy_pointing_game, pixel_counts, pixel_iou, PxAP(), PxIoU()):
         with pytest.raises(ValueError, match="must agree"):
@@ -192,12 +192,12 @@ def test_maps_of_another_size_than_their_masks():
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_data_sets_without_an_image():
+def test_batches_without_an_image_give_empty_results_or_nan():
     maps, masks = torch.zeros(0, 5, 9), torch.zeros(0, 5, 9, dtype=torch.bool)
     assert box_ious(maps, []).shape == (0, 1000)
     assert pixel_iou(maps, masks).shape == (0, 1001)
     assert box_from_map(maps).shape == masks_to_boxes(masks).shape == (0, 4)
-    for found in (
+    for result in (
         pointing_game(maps, masks),
         energy_pointing_game(maps, masks),
         mask_iou(masks, masks),
@@ -205,13 +205,13 @@ def test_data_sets_without_an_image():
         best_box_iou(torch.zeros(0, 4), []),
         in_top_k(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)),
     ):
-        assert found.shape == (0,)
+        assert result.shape == (0,)
     for metric in (PxAP(), PxIoU(), MaxBoxAcc(), V2(), PointingGame(), EnergyPointingGame()):
         truth = [] if isinstance(metric, MaxBoxAcc) else masks
         for _ in range(2):
             figure = metric.compute()
             figures = figure.values() if isinstance(figure, dict) else [figure]
-            assert all(one.isnan() for one in figures)
+            assert all(value.isnan() for value in figures)
             metric.update(maps, truth)
 
 
@@ -229,7 +229,7 @@ def random_batch():
 
 
 @pytest.mark.parametrize(
-    ("metric", "whole"),
+    ("metric", "function"),
     [
         (partial(PointingGame, 0), lambda m, t, b: pointing_game(m, t, 0).float().mean()),
         (EnergyPointingGame, lambda m, t, b: energy_pointing_game(m, t).mean()),
@@ -248,10 +248,10 @@ def random_batch():
         (PxAP, lambda m, t, b: PxAP()(m.reshape(1, 30, 9), t.reshape(1, 30, 9))),
     ],
 )
-def test_a_metric_of_batches_and_processes_is_its_function_of_all(metric, whole):
+def test_classes_over_batches_and_processes_equal_their_function_of_all_images(metric, function):
     maps, masks, boxes = random_batch()
     by_box = isinstance(metric(), MaxBoxAcc)
-    expected = whole(maps, masks, boxes).item()
+    expected = function(maps, masks, boxes).item()
     assert 0 < expected < 1
     ranks = [metric(), metric()]
     for i, part in enumerate((slice(0, 1), slice(1, 4), slice(4, 6))):
@@ -263,8 +263,8 @@ def test_a_metric_of_batches_and_processes_is_its_function_of_all(metric, whole)
     assert figure.item() == pytest.approx(expected)
 
 
-def test_a_hit_counts_among_any_number_of_hits():
-    """A float32 that has counted to 2**24 stays there."""
+def test_hits_are_counted_beyond_the_range_of_float32():
+    """A float32 cannot count beyond 2**24."""
     metric = PointingGame(tolerance=0)
     metric.update(PERFECT, MASK)
     metric.total *= 2**24
@@ -275,11 +275,11 @@ def test_a_hit_counts_among_any_number_of_hits():
 
 @pytest.mark.gpu
 @figures
-def test_on_a_gpu_it_is_the_same(name, monkeypatch):
-    here = [FIGURES[name](one) for one in MAPS.values()]
+def test_results_on_a_gpu_equal_those_on_the_cpu(name, monkeypatch):
+    on_cpu = [FIGURES[name](maps) for maps in MAPS.values()]
     monkeypatch.setitem(globals(), "MASK", MASK.cuda())
     monkeypatch.setitem(globals(), "BOX", BOX.cuda())
-    there = [FIGURES[name](one.cuda()) for one in MAPS.values()]
-    for found, expected in zip(there, here, strict=True):
-        torch.testing.assert_close(found.cpu(), expected)
-        assert found.is_cuda or "MaxBoxAcc" in name or "Px" in name  # on the metric's own device
+    on_gpu = [FIGURES[name](maps.cuda()) for maps in MAPS.values()]
+    for result, expected in zip(on_gpu, on_cpu, strict=True):
+        torch.testing.assert_close(result.cpu(), expected)
+        assert result.is_cuda or "MaxBoxAcc" in name or "Px" in name  # on the metric's own device

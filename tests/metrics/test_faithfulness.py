@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
@@ -42,26 +42,26 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "increase": increase_in_confidence,
     "road": road,
 }
-every_function = pytest.mark.parametrize("name", FUNCTIONS)
+for_every_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 
 def ones(*shape: int) -> Tensor:
     return torch.ones(shape or (1, 1, 2, 3), dtype=D)
 
 
-def numbers(found: Any) -> Tensor:
-    """All figures of a result, as one row."""
-    if isinstance(found, Tensor):
-        return found.reshape(-1).double()
-    return torch.cat([numbers(part) for part in found])
+def numbers(result: Any) -> Tensor:
+    """All numbers of a result, as one row."""
+    if isinstance(result, Tensor):
+        return result.reshape(-1).double()
+    return torch.cat([numbers(part) for part in result])
 
 
-def each_image(found: Any) -> list[Tensor]:
+def image_tensors(result: Any) -> list[Tensor]:
     """The tensors of a result that have an entry for each image."""
-    if isinstance(found, Tensor):
-        return [found]
-    parts = [*found] if hasattr(found, "insertion") else [*found[:-1]]
-    return [t for part in parts for t in each_image(part)]
+    if isinstance(result, Tensor):
+        return [result]
+    parts = [*result] if hasattr(result, "insertion") else [*result[:-1]]
+    return [t for part in parts for t in image_tensors(part)]
 
 
 def pictures(n: int = 3, side: int = 9, dtype: torch.dtype = D, seed: int = 0) -> Tensor:
@@ -97,11 +97,11 @@ def test_the_curves_of_a_linear_model_by_hand() -> None:
     assert both.deletion.scores.tolist() == going.scores.tolist()
 
 
-def test_the_baseline_is_what_is_there_before_a_pixel_comes() -> None:
+def test_baselines_fill_the_pixels_that_are_not_inserted() -> None:
     model, x = WeightedSum(WEIGHTS), ones()
     for baselines in (-2, torch.full((1, 1, 1, 1), -2.0), lambda x: -2 * x):
-        found = insertion(model, x, WEIGHTS[None], baselines=baselines, step=1, score="logit")
-        assert found.scores.tolist() == [[-20, -5, 4, 10, 13, 13, 10]]
+        curve = insertion(model, x, WEIGHTS[None], baselines=baselines, step=1, score="logit")
+        assert curve.scores.tolist() == [[-20, -5, 4, 10, 13, 13, 10]]
     kept = deletion(
         model,
         x,
@@ -110,7 +110,7 @@ def test_the_baseline_is_what_is_there_before_a_pixel_comes() -> None:
         step=1,
         score="logit",
     )
-    # k pixels are left, and the others hold k.
+    # With k pixels kept, the others have the value k.
     hidden = [0, 5, 8, 10, 11, 11, 10]
     by_hand = [10 - h + (6 - i) * h for i, h in enumerate(hidden)]
     assert kept.scores.tolist() == [by_hand]
@@ -131,17 +131,17 @@ def test_the_baseline_is_what_is_there_before_a_pixel_comes() -> None:
 def test_steps_in_pixels_and_in_shares(step: float, counts: list[int]) -> None:
     scores = [0, 5, 8, 10, 11, 11, 10]
     model = WeightedSum(WEIGHTS)
-    found = insertion(model, ones(), WEIGHTS[None], baselines=0, step=step, score="logit")
-    assert found.shares.tolist() == pytest.approx([c / 6 for c in counts])
-    assert found.scores.tolist() == [[scores[c] for c in counts]]
+    curve = insertion(model, ones(), WEIGHTS[None], baselines=0, step=step, score="logit")
+    assert curve.shares.tolist() == pytest.approx([c / 6 for c in counts])
+    assert curve.scores.tolist() == [[scores[c] for c in counts]]
     area = sum((b - a) * (scores[a] + scores[b]) / 12 for a, b in pairwise(counts))
-    assert found.auc.item() == pytest.approx(area)
+    assert curve.auc.item() == pytest.approx(area)
 
 
-def test_the_default_step_is_that_of_the_literature() -> None:
+def test_the_default_step_is_the_literatures() -> None:
     x = ones(1, 1, 224, 224)
-    found = insertion(lambda x: x.mean((1, 2, 3)), x, x, baselines=0, score="logit")
-    assert (found.shares * 224**2).round().tolist() == list(range(0, 224**2 + 1, 1792))
+    curve = insertion(lambda x: x.mean((1, 2, 3)), x, x, baselines=0, score="logit")
+    assert (curve.shares * 224**2).round().tolist() == list(range(0, 224**2 + 1, 1792))
     sess = partial(gaussian, sigma=50.0, kernel_size=51)
     blurred = insertion(lambda x: x.mean((1, 2, 3)), x, x, baselines=sess, score="logit")
     assert blurred.auc.item() == pytest.approx(1)
@@ -150,7 +150,7 @@ def test_the_default_step_is_that_of_the_literature() -> None:
 def test_drop_and_increase_by_hand() -> None:
     model, x = WeightedSum(WEIGHTS), ones(3, 1, 2, 3)
     best = WEIGHTS.clamp(min=0)
-    spread = torch.tensor([[2.0, 0, 0], [0, 0, 1.0]], dtype=D) * 7 - 3  # 1 and 1/2 once scaled
+    spread = torch.tensor([[2.0, 0, 0], [0, 0, 1.0]], dtype=D) * 7 - 3  # scaled to 1 and 1/2
     attributions = torch.stack((best, spread, -WEIGHTS))
     marked = [(25 + 1 + 4 + 9) / 5, 5 + 1.5, (0 * 5 + 4 + 2 * 3 - 6 + 0 * 5 + 2 * 3) / 6]
     drop = average_drop(model, x, attributions, score="logit")
@@ -170,12 +170,12 @@ def test_a_drop_is_a_share_of_probabilities() -> None:
     masked = x * min_max(attributions[:, None])
     with torch.no_grad():
         y, o = (model(inputs).softmax(1)[:, 2] for inputs in (x, masked))
-    found = average_drop(model, x, attributions, 2)
-    torch.testing.assert_close(found, (y - o).clamp(min=0) / y)
+    drop = average_drop(model, x, attributions, 2)
+    torch.testing.assert_close(drop, (y - o).clamp(min=0) / y)
     assert increase_in_confidence(model, x, attributions, 2).tolist() == (y < o).tolist()
 
 
-def test_a_flat_map_shows_nothing_and_scale_and_shift_do_not_count() -> None:
+def test_a_flat_map_hides_everything_and_scale_and_shift_change_nothing() -> None:
     model, x = WeightedSum(WEIGHTS), ones()
     for value in (-3.0, 0.0, 5.0):
         flat = torch.full((1, 2, 3), value, dtype=D)
@@ -187,11 +187,11 @@ def test_a_flat_map_shows_nothing_and_scale_and_shift_do_not_count() -> None:
     assert 0 < first.item() < 1
     torch.testing.assert_close(average_drop(model, x, 7 * attributions - 2, score="logit"), first)
     without = torch.tensor([[1.0, 1, 1], [0, 0, 1]], dtype=D)[None]
-    for same in (without, 7 * without - 2, without / 1024):
-        assert increase_in_confidence(model, x, same, score="logit").tolist() == [True]
+    for equal in (without, 7 * without - 2, without / 1024):
+        assert increase_in_confidence(model, x, equal, score="logit").tolist() == [True]
 
 
-def test_no_score_leaves_nothing_to_drop() -> None:
+def test_a_score_of_zero_has_no_drop_and_a_negative_score_raises_an_error() -> None:
     silent = WeightedSum(torch.zeros(2, 3, dtype=D))
     assert average_drop(silent, ones(), WEIGHTS[None], score="logit").tolist() == [0]
     assert increase_in_confidence(silent, ones(), WEIGHTS[None], score="logit").tolist() == [False]
@@ -202,8 +202,8 @@ def test_no_score_leaves_nothing_to_drop() -> None:
 # --- which map is better -------------------------------------------------------------------------
 
 
-def of_every_kind() -> tuple[Tensor, Tensor, Tensor]:
-    """An image of noise, and the weights of a linear model that sees nine of its pixels."""
+def picture_and_weights() -> tuple[Tensor, Tensor, Tensor]:
+    """An image of noise, the weights of a linear model of nine pixels, and its perfect map."""
     x = torch.randn(1, 1, 12, 12, generator=Generator().manual_seed(0), dtype=D)
     weights = torch.zeros(12, 12, dtype=D)
     weights[3:6, 5:8] = x[0, 0, 3:6, 5:8].sign()
@@ -211,7 +211,7 @@ def of_every_kind() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_perfect_constant_and_inverted_maps_are_ranked() -> None:
-    x, weights, perfect = of_every_kind()
+    x, weights, perfect = picture_and_weights()
     model = WeightedSum(weights)
     constant = torch.full_like(perfect, 0.3)
     options: dict[str, Any] = {"score": "logit", "step": 2}
@@ -224,19 +224,19 @@ def test_perfect_constant_and_inverted_maps_are_ranked() -> None:
     assert debiased[0].item() == pytest.approx(-debiased[2].item(), rel=0.2)
 
 
-def test_perfect_inverted_and_constant_maps_to_the_digit() -> None:
-    """A model of four pixels, and maps that are its weights, their opposite, and nothing."""
+def test_perfect_inverted_and_constant_maps_by_hand() -> None:
+    """The maps are the weights of a model of four pixels, their opposite, and a constant."""
     weights = torch.tensor([[4.0, 3.0, -1.0, -2.0]], dtype=D)
     model, x = WeightedSum(weights), ones(3, 1, 1, 4)
     maps = torch.stack((weights, -weights, torch.full_like(weights, 0.5)))
     options: dict[str, Any] = {"step": 1, "score": "logit"}
-    found = overall_score(model, x, maps, insertion_baselines=0, deletion_baselines=0, **options)
-    assert found.insertion.scores[:2].tolist() == [[0, 4, 7, 6, 4], [0, -2, -3, 0, 4]]
-    assert found.deletion.scores[:2].tolist() == [[4, 0, -3, -2, 0], [4, 6, 7, 4, 0]]
-    assert found.insertion.auc[:2].tolist() == [19 / 4, -3 / 4]
-    assert found.deletion.auc[:2].tolist() == [-3 / 4, 19 / 4]
-    assert found.score[:2].tolist() == [22 / 4, -22 / 4]
-    # Scaled to [0, 1] the maps are 1, 5/6, 1/6, 0, their opposite, and 0.
+    result = overall_score(model, x, maps, insertion_baselines=0, deletion_baselines=0, **options)
+    assert result.insertion.scores[:2].tolist() == [[0, 4, 7, 6, 4], [0, -2, -3, 0, 4]]
+    assert result.deletion.scores[:2].tolist() == [[4, 0, -3, -2, 0], [4, 6, 7, 4, 0]]
+    assert result.insertion.auc[:2].tolist() == [19 / 4, -3 / 4]
+    assert result.deletion.auc[:2].tolist() == [-3 / 4, 19 / 4]
+    assert result.score[:2].tolist() == [22 / 4, -22 / 4]
+    # Scaled to [0, 1], the maps are (1, 5/6, 1/6, 0), its inverse, and zeros.
     drops = [0, (4 - (3 / 6 - 5 / 6 - 2)) / 4, 1]
     assert average_drop(model, x, maps, score="logit").tolist() == pytest.approx(drops)
     better = increase_in_confidence(model, x, maps, score="logit")
@@ -257,8 +257,8 @@ def test_perfect_inverted_and_constant_maps_to_the_digit() -> None:
     assert torch.allclose(both.score, torch.tensor([4.0, -4.0], dtype=D))
 
 
-def test_a_constant_map_is_that_of_its_random_order() -> None:
-    """The order shows in a model whose weights are powers of two; a map of it has the same."""
+def test_a_constant_map_equals_a_map_of_its_random_order() -> None:
+    """Weights that are powers of two show the order; a map of this order has the same curves."""
     model = WeightedSum(2.0 ** torch.arange(12, dtype=D).reshape(3, 4))
     x, constant = ones(1, 1, 3, 4), torch.full((1, 3, 4), 0.5, dtype=D)
     coming = insertion(model, x, constant, baselines=0, step=1, score="logit").scores[0]
@@ -273,10 +273,10 @@ def test_a_constant_map_is_that_of_its_random_order() -> None:
         )
 
 
-def mean_of_tied(values: Tensor) -> Tensor:
-    """The AUC of insertion that a map with these ties has on average, of a linear model of 1s."""
+def aucs_of_tied_pixels(values: Tensor) -> Tensor:
+    """The AUCs of insertion for 300 random orders of the tied pixels."""
     model = WeightedSum(torch.arange(36.0, dtype=D).reshape(6, 6))
-    found = [
+    aucs = [
         insertion(
             model,
             ones(1, 1, 6, 6),
@@ -288,12 +288,12 @@ def mean_of_tied(values: Tensor) -> Tensor:
         ).auc
         for seed in range(300)
     ]
-    return torch.cat(found)
+    return torch.cat(aucs)
 
 
 def test_equal_pixels_come_in_random_order() -> None:
-    """The weights rise in row-major order: an order by place would get much less or much more."""
-    constant = mean_of_tied(torch.zeros(1, 6, 6))
+    """The weights rise in row-major order, so that a row-major order of pixels is far off."""
+    constant = aucs_of_tied_pixels(torch.zeros(1, 6, 6))
     deviation = constant.std() / 300**0.5
     assert abs(constant.mean() - 630 / 2) < 4 * deviation
     assert deviation < 3
@@ -301,11 +301,11 @@ def test_equal_pixels_come_in_random_order() -> None:
     half[:, :, 3:] = 1
     right = sum(i for i in range(36) if i % 6 >= 3)
     expected = (right / 2 + (right + 630) / 2) / 2
-    halves = mean_of_tied(half)
+    halves = aucs_of_tied_pixels(half)
     assert abs(halves.mean() - expected) < 4 * halves.std() / 300**0.5
 
 
-def test_without_a_generator_the_order_is_fixed_and_no_raster() -> None:
+def test_without_a_generator_the_order_is_fixed_and_not_row_major() -> None:
     model = WeightedSum(torch.arange(36.0, dtype=D).reshape(6, 6))
     state = torch.get_rng_state()
     runs = [
@@ -322,14 +322,13 @@ def test_without_a_generator_the_order_is_fixed_and_no_raster() -> None:
     assert torch.equal(again.scores[0], runs[0].scores[0])
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     height=st.integers(1, 6),
     width=st.integers(1, 6),
     levels=st.integers(1, 8),
     seed=st.integers(0, 10**6),
 )
-def test_only_the_order_counts(height: int, width: int, levels: int, seed: int) -> None:
+def test_only_the_order_of_pixels_counts(height: int, width: int, levels: int, seed: int) -> None:
     generator = Generator().manual_seed(seed)
     values = torch.randint(levels, (2, height, width), generator=generator).to(D)
     x = torch.randn(2, 1, height, width, generator=generator, dtype=D)
@@ -340,47 +339,47 @@ def test_only_the_order_counts(height: int, width: int, levels: int, seed: int) 
             assert torch.equal(numbers(function(model, x, other, score="logit")), first)
 
 
-def test_the_order_is_that_of_sorting() -> None:
-    """With no two equal pixels, curves are those of an argsort, pixel by pixel."""
+def test_curves_equal_those_of_an_argsort() -> None:
+    """The maps have no equal pixels."""
     x = pictures(2, 5)
     model, attributions = small_net(dtype=D), maps(x)
-    found = deletion(model, x, attributions, 1, step=3, baselines="mean")
+    curve = deletion(model, x, attributions, 1, step=3, baselines="mean")
     for i, values in enumerate(attributions):
         order = values.flatten().argsort(descending=True)
         means = x[i].mean((1, 2))
         for point, count in enumerate([*range(0, 25, 3), 25]):
-            one = x[i].clone().flatten(1)
-            one[:, order[:count]] = means[:, None]
+            picture = x[i].clone().flatten(1)
+            picture[:, order[:count]] = means[:, None]
             with torch.no_grad():
-                score = model(one.reshape(1, 3, 5, 5)).softmax(1)[0, 1]
-            torch.testing.assert_close(found.scores[i, point], score)
+                score = model(picture.reshape(1, 3, 5, 5)).softmax(1)[0, 1]
+            torch.testing.assert_close(curve.scores[i, point], score)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "logit", lambda o: o[:, :2] ** 2])
-def test_the_ends_of_the_curves_are_plain_outputs(score: Any) -> None:
+def test_curves_end_at_the_scores_of_the_image_and_of_the_baseline(score: Any) -> None:
     model, x = small_net(), pictures(dtype=torch.float32)
-    turn = {"softmax": lambda o: o.softmax(1), "sigmoid": torch.sigmoid, "logit": lambda o: o}
+    functions = {"softmax": lambda o: o.softmax(1), "sigmoid": torch.sigmoid, "logit": lambda o: o}
     with torch.no_grad():
-        whole, bare = (
-            (score if callable(score) else turn[score])(model(i))[:, 1]
+        of_image, of_baseline = (
+            (score if callable(score) else functions[score])(model(i))[:, 1]
             for i in (x, torch.zeros_like(x))
         )
-    come = insertion(model, x, maps(x), 1, baselines="zeros", score=score).scores
-    gone = deletion(model, x, maps(x), 1, score=score).scores
-    for found, true in (
-        (come[:, 0], bare),
-        (come[:, -1], whole),
-        (gone[:, 0], whole),
-        (gone[:, -1], bare),
+    inserted = insertion(model, x, maps(x), 1, baselines="zeros", score=score).scores
+    deleted = deletion(model, x, maps(x), 1, score=score).scores
+    for scores, expected in (
+        (inserted[:, 0], of_baseline),
+        (inserted[:, -1], of_image),
+        (deleted[:, 0], of_image),
+        (deleted[:, -1], of_baseline),
     ):
-        torch.testing.assert_close(found, true)
+        torch.testing.assert_close(scores, expected)
 
 
 # --- ROAD ----------------------------------------------------------------------------------------
 
 
 def dense(image: Tensor, keep: Tensor) -> Tensor:
-    """The imputation of one image (C, H, W), one equation for each pixel."""
+    """Impute an image (C, H, W) by a dense system, with an equation for each pixel."""
     _, height, width = image.shape
     matrix = torch.zeros(height * width, height * width, dtype=D)
     right = torch.zeros(height * width, len(image), dtype=D)
@@ -400,7 +399,6 @@ def dense(image: Tensor, keep: Tensor) -> Tensor:
     return torch.linalg.solve(matrix, right).T.reshape(image.shape)
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     height=st.integers(1, 7),
     width=st.integers(1, 7),
@@ -408,39 +406,39 @@ def dense(image: Tensor, keep: Tensor) -> Tensor:
     share=st.floats(0, 1),
     seed=st.integers(0, 10**6),
 )
-def test_the_imputation_is_that_of_a_dense_solve(
+def test_the_imputation_equals_a_dense_solve(
     height: int, width: int, channels: int, share: float, seed: int
 ) -> None:
     generator = Generator().manual_seed(seed)
     images = torch.randn(2, channels, height, width, generator=generator, dtype=D)
     keep = torch.rand(2, 1, height, width, generator=generator) < share
     keep[:, 0, height // 2, 0] = True
-    found = linear_imputation(images, keep.double())
-    for image, kept, one in zip(images, keep[:, 0], found, strict=True):
-        torch.testing.assert_close(one, dense(image, kept))
-        assert torch.equal(one[:, kept], image[:, kept])
+    imputed = linear_imputation(images, keep.double())
+    for image, kept, result in zip(images, keep[:, 0], imputed, strict=True):
+        torch.testing.assert_close(result, dense(image, kept))
+        assert torch.equal(result[:, kept], image[:, kept])
     single = linear_imputation(images.float(), keep.double())
-    torch.testing.assert_close(single, found.float())
+    torch.testing.assert_close(single, imputed.float())
 
 
-def test_where_nothing_is_kept_zeros_are_imputed() -> None:
+def test_images_without_a_kept_pixel_become_zeros() -> None:
     x = pictures(2, 4)
     keep = torch.zeros(2, 1, 4, 4)
     keep[1] = 1
     assert torch.equal(linear_imputation(x, keep), x * keep)
-    found = deletion(small_net(dtype=D), x, maps(x), 1, baselines=linear_imputation)
-    bare = deletion(small_net(dtype=D), x, maps(x), 1)
-    torch.testing.assert_close(found.scores[:, -1], bare.scores[:, -1])
+    curve = deletion(small_net(dtype=D), x, maps(x), 1, baselines=linear_imputation)
+    of_zeros = deletion(small_net(dtype=D), x, maps(x), 1)
+    torch.testing.assert_close(curve.scores[:, -1], of_zeros.scores[:, -1])
 
 
 def test_road_by_hand() -> None:
     x, model = pictures(2, 5), small_net(dtype=D)
     attributions = maps(x)
-    found = road(model, x, attributions, 2, percentiles=(20, 62, 99.9), noise=0)
-    assert found.percentiles.tolist() == pytest.approx([20, 62, 99.9])
+    result = road(model, x, attributions, 2, percentiles=(20, 62, 99.9), noise=0)
+    assert result.percentiles.tolist() == pytest.approx([20, 62, 99.9])
     for i, values in enumerate(attributions):
         order = values.flatten().argsort(descending=True)
-        for scores, first in ((found.morf, order), (found.lerf, order.flip(0))):
+        for scores, first in ((result.morf, order), (result.lerf, order.flip(0))):
             for point, count in enumerate((5, 16, 24)):
                 keep = torch.ones(25, dtype=torch.bool)
                 keep[first[:count]] = False
@@ -448,20 +446,20 @@ def test_road_by_hand() -> None:
                 with torch.no_grad():
                     score = model(imputed[None]).softmax(1)[0, 2]
                 torch.testing.assert_close(scores[i, point], score)
-    torch.testing.assert_close(found.score, (found.lerf - found.morf).mean(1) / 2)
+    torch.testing.assert_close(result.score, (result.lerf - result.morf).mean(1) / 2)
 
 
-def test_the_noise_is_on_removed_pixels_and_as_large_as_said() -> None:
-    seen: list[Tensor] = []
+def test_only_removed_pixels_have_noise_of_the_given_size() -> None:
+    batches: list[Tensor] = []
 
     def model(x: Tensor) -> Tensor:
-        seen.append(x)
+        batches.append(x)
         return x.sum((1, 2, 3))
 
     x = torch.ones(1, 2, 40, 40, dtype=D)
     options: dict[str, Any] = {"percentiles": [50], "score": "logit"}
     road(model, x, maps(x), noise=0.3, **options)
-    for picture in seen:
+    for picture in batches:
         removed = picture[0] != 1
         assert removed[0].sum() == removed[1].sum() == 800
         assert (picture[0][removed] - 1).std().item() == pytest.approx(0.3, rel=0.1)
@@ -475,20 +473,22 @@ def test_the_noise_is_on_removed_pixels_and_as_large_as_said() -> None:
 # --- batches, chunks, targets --------------------------------------------------------------------
 
 
-@every_function
-def test_a_batch_is_its_images_one_by_one(name: str) -> None:
+@for_every_function
+def test_a_batch_equals_its_images(name: str) -> None:
     x, model = pictures(), small_net(dtype=D)
     attributions, target = maps(x).round(), torch.tensor([2, 0, 1])
-    together = each_image(FUNCTIONS[name](model, x, attributions, target))
+    together = image_tensors(FUNCTIONS[name](model, x, attributions, target))
     singles = [
-        each_image(FUNCTIONS[name](model, x[i : i + 1], attributions[i : i + 1], target[i].item()))
+        image_tensors(
+            FUNCTIONS[name](model, x[i : i + 1], attributions[i : i + 1], target[i].item())
+        )
         for i in range(3)
     ]
-    for found, *pieces in zip(together, *singles, strict=True):
-        torch.testing.assert_close(found, torch.cat(pieces))
+    for values, *pieces in zip(together, *singles, strict=True):
+        torch.testing.assert_close(values, torch.cat(pieces))
 
 
-@every_function
+@for_every_function
 @pytest.mark.parametrize("baselines", ["local", "noise"])
 def test_chunks_change_nothing(name: str, baselines: str) -> None:
     x, model = pictures(), small_net(dtype=D)
@@ -502,61 +502,71 @@ def test_chunks_change_nothing(name: str, baselines: str) -> None:
     if name == "overall":
         options = {"insertion_baselines": baselines, "deletion_baselines": baselines}
     function = partial(FUNCTIONS[name], **({} if name == "road" else options))
-    whole = numbers(function(model, x, maps(x), 1, internal_batch_size=1000))
+    at_once = numbers(function(model, x, maps(x), 1, internal_batch_size=1000))
     for size in (1, 4, 7):
         sizes.clear()
         pieces = numbers(function(watched, x, maps(x), 1, internal_batch_size=size))
-        torch.testing.assert_close(pieces, whole)
+        torch.testing.assert_close(pieces, at_once)
         assert max(sizes) == min(size, 6 if name in ("drop", "increase") else size)
 
 
-@every_function
-def test_every_form_of_target(name: str) -> None:
+@for_every_function
+def test_targets_of_all_forms_are_accepted(name: str) -> None:
     x, model = pictures(), small_net(dtype=D)
     by_class = [numbers(FUNCTIONS[name](model, x, maps(x), t)) for t in range(3)]
     run = FUNCTIONS[name]
     for target in (1, (1,), torch.tensor(1), torch.tensor([1]), [1, 1, 1], [(1,)] * 3):
         assert torch.equal(numbers(run(model, x, maps(x), target)), by_class[1])
-    mixed = [each_image(run(model, x, maps(x), t)) for t in (2, 0, 1)]
+    mixed = [image_tensors(run(model, x, maps(x), t)) for t in (2, 0, 1)]
     for target in ([2, 0, 1], torch.tensor([2, 0, 1]), [(2,), (0,), (1,)]):
-        for found, *each in zip(each_image(run(model, x, maps(x), target)), *mixed, strict=True):
-            torch.testing.assert_close(found, torch.stack([each[i][i] for i in range(3)]))
+        for values, *singles in zip(
+            image_tensors(run(model, x, maps(x), target)), *mixed, strict=True
+        ):
+            torch.testing.assert_close(values, torch.stack([singles[i][i] for i in range(3)]))
 
 
-def test_targets_of_places_and_arguments_that_follow_their_image() -> None:
+def test_targets_may_be_tuples_and_arguments_follow_their_image() -> None:
     x, scale = pictures(3, 8), torch.tensor([1.0, -2.0, 3.0], dtype=D)
     target = [(0, 1, 0), (2, 0, 0), (1, 1, 0)]
-    found = deletion(
+    curve = deletion(
         ScaledHalves(), x, maps(x), target, (scale, 0.5), score="logit", internal_batch_size=5
     )
-    for i, (c, place, _) in enumerate(target):
-        part = x[i, c].chunk(2, 1)[place].mean() * scale[i] + 0.5
-        torch.testing.assert_close(found.scores[i, 0], part)
-    assert found.scores[:, -1].tolist() == [0.5] * 3
+    for i, (c, position, _) in enumerate(target):
+        part = x[i, c].chunk(2, 1)[position].mean() * scale[i] + 0.5
+        torch.testing.assert_close(curve.scores[i, 0], part)
+    assert curve.scores[:, -1].tolist() == [0.5] * 3
 
 
 # --- channels, dtypes ----------------------------------------------------------------------------
 
 
-@every_function
+@for_every_function
 def test_equal_channels_count_once_and_others_are_summed(name: str) -> None:
     x, model, run = pictures(), small_net(dtype=D), FUNCTIONS[name]
-    one = maps(x)
-    plain = numbers(run(model, x, one, 1))
-    repeated = one[:, None].repeat(1, 3, 1, 1)
-    parts = torch.stack((one * 0.25, one * 0.75, torch.zeros_like(one)), 1)
-    for same in (one[:, None], repeated, (repeated,), parts, one.clone().requires_grad_()):
-        torch.testing.assert_close(numbers(run(model, x, same, 1)), plain)
-    torch.testing.assert_close(numbers(run(model, (x,), one, 1)), plain)
+    attributions = maps(x)
+    plain = numbers(run(model, x, attributions, 1))
+    repeated = attributions[:, None].repeat(1, 3, 1, 1)
+    parts = torch.stack(
+        (attributions * 0.25, attributions * 0.75, torch.zeros_like(attributions)), 1
+    )
+    for equal in (
+        attributions[:, None],
+        repeated,
+        (repeated,),
+        parts,
+        attributions.clone().requires_grad_(),
+    ):
+        torch.testing.assert_close(numbers(run(model, x, equal, 1)), plain)
+    torch.testing.assert_close(numbers(run(model, (x,), attributions, 1)), plain)
 
 
-@every_function
+@for_every_function
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(name: str, dtype: torch.dtype) -> None:
+def test_models_in_half_precision_give_float32_results(name: str, dtype: torch.dtype) -> None:
     x, model, run = pictures(), small_net(dtype=D), FUNCTIONS[name]
     attributions = maps(x).to(dtype)
-    for found in each_image(run(small_net(dtype=dtype), x.to(dtype), attributions, 1)):
-        assert found.dtype in (torch.float32, torch.bool)
+    for values in image_tensors(run(small_net(dtype=dtype), x.to(dtype), attributions, 1)):
+        assert values.dtype in (torch.float32, torch.bool)
     if name != "increase":
         true = numbers(run(model, x, attributions, 1))
         half = numbers(run(small_net(dtype=dtype), x.to(dtype), attributions, 1))
@@ -566,7 +576,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 # --- no trace ------------------------------------------------------------------------------------
 
 
-def fails_late(model: SmallNet) -> Callable[[Tensor], Tensor]:
+def failing_model(model: SmallNet) -> Callable[[Tensor], Tensor]:
     calls: list[int] = []
 
     def forward(x: Tensor) -> Tensor:
@@ -579,9 +589,9 @@ def fails_late(model: SmallNet) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-@every_function
+@for_every_function
 @pytest.mark.parametrize("mode", ["eval", "train", "frozen", "no_grad", "inference"])
-def test_no_trace(name: str, mode: str, trace_free: Any, recwarn: Any) -> None:
+def test_metrics_leave_no_trace(name: str, mode: str, trace_free: Any, recwarn: Any) -> None:
     model, x = small_net(), pictures(dtype=torch.float32).requires_grad_()
     model.train(mode == "train").requires_grad_(mode != "frozen")
     attributions = maps(x.detach())
@@ -589,36 +599,36 @@ def test_no_trace(name: str, mode: str, trace_free: Any, recwarn: Any) -> None:
     with outer or torch.enable_grad(), trace_free(model, x, attributions):
         FUNCTIONS[name](model, x, attributions, 1)
         with pytest.raises(RuntimeError, match="in the middle"):
-            FUNCTIONS[name](fails_late(model), x, attributions, 1, internal_batch_size=2)
+            FUNCTIONS[name](failing_model(model), x, attributions, 1, internal_batch_size=2)
     assert any("train mode" in str(w.message) for w in recwarn) == (mode == "train")
 
 
-@every_function
+@for_every_function
 def test_a_model_that_writes_into_its_input_changes_nothing(name: str) -> None:
     x, model = pictures(), small_net(dtype=D)
     before, attributions = x.clone(), maps(x)
     plain = numbers(FUNCTIONS[name](model, x, attributions, 1))
 
-    def rude(x: Tensor) -> Tensor:
+    def overwriting(x: Tensor) -> Tensor:
         output = model(x.clone())
         x.zero_()
         return output
 
-    assert torch.equal(numbers(FUNCTIONS[name](rude, x, attributions, 1)), plain)
+    assert torch.equal(numbers(FUNCTIONS[name](overwriting, x, attributions, 1)), plain)
     assert torch.equal(x, before)
 
 
 # --- wrong arguments -----------------------------------------------------------------------------
 
 
-def never(*_: Any) -> Tensor:
+def uncallable_model(*_: Any) -> Tensor:
     raise AssertionError("The model was called.")
 
 
 NAN = torch.full((3, 9, 9), torch.nan)
 
 
-@every_function
+@for_every_function
 @pytest.mark.parametrize(
     ("change", "error", "named"),
     [
@@ -642,10 +652,10 @@ NAN = torch.full((3, 9, 9), torch.nan)
         ({"target": [1, 2]}, AssertionError, "Target"),
     ],
 )
-def test_wrong_arguments(name: str, change: Any, error: Any, named: str) -> None:
+def test_wrong_arguments_are_named(name: str, change: Any, error: Any, named: str) -> None:
     arguments = {"inputs": pictures(), "attributions": maps(pictures()), "target": 1} | change
     with pytest.raises(error, match=named):
-        FUNCTIONS[name](never, **arguments)
+        FUNCTIONS[name](uncallable_model, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -659,13 +669,13 @@ def test_wrong_arguments(name: str, change: Any, error: Any, named: str) -> None
         ("road", {"noise": -1}, "`noise`"),
     ],
 )
-def test_wrong_options(name: str, options: Any, named: str) -> None:
+def test_wrong_options_are_named(name: str, options: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        FUNCTIONS[name](never, pictures(), maps(pictures()), 1, **options)
+        FUNCTIONS[name](uncallable_model, pictures(), maps(pictures()), 1, **options)
 
 
-@every_function
-def test_outputs_that_are_no_scores(name: str) -> None:
+@for_every_function
+def test_outputs_that_are_not_scores_raise_an_error(name: str) -> None:
     x = pictures()
     run = partial(FUNCTIONS[name], inputs=x, attributions=maps(x))
     with pytest.raises(ValueError, match="needs two classes or more"):
@@ -677,13 +687,13 @@ def test_outputs_that_are_no_scores(name: str) -> None:
     with pytest.raises(ValueError, match="not finite"):
         run(lambda x: x.sum((1, 2, 3)) * torch.nan, score="logit")
     with pytest.raises(AssertionError):
-        run(small_net(dtype=D))  # of four classes, none is chosen
+        run(small_net(dtype=D))  # four classes without a target
 
 
 # --- torchmetrics --------------------------------------------------------------------------------
 
 
-def found_by(name: str, model: nn.Module, x: Tensor) -> Any:
+def result_of(name: str, model: nn.Module, x: Tensor) -> Any:
     return FUNCTIONS[name](model, x, maps(x), 1)
 
 
@@ -698,30 +708,36 @@ def found_by(name: str, model: nn.Module, x: Tensor) -> Any:
         (Road, "road"),
     ],
 )
-def test_metrics_average_over_images_batches_and_processes(metric: Any, name: str) -> None:
+def test_classes_average_over_images_batches_and_processes(metric: Any, name: str) -> None:
     model = small_net(dtype=D)
-    batches = [found_by(name, model, pictures(n, seed=n)) for n in (3, 1, 2)]
+    batches = [result_of(name, model, pictures(n, seed=n)) for n in (3, 1, 2)]
     ranks = [metric(), metric()]
     for i, batch in enumerate(batches):
         ranks[i % 2].update(batch)
-    # What torchmetrics does with the states of several processes.
+    # torchmetrics sums the states of several processes like this.
     states = {k: sum(getattr(r, k) for r in ranks) for k in ("total", "count")}
     assert {f.__name__ for f in ranks[0]._reductions.values()} == {"dim_zero_sum"}
-    whole = metric()
+    merged = metric()
     for key, value in states.items():
-        setattr(whole, key, value)
-    whole._update_count = 1
-    first = torch.cat([each_image(b)[0].double() for b in batches]).mean()
-    computed = whole.compute()
-    if whole.names:
-        places = {"combined": 0, "morf": 1, "lerf": 2} | {"score": 0, "insertion": 1, "deletion": 3}
+        setattr(merged, key, value)
+    merged._update_count = 1
+    first = torch.cat([image_tensors(b)[0].double() for b in batches]).mean()
+    computed = merged.compute()
+    if merged.names:
+        columns = {"combined": 0, "morf": 1, "lerf": 2} | {
+            "score": 0,
+            "insertion": 1,
+            "deletion": 3,
+        }
         for key, mean in computed.items():
-            every = torch.cat([each_image(b)[places[key]].reshape(len(b[0]), -1) for b in batches])
-            assert mean.item() == pytest.approx(every.mean().item(), rel=1e-6)
-        computed = computed[whole.names[0]]
+            values = torch.cat(
+                [image_tensors(b)[columns[key]].reshape(len(b[0]), -1) for b in batches]
+            )
+            assert mean.item() == pytest.approx(values.mean().item(), rel=1e-6)
+        computed = computed[merged.names[0]]
     assert computed.item() == pytest.approx(first.item(), rel=1e-6)
-    whole.reset()
-    assert whole.count == 0
+    merged.reset()
+    assert merged.count == 0
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
@@ -737,11 +753,11 @@ def test_metrics_average_over_images_batches_and_processes(metric: Any, name: st
         (Road, (1, 2, 3, 4)),
     ],
 )
-def test_metrics_take_only_what_their_function_returns(metric: Any, wrong: Any) -> None:
+def test_classes_refuse_results_of_other_functions(metric: Any, wrong: Any) -> None:
     with pytest.raises(TypeError, match="`result` must be"):
         metric().update(wrong)
-    found = metric().compute()
-    assert torch.stack([*found.values()] if isinstance(found, dict) else [found]).isnan().all()
+    means = metric().compute()
+    assert torch.stack([*means.values()] if isinstance(means, dict) else [means]).isnan().all()
 
 
 def test_the_old_keyword_of_update_works_with_a_warning() -> None:
@@ -752,19 +768,19 @@ def test_the_old_keyword_of_update_works_with_a_warning() -> None:
     assert old.compute() == metric.compute()
 
 
-def test_metrics_take_no_nan() -> None:
-    bad = torch.tensor([torch.nan])
+def test_classes_refuse_nan() -> None:
+    nan = torch.tensor([torch.nan])
     with pytest.raises(ValueError, match="finite"):
-        AverageDrop().update(bad)
+        AverageDrop().update(nan)
     with pytest.raises(ValueError, match="finite"):
-        Road().update(RoadScores(bad, bad[None], bad[None], bad))
+        Road().update(RoadScores(nan, nan[None], nan[None], nan))
 
 
 @pytest.mark.gpu
-@every_function
+@for_every_function
 def test_on_a_gpu_it_is_the_same(name: str) -> None:
     x, model = pictures(), small_net(dtype=D)
-    here = numbers(FUNCTIONS[name](model, x, maps(x).round(), 1))
-    there = FUNCTIONS[name](model.cuda(), x.cuda(), maps(x).round().cuda(), 1)
-    assert all(t.is_cuda for t in each_image(there))
-    torch.testing.assert_close(numbers(there).cpu(), here)
+    on_cpu = numbers(FUNCTIONS[name](model, x, maps(x).round(), 1))
+    on_gpu = FUNCTIONS[name](model.cuda(), x.cuda(), maps(x).round().cuda(), 1)
+    assert all(t.is_cuda for t in image_tensors(on_gpu))
+    torch.testing.assert_close(numbers(on_gpu).cpu(), on_cpu)

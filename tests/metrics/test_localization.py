@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -89,12 +89,12 @@ def test_a_negative_map_points_at_its_least_negative_value() -> None:
 
 
 def test_equal_channels_count_once_and_others_are_summed() -> None:
-    # Three times a value and its successor may round to the same number.
+    # A value and its successor may have the same sum over three channels, by rounding.
     low = torch.tensor(1.0)
     high = torch.nextafter(low, torch.tensor(2.0))
-    one = torch.stack((low, high)).reshape(1, 1, 1, 2)
+    attributions = torch.stack((low, high)).reshape(1, 1, 1, 2)
     mask = torch.tensor([[[False, True]]])
-    assert pointing_game(one.repeat(1, 3, 1, 1), mask, 0)
+    assert pointing_game(attributions.repeat(1, 3, 1, 1), mask, 0)
     different = torch.tensor([[[[5.0, 3.0]], [[-3.0, 1.0]]]])
     assert pointing_game(different, mask, 0)
     assert energy_pointing_game(different, mask).item() == pytest.approx(4 / 6)
@@ -107,9 +107,9 @@ def test_a_batch_equals_its_examples() -> None:
     attributions[3] = attributions[3, :1]
     masks = torch.rand(7, 9, 11) < 0.1
     masks[:, 0, 0] = True
-    each = [pointing_game(a[None], m[None], 2) for a, m in zip(attributions, masks, strict=True)]
-    assert pointing_game(attributions, masks, 2).tolist() == torch.cat(each).tolist()
-    assert len(set(torch.cat(each).tolist())) == 2
+    singles = [pointing_game(a[None], m[None], 2) for a, m in zip(attributions, masks, strict=True)]
+    assert pointing_game(attributions, masks, 2).tolist() == torch.cat(singles).tolist()
+    assert len(set(torch.cat(singles).tolist())) == 2
     shares = [
         energy_pointing_game(a[None], m[None]) for a, m in zip(attributions, masks, strict=True)
     ]
@@ -118,14 +118,13 @@ def test_a_batch_equals_its_examples() -> None:
     )
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     height=st.integers(1, 9),
     width=st.integers(1, 9),
     tolerance=st.floats(0, 6),
     seed=st.integers(0, 10**6),
 )
-def test_it_equals_a_search_of_every_pixel(
+def test_both_games_equal_a_search_over_all_pixels(
     height: int, width: int, tolerance: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -172,7 +171,7 @@ def test_the_scale_of_a_map_does_not_matter(scale: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_sums_in_full(dtype: torch.dtype) -> None:
+def test_maps_in_half_precision_are_summed_in_float32(dtype: torch.dtype) -> None:
     attributions = torch.full((1, 3, 400, 400), 30.0, dtype=dtype)
     attributions[..., 100:, :] = 10
     attributions[0, 0, 0, 0] = 31
@@ -182,7 +181,7 @@ def test_half_precision_sums_in_full(dtype: torch.dtype) -> None:
     assert pointing_game(attributions, mask, 0)
 
 
-def test_integers_are_maps_too() -> None:
+def test_maps_may_be_integers() -> None:
     attributions = torch.tensor([[[0, 3, 1]]], dtype=torch.uint8)
     mask = torch.tensor([[[False, True, False]]])
     assert pointing_game(attributions, mask, 0)
@@ -230,7 +229,7 @@ def test_a_wrong_tolerance_is_named(tolerance: float) -> None:
 # --- torchmetrics --------------------------------------------------------------------------------
 
 
-def examples() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def labelled_examples() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Six examples of classes 0, 0, 0, 2, 2, 1: hits 1, 1, 0, 0, 1, 0."""
     inside, outside = peak(25, 35), peak(0, 0)
     attributions = torch.cat((inside, inside, outside, outside, inside, outside))
@@ -247,17 +246,15 @@ def examples() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ("none", [2 / 3, 0, 1 / 2, math.nan], [1 / 2, math.nan, 1, math.nan]),
     ],
 )
-def test_averages_by_hand_and_in_pieces(
-    average: str, everything: object, difficult: object
-) -> None:
+def test_averages_over_batches_by_hand(average: str, everything: object, difficult: object) -> None:
     metric = PointingGame(num_classes=4, average=average)
-    batch = examples()
+    batch = labelled_examples()
     for part in (slice(0, 2), slice(2, 6)):
         metric.update(*(t[part] for t in batch))
     computed = metric.compute()
     assert computed["all"].tolist() == pytest.approx(everything, nan_ok=True)
     assert computed["difficult"].tolist() == pytest.approx(difficult, nan_ok=True)
-    # What `forward` returns is of the batch alone, what it keeps is of all.
+    # `forward` returns the means of the batch alone, and adds the batch to the states.
     again = PointingGame(num_classes=4, average=average)
     for part in (slice(0, 2), slice(2, 6)):
         value = again(*(t[part] for t in batch))
@@ -268,7 +265,7 @@ def test_averages_by_hand_and_in_pieces(
 
 def test_without_classes_the_mean_is_over_examples() -> None:
     metric = PointingGame()
-    attributions, masks, *_ = examples()
+    attributions, masks, *_ = labelled_examples()
     metric.update(attributions, masks)
     assert metric.compute()["all"].item() == 0.5
     assert metric.compute()["difficult"].isnan()
@@ -277,7 +274,7 @@ def test_without_classes_the_mean_is_over_examples() -> None:
     assert metric.compute()["all"].item() == 1
 
 
-def test_the_tolerance_reaches_the_metric() -> None:
+def test_the_class_passes_its_tolerance_on() -> None:
     metric = PointingGame(tolerance=0)
     metric.update(peak(25, 42), square())
     assert metric.compute()["all"].item() == 0
@@ -295,9 +292,9 @@ def test_the_mean_share_of_mass() -> None:
     assert metric.compute()["difficult"].item() == pytest.approx(0.75)
 
 
-def test_empty_masks_raise_or_are_left_out() -> None:
-    attributions, masks, target, difficult = examples()
-    masks[2] = False  # a miss, which would be a hit in Quantus
+def test_empty_masks_raise_an_error_or_are_left_out() -> None:
+    attributions, masks, target, difficult = labelled_examples()
+    masks[2] = False  # a miss; Quantus would count a hit
     with pytest.raises(ValueError, match=r"`masks` \[2\] are empty"):
         PointingGame().update(attributions, masks)
     metric = PointingGame(num_classes=3, ignore_empty=True)
@@ -311,7 +308,7 @@ def test_empty_masks_raise_or_are_left_out() -> None:
         assert metric.compute()["all"].isnan()
 
 
-def test_wrong_arguments_of_the_metric_are_named() -> None:
+def test_wrong_arguments_of_the_classes_are_named() -> None:
     with pytest.raises(ValueError, match="`average` must be one of"):
         PointingGame(average="mean")
     with pytest.raises(ValueError, match="`num_classes` must be given"):
@@ -320,7 +317,7 @@ def test_wrong_arguments_of_the_metric_are_named() -> None:
         EnergyPointingGame(num_classes=0)
     with pytest.raises(ValueError, match=r"`num_classes` must be positive, a whole .*got 2\.5"):
         PointingGame(num_classes=2.5, average="macro")  # type: ignore[arg-type]
-    attributions, masks, target, difficult = examples()
+    attributions, masks, target, difficult = labelled_examples()
     metric = PointingGame(num_classes=3)
     for wrong in (None, target[:2], target.float(), target + 1, target - 1):
         with pytest.raises(ValueError, match="`target` must be"):
@@ -334,29 +331,29 @@ def test_wrong_arguments_of_the_metric_are_named() -> None:
 
 
 def test_states_of_two_processes_add_up() -> None:
-    batch = examples()
-    one, two = (PointingGame(num_classes=3, average="macro") for _ in range(2))
-    one.update(*(t[:2] for t in batch))
-    two.update(*(t[2:] for t in batch))
-    one.merge_state(two)
-    whole = PointingGame(num_classes=3, average="macro")
-    whole.update(*batch)
-    assert one.compute() == whole.compute()
+    batch = labelled_examples()
+    first, second = (PointingGame(num_classes=3, average="macro") for _ in range(2))
+    first.update(*(t[:2] for t in batch))
+    second.update(*(t[2:] for t in batch))
+    first.merge_state(second)
+    together = PointingGame(num_classes=3, average="macro")
+    together.update(*batch)
+    assert first.compute() == together.compute()
 
 
-def test_methods_do_not_import_metrics() -> None:
+def test_importing_methods_does_not_import_metrics() -> None:
     code = "import sys, captum_ext.attr; print('captum_ext.metrics' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
 
 
 @pytest.mark.gpu
-def test_on_the_device() -> None:
-    batch = [t.cuda() for t in examples()]
+def test_the_pointing_game_on_the_device() -> None:
+    batch = [t.cuda() for t in labelled_examples()]
     metric = PointingGame(num_classes=3).cuda()
     metric.update(*batch)
     assert metric.compute()["all"].is_cuda
     assert metric.compute()["all"].item() == 0.5
-    there = PointingGame(num_classes=3, ignore_empty=True)  # on the CPU, as it is made
-    there.update(*batch[:2], *examples()[2:])
-    assert there.compute()["all"].item() == 0.5
+    on_cpu = PointingGame(num_classes=3, ignore_empty=True)  # metrics are made on the CPU
+    on_cpu.update(*batch[:2], *labelled_examples()[2:])
+    assert on_cpu.compute()["all"].item() == 0.5

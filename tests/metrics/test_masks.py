@@ -1,13 +1,13 @@
-"""Overlap and total variation, by hand and against the libraries that have the same."""
+"""Overlap and total variation of masks, by hand and against other libraries."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kornia.losses import total_variation as kornias
+from kornia.losses import total_variation as kornia_variation
 from torch import Tensor
 from torchmetrics.functional.classification import binary_jaccard_index
-from torchmetrics.functional.image import total_variation as torchmetrics_own
+from torchmetrics.functional.image import total_variation as torchmetrics_variation
 
 from captum_ext.metrics import mask_iou, total_variation
 
@@ -24,48 +24,45 @@ def masks(*pictures: str) -> Tensor:
 def test_the_overlap_by_hand() -> None:
     predicted = masks("##.. ##..", "#### ....", "#... ....", "#### ####")
     true = masks(".##. .##.", "#### ....", "...# ....", "..## ....")
-    found = mask_iou(predicted, true)
-    assert found.tolist() == pytest.approx([2 / 6, 1, 0, 2 / 8])
-    torch.testing.assert_close(mask_iou(true[:, None], predicted), found)
+    ious = mask_iou(predicted, true)
+    assert ious.tolist() == pytest.approx([2 / 6, 1, 0, 2 / 8])
+    torch.testing.assert_close(mask_iou(true[:, None], predicted), ious)
 
 
-def test_of_nothing_and_nothing_the_overlap_is_zero() -> None:
+def test_the_overlap_of_two_empty_masks_is_zero() -> None:
     nothing, something = torch.zeros(1, 3, 4).bool(), torch.ones(1, 3, 4).bool()
     assert mask_iou(nothing, nothing).tolist() == [0]
     assert mask_iou(nothing, something).tolist() == [0]
     assert mask_iou(something, something).tolist() == [1]
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     height=st.integers(1, 9),
     width=st.integers(1, 9),
     share=st.floats(0, 1),
     seed=st.integers(0, 10**6),
 )
-def test_the_overlap_is_that_of_torchmetrics(
-    height: int, width: int, share: float, seed: int
-) -> None:
+def test_the_overlap_equals_torchmetrics(height: int, width: int, share: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     pair = torch.rand(2, 4, 1, height, width, generator=generator) < share
-    for predicted, true, found in zip(*pair, mask_iou(*pair), strict=True):
-        theirs = binary_jaccard_index(predicted.int(), true.int())
-        assert found.item() == pytest.approx(theirs.nan_to_num().item())
+    for predicted, true, iou in zip(*pair, mask_iou(*pair), strict=True):
+        expected = binary_jaccard_index(predicted.int(), true.int())
+        assert iou.item() == pytest.approx(expected.nan_to_num().item())
 
 
 def test_wrong_masks_are_named() -> None:
-    good = torch.ones(2, 4, 5).bool()
-    for wrong in (good.float(), good.int()):
+    mask = torch.ones(2, 4, 5).bool()
+    for wrong in (mask.float(), mask.int()):
         with pytest.raises(TypeError, match=f"`predicted` must be bool, got {wrong.dtype}"):
-            mask_iou(wrong, good)
+            mask_iou(wrong, mask)
         with pytest.raises(TypeError, match=f"`true` must be bool, got {wrong.dtype}"):
-            mask_iou(good, wrong)
+            mask_iou(mask, wrong)
     for shape in ((4, 5), (2, 3, 4, 5), (2, 0, 5)):
         with pytest.raises(ValueError, match=r"`true` must be \(B, H, W\)"):
-            mask_iou(good, torch.ones(shape).bool())
+            mask_iou(mask, torch.ones(shape).bool())
     for shape in ((1, 4, 5), (2, 1, 5, 4)):
         with pytest.raises(ValueError, match="must agree in their number"):
-            mask_iou(good, torch.ones(shape).bool())
+            mask_iou(mask, torch.ones(shape).bool())
 
 
 # --- total variation -----------------------------------------------------------------------------
@@ -91,12 +88,12 @@ def test_each_pair_of_neighbours_counts_once(norm: str) -> None:
     assert total_variation(torch.full((1, 1, 1), 7.0), norm).tolist() == [0]
 
 
-def test_the_absolute_form_is_kornias_and_that_of_torchmetrics() -> None:
+def test_the_absolute_form_equals_kornia_and_torchmetrics() -> None:
     maps = torch.rand(4, 1, 7, 5, dtype=D)
-    found = total_variation(maps, "absolute")
-    torch.testing.assert_close(found, kornias(maps)[:, 0])
-    torch.testing.assert_close(found, torchmetrics_own(maps, reduction="none"))
-    assert (total_variation(maps) < found).all()  # of steps below 1
+    absolute = total_variation(maps, "absolute")
+    torch.testing.assert_close(absolute, kornia_variation(maps)[:, 0])
+    torch.testing.assert_close(absolute, torchmetrics_variation(maps, reduction="none"))
+    assert (total_variation(maps) < absolute).all()  # since all steps are below 1
 
 
 def test_equal_channels_count_once_and_others_are_summed() -> None:
@@ -111,17 +108,17 @@ def test_equal_channels_count_once_and_others_are_summed() -> None:
 def test_a_batch_equals_its_maps() -> None:
     maps = torch.randn(5, 3, 9, 11)
     maps[2] = maps[2, :1]
-    each = torch.cat([total_variation(m[None]) for m in maps])
-    torch.testing.assert_close(total_variation(maps), each)
+    singles = torch.cat([total_variation(m[None]) for m in maps])
+    torch.testing.assert_close(total_variation(maps), singles)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8, torch.bool])
-def test_every_type_sums_in_full(dtype: torch.dtype) -> None:
+def test_all_dtypes_are_summed_in_float32(dtype: torch.dtype) -> None:
     maps = torch.zeros(1, 300, 400)
     maps[..., ::2] = 1
-    found = total_variation(maps.to(dtype))
-    assert found.dtype == torch.float32
-    assert found.item() == 300 * 399
+    variation = total_variation(maps.to(dtype))
+    assert variation.dtype == torch.float32
+    assert variation.item() == 300 * 399
 
 
 def test_wrong_maps_are_named() -> None:
@@ -141,6 +138,6 @@ def test_wrong_maps_are_named() -> None:
 def test_on_the_device() -> None:
     maps = torch.rand(2, 1, 6, 5)
     for call in (total_variation, lambda m: mask_iou(m > 0.3, m > 0.6)):
-        found = call(maps.cuda())
-        assert found.is_cuda
-        torch.testing.assert_close(found.cpu(), call(maps))
+        values = call(maps.cuda())
+        assert values.is_cuda
+        torch.testing.assert_close(values.cpu(), call(maps))

@@ -1,4 +1,4 @@
-"""Pixels of maps and masks, by hand and by a slow reference."""
+"""PxAP and PxIoU, by hand and against a slow reference."""
 
 import math
 
@@ -11,14 +11,14 @@ from captum_ext.metrics.pixels import precision_at, px_ap, px_iou_curve
 from tests.metrics.by_thresholds import hard_maps
 
 
-def slow_px_iou(maps, masks, ignored):
-    """Straight from the definition: all pixels again at each threshold."""
-    values, object_ = maps[~ignored].numpy(), masks[~ignored].numpy()
+def reference_px_iou(maps, masks, ignored):
+    """PxIoU by its definition, which compares all pixels at each threshold."""
+    values, true = maps[~ignored].numpy(), masks[~ignored].numpy()
     best = 0.0
     for step in range(1001):
-        found = values >= step / 1000
-        union = (found | object_).sum()
-        best = max(best, (found & object_).sum() / union if union else 0.0)
+        predicted = values >= step / 1000
+        union = (predicted | true).sum()
+        best = max(best, (predicted & true).sum() / union if union else 0.0)
     return best
 
 
@@ -35,21 +35,21 @@ def random_case(trial, shape=(3, 9, 7)):
 # --- PxIoU ---------------------------------------------------------------------------------------
 
 
-def test_by_hand():
-    """Of the thresholds, 0.35 takes three pixels of the object and one beside it: 3 / 4."""
+def test_px_iou_by_hand():
+    """The best threshold, 0.35, takes three pixels of the object and one beside it: 3 / 4."""
     maps = torch.tensor([[[0.9, 0.8, 0.35], [0.4, 0.1, 0.0]]])
     masks = torch.tensor([[[True, True, True], [False, False, False]]])
     metric = PxIoU()
     assert metric(maps, masks).item() == pytest.approx(3 / 4)
     assert metric.threshold().item() == pytest.approx(0.101)
     curve = metric.curve()
-    for at, share in ((0, 3 / 6), (100, 3 / 5), (101, 3 / 4), (350, 3 / 4), (351, 2 / 4)):
-        assert curve[at].item() == pytest.approx(share)
-    for at, share in ((400, 2 / 4), (401, 2 / 3), (801, 1 / 3), (901, 0), (1000, 0)):
-        assert curve[at].item() == pytest.approx(share)
+    for step, share in ((0, 3 / 6), (100, 3 / 5), (101, 3 / 4), (350, 3 / 4), (351, 2 / 4)):
+        assert curve[step].item() == pytest.approx(share)
+    for step, share in ((400, 2 / 4), (401, 2 / 3), (801, 1 / 3), (901, 0), (1000, 0)):
+        assert curve[step].item() == pytest.approx(share)
 
 
-def test_ignored_pixels_are_in_no_count():
+def test_ignored_pixels_are_not_counted():
     maps = torch.tensor([[[0.9, 0.8, 0.35], [0.4, 0.1, 0.0]]])
     masks = torch.tensor([[[True, True, True], [False, False, False]]])
     ignored = torch.tensor([[[False, True, False], [True, False, False]]])
@@ -63,29 +63,31 @@ def test_ignored_pixels_are_in_no_count():
 
 
 def test_one_threshold_serves_all_images_and_pixels_are_pooled():
-    """Each map is perfect at a threshold of its own, and there is none for both."""
+    """Each map has a perfect threshold, but both have none in common."""
     high = torch.tensor([[[0.9, 0.9, 0.9, 0.5]]])
     low = torch.tensor([[[0.3, 0.1, 0.1, 0.1]]])
     masks = torch.tensor([[[True, True, True, False]], [[True, False, False, False]]])
-    for mask, one in zip(masks, (high, low), strict=True):
-        assert PxIoU()(one, mask[None]).item() == 1
+    for mask, maps in zip(masks, (high, low), strict=True):
+        assert PxIoU()(maps, mask[None]).item() == 1
     metric = PxIoU()
     metric.update(high, masks[:1])
     metric.update(low, masks[1:])
-    assert metric.compute().item() == pytest.approx(4 / 5)  # at 0.2: all of both, and the 0.5
+    assert metric.compute().item() == pytest.approx(4 / 5)  # 0.2 takes both objects and the 0.5
     assert metric.threshold().item() == pytest.approx(0.101)
 
 
-def test_extreme_maps():
+def test_px_iou_of_perfect_inverted_and_constant_maps():
     mask = torch.zeros(1, 10, 10, dtype=torch.bool)
     mask[0, 2:5, 2:7] = True
     assert PxIoU()(mask.float(), mask).item() == 1
-    assert PxIoU()(1 - mask.float(), mask).item() == pytest.approx(0.15)  # only all pixels help
+    assert PxIoU()(1 - mask.float(), mask).item() == pytest.approx(
+        0.15
+    )  # at threshold 0, with all pixels
     for value in (0.0, 0.4, 1.0):
         assert PxIoU()(torch.full((1, 10, 10), value), mask).item() == pytest.approx(0.15)
 
 
-def test_empty_ground_truth():
+def test_px_iou_needs_an_object_in_some_image():
     nothing = torch.zeros(1, 1, 4, dtype=torch.bool)
     maps = torch.tensor([[[0.9, 0.5, 0.2, 0.1]]])
     metric = PxIoU()
@@ -93,23 +95,23 @@ def test_empty_ground_truth():
     assert metric.compute().isnan()
     assert metric.threshold().isnan()
     assert (pixel_iou(maps, nothing) == 0).all()
-    # Beside an image with an object, what is found in one without is found wrongly.
+    # With another image's object, all pixels in the empty image are false positives.
     metric.update(maps, torch.tensor([[[True, True, False, False]]]))
     assert metric.compute().item() == pytest.approx(2 / 4)
     with pytest.warns(UserWarning, match="before the ``update``"):
         assert PxIoU().compute().isnan()
 
 
-def test_random_maps_equal_the_slow_reference():
+def test_px_iou_of_random_maps_equals_the_reference():
     for trial in range(30):
         maps, masks, ignored = random_case(trial)
         metric = PxIoU()
         for i in range(3):
             metric.update(maps[i : i + 1], masks[i : i + 1], ignored[i : i + 1])
-        assert metric.compute().item() == pytest.approx(slow_px_iou(maps, masks, ignored))
+        assert metric.compute().item() == pytest.approx(reference_px_iou(maps, masks, ignored))
 
 
-def test_a_steeper_map_has_the_same():
+def test_px_iou_depends_on_the_order_of_pixels_only():
     maps, masks, _ = random_case(1)
     maps = (10 * maps).round() / 10
     assert PxIoU()(maps, masks) == PxIoU()(maps**2, masks)
@@ -119,7 +121,7 @@ def test_a_steeper_map_has_the_same():
 # --- PxAP ----------------------------------------------------------------------------------------
 
 
-def by_hand(maps, masks):
+def reference_ap(maps, masks):
     """Average precision over the thresholds, pixel by pixel."""
     maps, masks = maps.flatten().double().numpy(), masks.flatten().numpy()
     edges = np.arange(1001) / 1000
@@ -137,7 +139,7 @@ def test_pxap_by_hand():
     maps = torch.rand(4, 9, 11, generator=generator).double()
     masks = torch.rand(4, 9, 11, generator=generator) < 0.2 + 0.5 * maps
     metric = PxAP()
-    assert metric(maps, masks).item() == pytest.approx(by_hand(maps, masks), abs=1e-6)
+    assert metric(maps, masks).item() == pytest.approx(reference_ap(maps, masks), abs=1e-6)
     pieces = PxAP()
     for i in range(4):
         pieces.update(maps[i : i + 1], masks[i : i + 1])
@@ -145,26 +147,28 @@ def test_pxap_by_hand():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_pxap_of_240_maps_is_that_of_the_definition(seed):
-    """With ignored pixels; the counts to the pixel."""
+def test_pxap_of_240_maps_equals_the_reference(seed):
+    """The counts, without ignored pixels, are exact."""
     random = np.random.default_rng(seed)
-    together, every = PxAP(), []
-    for name, image in hard_maps(seed):
-        mask, ignored = random.random((2, *image.shape)) < [[[0.4]], [[0.2]]]
+    together, pairs = PxAP(), []
+    for name, index in hard_maps(seed):
+        mask, ignored = random.random((2, *index.shape)) < [[[0.4]], [[0.2]]]
         mask.flat[0], ignored.flat[0] = True, False
         metric = PxAP()
-        tensors = [torch.from_numpy(one)[None] for one in (image, mask, ignored)]
+        tensors = [torch.from_numpy(array)[None] for array in (index, mask, ignored)]
         metric.update(*tensors)
         together.update(*tensors)
-        values, true = image[~ignored], mask[~ignored]
-        every.append((values, true))
+        values, true = index[~ignored], mask[~ignored]
+        pairs.append((values, true))
         for counts, pixels in ((metric.inside, values[true]), (metric.outside, values[~true])):
-            slow = [(pixels >= tau).sum() for tau in np.arange(1001) / 1000]
-            assert counts.flip(0).cumsum(0).flip(0).tolist() == slow, name
-        slow = by_hand(torch.from_numpy(values), torch.from_numpy(true))
-        assert metric.compute().item() == pytest.approx(slow, rel=1e-6), name
-    slow = by_hand(*(torch.from_numpy(np.concatenate(one)) for one in zip(*every, strict=True)))
-    assert together.compute().item() == pytest.approx(slow, rel=1e-6)
+            expected = [(pixels >= tau).sum() for tau in np.arange(1001) / 1000]
+            assert counts.flip(0).cumsum(0).flip(0).tolist() == expected, name
+        expected = reference_ap(torch.from_numpy(values), torch.from_numpy(true))
+        assert metric.compute().item() == pytest.approx(expected, rel=1e-6), name
+    expected = reference_ap(
+        *(torch.from_numpy(np.concatenate(array)) for array in zip(*pairs, strict=True))
+    )
+    assert together.compute().item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
@@ -174,7 +178,7 @@ def test_a_constant_map_has_the_share_of_the_object(value):
     assert PxAP()(torch.full((1, 5, 8), value), masks).item() == pytest.approx(6 / 40)
 
 
-def test_perfect_maps_of_any_height_and_ignored_pixels():
+def test_pxap_is_1_for_perfect_maps_of_any_height_and_without_ignored_pixels():
     masks = torch.zeros(2, 6, 6, dtype=torch.bool)
     masks[:, 1:4, 2:5] = True
     maps = masks * torch.tensor([1.0, 0.4])[:, None, None]
@@ -190,30 +194,30 @@ def test_perfect_maps_of_any_height_and_ignored_pixels():
     assert math.isnan(PxAP().compute())
 
 
-# --- of each image -------------------------------------------------------------------------------
+# --- figures of each image -----------------------------------------------------------------------
 
 
-def test_the_iou_of_each_image_is_that_of_its_mask():
+def test_pixel_iou_equals_mask_iou_at_each_threshold():
     maps, masks, _ = random_case(4)
-    found = pixel_iou(maps, masks)
-    assert found.shape == (3, 1001)
+    ious = pixel_iou(maps, masks)
+    assert ious.shape == (3, 1001)
     for step in (0, 1, 250, 500, 777, 1000):
-        assert torch.allclose(found[:, step], mask_iou(maps >= step / 1000, masks))
+        assert torch.allclose(ious[:, step], mask_iou(maps >= step / 1000, masks))
 
 
-def test_counts_are_those_of_numpys_histogram():
+def test_pixel_counts_equal_numpys_histogram():
     maps, masks, ignored = random_case(3)
     inside, outside = pixel_counts(maps, masks, ignored)
     edges = [*np.arange(1001) / 1000, 2]
     for i in range(3):
-        for found, chosen in ((inside, masks), (outside, ~masks)):
-            values = maps[i][chosen[i] & ~ignored[i]].numpy()
-            assert found[i].tolist() == np.histogram(values, edges)[0].tolist()
+        for counts, region in ((inside, masks), (outside, ~masks)):
+            values = maps[i][region[i] & ~ignored[i]].numpy()
+            assert counts[i].tolist() == np.histogram(values, edges)[0].tolist()
     assert inside.dtype == torch.int64
     assert (inside.sum(1) + outside.sum(1)).tolist() == (~ignored).flatten(1).sum(1).tolist()
 
 
-def test_counts_are_all_that_pxap_needs():
+def test_pxap_sums_the_pixel_counts():
     maps, masks, ignored = random_case(3)
     metric = PxAP()
     metric.update(maps.float(), masks, ignored)
@@ -222,17 +226,17 @@ def test_counts_are_all_that_pxap_needs():
     assert metric.outside.tolist() == outside.tolist()
 
 
-def test_channels_masks_with_a_channel_and_half_precision():
+def test_equal_channels_masks_with_a_channel_and_half_precision_change_nothing():
     maps, masks, ignored = random_case(5)
     expected = pixel_iou(maps.float(), masks, ignored)
-    more = maps.float()[:, None].repeat(1, 3, 1, 1)
-    assert torch.equal(pixel_iou(more, masks[:, None], ignored[:, None]), expected)
+    repeated = maps.float()[:, None].repeat(1, 3, 1, 1)
+    assert torch.equal(pixel_iou(repeated, masks[:, None], ignored[:, None]), expected)
     halves = (8 * maps).round() / 8
     assert torch.equal(pixel_iou(halves.half(), masks), pixel_iou(halves, masks))
 
 
 @pytest.mark.parametrize("metric", [pixel_counts, pixel_iou, PxIoU(), PxAP()])
-def test_bad_input(metric):
+def test_wrong_inputs_are_named(metric):
     maps, masks = torch.rand(2, 4, 5), torch.ones(2, 4, 5, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"maps.*not finite"):
         metric(torch.full_like(maps, math.nan), masks)
@@ -249,33 +253,36 @@ def test_bad_input(metric):
         metric(maps, masks, masks.float())
 
 
-def test_figures_of_resamples_are_those_of_their_sums():
-    """One definition for the class and for `evaluate`: with leading dimensions, in float64."""
+def test_figures_of_weighted_sums_equal_those_of_repeated_images():
+    """`evaluate` resamples images by weighted sums, with leading dimensions, in float64."""
     generator = torch.Generator().manual_seed(0)
     maps = torch.rand(5, 6, 7, generator=generator)
     masks = torch.rand(5, 6, 7, generator=generator) < 0.3
     masks[4] = False
     counts = [t.double() for t in pixel_counts(maps, masks)]
     weights = torch.randint(0, 3, (8, 5), generator=generator).double()
-    weights[0], weights[1] = 1, torch.tensor([0, 0, 0, 0, 2])  # all once; one without an object
+    weights[0], weights[1] = (
+        1,
+        torch.tensor([0, 0, 0, 0, 2]),
+    )  # all images once; two times the one without an object
     inside, outside = (weights @ t for t in counts)
     for i, row in enumerate(weights.long()):
         ap, iou = PxAP(), PxIoU()
-        for image in range(5):
-            for _ in range(row[image]):
-                ap.update(maps[image : image + 1], masks[image : image + 1])
-                iou.update(maps[image : image + 1], masks[image : image + 1])
-        for found, metric in (
+        for index in range(5):
+            for _ in range(row[index]):
+                ap.update(maps[index : index + 1], masks[index : index + 1])
+                iou.update(maps[index : index + 1], masks[index : index + 1])
+        for figure, metric in (
             (px_ap(inside, outside)[i], ap),
             (px_iou_curve(inside, outside)[i].amax(), iou),
         ):
-            assert torch.equal(found.float().isnan(), metric.compute().isnan())
-            assert found.isnan() == (i == 1)
-            assert found.isnan() or found.float() == metric.compute()
-    # At a recall that a threshold has, precision is that of the highest threshold which has it.
+            assert torch.equal(figure.float().isnan(), metric.compute().isnan())
+            assert figure.isnan() == (i == 1)
+            assert figure.isnan() or figure.float() == metric.compute()
+    # The precision at a recall is that of the highest threshold which reaches the recall.
     tp, fp = (t.flip(-1).cumsum(-1)[0] for t in (inside, outside))
     recalls = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
-    found = precision_at(inside, outside, recalls)[0]
-    for value, recall in zip(found.tolist(), recalls.tolist(), strict=True):
+    precisions = precision_at(inside, outside, recalls)[0]
+    for precision, recall in zip(precisions.tolist(), recalls.tolist(), strict=True):
         first = next(j for j in range(1001) if tp[j] > 0 and tp[j] / tp[-1] >= recall)
-        assert value == (tp[first] / (tp[first] + fp[first])).item()
+        assert precision == (tp[first] / (tp[first] + fp[first])).item()

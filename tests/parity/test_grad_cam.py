@@ -60,7 +60,7 @@ def peer_map(
     targets: list[int] = TARGETS,
     **options: Any,
 ) -> Tensor:
-    """What the peer computes in a full run, before it rectifies, scales and resizes it."""
+    """The peer's map of a full run, before it is rectified, scaled and resized."""
     raw = []
 
     class Recording(method):  # type: ignore[misc]
@@ -129,7 +129,7 @@ def test_peers_grad_cam_plus_plus_fades_where_gradients_are_small(subject: Subje
     assert difference(peers_map, with_epsilon) <= TOLERANCE
 
 
-def test_upsampled_and_scaled_as_the_peer_does() -> None:
+def test_maps_are_upsampled_and_scaled_as_the_peer_does() -> None:
     """ReLU, resize and min-max: the peer's final picture, from its call to its result."""
     subject = resnet("layer4", gain=1e3)  # the peer's min-max adds 1e-7, so small maps shrink
     x, model = subject.inputs(), subject.model()

@@ -15,8 +15,8 @@ PLAIN = {"abs": False, "normalise": False, "disable_warnings": True}
 
 
 @pytest.fixture
-def given():
-    """What Quantus's metrics are called with; maps are of Captum's attribution."""
+def arguments():
+    """Arguments of Quantus's metrics; the maps are Captum's."""
     model = flat_net()
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(5, 3, SIDE, SIDE, generator=generator)
@@ -38,40 +38,40 @@ def given():
     }
 
 
-def ours(given):
-    found = given["explain_func"](given["model"], given["x_batch"], given["y_batch"])
-    return torch.as_tensor(found), torch.as_tensor(given["s_batch"])
+def ours(arguments):
+    maps = arguments["explain_func"](arguments["model"], arguments["x_batch"], arguments["y_batch"])
+    return torch.as_tensor(maps), torch.as_tensor(arguments["s_batch"])
 
 
-def test_the_pointing_game_is_ours_without_tolerance(given):
-    maps, masks = ours(given)
+def test_the_pointing_game_is_ours_without_tolerance(arguments):
+    maps, masks = ours(arguments)
     hits = pointing_game(maps, masks, tolerance=0)
-    assert hits.tolist() == quantus.PointingGame(**PLAIN)(**given)
+    assert hits.tolist() == quantus.PointingGame(**PLAIN)(**arguments)
     assert 0 < hits.sum() < 5
     maps[:] = masks
     assert pointing_game(maps, masks, tolerance=0).all()
 
 
-def test_the_mass_in_the_mask(given):
-    found = quantus.RelevanceMassAccuracy(**PLAIN)(**given)
-    assert found == pytest.approx(energy_pointing_game(*ours(given)).tolist(), rel=1e-5)
-    assert len(set(found)) == 5
+def test_the_mass_in_the_mask_is_our_energy(arguments):
+    scores = quantus.RelevanceMassAccuracy(**PLAIN)(**arguments)
+    assert scores == pytest.approx(energy_pointing_game(*ours(arguments)).tolist(), rel=1e-5)
+    assert len(set(scores)) == 5
 
 
-def test_its_pixel_flipping_is_our_deletion_channel_by_channel(given):
-    """It hides each channel of a pixel by itself, so that every third point is a whole step."""
+def test_pixel_flipping_is_our_deletion_channel_by_channel(arguments):
+    """Quantus hides the channels of a pixel one by one: every third point is one of ours."""
     metric = quantus.PixelFlipping(features_in_step=STEP, perturb_baseline=0.0, **PLAIN)
-    theirs = np.array(metric(**given))
-    maps, _ = ours(given)
-    images, target = torch.as_tensor(given["x_batch"]), given["y_batch"].tolist()
-    mine = deletion(given["model"], images, maps, target, step=STEP)
+    theirs = np.array(metric(**arguments))
+    maps, _ = ours(arguments)
+    images, target = torch.as_tensor(arguments["x_batch"]), arguments["y_batch"].tolist()
+    mine = deletion(arguments["model"], images, maps, target, step=STEP)
     assert theirs.shape == (5, 3 * SIDE * SIDE // STEP)
     np.testing.assert_allclose(theirs[:, 2::3], mine.scores[:, 1:], atol=1e-5)
     assert mine.scores.std() > 0.02
 
 
-def test_where_there_is_no_object_it_counts_a_hit_and_we_refuse(given):
-    given["s_batch"] = np.zeros_like(given["s_batch"])
-    assert quantus.PointingGame(**PLAIN)(**given) == [True] * 5
+def test_without_an_object_quantus_counts_a_hit_and_we_refuse(arguments):
+    arguments["s_batch"] = np.zeros_like(arguments["s_batch"])
+    assert quantus.PointingGame(**PLAIN)(**arguments) == [True] * 5
     with pytest.raises(ValueError, match="are empty"):
-        pointing_game(*ours(given))
+        pointing_game(*ours(arguments))

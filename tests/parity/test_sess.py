@@ -40,9 +40,9 @@ def both(subject: Subject, x: Tensor, target: int, **options: Any) -> tuple[Tens
         final_norm=True,
         **options,
     )
-    found = ours.attribute(x, target=target)
-    assert (found == found[:, :1]).all()
-    return expected[:, None], found[:, :1]
+    result = ours.attribute(x, target=target)
+    assert (result == result[:, :1]).all()
+    return expected[:, None], result[:, :1]
 
 
 @pytest.mark.parametrize("subject", [resnet("layer4"), vgg("features.27")], ids=str)
@@ -58,7 +58,9 @@ def both(subject: Subject, x: Tensor, target: int, **options: Any) -> tuple[Tens
     ],
     ids=lambda options: "-".join(options),
 )
-def test_sess(subject: Subject, size: tuple[int, int], options: dict[str, Any]) -> None:
+def test_sess_agrees_with_the_peer(
+    subject: Subject, size: tuple[int, int], options: dict[str, Any]
+) -> None:
     if "vgg" in str(subject) and options["window"] == 96:
         options = {**options, "window": 64}
         options = {
@@ -66,13 +68,13 @@ def test_sess(subject: Subject, size: tuple[int, int], options: dict[str, Any]) 
             **({"scales": [64, 140]} if "scales" in options else {}),
             **({"step": 32} if "step" in options else {}),
         }
-    expected, found = both(subject, photo(*size), 3, **options)
+    expected, result = both(subject, photo(*size), 3, **options)
     assert expected.max() > 0.99
-    assert (expected - found).abs().max() <= TOLERANCE
+    assert (expected - result).abs().max() <= TOLERANCE
 
 
 def test_the_soft_fusion_of_the_default_is_close_and_not_the_same() -> None:
-    """Where a footprint mixes votes and silence, the reference counts one vote for a fraction."""
+    """The reference counts one whole vote where only a part of a footprint has votes."""
     subject, x = resnet("layer4"), photo(96, 128)
     options: Any = {"n_scales": 6, "window": 96, "smooth": False}
     expected, _ = both(subject, x, 3, **options)
@@ -84,7 +86,7 @@ def test_the_soft_fusion_of_the_default_is_close_and_not_the_same() -> None:
     assert float(difference.mean()) < 0.02
 
 
-def test_several_images_at_once_are_theirs_one_by_one() -> None:
+def test_a_batch_is_as_the_peers() -> None:
     subject, x = resnet("layer4"), torch.cat([photo(96, 128), photo(96, 128).flip(3)])
     targets = [3, 5]
     model = subject.model()
@@ -99,5 +101,5 @@ def test_several_images_at_once_are_theirs_one_by_one() -> None:
         antialias=True,
         final_norm=True,
     )
-    found = ours.attribute(x, target=targets)[:, 0]
-    assert (torch.from_numpy(maps) - found).abs().max() <= TOLERANCE
+    result = ours.attribute(x, target=targets)[:, 0]
+    assert (torch.from_numpy(maps) - result).abs().max() <= TOLERANCE

@@ -21,12 +21,12 @@ def test_suggested_layers_of_timm_models_have_a_map() -> None:
         model = timm.create_model(name, pretrained=False, num_classes=5).eval()
         assert suggest_layer(model) == layer, name
         method = LayerHiResCam(model, layer, reshape_transform=suggest_reshape_transform(model))
-        found = method.attribute(torch.randn(1, 3, 224, 224), target=3)
-        assert found.shape[1:] in {(1, 7, 7), (1, 14, 14)}, name
+        result = method.attribute(torch.randn(1, 3, 224, 224), target=3)
+        assert result.shape[1:] in {(1, 7, 7), (1, 14, 14)}, name
 
 
-def test_channels_as_many_as_rows_and_columns() -> None:
-    """MobileViT's second stage at 256 pixels gives (B, 64, 64, 64): no width tells the channels."""
+def test_channels_are_known_where_all_widths_are_equal() -> None:
+    """MobileViT's second stage at 256 pixels gives (B, 64, 64, 64)."""
 
     class Wrapped(torch.nn.Module):
         def __init__(self) -> None:

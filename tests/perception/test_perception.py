@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from captum.attr import IntegratedGradients, LayerGradCam, NoiseTunnel, Saliency
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kornia.metrics import ssim
 from skimage.metrics import structural_similarity as skimage_ssim
@@ -35,7 +35,7 @@ from captum_ext.perception import (
     perception_loss,
     structural_similarity,
 )
-from captum_ext.perception.encoder import fits
+from captum_ext.perception.encoder import stride_fits
 from tests.networks import (
     Lambda,
     UnshuffleNet,
@@ -154,7 +154,7 @@ def test_threads_encode_by_one_model_at_once():
 @pytest.mark.parametrize("layer", ["5", "6", "7"])
 def test_a_layer_without_space(layer):
     encoder = LayerEncoder(strided_net(), layer)
-    with pytest.raises(ValueError, match=f"`layer` {layer} has no space to decode"):
+    with pytest.raises(ValueError, match=f"`layer` `{layer}` has no space to decode"):
         PerceptionDecoder.reading(encoder, torch.rand(1, 3, 32, 32))
 
 
@@ -187,7 +187,6 @@ def test_the_papers_decoder():
 
 
 @given(power=st.integers(0, 7), h=st.integers(1, 3), w=st.integers(1, 3), n=st.integers(1, 2))
-@settings(max_examples=25, deadline=None)
 def test_shape_and_range(power, h, w, n):
     decoder = PerceptionDecoder(5, 2**power, [3] * power, [1] * power).eval()
     pictures = decoder(9 * torch.randn(n, 5, h, w))
@@ -210,7 +209,7 @@ def test_default_widths_of_other_strides(stride):
 )
 def test_cells_may_differ_from_the_side_by_a_quarter(cells, is_near):
     """Of 64 pixels at a stride of 8: between 48 and 80, both included."""
-    assert fits(64, cells, 8) == is_near
+    assert stride_fits(64, cells, 8) == is_near
 
 
 @pytest.mark.parametrize(

@@ -434,7 +434,9 @@ def test_arguments(change, error, said):
 def test_other_things_that_are_wrong():
     with pytest.raises(TypeError, match="`encoder` must be a LayerEncoder"):
         fit_perception(dropout_net(), pictures(8), **SMALL)
-    with pytest.raises(ValueError, match=r"got a path: torchvision's ImageFolder\('pictures'\)"):
+    with pytest.raises(
+        ValueError, match=r"got a path: pass torchvision's ImageFolder\('pictures'\)"
+    ):
         fit_perception(encoder_of(), "pictures", **SMALL)
     with pytest.raises(ValueError, match="`data` must have a length"):
         fit_perception(encoder_of(), [], **SMALL)

@@ -1,4 +1,4 @@
-"""What users get wrong, and what `mypy` says of it. (`mypy` itself checks user_script.py.)"""
+"""Users' mistakes that `mypy` must name; user_script.py has the correct code."""
 
 import re
 import subprocess
@@ -16,11 +16,11 @@ from captum_ext import attr
 from captum_ext.attr import *
 
 def mistakes(net: nn.Module, conv: nn.Conv2d, x: Tensor) -> None:
-    one, several = LayerGradCamPlusPlus(net, "conv"), LayerCam(net, ["conv", "relu"])
+    single, several = LayerGradCamPlusPlus(net, "conv"), LayerCam(net, ["conv", "relu"])
 """
 TAGET = r'Unexpected keyword argument "taget".*; did you mean "target"\?'
 MISTAKES = {
-    "one.attribute(x, taget=3)": TAGET,
+    "single.attribute(x, taget=3)": TAGET,
     "several.attribute(x, taget=3)": TAGET,
     "LayerHiResCam(net, conv).attribute(x, taget=3)": TAGET,
     "LayerClassActivationMap(net, conv).attribute(x, taget=3)": TAGET,
@@ -31,9 +31,9 @@ MISTAKES = {
     "RISE(net).attribute(x, taget=3)": TAGET,
     "FIDO(net).attribute(x, taget=3)": TAGET,
     "LayerScoreCam(net, conv).attribute(x, baseline=0)": 'did you mean "baselines"',
-    "one.attribute(x).append(x)": '"Tensor" has no attribute "append"',
+    "single.attribute(x).append(x)": '"Tensor" has no attribute "append"',
     "several.attribute(x).permute(0, 2, 3, 1)": r'"list\[Tensor\]" has no attribute "permute"',
-    "UpsampleWrapper(one).attribute((x,)).mean()": r'"tuple\[Tensor, \.\.\.\]" has no',
+    "UpsampleWrapper(single).attribute((x,)).mean()": r'"tuple\[Tensor, \.\.\.\]" has no',
     "FIDO(net).attribute(x, return_masks=True).mean()": r'"tuple\[Tensor, FIDOMasks\]" has no',
     "RISE(net).attribute((x, x)).mean()": r'"tuple\[Tensor, \.\.\.\]" has no',
     'LayerCam(net, ("conv", "relu"))': r'"LayerOrList" of "LayerCam" cannot be "tuple\[str, str\]"',
@@ -43,7 +43,7 @@ MISTAKES = {
 
 
 def test_mypy_names_each_mistake(tmp_path: Path) -> None:
-    """In one run, with the cache of the repository's own: about a second where that is warm."""
+    """One run of mypy checks all mistakes. With a warm cache it takes about a second."""
     script = tmp_path / "mistakes.py"
     script.write_text(SET_UP + "".join(f"    {line}\n" for line in MISTAKES))
     command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", str(script)]

@@ -1,4 +1,4 @@
-"""What a reader of the README writes, for `mypy`: every result has a type of its own."""
+"""A user's script as in the README, for `mypy`: every result has its exact type."""
 
 from typing import assert_type
 
@@ -43,7 +43,7 @@ from captum_ext.zoo import load_image, load_model
 
 
 class Net(nn.Module):
-    """A user's network, whose layers have types."""
+    """A user's network with typed layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Net(nn.Module):
 
 
 class LayerMyCam(BaseGradientCam):
-    """A user's method, as the tutorial writes it."""
+    """A user's method, as in the tutorial."""
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         return gradients.abs()

@@ -2,10 +2,11 @@
 
 from captum.attr import Attribution
 
-from captum_ext.attr._named import Named
+from captum_ext._errors import ArgumentTypeError
+from captum_ext.attr._mixin import AttributionMixin
 
 
-class BaseWrapper(Named, Attribution):
+class BaseWrapper(AttributionMixin, Attribution):
     """Base of the attributions that are made of those of another method.
 
     Args:
@@ -17,7 +18,7 @@ class BaseWrapper(Named, Attribution):
 
     def __init__(self, attribution_method: Attribution) -> None:
         if not isinstance(attribution_method, Attribution):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"`attribution_method` must be an instance of a Captum attribution class, got "
                 f"{attribution_method!r}."
             )

@@ -29,6 +29,7 @@ from captum_ext._engine.capture import check_gradients_exist
 from captum_ext._engine.modules import Tensors
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.receptive_field import receptive_field, unit_offset
+from captum_ext._errors import ArgumentError
 from captum_ext.attr._chain import chain, check_keywords, innermost
 from captum_ext.attr.wrappers._base import BaseWrapper
 from captum_ext.attr.wrappers._routing import Arguments, View
@@ -110,7 +111,7 @@ class ImageWrapper(BaseWrapper):
         x = check_images(inputs)
         for flag in _FLAGS:
             if arguments.get(flag):
-                raise ValueError(f"`{flag}`: {self.get_name()} has none to return.")
+                raise ArgumentError(f"`{flag}`: {self.get_name()} has none to return.")
         # `_complete_arguments` leaves out the target where the wrapped method takes none.
         names = [name for name in arguments if name != "target"]
         check_keywords(self.attribution_method, names)
@@ -204,21 +205,25 @@ class ImageWrapper(BaseWrapper):
         if not isinstance(result, Tensor) and isinstance(self.attribution_method, UpsampleWrapper):
             result = self.attribution_method.upsample(result, pictures)
         if not isinstance(result, Tensor | tuple | list):
-            raise ValueError(f"`attribution_method` {name} gave {type(result)} instead of a map.")
+            raise ArgumentError(
+                f"`attribution_method` {name} gave {type(result)} instead of a map."
+            )
         if not isinstance(result, Tensor):
-            raise ValueError(
+            raise ArgumentError(
                 f"`attribution_method` {name} gave {len(result)} maps for one image: fuse them, "
                 f"UpsampleWrapper({name}(...), fuse='mean')."
             )
         if result.dim() != 4 or len(result) != len(pictures):
-            raise ValueError(
+            raise ArgumentError(
                 f"`attribution_method` {name} gave {tuple(result.shape)} for pictures of shape "
                 f"{tuple(pictures.shape)}, which cannot be laid over them. Tokens are turned into "
                 f"a map by UpsampleWrapper's `reshape_transform`."
             )
         values: Tensor = full_precision(result.detach())
         if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"`attribution_method` {name} gave attributions that are not finite.")
+            raise ArgumentError(
+                f"`attribution_method` {name} gave attributions that are not finite."
+            )
         return values
 
     def _one_channel(self, result: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,7 +236,7 @@ class ImageWrapper(BaseWrapper):
             maps = torch.where(is_equal, first, result.sum(1, keepdim=True))
             return maps, torch.ones_like(is_equal)
         if result.shape[2:] != pictures.shape[2:]:
-            raise ValueError(
+            raise ArgumentError(
                 f"`attribution_method` {type(self.attribution_method).__name__} gave "
                 f"{tuple(result.shape)} for pictures of shape {tuple(pictures.shape)}: an "
                 f"attribution of the input has its shape."
@@ -245,7 +250,7 @@ class ImageWrapper(BaseWrapper):
         reduction = self.channel_reduction
         reduced = (reduction if callable(reduction) else REDUCTIONS[reduction])(result)
         if reduced.shape != result[:, :1].shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"`channel_reduction` must turn {tuple(result.shape)} into "
                 f"{tuple(result[:, :1].shape)}, got {tuple(reduced.shape)}."
             )
@@ -266,7 +271,7 @@ class ImageWrapper(BaseWrapper):
             try:
                 self.forward_func(pictures[:1].clone())
             except Exception:
-                raise ValueError(
+                raise ArgumentError(
                     f"`attribution_method` explains a model that needs whole images: it takes "
                     f"{tuple(images.shape[1:])}, but not {tuple(pictures.shape[1:])}."
                 ) from error
@@ -276,10 +281,10 @@ class ImageWrapper(BaseWrapper):
     def _check_align(self, align: Any) -> None:
         is_pair = isinstance(align, tuple) and len(align) == 2 and all(is_finite(a) for a in align)
         if not is_pair and (isinstance(align, tuple) or align not in ("cell", "rf")):
-            raise ValueError(f"`align` must be 'cell', 'rf' or an offset (y, x), got {align!r}.")
+            raise ArgumentError(f"`align` must be 'cell', 'rf' or an offset (y, x), got {align!r}.")
         layers = [m.layer for m in chain(self._method) if isinstance(m, LayerAttribution)]
         if align == "rf" and not (layers and isinstance(layers[0], Module)):
-            raise ValueError(
+            raise ArgumentError(
                 "`align`='rf' is for the units of one layer, but `attribution_method` has no "
                 "single layer: use 'cell' or an offset (y, x)."
             )
@@ -300,7 +305,7 @@ class ImageWrapper(BaseWrapper):
         if align == "cell":
             return (0.0, 0.0)
         if arguments.get("attribute_to_layer_input"):
-            raise ValueError(
+            raise ArgumentError(
                 "`align`='rf' is for a layer's output, not its input: use 'cell' or an offset."
             )
         (method,) = (m for m in chain(self._method) if isinstance(m, LayerAttribution))

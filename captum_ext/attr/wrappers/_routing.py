@@ -15,6 +15,7 @@ from torch import Tensor
 
 from captum_ext._compat import _format_callable_baseline
 from captum_ext._engine.outputs import ExampleArguments
+from captum_ext._errors import ArgumentError
 from captum_ext.attr._chain import chain
 
 View = TypeVar("View")
@@ -142,7 +143,7 @@ class ArgumentRouter(Generic[View]):
         widths = (1, channels) if name == "feature_mask" else (channels,)
         fits = value.dim() == 4 and list(value.shape[2:]) == size and value.shape[1] in widths
         if not fits or len(value) not in counts:
-            raise ValueError(
+            raise ArgumentError(
                 f"`{name}` must have the shape of the images {tuple(self.images.shape)}, or that "
                 f"of one of them, got {tuple(value.shape)}."
             )

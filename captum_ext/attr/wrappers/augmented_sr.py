@@ -16,9 +16,9 @@ from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import without_autocast
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import options_repr
 from captum_ext.attr._chain import UNSET, drop_unset, with_forward_func
-from captum_ext.attr._method_info import Paper
 from captum_ext.attr.wrappers._copies import Fill, MeanOverCopies, SuperResolution, WarpViews
 from captum_ext.attr.wrappers._image_wrapper import SIGNS, ImageWrapper, Offset
 from captum_ext.attr.wrappers._routing import ArgumentRouter, Arguments
@@ -157,9 +157,6 @@ class AugmentedSR(ImageWrapper):
         torch.Size([2, 3, 32, 32])
     """
 
-    title = "Augmented SR"
-    paper = Paper("Morbidelli et al.", 2020)
-
     def __init__(
         self,
         attribution_method: Attribution,
@@ -209,7 +206,7 @@ class AugmentedSR(ImageWrapper):
         if self.mode == "tta":
             with_forward_func(attribution_method, attribution_method.forward_func)  # or raise
         if not isinstance(generator, torch.Generator | None):
-            raise TypeError(f"`generator` must be a torch.Generator, got {generator!r}.")
+            raise ArgumentTypeError(f"`generator` must be a torch.Generator, got {generator!r}.")
         device = None if generator is None else generator.device
         draws = torch.rand(
             self.n_augmentations, 3, generator=generator, device=device, dtype=torch.float64
@@ -237,21 +234,21 @@ class AugmentedSR(ImageWrapper):
         check_count("internal_batch_size", self.internal_batch_size)
         check_count("max_iterations", self.max_iterations or 0)
         if not is_finite(self.max_angle) or not 0 <= self.max_angle <= math.pi:
-            raise ValueError(
+            raise ArgumentError(
                 f"`max_angle` must be from 0 to pi: it is in radians. Got {self.max_angle!r}."
             )
         if not is_finite(self.max_shift) or not 0 <= self.max_shift < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"`max_shift` must be at least 0 and below 1: it is a fraction of the image's "
                 f"side. Got {self.max_shift!r}."
             )
         for name in ("tv", "l2", "tolerance"):
             value = getattr(self, name)
             if not is_finite(value) or value < 0:
-                raise ValueError(f"`{name}` must be at least 0 and finite, got {value!r}.")
+                raise ArgumentError(f"`{name}` must be at least 0 and finite, got {value!r}.")
         if isinstance(self.fill, Tensor):
             if not bool(torch.isfinite(self.fill).all()):
-                raise ValueError("`fill` must be finite.")
+                raise ArgumentError("`fill` must be finite.")
         elif not is_finite(self.fill):
             check_choice("fill", self.fill, _FILLS)
         if isinstance(self.downsample, str):
@@ -304,7 +301,7 @@ class AugmentedSR(ImageWrapper):
             TypeError: an argument that the wrapped method does not have.
         """
         if return_history and self.mode not in ("sr", "auto"):
-            raise ValueError(f"`return_history`: mode {self.mode!r} has no objective.")
+            raise ArgumentError(f"`return_history`: mode {self.mode!r} has no objective.")
         arguments = drop_unset(
             target=target, additional_forward_args=additional_forward_args, **kwargs
         )
@@ -353,7 +350,7 @@ class AugmentedSR(ImageWrapper):
         except RuntimeError:
             fits = False
         if not fits:
-            raise ValueError(
+            raise ArgumentError(
                 f"`fill` of shape {tuple(fill.shape)} does not broadcast to an image of "
                 f"shape {tuple(shape)}."
             )
@@ -400,7 +397,7 @@ class AugmentedSR(ImageWrapper):
         else:
             n, m = (max(1, round(side / self.downsample)) for side in images.shape[2:])
         if n > maps.shape[2] or m > maps.shape[3]:
-            raise ValueError(
+            raise ArgumentError(
                 f"`downsample` asks for {n} x {m} cells, but the maps have only {maps.shape[2]} x "
                 f"{maps.shape[3]}."
             )
@@ -419,7 +416,7 @@ class AugmentedSR(ImageWrapper):
             return maps
         pooled = downsample(maps)
         if pooled.shape != (len(maps), 1, *cells) or len(cells) != 2:
-            raise ValueError(
+            raise ArgumentError(
                 f"`downsample` makes {tuple(cells)} cells of an image, and "
                 f"{tuple(pooled.shape)} of maps of shape {tuple(maps.shape)}."
             )
@@ -488,12 +485,14 @@ class AugmentedSR(ImageWrapper):
         name = type(self.attribution_method).__name__
         if not isinstance(result, Tensor) or result.shape != images.shape:
             got = tuple(result.shape) if isinstance(result, Tensor) else repr(type(result))
-            raise ValueError(
+            raise ArgumentError(
                 f"`attribution_method` {name} gave {got} for images of shape "
                 f"{tuple(images.shape)}: mode 'tta' is for attributions of the input."
             )
         if not bool(torch.isfinite(result).all()):
-            raise ValueError(f"`attribution_method` {name} gave attributions that are not finite.")
+            raise ArgumentError(
+                f"`attribution_method` {name} gave attributions that are not finite."
+            )
         return result.detach()
 
     def _mean_over_copies(self, images: Tensor, warp_views: WarpViews) -> Forward:
@@ -520,7 +519,7 @@ class AugmentedSR(ImageWrapper):
             def run(x: Tensor, *copies: int) -> Tensor:
                 output = self.forward_func(warp(x, copies), *(warp(e, copies) for e in extra))
                 if not isinstance(output, Tensor) or output.shape[:1] != (len(copies) * len(x),):
-                    raise ValueError(
+                    raise ArgumentError(
                         "`mode`='tta' averages outputs with one entry for each image in dimension "
                         "0; the model gives something else."
                     )

@@ -29,9 +29,9 @@ from captum_ext._engine.outputs import (
 )
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext._errors import ArgumentError
 from captum_ext._repr import options_repr
 from captum_ext.attr._chain import UNSET, drop_unset
-from captum_ext.attr._method_info import Paper
 from captum_ext.attr.wrappers._fusion import WindowFusion, canvas_key
 from captum_ext.attr.wrappers._image_wrapper import SIGNS, ImageWrapper, Offset
 from captum_ext.attr.wrappers._routing import ArgumentRouter
@@ -140,9 +140,6 @@ class SESSWrapper(ImageWrapper):
         torch.Size([2, 3, 20, 30])
     """
 
-    title = "SESS"
-    paper = Paper("Tursun et al.", 2022, "https://arxiv.org/abs/2207.01769")
-
     def __init__(
         self,
         attribution_method: Attribution,
@@ -204,17 +201,19 @@ class SESSWrapper(ImageWrapper):
         check_range("percentile", self.percentile, 0, 100)
         check_size("smooth_sigma", self.smooth_sigma, positive=True)
         if self.smooth_kernel % 2 == 0:
-            raise ValueError(f"`smooth_kernel` must be odd, got {self.smooth_kernel}.")
+            raise ArgumentError(f"`smooth_kernel` must be odd, got {self.smooth_kernel}.")
         has_votes = self.fusion in ("soft", "reference")
         if self.sign == "signed" and (self.pool == "max" or has_votes):
-            raise ValueError(
+            raise ArgumentError(
                 f"`sign`='signed' goes with `fusion`='coverage' or 'weighted' and `pool`='mean', "
                 f"got {self.fusion!r} and {self.pool!r}."
             )
         if self.theta and self.pool == "mean" and not has_votes:
-            raise ValueError(f"`theta` has no effect in `fusion`={self.fusion!r}: leave it at 0.")
+            raise ArgumentError(
+                f"`theta` has no effect in `fusion`={self.fusion!r}: leave it at 0."
+            )
         if self.step[0] > self.window[0] or self.step[1] > self.window[1]:
-            raise ValueError(
+            raise ArgumentError(
                 f"`step` {self.step} is larger than the `window` {self.window}: pixels between two "
                 f"windows would never be explained."
             )
@@ -307,10 +306,11 @@ class SESSWrapper(ImageWrapper):
         counts = [count_windows(size, self.window, self.step) for size in sizes]
         n = sum(down * across for down, across in counts)
         if n > self.max_patches:
-            raise ValueError(
+            raise ArgumentError(
                 f"One image has {n} windows of {self.window} in steps of {self.step} at the sizes "
                 f"{sizes[0]} to {sizes[-1]}, which is more than `max_patches` {self.max_patches}: "
-                f"take fewer or smaller `scales`, or raise `max_patches`."
+                f"take fewer or smaller `scales`, or raise `max_patches`.",
+                "max_patches",
             )
         return slide_windows(sizes, self.window, self.step)
 
@@ -422,7 +422,7 @@ class SESSWrapper(ImageWrapper):
                 detector.add(full_precision(output))
             scores = select_target(all_scores, arguments.get("target"))
         if bool((scores.isnan() | (scores == math.inf)).any()):
-            raise ValueError("`score`: the model's scores of the windows are not finite.")
+            raise ArgumentError("`score`: the model's scores of the windows are not finite.")
         return scores
 
     def _normalize(self, maps: Tensor, is_map: Tensor, offset: Offset) -> Tensor:
@@ -483,12 +483,12 @@ def _check_scales(scales: Any, window: Size) -> list[int] | str | None:
     if scales is None or (isinstance(scales, str) and scales == "sqrt2"):
         return scales
     if isinstance(scales, str) or not isinstance(scales, Iterable):
-        raise ValueError(f"`scales` must be integers, 'sqrt2' or None, got {scales!r}.")
+        raise ArgumentError(f"`scales` must be integers, 'sqrt2' or None, got {scales!r}.")
     sides = [scale.item() if hasattr(scale, "item") else scale for scale in scales]
     if not sides:
-        raise ValueError("`scales` must not be empty.")
+        raise ArgumentError("`scales` must not be empty.")
     for side in sides:
         check_count("scales", side)
         if side < max(window):
-            raise ValueError(f"`scales` must not be smaller than the `window` {window}: {side}.")
+            raise ArgumentError(f"`scales` must not be smaller than the `window` {window}: {side}.")
     return sides

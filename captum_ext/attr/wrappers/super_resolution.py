@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from captum_ext._engine.precision import without_autocast
+from captum_ext._errors import ArgumentError
 from captum_ext._repr import fields_repr
 
 Downsample = str | Callable[[Tensor], Tensor]
@@ -94,7 +95,7 @@ def cell_weights(
         inside = (centre >= -0.5) & (centre <= size - 0.5)
         return torch.softmax(-((pixel - centre) ** 2) / (2 * (sigma * s) ** 2), 1) * inside
     if downsample not in ("bilinear", "legacy"):
-        raise ValueError(
+        raise ArgumentError(
             f"`downsample` must be 'area', 'bilinear', 'gaussian', 'legacy' or a callable, got "
             f"{downsample!r}."
         )
@@ -171,7 +172,7 @@ class Observation:
         lowered = self.downsample(warped.flatten(0, 1)[:, None])
         shape = (*warped.shape[:2], *self.cells)
         if lowered.shape != (shape[0] * shape[1], 1, *self.cells):
-            raise ValueError(
+            raise ArgumentError(
                 f"`downsample` must turn (N, 1, {self.size[0]}, {self.size[1]}) into (N, 1, "
                 f"{self.cells[0]}, {self.cells[1]}), got {tuple(lowered.shape)}."
             )
@@ -349,11 +350,11 @@ def solve(
         ValueError: an unknown solver, or an option that it does not have.
     """
     if solver not in SOLVERS:
-        raise ValueError(f"`solver` must be one of {list(SOLVERS)}, got {solver!r}.")
+        raise ArgumentError(f"`solver` must be one of {list(SOLVERS)}, got {solver!r}.")
     if solver == "adam" and nonnegative:
-        raise ValueError("`nonnegative` must be False for solver 'adam', got True.")
+        raise ArgumentError("`nonnegative` must be False for solver 'adam', got True.")
     if gap and solver != "mfista":
-        raise ValueError(f"`gap` must be False for solver {solver!r}; only 'mfista' has it.")
+        raise ArgumentError(f"`gap` must be False for solver {solver!r}; only 'mfista' has it.")
     n = SOLVERS[solver] if max_iterations is None else max_iterations
     with torch.inference_mode(False), torch.no_grad(), without_autocast(maps):
         problem = _Problem(observation, maps.clone(), tv, l2)

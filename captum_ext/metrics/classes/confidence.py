@@ -19,6 +19,7 @@ class AverageDrop(MeanOverImages):
         ValueError: values that are not finite, in `update`.
 
     Example:
+        >>> import torch
         >>> metric = AverageDrop()
         >>> metric.update(torch.tensor([0.0, 0.5]))
         >>> metric.compute()
@@ -40,6 +41,7 @@ class IncreaseInConfidence(MeanOverImages):
         TypeError: a result of another function, in `update`.
 
     Example:
+        >>> import torch
         >>> metric = IncreaseInConfidence()
         >>> metric.update(torch.tensor([True, False, False, True]))
         >>> metric.compute()

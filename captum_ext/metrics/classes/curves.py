@@ -19,6 +19,7 @@ class Insertion(MeanOverImages):
         ValueError: values that are not finite, in `update`.
 
     Example:
+        >>> import torch
         >>> from captum_ext.metrics import Curve
         >>> metric = Insertion()
         >>> shares = torch.tensor([0.0, 1.0])
@@ -43,6 +44,7 @@ class Deletion(MeanOverImages):
         ValueError: values that are not finite, in `update`.
 
     Example:
+        >>> import torch
         >>> from captum_ext.metrics import Curve
         >>> metric = Deletion()
         >>> shares = torch.tensor([0.0, 1.0])
@@ -68,6 +70,7 @@ class Overall(MeanOverImages):
         ValueError: values that are not finite, in `update`.
 
     Example:
+        >>> import torch
         >>> from captum_ext.metrics import Curve, OverallScore
         >>> shares = torch.tensor([0.0, 1.0])
         >>> up, down = (Curve(torch.tensor([a]), torch.zeros(1, 2), shares) for a in (0.75, 0.25))

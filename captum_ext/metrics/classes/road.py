@@ -20,6 +20,7 @@ class Road(MeanOverImages):
         ValueError: values that are not finite, in `update`.
 
     Example:
+        >>> import torch
         >>> from captum_ext.metrics import RoadScores
         >>> metric = Road()
         >>> morf, lerf = torch.tensor([[0.25, 0.5]]), torch.tensor([[0.75, 0.5]])

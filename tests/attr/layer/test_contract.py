@@ -1,4 +1,4 @@
-"""What every layer method promises: Captum's contract, no trace, any dtype, any dimension."""
+"""Contract of all layer methods: Captum's conventions, no trace, any dtype and dimension."""
 
 import gc
 import threading
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from captum_ext.attr import LayerGroupCam, LayerScoreCam
-from tests.methods import EVERY, GRADIENT, MASKING, NEEDS_GRADIENTS, OTHER
+from tests.methods import GRADIENT, MASKING, METHODS, NEEDS_GRADIENTS, OTHER
 from tests.networks import ImageAndFactsNet, small_net
 
 # --- Captum's generic configuration ---------------------------------------------------------------
@@ -114,8 +114,8 @@ def test_hooks_are_gone_after_success_bad_targets_and_errors(method: Any, entry:
     attribution, model, arguments = build(method, entry)
 
     def hooks() -> int:
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-        return sum(len(getattr(m, kind)) for m in model.modules() for kind in kinds)
+        names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        return sum(len(getattr(m, name)) for m in model.modules() for name in names)
 
     assert hooks() == 0
     attribution.attribute(**arguments)
@@ -132,12 +132,12 @@ def test_hooks_are_gone_after_success_bad_targets_and_errors(method: Any, entry:
 
 
 @generic
-def test_noise_tunnel_takes_it(method: Any, entry: Entry) -> None:
+def test_noise_tunnel_without_noise_changes_nothing(method: Any, entry: Entry) -> None:
     attribution, _, arguments = build(method, entry)
     plain = flat(attribution.attribute(**arguments))
     tunnel = NoiseTunnel(build(method, entry)[0])
-    found = flat(tunnel.attribute(**arguments, stdevs=0.0, nt_samples=2))
-    for a, b in zip(found, plain, strict=True):
+    result = flat(tunnel.attribute(**arguments, stdevs=0.0, nt_samples=2))
+    for a, b in zip(result, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=entry.get("tolerance", 1e-4))
 
 
@@ -147,12 +147,12 @@ def flat(maps: Any) -> list[Tensor]:
 
 # --- our own contract -----------------------------------------------------------------------------
 
-every = pytest.mark.parametrize("name", EVERY)
+all_methods = pytest.mark.parametrize("name", METHODS)
 
 
-@every
-def test_bases(name: str) -> None:
-    method = EVERY[name](small_net(), "relu2")
+@all_methods
+def test_methods_have_captums_base_classes(name: str) -> None:
+    method = METHODS[name](small_net(), "relu2")
     assert isinstance(method, LayerAttribution)
     assert isinstance(method, Attribution)
     assert isinstance(method, GradientAttribution) == (name in GRADIENT)
@@ -160,9 +160,9 @@ def test_bases(name: str) -> None:
     assert hasattr(type(method).attribute, "__wrapped__")
 
 
-@every
+@all_methods
 @pytest.mark.parametrize("error", [None, "model", "target"])
-def test_no_trace(name: str, error: str | None, trace_free: Any) -> None:
+def test_a_call_leaves_no_trace(name: str, error: str | None, trace_free: Any) -> None:
     net = small_net()
     x = torch.randn(2, 3, 9, 9, requires_grad=True)
     x.grad = torch.randn_like(x)
@@ -170,7 +170,7 @@ def test_no_trace(name: str, error: str | None, trace_free: Any) -> None:
         p.requires_grad_(i % 2 == 0)
         p.grad = torch.full_like(p, i)
     net.fc.train()  # a flag of the user's
-    method = EVERY[name](net, "relu2")
+    method = METHODS[name](net, "relu2")
     calls = []
 
     def fail_on_the_second_call(module: nn.Module, args: Any) -> None:
@@ -185,84 +185,84 @@ def test_no_trace(name: str, error: str | None, trace_free: Any) -> None:
         method.attribute(x, target="class 1" if error == "target" else [1, 2])
 
 
-@every
+@all_methods
 def test_frozen_parameters_no_grad_and_inference_mode(name: str) -> None:
     net, x = small_net(), torch.randn(2, 3, 9, 9)
-    expected = EVERY[name](net, "relu2").attribute(x, target=[1, 2])
+    expected = METHODS[name](net, "relu2").attribute(x, target=[1, 2])
     assert not expected.requires_grad
     net.requires_grad_(False)
     with torch.no_grad():
-        frozen = EVERY[name](net, "relu2").attribute(x, target=[1, 2])
+        frozen = METHODS[name](net, "relu2").attribute(x, target=[1, 2])
     torch.testing.assert_close(frozen, expected, rtol=0, atol=0)
     with torch.inference_mode():
         if name in NEEDS_GRADIENTS:
             with pytest.raises(RuntimeError, match="inference_mode"):
-                EVERY[name](net, "relu2").attribute(x, target=[1, 2])
+                METHODS[name](net, "relu2").attribute(x, target=[1, 2])
         else:
-            inside = EVERY[name](net, "relu2").attribute(x, target=[1, 2])
+            inside = METHODS[name](net, "relu2").attribute(x, target=[1, 2])
             torch.testing.assert_close(inside, expected, rtol=0, atol=0)
 
 
-@every
+@all_methods
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(name: str, dtype: torch.dtype) -> None:
+def test_half_precision_maps_are_close(name: str, dtype: torch.dtype) -> None:
     net, x = small_net(), torch.randn(2, 3, 9, 9)
-    expected = EVERY[name](net, "relu2").attribute(x, target=[1, 2])
-    found = EVERY[name](net.to(dtype), "relu2").attribute(x.to(dtype), target=[1, 2])
-    assert found.dtype == dtype
-    close = torch.nn.functional.cosine_similarity(found.float().flatten(1), expected.flatten(1))
+    expected = METHODS[name](net, "relu2").attribute(x, target=[1, 2])
+    result = METHODS[name](net.to(dtype), "relu2").attribute(x.to(dtype), target=[1, 2])
+    assert result.dtype == dtype
+    close = torch.nn.functional.cosine_similarity(result.float().flatten(1), expected.flatten(1))
     assert close.min() > (0.97 if dtype == torch.bfloat16 else 0.99)
 
 
-@every
+@all_methods
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_one_to_three_dimensions(name: str, dims: int) -> None:
+def test_a_batch_equals_its_examples_in_one_to_three_dimensions(name: str, dims: int) -> None:
     net = small_net(dims)
     x = torch.randn(2, 3, *[9, 8, 7][:dims])
-    found = EVERY[name](net, "relu2").attribute(x, target=[1, 2])
-    assert found.shape == (2, 1, *x.shape[2:])
-    assert found.abs().max() > 0
+    result = METHODS[name](net, "relu2").attribute(x, target=[1, 2])
+    assert result.shape == (2, 1, *x.shape[2:])
+    assert result.abs().max() > 0
     alone = torch.cat(
-        [EVERY[name](net, "relu2").attribute(x[i : i + 1], target=i + 1) for i in range(2)]
+        [METHODS[name](net, "relu2").attribute(x[i : i + 1], target=i + 1) for i in range(2)]
     )
-    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-6)
 
 
-@every
-def test_flat_activations(name: str) -> None:
+@all_methods
+def test_flat_activations_give_flat_maps(name: str) -> None:
     net, x = small_net(), torch.zeros(2, 3, 9, 9)
-    with torch.no_grad():  # a last stage that is dead, as a last stage can be
+    with torch.no_grad():  # a dead last stage
         net.conv2.weight.zero_()
         net.conv2.bias.fill_(-1.0)
-    found = EVERY[name](net, "relu2").attribute(x, target=[1, 2])
-    assert found.abs().max() == 0
+    result = METHODS[name](net, "relu2").attribute(x, target=[1, 2])
+    assert result.abs().max() == 0
     with torch.no_grad():
         net.conv2.bias.copy_(torch.arange(6.0))
-    alive = EVERY[name](net, "relu2").attribute(torch.randn(2, 3, 9, 9), target=[1, 2])
+    alive = METHODS[name](net, "relu2").attribute(torch.randn(2, 3, 9, 9), target=[1, 2])
     assert torch.isfinite(alive).all()
     torch.testing.assert_close(alive.amax((2, 3)), alive.amin((2, 3)))
     if name.startswith(("Score", "Group")):
         assert alive.abs().max() == 0, "a flat channel masks nothing, and so weighs nothing"
 
 
-@every
+@all_methods
 def test_a_list_of_layers_gives_a_list_of_maps(name: str) -> None:
     net, x = small_net(), torch.randn(2, 3, 9, 9)
     options = {"head": "fc"} if name == "CAM" else {}
-    maps = EVERY[name](net, ["norm", "relu2"], **options).attribute(x, target=[1, 2])
+    maps = METHODS[name](net, ["norm", "relu2"], **options).attribute(x, target=[1, 2])
     assert isinstance(maps, list)
-    for layer, found in zip(["norm", "relu2"], maps, strict=True):
-        alone = EVERY[name](net, layer, **options).attribute(x, target=[1, 2])
-        torch.testing.assert_close(found, alone)
+    for layer, result in zip(["norm", "relu2"], maps, strict=True):
+        alone = METHODS[name](net, layer, **options).attribute(x, target=[1, 2])
+        torch.testing.assert_close(result, alone)
     with pytest.raises(ValueError, match="at least one layer"):
-        EVERY[name](net, [])
+        METHODS[name](net, [])
 
 
-@every
+@all_methods
 def test_tuples_functions_bound_methods_and_extra_arguments(name: str) -> None:
     net, x = small_net(), torch.randn(2, 3, 9, 9)
     options = {"head": net.fc} if name == "CAM" else {}
-    expected = EVERY[name](net, net.relu2, **options).attribute(x, target=1)
+    expected = METHODS[name](net, net.relu2, **options).attribute(x, target=1)
     scale = torch.tensor([[1.0], [1.0]])
     forwards: list[tuple[Callable[..., Any], dict[str, Any]]] = [
         (net.forward, {"inputs": (x,)}),
@@ -272,34 +272,34 @@ def test_tuples_functions_bound_methods_and_extra_arguments(name: str) -> None:
     if not name.startswith("Smooth"):  # which makes noise for each input
         forwards += [(lambda y, z: net(y + z), {"inputs": (x / 2, x / 2)})]
     for forward, arguments in forwards:
-        found = EVERY[name](forward, net.relu2, **options).attribute(**arguments, target=1)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        result = METHODS[name](forward, net.relu2, **options).attribute(**arguments, target=1)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MASKING)
-def test_chunks_do_not_change_masking_maps(name: str) -> None:
+def test_the_size_of_chunks_does_not_change_masking_maps(name: str) -> None:
     net, x = small_net(), torch.randn(2, 3, 9, 9)
     maps = [
-        EVERY[name](net, "relu1").attribute(x, target=[1, 2], perturbations_per_eval=n)
+        METHODS[name](net, "relu1").attribute(x, target=[1, 2], perturbations_per_eval=n)
         for n in (1, 4, 100)
     ]
     torch.testing.assert_close(maps[0], maps[1])
     torch.testing.assert_close(maps[0], maps[2])
 
 
-@every
-def test_a_target_is_asked_for(name: str) -> None:
+@all_methods
+def test_a_missing_target_is_an_error_unless_there_is_one_output(name: str) -> None:
     net, x = small_net(), torch.randn(3, 3, 9, 9)
     with pytest.raises(AssertionError, match="Target not provided"):
-        EVERY[name](net, "relu2").attribute(x)
-    one = nn.Sequential(net, nn.Linear(4, 1)).eval()
+        METHODS[name](net, "relu2").attribute(x)
+    single_output = nn.Sequential(net, nn.Linear(4, 1)).eval()
     if name in ("Score-CAM increase", "Group-CAM"):
         with pytest.raises(ValueError, match="'softmax' needs two classes or more"):
-            EVERY[name](one, net.relu2).attribute(x)
-        sigmoid = EVERY[name](one, net.relu2, score="sigmoid")
+            METHODS[name](single_output, net.relu2).attribute(x)
+        sigmoid = METHODS[name](single_output, net.relu2, score="sigmoid")
         assert sigmoid.attribute(x).shape == (3, 1, 9, 9)
     elif name != "CAM":
-        assert EVERY[name](one, net.relu2).attribute(x).shape == (3, 1, 9, 9)
+        assert METHODS[name](single_output, net.relu2).attribute(x).shape == (3, 1, 9, 9)
 
 
 @pytest.mark.parametrize("name", MASKING)
@@ -318,7 +318,7 @@ def test_batches_stay_within_perturbations_per_eval(name: str) -> None:
 
     is_batched = torch._C._functorch.is_batchedtensor
     with Watch():
-        EVERY[name](net, "relu1").attribute(x, target=1, perturbations_per_eval=2)
+        METHODS[name](net, "relu1").attribute(x, target=1, perturbations_per_eval=2)
     assert max(sizes) == 2 * 2, "examples x perturbations"
 
 
@@ -330,23 +330,23 @@ def test_inputs_that_cannot_be_masked_are_passed_on() -> None:
         torch.testing.assert_close(both, closed.attribute(x, target=1), rtol=1e-4, atol=1e-6)
 
 
-def test_random_state_is_touched_only_without_a_generator() -> None:
+def test_global_random_state_changes_only_without_a_generator() -> None:
     net, x = small_net(), torch.randn(2, 3, 9, 9)
     state = torch.get_rng_state()
-    kept = EVERY["Smooth Grad-CAM++"](net, "relu2").attribute(x, target=1)
+    kept = METHODS["Smooth Grad-CAM++"](net, "relu2").attribute(x, target=1)
     assert torch.equal(torch.get_rng_state(), state)
-    again = EVERY["Smooth Grad-CAM++"](net, "relu2").attribute(x, target=1)
+    again = METHODS["Smooth Grad-CAM++"](net, "relu2").attribute(x, target=1)
     assert torch.equal(kept, again)
-    EVERY["Smooth Grad-CAM++"](net, "relu2", generator=None).attribute(x, target=1)
+    METHODS["Smooth Grad-CAM++"](net, "relu2", generator=None).attribute(x, target=1)
     assert not torch.equal(torch.get_rng_state(), state)
 
 
 def test_eight_threads_with_all_methods_on_one_resnet(trace_free: Any) -> None:
     net, x = resnet18().eval().requires_grad_(False), torch.randn(1, 3, 32, 32)
-    names = sorted(EVERY)
+    names = sorted(METHODS)
     net.layer4[1] = nn.Conv2d(512, 6, 1).eval().requires_grad_(False)  # few channels to mask
     net.fc = nn.Linear(6, 10)
-    serial = {n: EVERY[n](net, "layer4").attribute(x, target=7) for n in names}
+    serial = {n: METHODS[n](net, "layer4").attribute(x, target=7) for n in names}
     wrong: list[Any] = []
 
     def work(first: int) -> None:
@@ -354,8 +354,8 @@ def test_eight_threads_with_all_methods_on_one_resnet(trace_free: Any) -> None:
         for i in range(50):
             name = names[(first + i) % len(names)]
             try:
-                found = EVERY[name](net, "layer4").attribute(x, target=7)
-                wrong.extend([] if torch.equal(found, serial[name]) else [name])
+                result = METHODS[name](net, "layer4").attribute(x, target=7)
+                wrong.extend([] if torch.equal(result, serial[name]) else [name])
             except Exception as error:
                 wrong.append((name, error))
 
@@ -368,16 +368,16 @@ def test_eight_threads_with_all_methods_on_one_resnet(trace_free: Any) -> None:
     assert wrong == []
 
 
-@every
+@all_methods
 def test_memory_does_not_grow_from_call_to_call(name: str) -> None:
     net, x = small_net(), torch.randn(2, 3, 9, 9)
-    method = EVERY[name](net, "relu2")
+    method = METHODS[name](net, "relu2")
 
     def tensors() -> int:
         gc.collect()
         return sum(isinstance(o, Tensor) for o in gc.get_objects())
 
-    gc.freeze()  # what is older than the first call is not looked at
+    gc.freeze()  # objects from before the test are not counted
     try:
         method.attribute(x, target=1)
         before = tensors()
@@ -388,50 +388,50 @@ def test_memory_does_not_grow_from_call_to_call(name: str) -> None:
         gc.unfreeze()
 
 
-@every
-def test_train_mode_is_run_as_it_stands(name: str, trace_free: Any) -> None:
+@all_methods
+def test_train_mode_is_warned_of_and_leaves_no_trace(name: str, trace_free: Any) -> None:
     net, x = small_net().train(), torch.randn(4, 3, 9, 9)
     options = {"head": "fc"} if name == "CAM" else {}
     with trace_free(net, x), pytest.warns(UserWarning, match="train mode"):
-        EVERY[name](net, "relu2", **options).attribute(x, target=1)
+        METHODS[name](net, "relu2", **options).attribute(x, target=1)
 
 
-@every
+@all_methods
 @pytest.mark.skipif(torch.cuda.is_available(), reason="DataParallel would take the devices")
 def test_data_parallel_without_devices_is_the_module(name: str) -> None:
     net, x = small_net(), torch.randn(2, 3, 9, 9)
     options = {"head": "fc"} if name == "CAM" else {}
-    expected = EVERY[name](net, "relu2", **options).attribute(x, target=1)
+    expected = METHODS[name](net, "relu2", **options).attribute(x, target=1)
     parallel = nn.DataParallel(net)
-    found = EVERY[name](parallel, "relu2", **options).attribute(x, target=1)
-    torch.testing.assert_close(found, expected)
+    result = METHODS[name](parallel, "relu2", **options).attribute(x, target=1)
+    torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.gpu
-@every
-def test_on_the_device(name: str) -> None:
+@all_methods
+def test_maps_on_a_gpu_equal_those_on_the_cpu(name: str) -> None:
     net, x = small_net(), torch.randn(2, 3, 9, 9)
-    expected = EVERY[name](net, "relu2").attribute(x, target=[1, 2])
-    found = EVERY[name](net.cuda(), "relu2").attribute(x.cuda(), target=[1, 2])
-    assert found.is_cuda
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-5)
+    expected = METHODS[name](net, "relu2").attribute(x, target=[1, 2])
+    result = METHODS[name](net.cuda(), "relu2").attribute(x.cuda(), target=[1, 2])
+    assert result.is_cuda
+    torch.testing.assert_close(result.cpu(), expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MASKING)
-def test_bad_arguments_of_the_masking_cams(name: str) -> None:
+def test_bad_arguments_and_scores_of_the_masking_cams_are_errors(name: str) -> None:
     net, x = small_net(), torch.randn(2, 3, 9, 9)
-    for bad in (0, -1, 1.5, True):
+    for value in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="`perturbations_per_eval` must be an integer"):
-            EVERY[name](net, "relu2").attribute(x, target=1, perturbations_per_eval=bad)
+            METHODS[name](net, "relu2").attribute(x, target=1, perturbations_per_eval=value)
     broken = nn.Sequential(net, nn.Softmax(1))
     with torch.no_grad():
         net.fc.bias[1] = float("inf")
-    method = EVERY[name](broken, net.relu2)
+    method = METHODS[name](broken, net.relu2)
     with pytest.raises(ValueError, match="not finite"):
         method.attribute(x, target=1)
 
 
-def test_bad_arguments() -> None:
+def test_bad_arguments_are_named_in_the_error() -> None:
     net, x = small_net(), torch.randn(2, 3, 9, 9)
     with pytest.raises(ValueError, match="`weighting` must be one of"):
         LayerScoreCam(net, "relu2", weighting="linear")
@@ -444,20 +444,20 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="group of each of the 6 channels"):
         LayerGroupCam(net, "relu2", groups=torch.zeros(4, dtype=torch.long)).attribute(x, target=1)
     with pytest.raises(ValueError, match="`n_samples` must be"):
-        EVERY["Smooth Grad-CAM++"](net, "relu2", n_samples=0)
+        METHODS["Smooth Grad-CAM++"](net, "relu2", n_samples=0)
     with pytest.raises(ValueError, match="`stdev_spread` must be a number, 0 or more"):
-        EVERY["Smooth Grad-CAM++"](net, "relu2", stdev_spread=-1.0)
+        METHODS["Smooth Grad-CAM++"](net, "relu2", stdev_spread=-1.0)
     with pytest.raises(ValueError, match="`layer_baselines` must be None, 'min'"):
-        EVERY["Ablation-CAM"](net, "relu2").attribute(x, "max", target=1)
+        METHODS["Ablation-CAM"](net, "relu2").attribute(x, "max", target=1)
     with pytest.raises(ValueError, match="`layer_baselines` must be None"):
-        EVERY["Ablation-CAM"](net, "relu2").attribute(x, {}, target=1)
+        METHODS["Ablation-CAM"](net, "relu2").attribute(x, {}, target=1)
     with pytest.raises(ValueError, match="`layer_baselines` has the shape"):
-        EVERY["Ablation-CAM"](net, "relu2").attribute(x, torch.zeros(5), target=1)
+        METHODS["Ablation-CAM"](net, "relu2").attribute(x, torch.zeros(5), target=1)
     for method in (LayerScoreCam, LayerGroupCam):
-        whole = torch.randint(0, 255, (2, 3, 9, 9))
+        integers = torch.randint(0, 255, (2, 3, 9, 9))
         scaled = lambda y: net(y.float() / 255)  # noqa: E731
         with pytest.raises(ValueError, match="can mask only an input of floats"):
-            method(scaled, net.relu2).attribute(whole, target=1)
+            method(scaled, net.relu2).attribute(integers, target=1)
         with pytest.raises(AssertionError, match="Baseline can be provided"):
             method(net, "relu2").attribute(x, torch.zeros(2, 2), target=1)
     with pytest.raises(ValueError, match="can mask only an input of floats"):

@@ -21,7 +21,7 @@ from captum_ext.attr import (
     tokens_to_grid,
 )
 from tests.captures import layer_activations
-from tests.methods import EVERY
+from tests.methods import GRADIENT, METHODS
 from tests.networks import VIT_LAYER, small_net, small_swin, small_vit, torchvision_net
 
 
@@ -48,29 +48,29 @@ def test_grids_are_inferred(n: int, prefix: int, side: int) -> None:
     ("options", "n"),
     [({}, 35), ({"grid": (5, 5)}, 24), ({"prefix_tokens": 1}, 12), ({"grid": (2, 2)}, 24)],
 )
-def test_numbers_of_tokens_that_fit_no_grid(options: dict[str, Any], n: int) -> None:
+def test_a_number_of_tokens_that_fits_no_grid_is_an_error(options: dict[str, Any], n: int) -> None:
     with pytest.raises(ValueError, match=rf"{n} tokens \(shape \(2, {n}, 3\)\)"):
         tokens_to_grid(torch.zeros(2, n, 3), **options)
 
 
-def test_shapes_that_are_no_tokens() -> None:
+def test_tensors_that_are_no_tokens_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"\(B, T, C\), got \(2, 3\)"):
         tokens_to_grid(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"\(B, h, w, C\), got \(2, 3, 4\)"):
         channels_last_to_first(torch.zeros(2, 3, 4))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", METHODS)
 def test_vit_maps_follow_the_patches(name: str) -> None:
     net, x = small_vit(), torch.randn(2, 3, 24, 24)
     options = {"head": "heads.head"} if name == "CAM" else {}
-    method = EVERY[name](net, VIT_LAYER, reshape_transform=tokens_to_grid, **options)
-    found = method.attribute(x, target=[1, 3])
-    assert found.shape == (2, 1, 3, 3)
-    assert found.abs().max() > 0
+    method = METHODS[name](net, VIT_LAYER, reshape_transform=tokens_to_grid, **options)
+    result = method.attribute(x, target=[1, 3])
+    assert result.shape == (2, 1, 3, 3)
+    assert result.abs().max() > 0
     alone = torch.cat([method.attribute(x[i : i + 1], target=2 * i + 1) for i in range(2)])
     if not name.startswith("Smooth"):  # its generator goes on from call to call
-        torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(result, alone, rtol=1e-3, atol=1e-5)
 
 
 def test_vit_map_by_hand() -> None:
@@ -86,8 +86,8 @@ def test_vit_map_by_hand() -> None:
     net(x.requires_grad_())[0, 3].backward()
     handle.remove()
     product = (kept[0] * kept[0].grad).sum(2)[:, 1:].reshape(1, 1, 3, 3).detach()
-    found = LayerHiResCam(net, layer, reshape_transform=tokens_to_grid).attribute(x.detach(), 3)
-    torch.testing.assert_close(found, product, rtol=1e-9, atol=1e-12)
+    result = LayerHiResCam(net, layer, reshape_transform=tokens_to_grid).attribute(x.detach(), 3)
+    torch.testing.assert_close(result, product, rtol=1e-9, atol=1e-12)
 
 
 def test_ablating_a_channel_of_tokens_leaves_the_class_token_alone() -> None:
@@ -104,8 +104,8 @@ def test_ablating_a_channel_of_tokens_leaves_the_class_token_alone() -> None:
         handle.remove()
     expected = torch.stack(lost, 1)[..., None, None] * tokens_to_grid(tokens)
     method = LayerAblationCam(net, layer, reshape_transform=tokens_to_grid, divide_by_score=False)
-    found = method.attribute(x, target=2)
-    torch.testing.assert_close(found, expected.sum(1, keepdim=True), rtol=1e-8, atol=1e-11)
+    result = method.attribute(x, target=2)
+    torch.testing.assert_close(result, expected.sum(1, keepdim=True), rtol=1e-8, atol=1e-11)
 
 
 def test_swin_channels_last_and_its_class_activation_map() -> None:
@@ -120,8 +120,8 @@ def test_tokens_without_a_transform_are_an_error_that_names_the_shape() -> None:
     assert LayerGradCam(vit, vit.get_submodule(VIT_LAYER)).attribute(x, 1).shape == (2, 1, 32), (
         "Captum sums over the tokens and keeps the channels"
     )
-    for method in EVERY.values():
-        options = {"head": "heads.head"} if method is EVERY["CAM"] else {}
+    for method in METHODS.values():
+        options = {"head": "heads.head"} if method is METHODS["CAM"] else {}
         with pytest.raises(ValueError, match=r"of shape \(2, 10, 32\)"):
             method(vit, VIT_LAYER, **options).attribute(x, target=1)
     with pytest.raises(ValueError, match=r"of shape \(2, 4, 4, 32\).*channels_last_to_first"):
@@ -140,16 +140,16 @@ def test_signals_and_wide_maps_are_not_taken_for_tokens() -> None:
     signal = small_net(1)
     assert LayerHiResCam(signal, "conv2").attribute(torch.randn(2, 3, 6), 1).shape == (2, 1, 6)
     next_net = models.convnext_tiny().eval()
-    found = LayerHiResCam(next_net, "features.0").attribute(torch.randn(1, 3, 64, 64), 1)
-    assert found.shape == (1, 1, 16, 16)
+    result = LayerHiResCam(next_net, "features.0").attribute(torch.randn(1, 3, 64, 64), 1)
+    assert result.shape == (1, 1, 16, 16)
 
 
 def test_transforms_with_options() -> None:
     net, x = small_vit(), torch.randn(1, 3, 24, 24)
-    given = partial(tokens_to_grid, grid=(3, 3), prefix_tokens=1)
+    options = partial(tokens_to_grid, grid=(3, 3), prefix_tokens=1)
     expected = LayerScoreCam(net, VIT_LAYER, reshape_transform=tokens_to_grid).attribute(x, 0.0, 1)
-    found = LayerScoreCam(net, VIT_LAYER, reshape_transform=given).attribute(x, 0.0, 1)
-    torch.testing.assert_close(found, expected)
+    result = LayerScoreCam(net, VIT_LAYER, reshape_transform=options).attribute(x, 0.0, 1)
+    torch.testing.assert_close(result, expected)
 
 
 # --- suggest_layer --------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def on_meta(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", SUGGESTED)
-def test_suggestions_for_torchvision(name: str) -> None:
+def test_suggested_layers_of_torchvision_models(name: str) -> None:
     model = on_meta(name)
     assert suggest_layer(model) == SUGGESTED[name]
     is_vit = name.startswith("vit")
@@ -200,31 +200,64 @@ def test_every_torchvision_classifier_has_a_suggestion() -> None:
             model.get_submodule(suggest_layer(model))
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("vgg11_bn", 64),
-        ("squeezenet1_1", 64),
-        ("mobilenet_v3_small", 64),
-        ("shufflenet_v2_x0_5", 64),
-        ("regnet_y_400mf", 64),
-        ("mnasnet0_5", 64),
-        ("inception_v3", 75),
-        ("googlenet", 64),
-        ("densenet121", 64),
-        ("efficientnet_b0", 64),
-        ("convnext_tiny", 64),
-        ("swin_t", 64),
-    ],
-)
-def test_suggested_layers_have_a_map(name: str, size: int) -> None:
-    options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
-    model = models.get_model(name, weights=None, **options).eval()
+SMALL_MODELS = {
+    "squeezenet1_1": 64,
+    "mobilenet_v3_small": 64,
+    "shufflenet_v2_x0_5": 64,
+    "regnet_y_400mf": 64,
+    "mnasnet0_5": 64,
+    "googlenet": 64,
+    "densenet121": 64,
+    "efficientnet_b0": 64,
+}
+LARGE_MODELS = {
+    "alexnet": 64,
+    "vgg11_bn": 64,
+    "resnet50": 64,
+    "resnext50_32x4d": 64,
+    "inception_v3": 75,
+    "mobilenet_v2": 64,
+    "efficientnet_v2_s": 64,
+    "convnext_tiny": 64,
+    "swin_t": 64,
+    "swin_v2_t": 64,
+    "vit_b_16": 64,
+}
+
+
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_suggested_layers_have_a_map(name: str) -> None:
+    model, size = torchvision_net(name), SMALL_MODELS[name]
     method = LayerGradCamPlusPlus(model, suggest_layer(model))
-    found = method.attribute(torch.randn(1, 3, size, size), target=3)
-    assert found.dim() == 4
-    assert found.shape[1] == 1
-    assert found.shape[2] == found.shape[3]
+    result = method.attribute(torch.randn(1, 3, size, size), target=3)
+    assert result.dim() == 4
+    assert result.shape[1] == 1
+    assert result.shape[2] == result.shape[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SMALL_MODELS | LARGE_MODELS)
+@pytest.mark.parametrize("name", GRADIENT)
+def test_a_batch_equals_its_examples_on_every_architecture(name: str, architecture: str) -> None:
+    torch.manual_seed(0)
+    size = (SMALL_MODELS | LARGE_MODELS)[architecture]
+    options = {"image_size": size} if architecture.startswith("vit") else {}
+    model = torchvision_net(architecture, **options)
+    head = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+    nn.init.normal_(head.weight)  # some begin with zeros
+    model, x, targets = model.double(), torch.randn(2, 3, size, size).double(), [3, 5]
+
+    def maps(images: Tensor, target: list[int]) -> Tensor:
+        transform = suggest_reshape_transform(model)
+        method = GRADIENT[name](model, suggest_layer(model), reshape_transform=transform)
+        return method.attribute(images, target=target)
+
+    result = maps(x, targets)
+    assert result.shape[1] == 1
+    assert torch.isfinite(result).all()
+    assert (result.flatten(1).amax(1) > result.flatten(1).amin(1)).all()
+    alone = torch.cat([maps(x[i : i + 1], targets[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(result / result.abs().max(), alone / result.abs().max())
 
 
 def test_the_last_resort_is_the_last_convolution() -> None:

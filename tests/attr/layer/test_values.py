@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from captum.attr import LayerGradCam, LayerGradientXActivation, NoiseTunnel
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,8 +59,8 @@ A = torch.tensor([[[[1.0, 2.0]], [[4.0, 8.0]]]], dtype=D)
     ],
 )
 def test_gradient_cams_by_hand(method: Any, expected: list[float]) -> None:
-    found = method(FunctionsAroundLayer(quadratic), "layer").attribute(A, target=1)
-    torch.testing.assert_close(found, torch.tensor([[[expected]]], dtype=D), rtol=0, atol=1e-15)
+    result = method(FunctionsAroundLayer(quadratic), "layer").attribute(A, target=1)
+    torch.testing.assert_close(result, torch.tensor([[[expected]]], dtype=D), rtol=0, atol=1e-15)
 
 
 def test_grad_cam_plus_plus_follows_the_papers_unreduced_equation() -> None:
@@ -72,8 +72,8 @@ def test_grad_cam_plus_plus_follows_the_papers_unreduced_equation() -> None:
     alpha = g**2 / (2 * g**2 + activation.sum((2, 3), keepdim=True) * g**3)
     weights = (torch.where(g == 0, 0, alpha) * F.relu(g)).sum((2, 3), keepdim=True)
     expected = (weights * activation).sum(1, keepdim=True)
-    found = LayerGradCamPlusPlus(net, "conv2").attribute(x, target=[1, 2])
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    result = LayerGradCamPlusPlus(net, "conv2").attribute(x, target=[1, 2])
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_smooth_grad_cam_plus_plus_by_hand() -> None:
@@ -83,13 +83,13 @@ def test_smooth_grad_cam_plus_plus_by_hand() -> None:
     method = LayerSmoothGradCamPlusPlus(
         net, "layer", n_samples=4, stdev_spread=0.5, generator=torch.Generator().manual_seed(3)
     )
-    found = method.attribute(a, target=0)
+    result = method.attribute(a, target=0)
     generator = torch.Generator().manual_seed(3)
     noise = torch.cat([torch.randn(1, 1, 1, 1, 2, generator=generator) for _ in range(4)])[:, 0, 0]
     g = a[0] + noise.double() * 0.5 * (3 - 1)
     d1, d2, d3 = g.mean(0), (g**2).mean(0), (g**3).mean(0)
     weight = (d2 / (2 * d2 + d3 * 4) * F.relu(d1)).sum()
-    torch.testing.assert_close(found, weight * a, rtol=1e-12, atol=0)
+    torch.testing.assert_close(result, weight * a, rtol=1e-12, atol=0)
 
 
 def test_smooth_without_noise_is_grad_cam_plus_plus_and_chunks_do_not_matter() -> None:
@@ -105,7 +105,7 @@ def test_smooth_without_noise_is_grad_cam_plus_plus_and_chunks_do_not_matter() -
     assert (one - plain).abs().max() > 1e-3
 
 
-def test_smooth_maps_are_differentiated_rightly() -> None:
+def test_smooth_maps_without_noise_have_the_derivatives_of_grad_cam_plus_plus() -> None:
     net, x = small_net(dtype=D), torch.randn(1, 3, 6, 6, dtype=D, requires_grad=True)
     graph = {"create_graph": True}
     derivatives = []
@@ -134,9 +134,9 @@ def test_score_cam_by_hand() -> None:
             blended = [x * m[:, None] + 0.5 * (1 - m[:, None]) for m in masks]
             weights = torch.stack([net(b)[0, 0] for b in blended]) - net(torch.full_like(x, 0.5))
             weights = weights.flatten()
-        found = LayerScoreCam(net, "layer", weighting=weighting).attribute(x, baseline, target=0)
+        result = LayerScoreCam(net, "layer", weighting=weighting).attribute(x, baseline, target=0)
         expected = (weights[:, None, None] * x[0]).sum(0)
-        torch.testing.assert_close(found[0, 0], expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(result[0, 0], expected, rtol=1e-12, atol=0)
 
 
 def test_group_cam_by_hand() -> None:
@@ -152,19 +152,19 @@ def test_group_cam_by_hand() -> None:
             gains.append(F.relu(softmax(x * m + b * (1 - m)) - softmax(b)).item())
             expected += gains[-1] * m_l
     assert sum(gain > 0 for gain in gains) >= 2, "one group alone would hide the weights"
-    found = LayerGroupCam(net, "relu1", groups=3).attribute(x, target=2)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    result = LayerGroupCam(net, "relu1", groups=3).attribute(x, target=2)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-14)
     given = LayerGroupCam(net, "relu1", groups=torch.tensor([0, 0, 1, 1, 2, 2]))
-    torch.testing.assert_close(given.attribute(x, target=2), found, rtol=1e-12, atol=0)
+    torch.testing.assert_close(given.attribute(x, target=2), result, rtol=1e-12, atol=0)
 
 
 def test_group_cam_of_one_group_is_grad_cam() -> None:
     net, x = small_net(dtype=D), torch.randn(2, 3, 10, 10, dtype=D)
     one = LayerGroupCam(net, "relu2", groups=1, score=lambda y: y.softmax(1) + 1.0)
     grad_cam = F.relu(LayerGradCam(net, net.relu2).attribute(x, 1)).detach()
-    found = one.attribute(x, baselines=0, target=1)
-    scale = found.amax((2, 3), keepdim=True) / grad_cam.amax((2, 3), keepdim=True)
-    torch.testing.assert_close(found, grad_cam * scale)
+    result = one.attribute(x, baselines=0, target=1)
+    scale = result.amax((2, 3), keepdim=True) / grad_cam.amax((2, 3), keepdim=True)
+    torch.testing.assert_close(result, grad_cam * scale)
 
 
 @pytest.mark.parametrize("groups", [4, 5, 64])
@@ -185,13 +185,13 @@ def test_ablation_cam_by_hand() -> None:
     lost = net.fc.weight[2].detach() * act.mean((2, 3))
     score = net(x)[:, 2].detach()
     for divide, weights in ((True, lost / score[:, None]), (False, lost)):
-        found = LayerAblationCam(net, "relu2", divide_by_score=divide).attribute(x, target=2)
+        result = LayerAblationCam(net, "relu2", divide_by_score=divide).attribute(x, target=2)
         expected = (weights[:, :, None, None] * act).sum(1, keepdim=True)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("baseline", [None, 0.7, "min", "tensor"])
-def test_ablation_cam_baselines(baseline: Any) -> None:
+def test_ablation_cam_with_baselines_by_hand(baseline: Any) -> None:
     net, x = small_net(dtype=D), torch.randn(2, 3, 8, 8, dtype=D)
     act = net.conv2(net.relu1(net.norm(net.conv1(x)))).detach()
     assert (act < 0).any()
@@ -206,10 +206,10 @@ def test_ablation_cam_baselines(baseline: Any) -> None:
     expected = (torch.stack(weights, 1)[:, :, None, None] * act).sum(1, keepdim=True).detach()
     given = value if baseline == "tensor" else baseline
     for per_eval in (1, 4, 99):
-        found = LayerAblationCam(net, "conv2").attribute(
+        result = LayerAblationCam(net, "conv2").attribute(
             x, given, target=1, perturbations_per_eval=per_eval
         )
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_eigen_cam_is_the_first_singular_component() -> None:
@@ -219,12 +219,12 @@ def test_eigen_cam_is_the_first_singular_component() -> None:
         ("pool", net.pool(net.relu2(net.conv2(net.relu1(net.norm(net.conv1(x)))))).detach()),
     ):
         for center in (False, True):
-            found = LayerEigenCam(net, layer, center=center).attribute(x, target=0)
+            result = LayerEigenCam(net, layer, center=center).attribute(x, target=0)
             for i in range(2):
                 cells = act[i].flatten(1).T
                 cells = cells - cells.mean(0) * center
                 u, s, _ = torch.linalg.svd(cells, full_matrices=False)
-                ours = found[i].flatten()
+                ours = result[i].flatten()
                 assert (ours @ act[i].flatten(1).mean(0)).item() >= -1e-12
                 torch.testing.assert_close(ours.abs(), (s[0] * u[:, 0]).abs(), atol=1e-9, rtol=1e-7)
 
@@ -259,13 +259,13 @@ def test_cam_by_hand_with_linear_and_convolutional_heads() -> None:
         nn.Sequential(conv, conv_head, gap, nn.Flatten()),
     ):
         for target in ([3, 0], torch.tensor([3, 0]), [(3,), (0,)]):
-            found = LayerClassActivationMap(net, "0").attribute(x, target)
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+            result = LayerClassActivationMap(net, "0").attribute(x, target)
+            torch.testing.assert_close(result, expected, rtol=1e-12, atol=0)
     alone = LayerClassActivationMap(net, "0").attribute(x, 3)[:1]
     torch.testing.assert_close(alone, expected[:1])
 
 
-def test_cam_refuses_networks_without_it_unless_told_the_head() -> None:
+def test_cam_needs_a_linear_head_behind_the_layer() -> None:
     net, x = small_net(), torch.randn(2, 3, 8, 8)
     with pytest.raises(ValueError, match="something else lies between"):
         LayerClassActivationMap(net, "conv2").attribute(x, 1)  # a ReLU is between
@@ -304,7 +304,7 @@ def test_gap_and_linear_identities() -> None:
     close(get(LayerGradCamPlusPlus), (plus[:, :, None, None] * act).sum(1, keepdim=True))
 
 
-def test_cross_checks_with_captum() -> None:
+def test_maps_agree_with_captums() -> None:
     net, x = small_net(dtype=D), torch.randn(2, 3, 8, 8, dtype=D)
 
     for options in ({}, {"relu_attributions": True}, {"attr_dim_summation": False}):
@@ -330,7 +330,7 @@ def test_xgrad_conserves_and_equals_the_score_of_a_homogeneous_head() -> None:
     torch.testing.assert_close(hires.sum((1, 2, 3)), net(x)[:, 1].detach())
 
 
-def test_signs_of_the_gradient() -> None:
+def test_methods_differ_in_the_signs_of_the_gradient() -> None:
     a = torch.rand(2, 3, 4, 4, dtype=D)
     for sign in (1, -1):
         net = FunctionsAroundLayer(lambda y, s=sign: s * (y**2).sum((2, 3)))
@@ -345,7 +345,7 @@ def test_signs_of_the_gradient() -> None:
             assert all(m.abs().max() == 0 for m in (sharpen, layer_cam, plus))
 
 
-def test_single_cells() -> None:
+def test_maps_of_single_cells() -> None:
     net, x = small_net(dtype=D), torch.randn(2, 3, 8, 8, dtype=D)
     get = lambda m: m(net, "pool").attribute(x, target=1)  # noqa: E731
     torch.testing.assert_close(get(LayerXGradCam), get(LayerHiResCam))
@@ -356,8 +356,8 @@ def test_single_cells() -> None:
 def test_score_cam_of_a_constant_model_weighs_all_channels_alike() -> None:
     net = FunctionsAroundLayer(lambda a: 0 * a.sum((2, 3)) + 0.3)
     a = torch.randn(1, 5, 6, 6, dtype=D)
-    found = LayerScoreCam(net, "layer").attribute(a, target=0)
-    torch.testing.assert_close(found, a.mean(1, keepdim=True))
+    result = LayerScoreCam(net, "layer").attribute(a, target=0)
+    torch.testing.assert_close(result, a.mean(1, keepdim=True))
 
 
 def test_scaled_logits_and_probabilities() -> None:
@@ -377,13 +377,12 @@ def test_noise_tunnel_without_noise_changes_nothing(name: str) -> None:
     net, x = small_net(dtype=D), torch.randn(2, 3, 8, 8, dtype=D)
     plain = GRADIENT[name](net, "relu2").attribute(x, target=[1, 2])
     tunnel = NoiseTunnel(GRADIENT[name](net, "relu2"))
-    found = tunnel.attribute(x, stdevs=0.0, nt_samples=3, target=[1, 2])
+    result = tunnel.attribute(x, stdevs=0.0, nt_samples=3, target=[1, 2])
     if name == "Smooth Grad-CAM++":  # its own noise is drawn once, and shared
-        assert found.shape == plain.shape
-    torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-13)
+        assert result.shape == plain.shape
+    torch.testing.assert_close(result, plain, rtol=1e-10, atol=1e-13)
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     dims=st.integers(1, 3),
     channels=st.integers(1, 5),

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import captum_ext.attr
 from captum_ext.attr import FCAM, FIDO, RISE, AugmentedSR, SESSWrapper, UpsampleWrapper
 from captum_ext.fcam import FCAMDecoder
-from tests.methods import EVERY
+from tests.methods import METHODS
 from tests.networks import named_net
 from tests.sampling import cover_pairs
 
@@ -96,7 +96,7 @@ LAYER = {"LayerGradCam": Base(lambda net: LayerGradCam(net, net.relu2))} | {
         ),
         is_random=name.startswith("Smooth"),
     )
-    for name, method in EVERY.items()
+    for name, method in METHODS.items()
 }
 BASES = INPUT | LAYER
 

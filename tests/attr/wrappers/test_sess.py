@@ -24,6 +24,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from captum_ext._errors import ArgumentError
 from captum_ext.attr import LayerCam, SESSWrapper, UpsampleWrapper
 from captum_ext.attr.wrappers._windows import scaled_size, slide_windows
 from captum_ext.imaging import blur, min_max
@@ -824,8 +825,9 @@ def test_too_many_windows_raise_before_the_model_runs() -> None:
     ],
 )
 def test_wrong_options_raise(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message) as caught:
         SESSWrapper(Saliency(NET), **options)
+    assert caught.value.argument == message.split("`")[1]
     with pytest.raises(TypeError, match="`attribution_method`"):
         SESSWrapper(Saliency)  # type: ignore[arg-type]
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from captum_ext.attr import LayerCam, LayerGradCamPlusPlus, UpsampleWrapper, tokens_to_grid
 from captum_ext.imaging import min_max
-from tests.methods import EVERY
+from tests.methods import METHODS
 from tests.networks import VIT_LAYER, TwoPictureNet, small_net, small_vit
 
 
@@ -109,11 +109,11 @@ def test_tuples_of_inputs_give_tuples() -> None:
     assert alone.shape == x.shape
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", METHODS)
 def test_captums_metrics_noise_tunnel_and_visualiser_work(name: str) -> None:
     net, x = small_net(), torch.randn(2, 3, 9, 9)
     options = {"head": "fc"} if name == "CAM" else {}
-    cam = UpsampleWrapper(EVERY[name](net, "relu2", **options))
+    cam = UpsampleWrapper(METHODS[name](net, "relu2", **options))
     maps = cam.attribute(x, target=[1, 2])
     assert isinstance(cam, Attribution)
 

@@ -1,10 +1,10 @@
-"""Base of our attributions that are not layer methods."""
+"""The part that our attributions other than layer methods have in common."""
 
 from captum_ext.attr._method_info import MethodInfo
 
 
-class Named(MethodInfo):
-    """Has the name of its class, and no futures, like most of Captum's own methods."""
+class AttributionMixin(MethodInfo):
+    """Names a method by its class, and refuses futures, like most of Captum's own methods."""
 
     @classmethod
     def get_name(cls) -> str:
