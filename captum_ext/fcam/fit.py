@@ -165,18 +165,22 @@ def fit_fcam(
             boxed, batch_size, collate_fn=collate_boxed, num_workers=num_workers
         )
         run.fit(module, pictures, validation_loader)
-    if module.seed_loss > COLLAPSED_LOSS:
-        warn(
-            f"The decoder has learned nothing, or has collapsed: in the last epoch its loss at the "
-            f"seeds was {module.seed_loss:.2f} (a constant map has ln 2). More epochs, a longer "
-            f"`warmup`, a lower `crf_weight` or another `seed` may help."
-        )
+    _warn_if_collapsed(module.seed_loss)
     return FCAM(classifier, decoder.to(device).eval())
 
 
 def crf_side(size: tuple[int, int]) -> int:
     """The default `side` of the CRF loss for crops of this size: a quarter, but at least 16."""
     return max(max(size) // 4, 16)
+
+
+def _warn_if_collapsed(seed_loss: float) -> None:
+    if seed_loss > COLLAPSED_LOSS:
+        warn(
+            f"The decoder has learned nothing, or has collapsed: in the last epoch its loss at the "
+            f"seeds was {seed_loss:.2f} (a constant map has ln 2). More epochs, a longer `warmup`, "
+            f"a lower `crf_weight` or another `seed` may help."
+        )
 
 
 def _count_classes(output: Any) -> int:
