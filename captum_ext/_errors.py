@@ -27,6 +27,14 @@ class ArgumentTypeError(TypeError):
         self.argument, self.code = argument or _first_name(message), code
 
 
+class FolderInUseError(RuntimeError):
+    """Another process or thread uses the folder of an argument; see `ArgumentError`."""
+
+    def __init__(self, message: str, argument: str = "", code: str = "in_use") -> None:
+        super().__init__(message)
+        self.argument, self.code = argument or _first_name(message), code
+
+
 class AllFailedError(RuntimeError):
     """Each part of a run failed; the message has the first reason."""
 

@@ -15,6 +15,7 @@ from PIL import Image
 from captum_ext import cli, evaluation, zoo
 from captum_ext.cli.pictures import Folder
 from captum_ext.evaluation import summary
+from captum_ext.evaluation.store import ResultStore, ResultWriter
 
 torch.set_num_threads(1)
 
@@ -129,6 +130,16 @@ def test_errors_that_the_user_can_correct_are_one_line(more, message, command, c
     assert err.startswith("captum-ext: error: ")
     assert message in err
     assert not Path("evaluation").exists()
+
+
+def test_a_folder_that_another_run_writes_to_is_an_error_of_one_line(command, capsys):
+    metrics = ("--metrics", "average_drop")
+    assert run(*command, *metrics) == 0
+    capsys.readouterr()
+    with ResultWriter(ResultStore.read("evaluation"), 0):
+        assert run(*command, *metrics) == 2
+    message = "captum-ext: error: --output: another process or thread is writing to evaluation.\n"
+    assert capsys.readouterr().err == message
 
 
 def test_nothing_but_corrupt_pictures_is_an_error(command, capsys):

@@ -36,7 +36,7 @@ from captum_ext.attr import (
 from captum_ext.evaluation import evaluate
 from captum_ext.evaluation.methods import ConfiguredMethod, method_fingerprint
 from captum_ext.infill import gaussian
-from tests.evaluation.subjects import Boxes, Of
+from tests.evaluation.subjects import Boxes, FixedMap
 from tests.networks import tiny_net
 
 
@@ -176,9 +176,13 @@ def test_a_function_without_a_version_is_an_error_with_the_line_to_write(functio
         ({"metrics": {"infidelity": {"perturb_func": function}}}, "`metrics`: infidelity is "),
         ({"target": function}, "`target` is "),
         ({"methods": {"a": Saliency(function)}}, "`methods`: a: the model is "),
-        ({"methods": {"a": (Of(tiny_net()), {"gain": function})}}, "`methods`: a: gain is "),
+        ({"methods": {"a": (FixedMap(tiny_net()), {"gain": function})}}, "`methods`: a: gain is "),
     ):
-        given = {"methods": {"a": Of(tiny_net())}, "data": Boxes(), "metrics": "energy"} | options
+        given = {
+            "methods": {"a": FixedMap(tiny_net())},
+            "data": Boxes(),
+            "metrics": "energy",
+        } | options
         with pytest.raises(ValueError, match=f"^{where}") as caught:
             evaluate(**given, output=tmp_path, show_progress=False)
         assert line in str(caught.value)
@@ -202,7 +206,7 @@ def unchanged(x):
 
 HOLDERS = {
     "score": lambda model, f: RISE(model, score=f),
-    "function": lambda model, f: Of(model, f),
+    "function": lambda model, f: FixedMap(model, f),
     "channel_reduction": lambda model, f: SESSWrapper(
         LayerGradCam(model, model[0]), channel_reduction=f, n_scales=2, window=4
     ),
@@ -213,7 +217,7 @@ HOLDERS = {
         LayerGradCam(model, model[0]), reshape_transform=f
     ),
     "of a layer": lambda model, f: LayerCam(model, model[0], reshape_transform=f),
-    "within": lambda model, f: NoiseTunnel(Of(model, f)),
+    "within": lambda model, f: NoiseTunnel(FixedMap(model, f)),
 }
 
 
@@ -224,7 +228,7 @@ def test_the_options_of_a_method_are_part_of_its_fingerprint(name, monkeypatch):
     def fingerprint(f):
         return method_fingerprint(ConfiguredMethod("a", HOLDERS[name](model, f), {}), model_digest)
 
-    monkeypatch.setattr("tests.evaluation.subjects.Known", lambda f: f)
+    monkeypatch.setattr("tests.evaluation.subjects.VersionedFunction", lambda f: f)
     where = where.replace("within", "function")
     for f, line in (
         (lambda x: x, 'def function(...)`, with the line `function.version = "1"`'),
@@ -311,7 +315,7 @@ mean.version = colour.version = "1"
 def test_another_version_is_another_run_and_another_docstring_is_not(tmp_path, monkeypatch):
     def run(metric):
         run = {"output": tmp_path, "show_progress": False, "batch_size": 3}
-        return evaluate({"a": Of(tiny_net())}, Boxes(), {"mine": metric}, **run)
+        return evaluate({"a": FixedMap(tiny_net())}, Boxes(), {"mine": metric}, **run)
 
     first = run(sharpness)
     monkeypatch.setattr(sharpness, "__doc__", "Another text.")

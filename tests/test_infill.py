@@ -80,6 +80,14 @@ def test_local_mean_is_over_kept_pixels() -> None:
     torch.testing.assert_close(fill(x, "local", keep[:, None]), result)
 
 
+def test_local_mean_has_a_single_kept_pixel_but_none_that_is_half_masked() -> None:
+    x, keep = torch.rand(1, 1, 224, 224) + 1, torch.full((1, 1, 224, 224), 0.5)
+    keep[0, 0, 50, 60] = 0.6
+    expected = torch.zeros_like(x)
+    expected[..., 43:58, 53:68] = x[0, 0, 50, 60]
+    torch.testing.assert_close(local_mean(x, keep), expected)
+
+
 def test_noise_stays_in_the_images_range_and_is_shared() -> None:
     x = torch.rand(2, 3, 64, 64) * torch.tensor([1.0, 5.0])[:, None, None, None] - 2
     result = fill(x, "noise")

@@ -18,12 +18,12 @@ from tests.networks import RaisingLayer, quadrants_net
 D = torch.float64
 
 
-def means(x: Tensor) -> Tensor:
+def channel_means(x: Tensor) -> Tensor:
     """A linear model: its logits are the means of the channels."""
     return x.mean((2, 3))
 
 
-def at(*boxes: list[int], size: tuple[int, int] = (12, 10)) -> Tensor:
+def masks_of_boxes(*boxes: list[int], size: tuple[int, int] = (12, 10)) -> Tensor:
     """Masks (N, 1, H, W): 0.9 in the boxes, 0.5 elsewhere."""
     inside = boxes_to_masks([torch.tensor([box]) for box in boxes], size)
     return 0.5 + 0.4 * inside[:, None].to(D)
@@ -33,7 +33,7 @@ def at(*boxes: list[int], size: tuple[int, int] = (12, 10)) -> Tensor:
 
 
 def test_the_box_is_tight_half_open_and_strictly_above_the_threshold() -> None:
-    masks = at([2, 3, 7, 4], [0, 0, 10, 12], [9, 11, 10, 12], [4, 4, 4, 4])
+    masks = masks_of_boxes([2, 3, 7, 4], [0, 0, 10, 12], [9, 11, 10, 12], [4, 4, 4, 4])
     expected = [[2, 3, 7, 4], [0, 0, 10, 12], [9, 11, 10, 12], [0, 0, 0, 0]]
     assert mask_boxes(masks).tolist() == expected
     assert mask_boxes(masks[:, 0]).tolist() == expected
@@ -59,11 +59,11 @@ def test_the_box_is_tight_half_open_and_strictly_above_the_threshold() -> None:
     ],
 )
 def test_a_growing_box_keeps_its_centre(options: dict[str, Any], expected: list[int]) -> None:
-    assert mask_boxes(at([4, 5, 7, 6]), **options).tolist() == [expected]
+    assert mask_boxes(masks_of_boxes([4, 5, 7, 6]), **options).tolist() == [expected]
 
 
 def test_at_a_border_a_box_moves_inside() -> None:
-    corners = at([0, 0, 2, 1], [8, 11, 10, 12])
+    corners = masks_of_boxes([0, 0, 2, 1], [8, 11, 10, 12])
     assert mask_boxes(corners, margin=2).tolist() == [[0, 0, 6, 5], [4, 7, 10, 12]]
     assert mask_boxes(corners, square=True).tolist() == [[0, 0, 2, 2], [8, 10, 10, 12]]
 
@@ -103,7 +103,7 @@ def test_the_blur_comes_before_the_threshold() -> None:
 
 
 def test_wrong_masks_and_options_raise() -> None:
-    masks = at([1, 1, 3, 3])
+    masks = masks_of_boxes([1, 1, 3, 3])
     for shape in ((3, 4), (1, 0, 4), (1, 1, 1, 3, 4)):
         with pytest.raises(ValueError, match=r"`masks` must be \(B, C, H, W\)"):
             mask_boxes(torch.zeros(shape))
@@ -121,7 +121,7 @@ def test_wrong_masks_and_options_raise() -> None:
         with pytest.raises(ValueError, match=f"`{name}` must be"):
             mask_boxes(masks, **{name: wrong})
         with pytest.raises(ValueError, match=f"`{name}` must be"):
-            crop_tta(means, torch.rand(1, 3, 12, 10), masks, **{name: wrong})
+            crop_tta(channel_means, torch.rand(1, 3, 12, 10), masks, **{name: wrong})
 
 
 # --- predictions ---------------------------------------------------------------------------------
@@ -131,23 +131,23 @@ def test_the_mean_equals_one_computed_by_hand() -> None:
     # One bright channel in a twelfth of the image, all of the crop.
     images, masks = torch.zeros(1, 2, 6, 8, dtype=D), torch.zeros(1, 1, 6, 8, dtype=D)
     images[0, 1, 2:4, 3:5], masks[0, 0, 2:4, 3:5] = 12, 1
-    logits = crop_tta(means, images, masks, score="logit")
+    logits = crop_tta(channel_means, images, masks, score="logit")
     assert logits.tolist() == [[0, (1 + 12) / 2]]
-    sigmoids = crop_tta(means, images, masks, score="sigmoid")
+    sigmoids = crop_tta(channel_means, images, masks, score="sigmoid")
     torch.testing.assert_close(
         sigmoids, torch.tensor([[0.0, 1.0], [0.0, 12.0]], dtype=D).sigmoid().mean(0)[None]
     )
-    softmax = crop_tta(means, images, masks)
+    softmax = crop_tta(channel_means, images, masks)
     torch.testing.assert_close(
         softmax, torch.tensor([[0.0, 1.0], [0.0, 12.0]], dtype=D).softmax(1).mean(0)[None]
     )
-    by_callable = crop_tta(means, images, masks, score=lambda output: output[:, 1])
+    by_callable = crop_tta(channel_means, images, masks, score=lambda output: output[:, 1])
     assert by_callable.tolist() == [6.5]
 
 
 def test_an_image_without_a_box_has_its_own_prediction() -> None:
     network, images = quadrants_net(), torch.randn(3, 3, 12, 10, dtype=D)
-    masks = at([1, 2, 5, 6], [0, 0, 0, 0], [3, 3, 9, 11])
+    masks = masks_of_boxes([1, 2, 5, 6], [0, 0, 0, 0], [3, 3, 9, 11])
     alone = network(images).softmax(1)
     result = crop_tta(network, images, masks)
     assert torch.equal(result[1], alone[1])
@@ -163,10 +163,12 @@ def test_the_crop_equals_torchvisions(box: list[int]) -> None:
     x1, y1, x2, y2 = box
     crop = resized_crop(images, y1, x1, y2 - y1, x2 - x1, [12, 10])
     expected = (network(images) + network(crop)) / 2
-    torch.testing.assert_close(crop_tta(network, images, at(box), score="logit"), expected)
+    torch.testing.assert_close(
+        crop_tta(network, images, masks_of_boxes(box), score="logit"), expected
+    )
     # The box of the same mask at half the size: no pixel is lost.
     if all(edge % 2 == 0 for edge in box):
-        half = at([edge // 2 for edge in box], size=(6, 5))
+        half = masks_of_boxes([edge // 2 for edge in box], size=(6, 5))
         torch.testing.assert_close(crop_tta(network, images, half, score="logit"), expected)
 
 
@@ -177,7 +179,7 @@ def test_box_options_and_the_size_reach_the_crop() -> None:
     result = crop_tta(
         network,
         images,
-        at([3, 5, 6, 6]) - 0.2,
+        masks_of_boxes([3, 5, 6, 6]) - 0.2,
         score="logit",
         threshold=0.5,
         margin=1,
@@ -191,7 +193,7 @@ def test_crops_come_from_the_originals() -> None:
     network = quadrants_net()
     originals = [torch.randn(3, 48, 30, dtype=D), torch.randn(3, 25, 7, dtype=D)]
     images = torch.cat([F.interpolate(o[None], (12, 10), mode="bilinear") for o in originals])
-    masks = at([2, 3, 7, 6], [2, 3, 7, 6])
+    masks = masks_of_boxes([2, 3, 7, 6], [2, 3, 7, 6])
     # 3 x 4 times, and 0.7 x 25 / 12 times: 1.4 to 4.9, and 6.25 to 12.5, widened to whole pixels.
     crops = [
         resized_crop(originals[0][None], 12, 6, 12, 15, [12, 10], antialias=True),
@@ -213,20 +215,20 @@ def test_views_map_boxes_to_the_original() -> None:
     crop = resized_crop(original, 10 + 6, 20 + 4, 6, 10, [12, 10], antialias=True)
     expected = (network(images) + network(crop)) / 2
     options: dict[str, Any] = {"originals": original, "score": "logit"}
-    result = crop_tta(network, images, at([2, 3, 7, 6]), views=view, **options)
+    result = crop_tta(network, images, masks_of_boxes([2, 3, 7, 6]), views=view, **options)
     torch.testing.assert_close(result, expected)
     # A view may reach outside the original (padding): that part is dropped, or there is no crop.
     outside = torch.tensor([[-20.0, -24.0, 20.0, 24.0]])
     crop = resized_crop(original, 0, 0, 12, 12, [12, 10], antialias=True)
-    result = crop_tta(network, images, at([2, 3, 8, 9]), views=outside, **options)
+    result = crop_tta(network, images, masks_of_boxes([2, 3, 8, 9]), views=outside, **options)
     torch.testing.assert_close(result, (network(images) + network(crop)) / 2)
-    nothing = crop_tta(network, images, at([0, 0, 5, 12]), views=outside, **options)
+    nothing = crop_tta(network, images, masks_of_boxes([0, 0, 5, 12]), views=outside, **options)
     assert torch.equal(nothing, network(images))
 
 
 def test_a_batch_equals_its_images_and_each_crop_has_the_arguments_of_its_image() -> None:
     images = torch.randn(5, 3, 12, 10, dtype=D)
-    masks = at([0, 0, 3, 2], [0, 0, 0, 0], [4, 4, 9, 9], [9, 11, 10, 12], [2, 0, 3, 12])
+    masks = masks_of_boxes([0, 0, 3, 2], [0, 0, 0, 0], [4, 4, 9, 9], [9, 11, 10, 12], [2, 0, 3, 12])
     scale = torch.rand(5, 1, dtype=D)
     shared = torch.rand(7, dtype=D)
     network, sizes = quadrants_net(), []
@@ -257,7 +259,7 @@ def test_models_with_one_logit_work(flat: bool) -> None:
         logit = x.mean((1, 2, 3))
         return logit if flat else logit[:, None]
 
-    images, masks = torch.randn(2, 3, 12, 10, dtype=D), at([0, 0, 3, 2], [4, 4, 9, 9])
+    images, masks = torch.randn(2, 3, 12, 10, dtype=D), masks_of_boxes([0, 0, 3, 2], [4, 4, 9, 9])
     crops = torch.stack([images[0, :, 0:2, 0:3].mean(), images[1, :, 4:9, 4:9].mean()])
     result = crop_tta(model, images, masks, score="sigmoid", size=(2, 3))
     exact = crop_tta(model, images[:1], masks[:1], score="sigmoid", size=(2, 3))
@@ -272,7 +274,7 @@ def test_models_with_one_logit_work(flat: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_averaged_in_float32(dtype: torch.dtype) -> None:
     network, images = quadrants_net().to(dtype), torch.randn(2, 3, 12, 10).to(dtype)
-    masks = at([0, 0, 7, 8], [4, 4, 9, 9]).to(dtype)
+    masks = masks_of_boxes([0, 0, 7, 8], [4, 4, 9, 9]).to(dtype)
     dtypes = []
 
     def model(x: Tensor) -> Tensor:
@@ -292,7 +294,7 @@ def test_half_precision_is_averaged_in_float32(dtype: torch.dtype) -> None:
 def test_the_model_is_left_unchanged(trace_free: Callable[..., Any]) -> None:
     network = quadrants_net().train()
     images = torch.randn(2, 3, 12, 10, dtype=D, requires_grad=True)
-    masks = at([0, 0, 3, 2], [4, 4, 9, 9])
+    masks = masks_of_boxes([0, 0, 3, 2], [4, 4, 9, 9])
     originals = torch.randn(2, 3, 24, 20, dtype=D)
     with (
         trace_free(network, images, masks, originals),
@@ -310,30 +312,30 @@ def test_the_model_is_left_unchanged(trace_free: Callable[..., Any]) -> None:
 
 
 def test_a_model_that_works_in_place_leaves_the_images() -> None:
-    images, masks = torch.rand(2, 3, 12, 10), at([0, 0, 3, 2], [0, 0, 10, 12])
+    images, masks = torch.rand(2, 3, 12, 10), masks_of_boxes([0, 0, 3, 2], [0, 0, 10, 12])
     before = images.clone()
     changed = crop_tta(lambda x: x.mul_(2).mean((2, 3)), images, masks, score="logit")
     assert torch.equal(images, before)
-    torch.testing.assert_close(changed, crop_tta(means, images, masks, score="logit") * 2)
+    torch.testing.assert_close(changed, crop_tta(channel_means, images, masks, score="logit") * 2)
     with torch.inference_mode():
-        inside = crop_tta(means, images, masks, score="logit")
+        inside = crop_tta(channel_means, images, masks, score="logit")
     torch.testing.assert_close(inside * 2, changed)
 
 
 # --- wrong arguments -----------------------------------------------------------------------------
 
 
-def never(x: Tensor) -> Tensor:
+def uncallable(x: Tensor) -> Tensor:
     raise AssertionError("the model was called")
 
 
 def test_wrong_arguments_raise_before_the_model_runs() -> None:
-    images, masks = torch.rand(2, 3, 12, 10), at([0, 0, 3, 2], [4, 4, 9, 9])
+    images, masks = torch.rand(2, 3, 12, 10), masks_of_boxes([0, 0, 3, 2], [4, 4, 9, 9])
 
     def refused(message: str, error: type[Exception] = ValueError, **changed: Any) -> None:
         arguments: dict[str, Any] = {"images": images, "masks": masks, **changed}
         with pytest.raises(error, match=message):
-            crop_tta(never, **arguments)
+            crop_tta(uncallable, **arguments)
 
     refused("`images` must be tensors of floats", TypeError, images=(images * 255).byte())
     refused("`images` must be tensors of floats", TypeError, images=images.numpy())
@@ -362,31 +364,34 @@ def test_wrong_arguments_raise_before_the_model_runs() -> None:
 
 
 def test_unusable_outputs_raise() -> None:
-    images, masks = torch.rand(2, 3, 12, 10), at([0, 0, 3, 2], [4, 4, 9, 9])
-    for model in (lambda x: x, lambda x: x.mean(), lambda x: means(x)[:1]):
+    images, masks = torch.rand(2, 3, 12, 10), masks_of_boxes([0, 0, 3, 2], [4, 4, 9, 9])
+    for model in (lambda x: x, lambda x: x.mean(), lambda x: channel_means(x)[:1]):
         with pytest.raises(
             ValueError, match=r"`model` must give .* each of 2 (images|examples), got \("
         ):
             crop_tta(model, images, masks)
-    for model in (lambda x: {"logits": means(x)}, lambda x: means(x).argmax(1)):
+    for model in (lambda x: {"logits": channel_means(x)}, lambda x: channel_means(x).argmax(1)):
         with pytest.raises(TypeError, match="`model` must give a tensor of floats, got"):
             crop_tta(model, images, masks)
     for score in (lambda p: p.mean(), lambda p: (p,), lambda p: p[0]):
         with pytest.raises(ValueError, match="`score` must return"):
-            crop_tta(means, images, masks, score=score)
+            crop_tta(channel_means, images, masks, score=score)
     with pytest.raises(ValueError, match="`model` gives predictions that are not finite"):
-        crop_tta(lambda x: means(x) / 0, images, masks)
+        crop_tta(lambda x: channel_means(x) / 0, images, masks)
     for name in ("images", "originals"):
         broken = images.clone()
         broken[1, 0, 0, 0] = torch.nan
         with pytest.raises(ValueError, match=f"`{name}` has values that are not finite"):
-            crop_tta(means, **{"images": images, "masks": masks, name: broken})
+            crop_tta(channel_means, **{"images": images, "masks": masks, name: broken})
 
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_values_of_a_cpu() -> None:
     network, images = quadrants_net(), torch.randn(2, 3, 12, 10, dtype=D)
-    masks, originals = at([0, 0, 3, 2], [4, 4, 9, 9]), torch.randn(2, 3, 48, 40, dtype=D)
+    masks, originals = (
+        masks_of_boxes([0, 0, 3, 2], [4, 4, 9, 9]),
+        torch.randn(2, 3, 48, 40, dtype=D),
+    )
     expected = crop_tta(network, images, masks, originals=originals)
     for source in (originals, originals.cuda()):
         result = crop_tta(network.cuda(), images.cuda(), masks.cuda(), originals=source)

@@ -321,11 +321,10 @@ def print_methods(arguments: argparse.Namespace) -> None:
     print(
         "\ngrad: the method needs gradients. passes: forward passes for one image, with K the\n"
         "number of the layer's channels; *: only the part of the model behind the layer runs K\n"
-        "times.\n"
-        f"{on_request}: they explain the model as a whole, and run only where they are named.\n"
+        f"times. {on_request}: they explain the model as a whole, and run only if they are named.\n"
     )
     print(table(captums))
     print(
-        "\nCaptum's methods run only where they are named. Their features, if they have any, are\n"
-        f"the cells of a grid of {GRID} x {GRID} over the image."
+        "\nCaptum's methods run only if they are named. Those that remove features of the image\n"
+        f"remove the cells of a grid of {GRID} x {GRID}."
     )

@@ -76,12 +76,12 @@ class Columns(ABC):
     names: tuple[str, ...]
 
     def is_defined_for(self, example: Example) -> bool:
-        """Whether the example has the ground truth that the columns need."""
+        """True if the example has the ground truth that the columns need."""
         return True
 
     @abstractmethod
     def cells(self, batch: ExplainedBatch) -> Sequence[tuple[str, ...]]:
-        """For each image, a cell of each column."""
+        """A tuple with one cell of each column, for each image."""
 
 
 class NumberColumn(Columns):

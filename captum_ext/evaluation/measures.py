@@ -335,8 +335,7 @@ def make_measures(metrics: Any, examples: Sequence[Example]) -> list[Measure]:
         raise ArgumentError(
             f"`metrics`: the first {len(examples)} examples of `data` that can be read have "
             f"neither boxes nor masks, so that no localisation can be measured: name others, of "
-            f"{list(MEASURES)}.",
-            "metrics",
+            f"{list(MEASURES)}."
         )
     return list(measures.values())
 
@@ -356,8 +355,7 @@ def _named_measures(name: Any, value: Any, examples: Sequence[Example]) -> list[
     raise ArgumentError(
         f"`metrics` must be names of {names}, with options where they are a mapping (of single "
         f"metrics, not of 'localization'), or other names with functions, got {name!r}: {value!r}. "
-        f"Closest: {closest(str(name), names)}",
-        "metrics",
+        f"Closest: {closest(str(name), names)}"
     )
 
 

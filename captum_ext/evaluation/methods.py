@@ -54,14 +54,11 @@ def configured_methods(methods: Any) -> list[ConfiguredMethod]:
     if not isinstance(methods, Mapping) or not methods:
         raise ArgumentTypeError(
             f"`methods` must be a mapping from names to attributions, at least one, got "
-            f"{type(methods).__name__}.",
-            "methods",
+            f"{type(methods).__name__}."
         )
     for name in methods:
         if not isinstance(name, str) or not name or name.splitlines() != [name]:
-            raise ArgumentTypeError(
-                f"`methods` must have names of one line, got {name!r}.", "methods"
-            )
+            raise ArgumentTypeError(f"`methods` must have names of one line, got {name!r}.")
     return [_configured_method(name, value) for name, value in methods.items()]
 
 
@@ -70,18 +67,17 @@ def _configured_method(name: str, value: Any) -> ConfiguredMethod:
     if not isinstance(attribution, Attribution) or not isinstance(kwargs, Mapping):
         raise ArgumentTypeError(
             f"`methods`: {name} must be a Captum Attribution, or (Attribution, arguments of "
-            f"`attribute`), got {type(value).__name__}.",
-            "methods",
+            f"`attribute`), got {type(value).__name__}."
         )
     reserved = {"inputs", "target", "return_convergence_delta"} & kwargs.keys()
     if reserved:
-        raise ArgumentError(f"`methods`: {name}: {sorted(reserved)} cannot be given.", "methods")
+        raise ArgumentError(f"`methods`: {name}: {sorted(reserved)} cannot be given.")
     if isinstance(attribution, LayerAttribution):
         attribution = UpsampleWrapper(attribution)
     keywords = keywords_of(attribution)
     if keywords is not None and (unknown := sorted(kwargs.keys() - keywords)):
         raise ArgumentError(
-            f"`methods`: {name} has no arguments {unknown}, but {sorted(keywords)}.", "methods"
+            f"`methods`: {name} has no arguments {unknown}, but {sorted(keywords)}."
         )
     return ConfiguredMethod(name, attribution, kwargs)
 

@@ -344,7 +344,7 @@ class _WeightedSums:
 
 
 def _resample_weights(n: int, resamples: int, seed: int) -> Array:
-    """How often each resample has each image, (R + 1, n); the first row is 1 for each image."""
+    """Counts of each image in each resample, (R + 1, n); the first row is 1 for each image."""
     random = np.random.default_rng(seed)
     weights = np.ones((resamples + 1, n), dtype=np.uint8)  # an image never comes 255 times
     for row in weights[1:]:

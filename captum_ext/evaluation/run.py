@@ -144,7 +144,7 @@ def evaluate(
     check_seed(seed)
     sides = None if size is None else height_width("size", size)
     if Path(output).exists() and not Path(output).is_dir():
-        raise ArgumentError(f"`output` must be a folder, and {str(output)!r} is a file.", "output")
+        raise ArgumentError(f"`output` must be a folder, and {str(output)!r} is a file.")
     batches = ExampleBatches(data, batch_size, sides, normalize)
     samples = _sample_examples(batches)
     measures = make_measures(metrics, samples)
@@ -169,10 +169,8 @@ def evaluate(
     evaluation = Evaluation(
         configured, columns, batches, store, target, seed, num_workers, show_progress
     )
-    if devices == 1 and num_nodes == 1:  # perhaps in one of several processes of the caller
-        with ResultWriter(store, 0) as writer:
-            run_share(evaluation, remaining_methods(evaluation), writer)
-        result = _export(store)
+    if devices == 1 and num_nodes == 1:
+        result = _run_here(evaluation)
     else:
         _fabric(configured, devices, num_nodes, strategy).launch(_run_in_process, evaluation)
         result = _export_in_first_process(store)
@@ -200,7 +198,7 @@ def _distinct_columns(measures: Sequence[Measure]) -> list[Columns]:
     counts = Counter((*COLUMNS, *itertools.chain(*columns)))
     if duplicates := [name for name, count in counts.items() if count > 1]:
         raise ArgumentError(
-            f"`metrics`: rows have columns {duplicates} already: choose other names.", "metrics"
+            f"`metrics`: rows have columns {duplicates} already: choose other names."
         )
     return list(columns.values())
 
@@ -241,6 +239,13 @@ def _warn_of_other_classes(
                 f"{scores.shape[1]}: labels are taken for indices of the model's. ClassFolders "
                 f"takes them in the model's order, and `target` 'predicted' needs none."
             )
+
+
+def _run_here(evaluation: Evaluation) -> Summary:
+    """Run in this process alone, which may be one of several that the caller started."""
+    with ResultWriter(evaluation.store, 0) as writer:
+        run_share(evaluation, remaining_methods(evaluation), writer)
+    return _export(evaluation.store)
 
 
 # --- several processes ---------------------------------------------------------------------------

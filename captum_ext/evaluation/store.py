@@ -30,7 +30,6 @@ import itertools
 import json
 import sqlite3
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property
@@ -38,6 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from captum_ext._checks import warn
+from captum_ext._errors import ArgumentError, FolderInUseError
 from captum_ext._identity import atomic_write, check_same_run, describe_changes, digest
 
 FORMAT = 3  # of the files
@@ -105,7 +105,7 @@ class ResultStore:
             store.folder.mkdir(parents=True, exist_ok=True)
             try:
                 lock = _lock(store.folder, 0)
-            except RuntimeError:  # another process writes the same settings, perhaps
+            except FolderInUseError:  # perhaps another process writes the same settings
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
@@ -124,7 +124,7 @@ class ResultStore:
         """
         if not (self.folder / SETTINGS).is_file():
             if any(_files(self.folder)) or any(self.folder.glob("rows*.csv")):
-                raise ValueError(
+                raise ArgumentError(
                     f"`output` {self.folder} has rows, but no {SETTINGS}: they are not known to be "
                     f"of this run. Name another folder."
                 )
@@ -158,9 +158,10 @@ class ResultStore:
             settings = json.loads(file.read_text())
             stored_format = settings.get("format")
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"`output`: {file} is damaged ({error}).") from error
+            message = f"`output`: {file} is damaged ({error}). Name another folder."
+            raise ArgumentError(message) from error
         if stored_format != FORMAT:
-            raise ValueError(
+            raise ArgumentError(
                 f"`output` {folder} has a run of format {stored_format}, written by another "
                 f"version; this version reads and writes format {FORMAT}. Name another folder."
             )
@@ -192,16 +193,16 @@ class ResultStore:
 
     def seconds_per_image(self) -> dict[str, tuple[float, float]]:
         """The mean seconds of each method: of the attribution, and of the metrics."""
-        sums: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0])
+        sums = dict.fromkeys(self.methods, (0, 0.0, 0.0))
         for result in self._results():
-            total = sums[self._task(result).method]
-            for i, value in enumerate((result.images, result.attribution_s, result.metrics_s)):
-                total[i] += value
-        return {
-            method: (sums[method][1] / sums[method][0], sums[method][2] / sums[method][0])
-            for method in self.methods
-            if method in sums
-        }
+            method = self._task(result).method
+            images, attribution_s, metrics_s = sums[method]
+            sums[method] = (
+                images + result.images,
+                attribution_s + result.attribution_s,
+                metrics_s + result.metrics_s,
+            )
+        return {name: (a_s / n, m_s / n) for name, (n, a_s, m_s) in sums.items() if n}
 
     def export(self) -> None:
         """Write `rows.csv` and `timings.csv`.
@@ -269,7 +270,8 @@ class ResultWriter:
         self.lock = _lock(store.folder, rank)
         try:
             if ResultStore.read(store.folder).settings != store.settings:
-                raise RuntimeError(f"`output`: another run has just begun in {store.folder}.")
+                message = f"`output`: another run has just begun in {store.folder}."
+                raise FolderInUseError(message)
             with _named_errors(self.file):
                 self.connection = sqlite3.connect(self.file, timeout=PATIENCE)
                 self.connection.execute(_TABLE)
@@ -294,7 +296,7 @@ class ResultWriter:
 
         Args:
             task: of the rows.
-            rows: one for each image of the batch; columns that one lacks are empty.
+            rows: one for each image of the batch; missing columns are left empty.
             seconds: of the attribution, and of the metrics.
             device: of the attribution.
         """
@@ -326,12 +328,12 @@ def _files(folder: Path) -> list[Path]:
 def _lines(file: Path) -> Iterator[tuple[Any, ...]]:
     """The lines of a file's table in the order of their numbers.
 
-    Each is read by a query of its own: a long one would keep the writer waiting.
+    Each line is read by its own query, because a long query would block the writer.
     """
-    if not file.stat().st_size:  # as its writer makes it
+    if not file.stat().st_size:  # its writer has just created it
         return
     number = -1
-    # Not read-only: what a killed writer did not finish is rolled back by the next reader.
+    # Not read-only: the first reader after a kill rolls the unfinished transaction back.
     uri = f"{file.absolute().as_uri()}?mode=rw"
     with _named_errors(file):
         connection = sqlite3.connect(uri, timeout=PATIENCE, uri=True)
@@ -365,7 +367,7 @@ def _lock(folder: Path, rank: int) -> sqlite3.Connection:
     return connection
 
 
-# SQLite's codes of errors that are not the file's own.
+# SQLite's codes of errors that do not mean a damaged file.
 _ENVIRONMENT = {
     *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_INTERRUPT),
     *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_READONLY),
@@ -386,11 +388,11 @@ def _named_errors(file: Path) -> Iterator[None]:
     except (sqlite3.DatabaseError, UnicodeError) as error:  # damaged names need not be text
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            message = f"`output`: another process or thread is writing to {file.parent} ({file})."
-            raise RuntimeError(message) from None
+            message = f"`output`: another process or thread is writing to {file.parent}."
+            raise FolderInUseError(message) from None
         if code in _ENVIRONMENT:
             raise OSError(f"{file}: {error}.") from error
-        raise ValueError(
+        raise ArgumentError(
             f"`output`: {file} is damaged ({error}). Delete this file, and `evaluate` computes its "
             f"results again."
         ) from error
@@ -412,7 +414,7 @@ def _one_line(cell: Any) -> str:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One level deep, so that what differs is named by itself."""
+    """Settings without nesting, so that errors name the single entries that differ."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):

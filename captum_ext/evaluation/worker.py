@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
 
 
 def remaining_methods(evaluation: Evaluation) -> dict[int, list[str]]:
-    """For each batch that is not finished, the names of the methods that have yet to explain it."""
+    """The unfinished batches, each with the names of the methods that must still explain it."""
     finished, remaining = evaluation.store.finished_tasks(), {}
     for batch in range(len(evaluation.batches)):
         names = [m.name for m in evaluation.methods if Task(batch, m.name) not in finished]

@@ -151,7 +151,7 @@ def test_the_loss_of_the_first_step() -> None:
 # --- signs ---------------------------------------------------------------------------------------
 
 
-def planted() -> Tensor:
+def images_with_patches() -> Tensor:
     x = 0.1 * torch.rand(2, 3, 32, 32, generator=seeded(1))
     x[0, :, 8:16, 8:16] += 1
     x[1, :, 20:28, 18:26] += 1
@@ -160,7 +160,7 @@ def planted() -> Tensor:
 
 @pytest.mark.parametrize("dropout", ["scd", "cd"])
 def test_both_regions_cover_the_object(dropout: str) -> None:
-    x, net = planted(), PatchMeans()
+    x, net = images_with_patches(), PatchMeans()
     _, masks = fido(
         x, net, target=[0, 1], baselines="zeros", n_steps=60, n_masks=4, dropout=dropout,
         return_masks=True,
@@ -182,7 +182,7 @@ def test_both_regions_cover_the_object(dropout: str) -> None:
 
 
 def test_another_target_moves_the_mask() -> None:
-    x = planted().amax(0, keepdim=True)  # both patches
+    x = images_with_patches().amax(0, keepdim=True)  # both patches
     options: Any = {"baselines": 0, "n_steps": 60, "n_masks": 4}
     maps = [fido(x, PatchMeans(), target=k, **options)[0, 0] for k in (0, 1)]
     for k, (rows, columns) in enumerate(PatchMeans.patches):
@@ -203,7 +203,7 @@ def test_maps_fall_below_a_half_where_nothing_matters() -> None:
 
 def test_larger_weights_make_smaller_and_smoother_masks() -> None:
     """The learning rate is small enough for differences, whose slopes are constant, to settle."""
-    x, net = planted()[:1], PatchMeans()
+    x, net = images_with_patches()[:1], PatchMeans()
     common = {"target": 0, "baselines": 0, "n_steps": 100, "n_masks": 4, "lr": 1.0}
 
     def of(**options: Any) -> Tensor:
@@ -434,14 +434,14 @@ def test_additional_arguments_follow_their_image() -> None:
         torch.testing.assert_close(batch[i : i + 1], alone, rtol=1e-9, atol=1e-9)
 
 
-def logits_of(net: Any, x: Tensor) -> Tensor:
+def learned_logits(net: Any, x: Tensor) -> Tensor:
     """Masks from scores alone, because total variation amplifies rounding."""
     options = {"n_steps": 4, "n_masks": 32, "l1": 0.0, "tv": 0.0, "return_masks": True}
     logits: Tensor = fido(x, net, **options)[1].logits
     return logits
 
 
-def apart(result: Tensor, expected: Tensor) -> float:
+def relative_error(result: Tensor, expected: Tensor) -> float:
     return ((result - expected).norm() / expected.norm()).item()
 
 
@@ -454,15 +454,15 @@ def test_results_have_the_inputs_dtype(dtype: torch.dtype) -> None:
     assert {masks.ssr.dtype, masks.logits.dtype, masks.losses.dtype} == {inner}
     if dtype != torch.float64:
         rounded = x.to(dtype)
-        half = logits_of(small_net(dtype=dtype), rounded)
-        assert apart(half, logits_of(small_net(), rounded.float())) < 0.05
+        half = learned_logits(small_net(dtype=dtype), rounded)
+        assert relative_error(half, learned_logits(small_net(), rounded.float())) < 0.05
 
 
 def test_large_gradients_do_not_overflow_in_fp16() -> None:
     """Gradients are scaled by 1024 to keep small ones; these are infinite with the scale."""
     x = images(1).half()
-    result = logits_of(lambda x: 1000 * x.mean((2, 3)), x)
-    assert apart(result, logits_of(lambda x: 1000 * x.mean((2, 3)), x.float())) < 0.05
+    result = learned_logits(lambda x: 1000 * x.mean((2, 3)), x)
+    assert relative_error(result, learned_logits(lambda x: 1000 * x.mean((2, 3)), x.float())) < 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -471,11 +471,11 @@ def test_autocast_affects_the_model_alone(dtype: torch.dtype) -> None:
     seen: list[torch.dtype] = []
     hook = net.fc.register_forward_hook(lambda m, args, output: seen.append(output.dtype))
     with torch.autocast("cpu", dtype):
-        result = logits_of(net, x)
+        result = learned_logits(net, x)
     hook.remove()
     assert set(seen) == {dtype}
     assert result.dtype == torch.float32
-    assert apart(result, logits_of(net, x)) < 0.05
+    assert relative_error(result, learned_logits(net, x)) < 0.05
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -512,7 +512,9 @@ def test_tensors_of_inference_mode_work(baselines: str) -> None:
     assert torch.equal(run(*made), expected)
 
 
-class Unhappy(SmallNet):
+class InterruptedNet(SmallNet):
+    """A network that raises `error`, if any, after three calls."""
+
     error: BaseException | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -528,7 +530,7 @@ def test_the_model_is_left_unchanged(
     error: BaseException | None, train: bool, trace_free: TraceFree
 ) -> None:
     torch.manual_seed(0)
-    net = Unhappy().train(train)
+    net = InterruptedNet().train(train)
     net.conv1.eval()
     net.error = error
     for p in list(net.parameters())[::2]:
@@ -728,7 +730,7 @@ def test_progress_is_shown_and_changes_nothing(capsys: pytest.CaptureFixture[str
 # --- errors --------------------------------------------------------------------------------------
 
 
-class Later:
+class NanFromSecondCall:
     """A network with NaN outputs from the second call on."""
 
     calls = 0
@@ -738,7 +740,7 @@ class Later:
         return x.mean((2, 3)) * (1.0 if self.calls == 1 else float("nan"))
 
 
-def never(x: Tensor) -> Tensor:
+def uncallable(x: Tensor) -> Tensor:
     raise AssertionError("the model was called")
 
 
@@ -757,7 +759,7 @@ def never(x: Tensor) -> Tensor:
 )
 def test_wrong_inputs_raise(inputs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"`inputs`.*{message}"):
-        FIDO(never).attribute(inputs, target=0)
+        FIDO(uncallable).attribute(inputs, target=0)
 
 
 @pytest.mark.parametrize(
@@ -790,16 +792,16 @@ def test_wrong_inputs_raise(inputs: Any, message: str) -> None:
 )
 def test_wrong_options_raise(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"`{name}`"):
-        FIDO(never).attribute(images(), target=0, **{name: value})
+        FIDO(uncallable).attribute(images(), target=0, **{name: value})
 
 
 def test_wrong_generator_outputs_and_callback_raise() -> None:
     with pytest.raises(TypeError, match="`generator`"):
-        FIDO(never).attribute(images(), target=0, generator=3)
+        FIDO(uncallable).attribute(images(), target=0, generator=3)
     with pytest.raises(ValueError, match="`outputs`"):
-        FIDO(never, outputs="softmax")
+        FIDO(uncallable, outputs="softmax")
     with pytest.raises(TypeError, match="`callback`"):
-        FIDO(never).attribute(images(), target=0, callback=3)
+        FIDO(uncallable).attribute(images(), target=0, callback=3)
 
 
 @pytest.mark.parametrize(
@@ -815,7 +817,7 @@ def test_wrong_generator_outputs_and_callback_raise() -> None:
         (lambda x: (x.mean((2, 3)) * 0).sqrt(), ValueError, "not finite"),
         (lambda x: x.mean((2, 3)) + torch.tensor([0, -torch.inf, 0]), ValueError, "not finite"),
         (lambda x: small_net()(x.detach()), ValueError, "no gradient"),
-        (Later(), ValueError, "not finite"),
+        (NanFromSecondCall(), ValueError, "not finite"),
     ],
 )
 def test_models_without_scores_raise(forward: Any, error: type[Exception], message: str) -> None:

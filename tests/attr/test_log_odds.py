@@ -10,14 +10,14 @@ from torch import Tensor
 from captum_ext.attr._log_odds import log_odds
 
 
-def direct(logits: Tensor, target: int) -> Tensor:
+def naive_log_odds(logits: Tensor, target: int) -> Tensor:
     p = logits.double().softmax(1)[:, target]
     return torch.log(p / (1 - p))
 
 
 def test_values_equal_the_definition() -> None:
     logits = torch.randn(5, 7, dtype=torch.float64)
-    torch.testing.assert_close(log_odds(logits, 3), direct(logits, 3))
+    torch.testing.assert_close(log_odds(logits, 3), naive_log_odds(logits, 3))
     torch.testing.assert_close(log_odds(logits[:, :2], 1), logits[:, 1] - logits[:, 0])
 
 
@@ -60,16 +60,18 @@ def test_shifted_logits_and_probabilities_give_the_same() -> None:
 )
 def test_target_forms_are_equivalent(target: Any) -> None:
     logits = torch.randn(3, 4)
-    torch.testing.assert_close(log_odds(logits, target), direct(logits, 2).float())
+    torch.testing.assert_close(log_odds(logits, target), naive_log_odds(logits, 2).float())
 
 
 def test_dense_outputs_take_targets_with_positions() -> None:
     """Classes are in dimension 1; the rest of a target is the position."""
     logits = torch.randn(2, 4, 3, 5, dtype=torch.float64)
     at = [(3, 0, 4), (1, 2, 2)]
-    expected = torch.cat([direct(logits[i : i + 1, :, y, x], c) for i, (c, y, x) in enumerate(at)])
+    expected = torch.cat(
+        [naive_log_odds(logits[i : i + 1, :, y, x], c) for i, (c, y, x) in enumerate(at)]
+    )
     torch.testing.assert_close(log_odds(logits, at), expected)
-    same = torch.cat([direct(logits[i : i + 1, :, 1, 2], 3) for i in range(2)])
+    same = torch.cat([naive_log_odds(logits[i : i + 1, :, 1, 2], 3) for i in range(2)])
     torch.testing.assert_close(log_odds(logits, (3, 1, 2)), same)
 
 

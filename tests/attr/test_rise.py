@@ -476,16 +476,18 @@ def test_half_precision_sums_in_float32(dtype: torch.dtype) -> None:
     same = torch.ones(1, 2)
     with torch.autocast("cpu", dtype):  # the sums stay in float32
         estimated = estimate(x[:1].float(), lambda x: same.expand(len(x), 2), [1], n_masks=999)
-    mean = torch.cat(masks_list(x[:1].float(), 999)).mean(0)
+    mean = torch.cat(mask_blocks(x[:1].float(), 999)).mean(0)
     torch.testing.assert_close(estimated.maps[0, 0, 0], 0.5 * mean / 0.5, rtol=1e-5, atol=0)
 
 
-def masks_list(x: Tensor, n: int) -> list[Tensor]:
+def mask_blocks(x: Tensor, n: int) -> list[Tensor]:
     source = GridMasks(x, 3, 0.5, seeded())
     return [source(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
 
 
-class Unhappy(SmallNet):
+class InterruptedInPlaceNet(SmallNet):
+    """A network that writes to its input, and raises `error`, if any, after two calls."""
+
     error: BaseException | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -499,7 +501,7 @@ class Unhappy(SmallNet):
 def test_the_model_is_left_unchanged(error: BaseException | None, trace_free: TraceFree) -> None:
     """The model is in train mode and works in place; some runs are stopped halfway."""
     torch.manual_seed(0)
-    net = Unhappy().train()
+    net = InterruptedInPlaceNet().train()
     net.conv1.eval()
     net.error = error
     net.fc.bias.requires_grad_(False)

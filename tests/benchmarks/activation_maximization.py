@@ -3,11 +3,11 @@
     python -m tests.benchmarks.activation_maximization [--size N] [--steps N] [--threads N]
                                                        [--pictures FOLDER] [--quick]
 
-A table in Markdown, and with `--pictures` a strip of pictures for each of its rows. All rows have
-the same classes, steps and random numbers; each changes the option in its name.
-Columns are means over the classes, by the network that the images were made with: the logit; the
-logit of the images shifted by a few pixels; and, blurred by two pixels, which fine patterns do not
-outlast, the logit and the probability of the class. Times are of the processor, for all classes.
+It prints a table in Markdown, and with `--pictures` writes a strip of pictures for each row. All
+rows have the same classes, steps and random numbers, and differ from the defaults as their name
+says. Columns are means over the classes, for the resulting images and the network of the ascent:
+the logit; the logit after a shift by a few pixels; and the logit and the probability of the class
+after a blur of two pixels, which removes fine patterns. Times are of the processor, in total.
 """
 
 import argparse
@@ -34,7 +34,7 @@ CLASSES = {
     "pizza": 963,
 }
 ROWS: dict[str, dict[str, Any]] = {
-    "as it comes": {},
+    "defaults": {},
     "pixels": {"parametrization": "pixel"},
     "no blur": {"blur_every": 0},
     "pixels, no blur": {"parametrization": "pixel", "blur_every": 0},
@@ -54,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     demo = load_model()
     net, targets = demo.module.requires_grad_(False), list(CLASSES.values())
-    per_class = (range(len(targets)), targets)
+    own_class = (range(len(targets)), targets)
     normalize = (demo.preprocess.mean, demo.preprocess.std)
     print("| | logit | shifted | blurred | probability, blurred | lowest probability | seconds |")
     print("|---|---|---|---|---|---|---|")
@@ -69,14 +69,14 @@ def main() -> None:
         )
         seconds = time.process_time() - start
         x = result.images
-        shifted = torch.stack([net(torch.roll(x, shift, (2, 3)))[per_class] for shift in SHIFTS])
+        shifted = torch.stack([net(torch.roll(x, shift, (2, 3)))[own_class] for shift in SHIFTS])
         blurred = net(blur(x, 13, 2.0))
         numbers = (
             result.scores.mean(),
             shifted.mean(),
-            blurred[per_class].mean(),
-            blurred.softmax(1)[per_class].mean(),
-            net(x).softmax(1)[per_class].min(),
+            blurred[own_class].mean(),
+            blurred.softmax(1)[own_class].mean(),
+            net(x).softmax(1)[own_class].min(),
         )
         cells = " | ".join(f"{float(value):.2f}" for value in numbers)
         print(f"| {name} | {cells} | {seconds:.0f} |", flush=True)

@@ -1,16 +1,15 @@
-"""What `evaluate` costs: is it flat in the number of images, and what would ImageNet cost?
+"""Costs of `evaluate`: are they flat in the number of images, and what would ImageNet cost?
 
-The command is in `metrics.py`. "flat", on the CPU: 100, 1,000 and 10,000 scenes of 32 x 32, each in
-a process of its own; Grad-CAM of a small network with localisation and an insertion of 5 points, so
-that what is `evaluate`'s own weighs much. Seconds and the peak of resident memory, beyond what was
-there before (after a run of 16 scenes): of the rows, and of `summary`, which is called apart, also
-for four times the rows. Then what it takes to see what is done, as a resumed run does, and to write
-rows that are there.
+`metrics.py` has the command. "flat", on the CPU: 100, 1,000 and 10,000 scenes of 32 x 32, each in a
+process of its own. Grad-CAM of a small network is measured by localisation and an insertion of 5
+points, so that `evaluate` itself takes a large part. Printed are seconds, and the peak of resident
+memory beyond that after a run of 16 scenes: of the rows, and of `summary`, also for four times the
+rows. Then the seconds in which a resumed run sees that rows are done, and in which rows are stored.
 
 "evaluate": seconds of the maps of the 12 layer CAMs, upsampled, and of each metric, for one image
 of 224 x 224 and a ResNet-50 with random weights; and from these, with pen and paper, hours and
-bytes for 1.28 million images and 12 methods. The slow ones are measured on fewer images, and once
-if a call takes long.
+bytes for 1.28 million images and 12 methods. Slow methods are measured on fewer images, and only
+once if a call takes long.
 """
 
 import multiprocessing
@@ -103,13 +102,13 @@ def reading(folder: Path, threads: int) -> Cost:
 
 
 def resuming(folder: Path) -> Cost:
-    """What is done, and where to go on."""
+    """Find the finished tasks, and open the file for further ones."""
     store = ResultStore.read(folder)
     return of_call(lambda: (store.finished_tasks(), ResultWriter(store, 0).close()))
 
 
 def writing(folder: Path, times: int) -> Cost:
-    """The rows of a run so many times, as those of further images, into another."""
+    """Store the rows of a run `times` times in another run, as rows of further images."""
     store = ResultStore.read(folder / "run")
     rows = list(store.rows())
     settings = store.settings | {"examples": times * len(rows)}
@@ -117,8 +116,8 @@ def writing(folder: Path, times: int) -> Cost:
 
     def write() -> None:
         for start in range(0, times * len(rows), BATCH):
-            places = range(start, min(start + BATCH, times * len(rows)))
-            batch = [rows[place % len(rows)] | {"index": str(place)} for place in places]
+            indices = range(start, min(start + BATCH, times * len(rows)))
+            batch = [rows[i % len(rows)] | {"index": str(i)} for i in indices]
             writer.write(Task(start // BATCH, "Grad-CAM"), batch, (0.0, 0.0), "cpu")
 
     try:
@@ -128,13 +127,13 @@ def writing(folder: Path, times: int) -> Cost:
 
 
 def alone(call: Callable[..., Cost], *arguments: Any) -> Cost:
-    """In a process of its own."""
+    """Call a function in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(call, *arguments).result()
 
 
 def flat_tables() -> dict[str, Any]:
-    threads, found = torch.get_num_threads(), []
+    threads, results = torch.get_num_threads(), []
     print(
         "| images | ms of an image's row | of the CPU | peak MiB | ms of its summary | peak MiB | "
         f"with {TIMES} times the rows | peak MiB | us to see that it is done | us to write it | "
@@ -152,7 +151,7 @@ def flat_tables() -> dict[str, Any]:
             }
             files = [folder / "run" / name for name in ("results.0.sqlite", "rows.csv")]
             size = sum(file.stat().st_size for file in files) / n
-        found.append({"images": n, "bytes": size, **row})
+        results.append({"images": n, "bytes": size, **row})
         rows, more = row["rows"], row["more"]
         print(
             f"| {n:,} | {1e3 * rows.seconds / n:.2f} | {1e3 * rows.cpu / n:.2f} | {rows.peak:.0f} "
@@ -162,10 +161,9 @@ def flat_tables() -> dict[str, Any]:
             f"| {1e6 * row['write'].seconds / n / TIMES:.0f} | {size:.0f} |",
             flush=True,
         )
-    first, last = found[0], found[-1]
+    first, last = results[0], results[-1]
     clocks = [
-        last["rows"][place] / last["images"] / (first["rows"][place] / first["images"])
-        for place in (0, 1)
+        last["rows"][i] / last["images"] / (first["rows"][i] / first["images"]) for i in (0, 1)
     ]
     further = (TIMES - 1) * last["images"]
     seconds = (last["more"].seconds - last["summary"].seconds) / further
@@ -179,7 +177,7 @@ def flat_tables() -> dict[str, Any]:
         f"and {memory * IMAGENET_SIZE / 1024:.1f} GiB.\n",
         flush=True,
     )
-    return {"rows": found}
+    return {"rows": results}
 
 
 # --- what would ImageNet cost? -------------------------------------------------------------------
@@ -214,11 +212,11 @@ def few(method: Method, device: torch.device) -> int:
 
 @contextmanager
 def counted(model: nn.Module) -> Iterator[list[int]]:
-    """How many pictures each pass of the model had."""
-    found: list[int] = []
-    hook = model.register_forward_pre_hook(lambda _, inputs: found.append(len(inputs[0])))
+    """A list that gets the number of pictures of each pass of the model."""
+    counts: list[int] = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
     try:
-        yield found
+        yield counts
     finally:
         hook.remove()
 
@@ -265,8 +263,8 @@ def evaluate_tables(device: torch.device, repeats: int) -> dict[str, Any]:
     maps = resize(cells, (SIDE, SIDE))[:, 0]
     print("\n| | passes | s for a map | in bare forwards | bytes |\n|:--|--:|--:|--:|--:|")
     cam = LayerGradCam(model, model.layer4)  # Captum's metrics would call it; they are not asked
-    found = ExplainedBatch(model, x, maps, labels, known, None, maps[:, None], cam, {})
-    metrics = metric_costs(found, forward, repeats, device)
+    batch = ExplainedBatch(model, x, maps, labels, known, None, maps[:, None], cam, {})
+    metrics = metric_costs(batch, forward, repeats, device)
     for name, cost in metrics.items():
         print(
             f"| {name} | {cost['passes']:g} | {cost['seconds']:.4f} | {cost['forwards']:.2f} "
@@ -278,22 +276,22 @@ def evaluate_tables(device: torch.device, repeats: int) -> dict[str, Any]:
 
 
 def metric_costs(
-    found: ExplainedBatch, forward: Callable[[], Any], repeats: int, device: torch.device
+    batch: ExplainedBatch, forward: Callable[[], Any], repeats: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Seconds, pictures through the model and bytes in a row, for one map, by what is written."""
+    """For each group of columns and one map: seconds, pictures through the model, and bytes."""
     costs = {}
-    known = make_measures([*LOCALIZATION, *PASSES], found.examples)
-    for columns in {c.names: c for measure in known for c in measure.columns}.values():
+    measures = make_measures([*LOCALIZATION, *PASSES], batch.examples)
+    for columns in {c.names: c for measure in measures for c in measure.columns}.values():
         name = columns.names[0]
         many = device.type == "cuda" or name not in PASSES
-        some = found.only(list(range(len(found.examples) if many else FEW)))
-        n = len(some.examples)
-        with counted(found.forward_func) as passes:  # type: ignore[arg-type]
-            cells = columns.cells(some)
-        seconds, ratio = beside(partial(columns.cells, some), forward, repeats, device)
+        part = batch.only(list(range(len(batch.examples) if many else FEW)))
+        n = len(part.examples)
+        with counted(batch.forward_func) as passes:  # type: ignore[arg-type]
+            cells = columns.cells(part)
+        seconds, ratio = beside(partial(columns.cells, part), forward, repeats, device)
         costs[name] = {
             "seconds": seconds / n,
-            "forwards": ratio * len(found.images) / n,
+            "forwards": ratio * len(batch.images) / n,
             "passes": sum(passes) / n,
             "bytes": sum(len(cell) + 1 for row in cells for cell in row) / n,
         }
@@ -323,12 +321,12 @@ def pen_and_paper(
             passes = sum(c["forwards"] for c in kept) + len(kept) * sum(c["passes"] for c in costs)
             # The CPU's work: localisation has no passes, and ROAD solves linear systems.
             work = [metrics[column] for column in columns if column in (*named, "road")]
-            own = len(kept) * bare * sum(max(c["forwards"] - c["passes"], 0) for c in work)
+            cpu_s = len(kept) * bare * sum(max(c["forwards"] - c["passes"], 0) for c in work)
             size = IMAGENET_SIZE * len(kept) * sum(c["bytes"] for c in costs) / 1e9
             label = f"| {name}{', without Score-CAM' * bool(without)} |"
             measured.append(f"{label} {seconds:.2f} | {hours_of(seconds, 0)} | {size:.0f} |")
-            told = hours_of(passes / ASSUMED + own, 1)
-            assumed.append(f"{label} {passes:,.0f} | {own:.2f} | {told} |")
+            hours = hours_of(passes / ASSUMED + cpu_s, 1)
+            assumed.append(f"{label} {passes:,.0f} | {cpu_s:.2f} | {hours} |")
     print(
         f"{IMAGENET_SIZE:,} images x {len(methods)} methods, hours on N such machines\n\n"
         f"| | s for an image | {head} | GB of rows |\n|:--|--:|{rule}--:|"
@@ -343,6 +341,6 @@ def pen_and_paper(
 
 
 def hours_of(seconds: float, digits: int) -> str:
-    """For all images, on each number of workers."""
+    """The hours for all images with each number of workers."""
     hours = (IMAGENET_SIZE * seconds / 3600 / n for n in WORKERS)
     return " | ".join(f"{each:,.{digits}f}" for each in hours)

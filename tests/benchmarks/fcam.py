@@ -241,7 +241,7 @@ def measured(
 
 
 def summarise(rows: list[Row]) -> dict[str, Row]:
-    """The values of each figure for all seeds, by name."""
+    """For each name, the values of each figure for all seeds."""
     summary: dict[str, Row] = {}
     for name in parts():
         of_name = sorted((r for r in rows if r["name"] == name), key=lambda r: r["seed"])
@@ -287,12 +287,12 @@ def markdown(summary: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def levels(figures: Row) -> str:
-    return " / ".join(f"{value:.0f}" for value in np.mean(figures["at"], 0))
+def levels(row: Row) -> str:
+    return " / ".join(f"{value:.0f}" for value in np.mean(row["at"], 0))
 
 
 def wishes(summary: dict[str, Row]) -> str:
-    """F-CAM's gain over each guide, beside the gain that was wished."""
+    """The gains of F-CAM over each guide, with their target values."""
     lines = ["Wished of at least four guides: 15 points of V2, 8 of PxAP, twice the thresholds."]
     for name in GUIDES:
         guide, fcam = summary[name]["guide"], summary[name]["fcam"]
@@ -341,14 +341,14 @@ def figure_of_histograms(summary: dict[str, Row]) -> "Figure":
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(12, 6), layout="constrained")
-    centres = (np.arange(20) + 0.5) / 20
+    positions = (np.arange(20) + 0.5) / 20
     for axis, name in zip(
         drawing.subplots(2, 3, sharex=True, sharey=True).flat, GUIDES, strict=True
     ):
         for which, color in (("guide", "tab:grey"), ("fcam", "tab:blue")):
             shares = 100 * np.mean(summary[name][which]["histogram"], 0)
             label = name if which == "guide" else "F-CAM"
-            axis.bar(centres, shares, 0.05, color=color, alpha=0.5, label=label)
+            axis.bar(positions, shares, 0.05, color=color, alpha=0.5, label=label)
         axis.legend(fontsize="small")
         axis.set_yscale("log")
     drawing.supxlabel("activation")

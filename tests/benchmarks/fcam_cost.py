@@ -1,9 +1,9 @@
-"""Costs of F-CAM: its colour losses, a step of its training, and its maps, in one run.
+"""The cost of F-CAM: its colour losses, a step of its training, and its maps, in one run.
 
     python -m tests.benchmarks.fcam_cost [--device cpu|cuda] [--repeats N] [--threads N]
                                          [--json FILE]
 
-Three parts, in Markdown, each followed by what was wished:
+It prints three parts in Markdown, each followed by the target values:
 
 - the CRF losses, forward and backward, of one image and of a batch: exact, with anchors, and in
   windows, at several sides. The images are photographs, since the time of an exponential depends on
@@ -16,8 +16,8 @@ Three parts, in Markdown, each followed by what was wished:
   themselves, which is not exactly what they take within it. Lightning's own loop is left out;
 - `FCAM.foreground` beside the classifier's and the decoder's forward pass.
 
-The results of each form are checked first, in float64: the losses against whole
-matrices, the step against its parts put together, the maps against a plain composition.
+First, each form is compared in float64 with a reference: the losses with whole matrices, the step
+with its parts put together, the maps with a plain composition.
 
 How it is measured says `measuring.py`. Networks and decoders have random weights.
 """
@@ -66,8 +66,8 @@ BATCH = 8
 RADIUS, ANCHORS = 5, 512
 SIDES, LONGEST = (32, 56, 112), 224
 WISHED_AT = 112  # px, where the anchors shall be at least ten times as fast
-# Limits of the CRF's memory: two tensors of the size of a chunk (it and its matrix product), and
-# 32 numbers for each pixel (features and their means, products, gradients).
+# The memory that the CRF loss may need: the chunk, its matrix product, and some numbers for each
+# pixel (features and their means, products, gradients).
 CHUNKS, PER_PIXEL = 2, 32
 SIDE, STORED = 224, 256  # of the views, and of the whole pictures that they are cropped out of
 EXACT, SAMPLED, LOCAL = "exact", f"{ANCHORS} anchors", f"windows of radius {RADIUS}"
@@ -79,13 +79,13 @@ NETWORKS = {"ResNet-18": models.resnet18, "ResNet-50": models.resnet50}
 
 def photographs(n: int, side: int, device: torch.device) -> Tensor:
     """(n, 3, side, side), uint8; from the fourth on mirrored."""
-    photographs = []
+    pictures = []
     for index in range(n):
         picture = getattr(skimage.data, PHOTOGRAPHS[index % len(PHOTOGRAPHS)])()
         pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
         pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
-        photographs.append(pixels.flip(3) if index // len(PHOTOGRAPHS) % 2 else pixels)
-    return torch.cat(photographs).round().clamp(0, 255).byte().to(device)
+        pictures.append(pixels.flip(3) if index // len(PHOTOGRAPHS) % 2 else pixels)
+    return torch.cat(pictures).round().clamp(0, 255).byte().to(device)
 
 
 def network(name: str, device: torch.device) -> nn.Module:
@@ -102,10 +102,10 @@ def decoder_of(model: nn.Module, side: int = SIDE) -> FCAMDecoder:
 
 def captured(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
     """The features of the named layers, by plain hooks and without copies."""
-    features: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        features[name] = output
+        outputs[name] = output
 
     handles = [model.get_submodule(n).register_forward_hook(partial(keep, n)) for n in names]
     try:
@@ -114,7 +114,7 @@ def captured(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    return [features[name] for name in names]
+    return [outputs[name] for name in names]
 
 
 def decoded(model: nn.Module, decoder: FCAMDecoder, x: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def compare_crf(device: torch.device) -> None:
 
 
 def same(name: str, ours: Tensor, theirs: Tensor, p: Tensor, power: int) -> None:
-    """Checks that two losses and their gradients agree; the second is divided by P^power."""
+    """That two losses and their gradients agree; the second is to be divided by P^power."""
     theirs = theirs / 144**power
     close(name, ours, theirs)
     (mine,), (other,) = (torch.autograd.grad(loss, p, retain_graph=True) for loss in (ours, theirs))
@@ -272,7 +272,7 @@ def same(name: str, ours: Tensor, theirs: Tensor, p: Tensor, power: int) -> None
 
 def close(name: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> None:
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
-    assert difference < tolerance, f"{name} is off by {difference}."
+    assert difference < tolerance, f"{name}: {difference} from what it should be."
 
 
 # --- a step of training --------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def close(name: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> N
 def module_of(
     model: nn.Module, pixels: Tensor, labels: Tensor, cached: bool, side: int = SIDE
 ) -> FCAMModule:
-    """A module with `fit_fcam`'s settings after the warm-up, with a new decoder in train mode."""
+    """With `fit_fcam`'s settings, after the warm-up; it has a decoder of its own, in train mode."""
     layer = model.get_submodule("layer4")
     module = FCAMModule(
         model,
@@ -296,8 +296,10 @@ def module_of(
     return module.train()
 
 
-def batch_of(n: int, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pixels = photographs(n, side, device)
+def batch_of(
+    n: int, picture_size: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pixels = photographs(n, picture_size, device)
     indices = torch.arange(n, device=device)
     return pixels, 7 * indices, indices, torch.ones(n, dtype=torch.bool, device=device)
 
@@ -315,7 +317,7 @@ def floor(model: nn.Module, decoder: FCAMDecoder, images: Tensor, gradient: Tens
 
 
 class Parts:
-    """The parts of a step, one by one, each on what the one before gave."""
+    """The parts of a step, one by one, each with the results of the parts before."""
 
     def __init__(self, module: FCAMModule, batch: Any) -> None:
         self.module, self.batch = module, batch
@@ -323,7 +325,7 @@ class Parts:
         self.optimiser = module.configure_optimizers()
         for group in self.optimiser.param_groups:
             group["lr"] = 0.0  # as much work, and the gradients of the parts lead nowhere
-        self.picture_size = tuple(batch[0].shape[2:])
+        self.whole = tuple(batch[0].shape[2:])
         self.view, self.colors, self.images = self.views()
         self.maps = self.guide()
         self.features = self.classifier()
@@ -333,7 +335,7 @@ class Parts:
 
     def views(self) -> tuple[Crops, Tensor, Tensor]:
         module, pixels = self.module, self.batch[0]
-        view = draw_crops(len(pixels), self.picture_size, module.size, module.flip, self.generator)
+        view = draw_crops(len(pixels), self.whole, module.size, module.flip, self.generator)
         colors = view.crop(pixels)
         return view, colors, module.normalize(colors / 255)
 
@@ -341,7 +343,7 @@ class Parts:
         _, labels, indices, _ = self.batch
         with eval_mode(self.module.classifier):
             maps: Tensor = self.module.guide_maps(
-                self.images, labels, indices, self.view, self.picture_size
+                self.images, labels, indices, self.view, self.whole
             )
         return maps
 
@@ -418,16 +420,16 @@ def step_calls(name: str, device: torch.device) -> Calls:
 
 
 def step_wish(network: str, rows: list[Row]) -> str:
-    by_name = {row["name"]: row for row in rows}
-    seconds = {name: row["seconds"] for name, row in by_name.items()}
-    parts = [name for name in by_name if name not in (FLOOR, CACHED, ON_THE_FLY)]
+    row_of = {row["name"]: row for row in rows}
+    seconds = {name: row["seconds"] for name, row in row_of.items()}
+    parts = [name for name in row_of if name not in (FLOOR, CACHED, ON_THE_FLY)]
     parts.remove("guide: Grad-CAM of each view")
     shares = ", ".join(
         f"{name} {100 * seconds[name] / seconds[CACHED]:.1f}%"
         for name in sorted(parts, key=lambda name: -seconds[name])
     )
     all_parts = 100 * sum(seconds[name] for name in parts) / seconds[CACHED]
-    cached, fly = by_name[CACHED], by_name[ON_THE_FLY]
+    cached, fly = row_of[CACHED], row_of[ON_THE_FLY]
     return (
         f"Wished: a step with stored maps takes at most 1.5 times the floor; seen: {network}, "
         f"{cached['ratio']:.2f} ({cached['min']:.2f} to {cached['max']:.2f}), and with Grad-CAM of "

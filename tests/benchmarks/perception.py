@@ -1,4 +1,4 @@
-"""Do reconstructions keep the picture, and do they show the features that the classifier uses?
+"""How well reconstructions keep pictures, and whether they show the classifier's features.
 
     python -m tests.benchmarks.perception [--train N] [--test N] [--epochs N] [--threads N]
                                           [--output FOLDER] [--quick]
@@ -51,7 +51,7 @@ from tests.benchmarks.measuring import environment, parse_arguments
 SEEDS = {"train": 4000, "witness": 4001, "test": 4002}
 NORMALIZE = ((0.5,) * 3, (0.25,) * 3)
 BATCH = 250
-# By name: the layer, widths of the decoder's blocks, weights of the loss, and the file.
+# For each name: the layer, widths of the decoder's blocks, weights of the loss, and the file.
 DECODERS: dict[str, tuple[str, tuple[int, ...], tuple[float, float, float], str | None]] = {
     'layer "4" (8 x 8), authors\' weights': ("4", (64, 32, 16), (0.2, 0.4, 0.4), None),
     "a twentieth for the latents": ("4", (64, 32, 16), (0.2, 0.02, 0.4), "perception_4.pt"),
@@ -118,15 +118,17 @@ def measured(
     targets: Tensor,
 ) -> Row:
     pv = PerceptionVisualization(LayerGradCam(network, network[4]), encoder, decoder)
-    rebuilt = torch.cat([pv.reconstruct(encoder.images(part)) for part in test.split(BATCH)])
+    reconstructions = torch.cat(
+        [pv.reconstruct(encoder.images(part)) for part in test.split(BATCH)]
+    )
     guess = train.mean(0, keepdim=True).expand_as(test)
-    answer, again = (answers(network, encoder, x) for x in (test, rebuilt))
-    heard, truth = (answers(witness, encoder, x) for x in (rebuilt, test))
+    answer, again = (answers(network, encoder, x) for x in (test, reconstructions))
+    heard, truth = (answers(witness, encoder, x) for x in (reconstructions, test))
     wrong = answer != targets
     return {
-        "ssim": mean_of(structural_similarity(test, rebuilt).mean(1)),
+        "ssim": mean_of(structural_similarity(test, reconstructions).mean(1)),
         "ssim of the mean picture": mean_of(structural_similarity(test, guess).mean(1)),
-        "latents": mean_of(distances(encoder, test, rebuilt)),
+        "latents": mean_of(distances(encoder, test, reconstructions)),
         "latents of the mean picture": mean_of(distances(encoder, test, guess)),
         "classifier again": share_of(again == answer),
         "witness": share_of(heard == answer),
@@ -137,9 +139,9 @@ def measured(
     }
 
 
-def cell(figure: tuple[float, float, float], percent: bool = False) -> str:
+def cell(interval: tuple[float, float, float], percent: bool = False) -> str:
     scale, digits = (100, 0) if percent else (1, 2)
-    mean, low, high = (f"{scale * value:.{digits}f}" for value in figure)
+    mean, low, high = (f"{scale * value:.{digits}f}" for value in interval)
     return f"{mean} ({low} to {high})"
 
 
@@ -214,11 +216,11 @@ def main() -> None:
         decoders.append((file, decoder, encoder))
         print(f"{name}: {seconds:.0f} s", flush=True)
 
-    first = next(iter(rows.values()))
+    row = next(iter(rows.values()))
     text = (
-        f"The classifier is right on {cell(first['right'], True)}% of {arguments.test} pictures "
-        f"and wrong on {first['n wrong']}; of these, the witness who is shown the picture itself "
-        f"gives the classifier's answer in {cell(first['witness, wrong, of the picture'], True)}%. "
+        f"The classifier is right on {cell(row['right'], True)}% of {arguments.test} pictures and "
+        f"wrong on {row['n wrong']}; of these, the witness who is shown the picture itself gives "
+        f"the classifier's answer in {cell(row['witness, wrong, of the picture'], True)}%. "
         f"E is unchanged, to the bit."
     )
     seconds = time.perf_counter() - start

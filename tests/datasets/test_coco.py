@@ -11,7 +11,7 @@ from captum_ext.cli import layouts
 from captum_ext.datasets import Coco
 from captum_ext.datasets import coco as module
 from captum_ext.evaluation import evaluate, summary
-from tests.evaluation.subjects import Of
+from tests.evaluation.subjects import FixedMap
 from tests.networks import tiny_net
 from tests.test_cli_evaluate_layouts import evaluated, weights
 
@@ -243,7 +243,7 @@ def test_invalid_segmentations_are_named(segmentation, message, coco):
 
 def test_evaluate_accepts_coco(coco, tmp_path):
     result = evaluate(
-        {"a": Of(tiny_net())},
+        {"a": FixedMap(tiny_net())},
         Coco(coco),
         output=tmp_path / "run",
         batch_size=2,

@@ -42,8 +42,8 @@ class Boxes:
         )
 
 
-class Known:
-    """A test's function, which need not be known apart from other ones."""
+class VersionedFunction:
+    """A callable with the version that stored runs need, around any function."""
 
     version = "1"
 
@@ -54,12 +54,12 @@ class Known:
         return self.function(*args)
 
 
-class Of(Attribution):
-    """The first channel, or what a function makes of the images."""
+class FixedMap(Attribution):
+    """An attribution whose maps are a function of the images, or their first channel."""
 
     def __init__(self, model, function=None):
         super().__init__(model)
-        self.function = None if function is None else Known(function)
+        self.function = None if function is None else VersionedFunction(function)
 
     def attribute(self, inputs, target=None, gain=1):
         if isinstance(inputs, tuple):

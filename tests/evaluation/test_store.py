@@ -1,4 +1,4 @@
-"""The store of a run: whole tasks, apart from other writers, and known to be undamaged."""
+"""The store of a run: tasks are stored as a whole, by one writer, and damage is detected."""
 
 import csv
 import functools
@@ -18,9 +18,10 @@ from contextlib import closing
 import pytest
 import torch
 
+from captum_ext._errors import ArgumentError, FolderInUseError
 from captum_ext.evaluation import evaluate, summary
 from captum_ext.evaluation.store import ResultStore, ResultWriter, Task
-from tests.evaluation.subjects import Boxes, Of, exported, forget, rows, three_methods
+from tests.evaluation.subjects import Boxes, FixedMap, exported, forget, rows, three_methods
 from tests.networks import tiny_net
 
 QUIET = {"show_progress": False, "normalize": None, "batch_size": 3}
@@ -30,7 +31,7 @@ FILE = "results.0.sqlite"
 
 
 def two_methods(function=torch.neg):
-    return {"a": Of(tiny_net()), "b": Of(tiny_net(), function)}
+    return {"a": FixedMap(tiny_net()), "b": FixedMap(tiny_net(), function)}
 
 
 def evaluated(folder, methods=None, n=7, **options):
@@ -74,7 +75,7 @@ def killed_at_statement(folder, word, count):
 
 def test_a_run_killed_around_any_transaction_ends_with_the_same_rows(tmp_path):
     evaluated(tmp_path / "whole")
-    wanted = exported(tmp_path / "whole")
+    expected = exported(tmp_path / "whole")
     for word in ("BEGIN EXCLUSIVE", "CREATE", "BEGIN ", "INSERT", "COMMIT"):
         counts = {"BEGIN EXCLUSIVE": [1, 2], "CREATE": [1], "BEGIN ": [3, 5]}
         for count in counts.get(word, range(1, 7)):
@@ -86,7 +87,7 @@ def test_a_run_killed_around_any_transaction_ends_with_the_same_rows(tmp_path):
             n_before = {"BEGIN EXCLUSIVE": count, "BEGIN ": 3}.get(word, 1)
             assert n_finished(folder) == count - n_before
             evaluated(folder)
-            assert exported(folder) == wanted
+            assert exported(folder) == expected
 
 
 def killed_in_transaction(folder):
@@ -102,18 +103,18 @@ def killed_in_transaction(folder):
 
 @pytest.mark.parametrize("reads_first", [True, False])
 def test_pages_of_an_unfinished_transaction_are_rolled_back(reads_first, tmp_path):
-    wanted = evaluated(tmp_path)
-    before, whole = exported(tmp_path), (tmp_path / FILE).read_bytes()
+    expected = evaluated(tmp_path)
+    before, content = exported(tmp_path), (tmp_path / FILE).read_bytes()
     forget(tmp_path, "number = 3")
     process = fork.Process(target=killed_in_transaction, args=(tmp_path,))
     process.start()
     assert ended(process) == -signal.SIGKILL
     assert (tmp_path / f"{FILE}-journal").stat().st_size > 512
-    assert (tmp_path / FILE).stat().st_size > 10 * len(whole)
+    assert (tmp_path / FILE).stat().st_size > 10 * len(content)
     if reads_first:
         assert summary(tmp_path).images == {"a": 7, "b": 4}
         assert not (tmp_path / f"{FILE}-journal").exists()
-    assert evaluated(tmp_path).figures == wanted.figures
+    assert evaluated(tmp_path).figures == expected.figures
     assert exported(tmp_path) == before
 
 
@@ -176,13 +177,13 @@ def test_a_result_deleted_from_the_store_is_the_only_one_computed_again(tmp_path
 
     methods = two_methods(counted)
     evaluated(tmp_path, methods, 9)
-    wanted = exported(tmp_path)
+    expected = exported(tmp_path)
     for lost, n_calls in (("number = 3", 1), ("number IN (1, 5)", 2), ("number = 2", 0), ("0", 0)):
         forget(tmp_path, lost)
         calls.clear()
         assert evaluated(tmp_path, methods, 9).images == {"a": 9, "b": 9}
         assert len(calls) == n_calls
-        assert exported(tmp_path) == wanted
+        assert exported(tmp_path) == expected
 
 
 def test_failed_tasks_can_be_deleted_to_be_computed_again(tmp_path):
@@ -200,26 +201,26 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     options = {"output": tmp_path, **QUIET, "batch_size": 1}
     other = fork.Process(
         target=evaluate,
-        args=({"a": Of(tiny_net())}, Boxes(200, pause=0.05), "energy"),
+        args=({"a": FixedMap(tiny_net())}, Boxes(200, pause=0.05), "energy"),
         kwargs=options,
     )
     other.start()
     try:
         while not list(tmp_path.glob("results.0.sqlite")):
             time.sleep(0.05)
-        with pytest.raises(RuntimeError, match="`output`: another process or thread is writing"):
-            evaluate({"a": Of(tiny_net())}, Boxes(200), "energy", **options)
+        with pytest.raises(FolderInUseError, match="`output`: another process or") as caught:
+            evaluate({"a": FixedMap(tiny_net())}, Boxes(200), "energy", **options)
     finally:
         other.kill()
         other.join()
-    found = evaluate(
-        {"a": Of(tiny_net())}, Boxes(200), "energy", **options
-    )  # as soon as it is gone
-    assert found.images == {"a": 200}
+    assert isinstance(caught.value, RuntimeError)
+    assert caught.value.argument == "output"
+    result = evaluate({"a": FixedMap(tiny_net())}, Boxes(200), "energy", **options)
+    assert result.images == {"a": 200}
 
 
 def can_lock(folder):
-    """Whether a process that knows nothing of this one can take the writer's lock."""
+    """Try to take the writer's lock in a process that shares nothing with this one."""
     code = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('BEGIN EXCLUSIVE')"
     command = [sys.executable, "-c", code, str(folder / "results.0.lock")]
     process = subprocess.run(command, capture_output=True, text=True)
@@ -261,7 +262,7 @@ def in_threads(folder, seeds):
             results.append(error)
 
     arguments = [(two_methods(waiting), seed) for seed in seeds]
-    threads = [threading.Thread(target=work, args=each) for each in arguments]
+    threads = [threading.Thread(target=work, args=pair) for pair in arguments]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -305,9 +306,9 @@ def test_a_summary_of_a_run_that_is_being_written(tmp_path):
     counts = []
     while process.is_alive():
         if (tmp_path / "settings.json").exists():
-            found = summary(tmp_path, resamples=2)
-            counts.append(sum(found.images.values()))
-            assert found.failures == {"Grad-CAM": 0, "IG": 0, "noisy": 0}
+            result = summary(tmp_path, resamples=2)
+            counts.append(sum(result.images.values()))
+            assert result.failures == {"Grad-CAM": 0, "IG": 0, "noisy": 0}
     assert process.exitcode == 0
     assert counts == sorted(counts)
     assert all(count % 3 == 0 for count in counts)
@@ -334,8 +335,8 @@ def test_a_reader_that_stops_between_rows_does_not_hold_up_the_writer(tmp_path, 
 def damaged(tmp_path):
     """A finished run, whose results file a function replaces by bytes; then what can be read."""
     evaluated(tmp_path, n=4)
-    whole = (tmp_path / FILE).read_bytes()
-    wanted = list(ResultStore.read(tmp_path).rows())
+    content = (tmp_path / FILE).read_bytes()
+    expected = list(ResultStore.read(tmp_path).rows())
 
     def read(content):
         (tmp_path / FILE).write_bytes(content)
@@ -343,29 +344,29 @@ def damaged(tmp_path):
             warnings.simplefilter("ignore")
             return list(ResultStore.read(tmp_path).rows())
 
-    return whole, wanted, read
+    return content, expected, read
 
 
-def whole_tasks(found, wanted):
-    """Whether rows are some of the wanted tasks: of 3 and of 1 images, by two methods."""
-    tasks = [wanted[:3], wanted[3:6], wanted[6:7], wanted[7:]]
-    return found == [row for task in tasks if task[0] in found for row in task]
+def are_whole_tasks(rows, expected):
+    """Check that rows are those of some expected tasks, of 3 and of 1 images by two methods."""
+    tasks = [expected[:3], expected[3:6], expected[6:7], expected[7:]]
+    return rows == [row for task in tasks if task[0] in rows for row in task]
 
 
 def test_a_flipped_bit_anywhere_never_changes_a_row(damaged, tmp_path):
-    whole, wanted, read = damaged
+    content, expected, read = damaged
     chance, outcomes = random.Random(0), []
-    used = [i for i, byte in enumerate(whole) if byte]
+    used = [i for i, byte in enumerate(content) if byte]
     for position in chance.sample(used, 600):
-        content = bytearray(whole)
-        content[position] ^= 1 << chance.randrange(8)
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << chance.randrange(8)
         try:
-            found = read(content)
+            read_rows = read(flipped)
         except ValueError as error:
             outcomes.append(str(error))
         else:
-            assert whole_tasks(found, wanted), position
-            outcomes.append(len(found))
+            assert are_whole_tasks(read_rows, expected), position
+            outcomes.append(len(read_rows))
     errors = [outcome for outcome in outcomes if isinstance(outcome, str)]
     assert all(e.startswith(f"`output`: {tmp_path / FILE} is damaged (") for e in errors)
     assert {8, 7, 5} <= set(outcomes)
@@ -374,9 +375,9 @@ def test_a_flipped_bit_anywhere_never_changes_a_row(damaged, tmp_path):
 
 def test_a_task_that_is_damaged_counts_as_not_done(tmp_path):
     calls = []
-    methods = {"a": Of(tiny_net(), lambda x: calls.append(0) or x)}
+    methods = {"a": FixedMap(tiny_net(), lambda x: calls.append(0) or x)}
     before = evaluated(tmp_path, methods)
-    wanted = exported(tmp_path)
+    expected = exported(tmp_path)
     content = (tmp_path / FILE).read_bytes()
     energy = rows(tmp_path)[-1]["energy"].encode()
     assert content.count(energy) == 1
@@ -387,19 +388,19 @@ def test_a_task_that_is_damaged_counts_as_not_done(tmp_path):
     with pytest.warns(UserWarning, match="1 of its tasks are damaged"):
         assert evaluated(tmp_path, methods).figures == before.figures
     assert len(calls) == 1
-    assert exported(tmp_path) == wanted
+    assert exported(tmp_path) == expected
     assert summary(tmp_path).figures == before.figures
 
 
 def test_a_damaged_task_in_the_file_of_another_process_is_replaced(tmp_path):
     before = evaluated(tmp_path)
-    wanted = exported(tmp_path)
+    expected = exported(tmp_path)
     (tmp_path / FILE).rename(tmp_path / "results.1.sqlite")
     content = (tmp_path / "results.1.sqlite").read_bytes()
     (tmp_path / "results.1.sqlite").write_bytes(content.replace(b"picture, 3", b"picture, 4"))
     with pytest.warns(UserWarning, match="2 of its tasks are damaged"):
         assert evaluated(tmp_path).figures == before.figures
-    assert exported(tmp_path) == wanted
+    assert exported(tmp_path) == expected
     assert n_finished(tmp_path) == 6
 
 
@@ -408,13 +409,13 @@ def test_a_damaged_task_in_the_file_of_another_process_is_replaced(tmp_path):
 )
 def test_the_checksum_covers_every_column(column, tmp_path):
     evaluated(tmp_path)
-    wanted = exported(tmp_path)
+    expected = exported(tmp_path)
     execute(tmp_path, f"UPDATE results SET {column} WHERE number = 5")
     with pytest.warns(UserWarning, match="1 of its tasks are damaged"):
         assert n_finished(tmp_path) == 5
     with pytest.warns(UserWarning, match="1 of its tasks are damaged"):
         evaluated(tmp_path)
-    assert exported(tmp_path) == wanted
+    assert exported(tmp_path) == expected
 
 
 def test_results_of_another_run_copied_into_the_folder_count_as_damaged(tmp_path):
@@ -427,34 +428,34 @@ def test_results_of_another_run_copied_into_the_folder_count_as_damaged(tmp_path
 
 
 def test_a_truncated_file_is_an_error_or_loses_whole_tasks(damaged, tmp_path):
-    whole, wanted, read = damaged
+    content, expected, read = damaged
     assert read(b"") == []
     errors = 0
-    for length in range(101, len(whole), 101):
+    for length in range(101, len(content), 101):
         try:
-            found = read(whole[:length])
+            read_rows = read(content[:length])
         except ValueError as error:
             errors += "is damaged (" in str(error)
         else:  # SQLite adds zeros to the last page
             assert length > 4096
-            assert len(found) < 8
-            assert whole_tasks(found, wanted), length
+            assert len(read_rows) < 8
+            assert are_whole_tasks(read_rows, expected), length
     assert errors >= 4096 // 101
 
 
 @pytest.mark.parametrize("content", [b"index,name\n" * 200, b"\0" * 4096])
 def test_a_file_that_is_no_database_is_an_error_for_reader_and_writer(content, tmp_path):
     evaluated(tmp_path)
-    wanted = exported(tmp_path)
+    expected = exported(tmp_path)
     (tmp_path / FILE).write_bytes(content)
     message = rf"`output`: .*{FILE} is damaged \(.*Delete this file"
-    with pytest.raises(ValueError, match=message):
-        summary(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        evaluated(tmp_path)
+    for call in (summary, evaluated):
+        with pytest.raises(ArgumentError, match=message) as caught:
+            call(tmp_path)
+        assert caught.value.argument == "output"
     (tmp_path / FILE).unlink()
     evaluated(tmp_path)
-    assert exported(tmp_path) == wanted
+    assert exported(tmp_path) == expected
 
 
 def test_the_writer_refuses_a_damaged_file_and_frees_its_lock(tmp_path):
@@ -511,7 +512,7 @@ def test_damaged_settings_are_an_error(text, tmp_path):
 
 
 def test_exports_have_the_columns_of_the_metrics_and_of_timings(tmp_path):
-    found = evaluated(tmp_path)
+    result = evaluated(tmp_path)
     lines = exported(tmp_path).splitlines()
     assert lines[0] == b"index,name,method,label,target,failure,energy"
     assert lines[1].startswith(b'0,"picture, 0",a,0,0,,0.')
@@ -529,7 +530,7 @@ def test_exports_have_the_columns_of_the_metrics_and_of_timings(tmp_path):
     ]
     assert {timing["device"] for timing in timings} == {"cpu"}
     mean = sum(float(t["attribution_s"]) for t in timings if t["method"] == "b") / 7
-    assert found.seconds["b"][0] == pytest.approx(mean)
+    assert result.seconds["b"][0] == pytest.approx(mean)
 
 
 def test_cells_may_be_longer_than_the_csv_module_takes_by_itself(tmp_path):
@@ -537,9 +538,9 @@ def test_cells_may_be_longer_than_the_csv_module_takes_by_itself(tmp_path):
     before = csv.field_size_limit(64)
     try:
         metrics = {"deletion": {"step": 1}}
-        found = evaluate({"a": Of(tiny_net())}, Boxes(), metrics, output=tmp_path, **QUIET)
+        result = evaluate({"a": FixedMap(tiny_net())}, Boxes(), metrics, output=tmp_path, **QUIET)
         assert csv.field_size_limit() == 64
     finally:
         csv.field_size_limit(before)
     assert all(len(row["deletion_curve"]) > 64 for row in rows(tmp_path))
-    assert found.images == {"a": 7}
+    assert result.images == {"a": 7}

@@ -1,4 +1,4 @@
-"""Torchvision's classifiers, with random weights: what is decoded, and one step of training."""
+"""F-CAM on torchvision's classifiers with random weights: maps, and one step of training."""
 
 import warnings
 
@@ -11,7 +11,7 @@ from captum_ext.attr import FCAM
 from captum_ext.fcam import FCAMDecoder, SeedSampler, find_feature_layers, fit_fcam
 from tests.networks import torchvision_net
 
-# With the sizes of the pictures that they learn from. Inception takes 75 pixels at least.
+# Classifiers and sizes of the pictures that they learn from. Inception takes at least 75 pixels.
 CLASSIFIERS = {
     "vgg11_bn": [64],
     "resnet18": [(97, 65)],
@@ -29,7 +29,7 @@ CASES = [(name, size) for name, sizes in CLASSIFIERS.items() for size in sizes]
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Lightning has advice about workers and devices, and one step teaches nothing."""
+    """Ignore Lightning's advice about workers and devices, and the warning after a single step."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", "The decoder has learned nothing")
@@ -46,8 +46,8 @@ def state(module):
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
-def test_one_step_of_training(name, size, monkeypatch):
-    """The decoder moves, the classifier does not, and maps of other sizes have these sizes."""
+def test_a_training_step_changes_the_decoder_only(name, size, monkeypatch):
+    """The decoder changes, the classifier does not, and maps of other sizes have these sizes."""
     height, width = size if isinstance(size, tuple) else (size, size)
     model, start, read = classifier(name), {}, FCAMDecoder.reading
 
@@ -69,7 +69,7 @@ def test_one_step_of_training(name, size, monkeypatch):
         batch_size=2,
         seeds=SeedSampler(4, 4),
         warmup=0,
-        rectify=False,  # of random weights, nothing may speak for a class
+        rectify=False,  # with random weights, all values may be negative
         show_progress=False,
     )
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -97,8 +97,8 @@ def test_one_step_of_training(name, size, monkeypatch):
         ("inception_v3", (76, 299)),
     ],
 )
-def test_sizes(name, size):
-    """Nothing need be divisible by anything; a decoder is made at the size, or for another one."""
+def test_decoders_take_images_of_any_size(name, size):
+    """No size need be divisible by a stride; the decoder is made at this size or at another."""
     height, width = size if isinstance(size, tuple) else (size, size)
     model, x = classifier(name), torch.rand(1, 3, height, width)
     for made_at in (x, torch.rand(1, 3, 107, 96)):

@@ -1,4 +1,4 @@
-"""The decoder's size and shapes, and the layers that it finds in torchvision's classifiers."""
+"""The decoder's size and shapes, and the feature layers of torchvision's classifiers."""
 
 import threading
 
@@ -13,7 +13,7 @@ from captum_ext.fcam import FCAMDecoder, find_feature_layers
 from tests.captures import layer_activations
 from tests.networks import RaisingLayer, SharedReluNet
 
-# Architecture, sizes of images, and what the decoder reads.
+# Architecture, sizes of images, and the layers that the decoder reads.
 CLASSIFIERS = {
     "resnet18": ([64, (97, 65)], ["relu", "layer1", "layer2", "layer3", "layer4"]),
     "vgg11_bn": ([64], ["features.6", "features.13", "features.20", "features.27", "features"]),
@@ -63,13 +63,13 @@ def classifier(name):
         ([128, 256, 1024], True, 23_120_770),  # VGG-16
     ],
 )
-def test_parameters_are_as_many_as_the_authors(channels, center, count):
+def test_the_number_of_parameters_is_that_of_the_official_code(channels, center, count):
     decoder = FCAMDecoder(channels, center=center)
     assert sum(p.numel() for p in decoder.parameters()) == count
 
 
-def test_a_decoder_by_hand():
-    """Two taps, with the convolutions of the blocks written out."""
+def test_the_decoder_equals_its_layers_applied_by_hand():
+    """Two features, with the convolutions of the blocks written out."""
     torch.manual_seed(0)
     decoder = FCAMDecoder([3, 5], [4, 2]).eval().double()
     shallow, deep = torch.randn(2, 3, 7, 9).double(), torch.randn(2, 5, 4, 5).double()
@@ -90,7 +90,7 @@ def test_a_decoder_by_hand():
     torch.testing.assert_close(decoder([shallow, deep], (15, 20)), logits)
 
 
-def test_taps_of_equal_size_are_not_resized():
+def test_features_of_equal_size_are_not_resized():
     decoder = FCAMDecoder([2, 3, 4], [4, 3, 2]).eval()
     features = [torch.randn(1, c, 6, 6) for c in (2, 3, 4)]
     x = decoder.blocks[0](torch.cat((features[2], features[1]), 1))
@@ -99,7 +99,7 @@ def test_taps_of_equal_size_are_not_resized():
     torch.testing.assert_close(decoder(features, (12, 12)), x)
 
 
-def test_it_gives_logits_and_starts_as_the_authors_do():
+def test_initial_weights_and_logits_are_those_of_the_official_code():
     torch.manual_seed(0)
     decoder = FCAMDecoder([64, 64], [64, 64])
     logits = decoder([torch.randn(2, 64, 8, 8), torch.randn(2, 64, 4, 4)], (16, 16))
@@ -114,7 +114,7 @@ def test_it_gives_logits_and_starts_as_the_authors_do():
 
 
 @pytest.mark.parametrize("center", [False, True])
-def test_all_parameters_learn(center):
+def test_all_parameters_get_gradients(center):
     decoder = FCAMDecoder([3, 4, 5], [4, 4, 4], center=center)
     features = [torch.randn(2, c, s, s) for c, s in ((3, 16), (4, 8), (5, 4))]
     decoder(features, (33, 31)).square().mean().backward()
@@ -130,12 +130,12 @@ def test_all_parameters_learn(center):
         ([3, 4], (4, 0), "widths"),
     ],
 )
-def test_wrong_settings(channels, widths, named):
+def test_invalid_channels_widths_and_layers_are_refused(channels, widths, named):
     with pytest.raises(ValueError, match=named):
         FCAMDecoder(channels, widths)
 
 
-def test_the_last_of_too_few_widths_is_repeated():
+def test_the_last_width_is_repeated():
     decoder = FCAMDecoder([2] * 6)
     assert decoder.widths == [256, 128, 64, 32, 16, 16]
     assert [block[0].out_channels for block in decoder.blocks] == decoder.widths
@@ -145,7 +145,7 @@ def test_the_last_of_too_few_widths_is_repeated():
     assert FCAMDecoder([3, 4], [8, 6, 4]).widths == [8, 6]
 
 
-def test_wrong_features():
+def test_features_with_other_channels_are_refused():
     decoder = FCAMDecoder([3, 4], [4, 4])
     for features in ([torch.zeros(1, 3, 4, 4)], [torch.zeros(1, c, 4, 4) for c in (4, 3)]):
         with pytest.raises(ValueError, match=r"features.*\[3, 4\]"):
@@ -156,8 +156,8 @@ def test_wrong_features():
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_taps_of_torchvisions_classifiers(name):
-    """And a decoder on them, with images of several sizes, whose output is of the images' size."""
+def test_feature_layers_of_torchvisions_classifiers(name):
+    """A decoder on these layers gives maps of the images' size, for several sizes."""
     sizes, expected = CLASSIFIERS[name]
     model = classifier(name)
     for size in sizes:
@@ -165,7 +165,7 @@ def test_taps_of_torchvisions_classifiers(name):
         taps = find_feature_layers(model, images)
         assert taps == expected
         layers = [find_module(model, tap) for tap in taps]
-        features = [found[0] for found in layer_activations(model, layers, (images,))[0]]
+        features = [result[0] for result in layer_activations(model, layers, (images,))[0]]
         assert [f.shape[2] for f in features] == sorted(
             (f.shape[2] for f in features), reverse=True
         )
@@ -173,19 +173,19 @@ def test_taps_of_torchvisions_classifiers(name):
         assert decoder(features, tuple(images.shape[2:])).shape == (1, 2, *images.shape[2:])
 
 
-def test_modules_that_run_more_than_once_are_left_out():
+def test_modules_that_run_twice_are_no_feature_layers():
     torch.manual_seed(0)
     model, images = SharedReluNet().eval(), torch.rand(2, 3, 33, 48)
     assert find_feature_layers(model, images) == ["conv2", "conv3"]
     decoder = FCAMDecoder.reading(model, images, widths=(4, 4))
     assert decoder.channels == [5, 6]
     x = nn.functional.max_pool2d(model.conv1(images).relu(), 2)
-    (found,), _ = layer_activations(model, [model.conv2], (images,))
-    torch.testing.assert_close(found[0], model.conv2(x))
+    (result,), _ = layer_activations(model, [model.conv2], (images,))
+    torch.testing.assert_close(result[0], model.conv2(x))
 
 
-def test_another_thread_may_run_the_model_meanwhile():
-    """Each probe lets a second thread run the model at another size, behind its first block."""
+def test_runs_of_other_threads_do_not_change_the_feature_layers():
+    """After the first block, a second thread runs the model at another size."""
     model, images = classifier("resnet18"), torch.rand(1, 3, 64, 64)
     expected = find_feature_layers(model, images)
     me, errors = threading.get_ident(), []
@@ -209,7 +209,7 @@ def test_another_thread_may_run_the_model_meanwhile():
     assert not errors
 
 
-def test_probing_leaves_no_trace():
+def test_find_feature_layers_leaves_no_trace():
     model = classifier("resnet18")
     model.layer1.train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -234,17 +234,17 @@ def test_probing_leaves_no_trace():
     ],
     ids=["mlp", "vit", "one pixel"],
 )
-def test_models_without_maps(model, size):
+def test_models_without_maps_are_refused(model, size):
     with pytest.raises(ValueError, match="layers"):
         find_feature_layers(model.eval(), torch.rand(1, 3, size, size))
 
 
-def test_maps_with_channels_last_are_left_out():
+def test_layers_with_channels_last_are_no_feature_layers():
     model = torchvision.models.swin_t(weights=None).eval()
     assert find_feature_layers(model, torch.rand(1, 3, 64, 64)) == ["features.0.0", "permute"]
 
 
-def test_a_function_has_no_modules():
+def test_a_function_is_refused():
     with pytest.raises(ValueError, match=r"`classifier` must be a torch\.nn\.Module"):
         find_feature_layers(lambda x: x.mean((2, 3)), torch.rand(1, 3, 8, 8))
 

@@ -1,4 +1,4 @@
-"""F-CAM on a GPU: the seeds, losses and maps of a CPU, and files that go from one to the other."""
+"""F-CAM on a GPU gives the seeds, losses and maps of a CPU, and files go from one to the other."""
 
 import copy
 import warnings
@@ -43,8 +43,8 @@ def trained(model):
 
 
 @pytest.mark.parametrize("erosion", [None, 1, 11])
-def test_candidates_are_the_same_sets(erosion):
-    """Given the same order of ties: thousands of zeros, as a ReLU leaves them."""
+def test_regions_of_seeds_are_equal_on_cpu_and_gpu(erosion):
+    """The order of ties is the same on both: a ReLU leaves thousands of zeros."""
     generator = torch.Generator().manual_seed(0)
     maps = torch.rand(6, 1, 56, 64, generator=generator)
     coarse = nn.functional.interpolate(maps[:, :, :7, :8], (56, 64), mode="bilinear")
@@ -53,9 +53,9 @@ def test_candidates_are_the_same_sets(erosion):
     size = maps[0].numel()
     ties = torch.stack([torch.randperm(size, generator=generator) for _ in maps]).float() / size
     sampler = SeedSampler(erosion=erosion)
-    here = sampler.regions(maps, ties)
-    there = sampler.regions(maps.to(DEVICE), ties.to(DEVICE))
-    for on_cpu, on_gpu in zip(here, there, strict=True):
+    cpu = sampler.regions(maps, ties)
+    gpu = sampler.regions(maps.to(DEVICE), ties.to(DEVICE))
+    for on_cpu, on_gpu in zip(cpu, gpu, strict=True):
         assert on_gpu.device.type == DEVICE
         assert on_cpu.any()
         assert torch.equal(on_cpu, on_gpu.cpu())
@@ -76,22 +76,22 @@ def test_candidates_are_the_same_sets(erosion):
     ],
     ids=["dense", "whole", "anchors", "local", "size", "seeds"],
 )
-def test_losses_and_their_gradients(loss):
+def test_losses_and_their_gradients_are_equal_on_cpu_and_gpu(loss):
     generator = torch.Generator().manual_seed(0)
     p = torch.rand(3, 1, 48, 40, generator=generator)
     images = (255 * torch.rand(3, 3, 48, 40, generator=generator)).round()
-    found = []
+    result = []
     for device in ("cpu", DEVICE):
-        here = p.to(device).requires_grad_()
-        value = loss(here, images.to(device))
-        assert value.device.type == here.device.type == torch.device(device).type
-        found.append((value.cpu(), torch.autograd.grad(value, here)[0].cpu()))
-    (value, gradient), (other, other_gradient) = found
+        leaf = p.to(device).requires_grad_()
+        value = loss(leaf, images.to(device))
+        assert value.device.type == leaf.device.type == torch.device(device).type
+        result.append((value.cpu(), torch.autograd.grad(value, leaf)[0].cpu()))
+    (value, gradient), (other, other_gradient) = result
     torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-8)
     assert (other_gradient - gradient).norm() < 1e-3 * gradient.norm()
 
 
-def test_it_trains_where_the_classifier_is():
+def test_the_decoder_is_trained_on_the_classifiers_device():
     model = two_stage_net().to(DEVICE)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fcam = trained(model)
@@ -110,14 +110,14 @@ def test_it_trains_where_the_classifier_is():
     torch.testing.assert_close(maps.cpu(), on_cpu.attribute(x), rtol=1e-2, atol=1e-3)
 
 
-def test_what_is_saved_there_is_loaded_here_and_back(tmp_path):
+def test_a_decoder_is_saved_on_the_gpu_and_loaded_on_the_cpu_and_back(tmp_path):
     model, path, x = two_stage_net().to(DEVICE), tmp_path / "decoder.pt", torch.rand(2, 3, 32, 32)
     fcam = trained(model)
     fcam.save(path)
-    here = FCAM.load(path, copy.deepcopy(model).cpu())
-    assert all(value.device.type == "cpu" for value in here.decoder.state_dict().values())
-    maps = here.attribute(x)
+    cpu = FCAM.load(path, copy.deepcopy(model).cpu())
+    assert all(value.device.type == "cpu" for value in cpu.decoder.state_dict().values())
+    maps = cpu.attribute(x)
     torch.testing.assert_close(fcam.attribute(x.to(DEVICE)).cpu(), maps, rtol=1e-2, atol=1e-3)
-    here.save(path)
-    there = FCAM.load(path, model)
-    assert torch.equal(there.attribute(x.to(DEVICE)), fcam.attribute(x.to(DEVICE)))
+    cpu.save(path)
+    gpu = FCAM.load(path, model)
+    assert torch.equal(gpu.attribute(x.to(DEVICE)), fcam.attribute(x.to(DEVICE)))

@@ -30,7 +30,7 @@ def problem(n=2, size=(12, 12), channels=3, seed=0, dtype=torch.float64):
 
 
 def affinity(image, sigma_rgb, sigma_xy, radius=None):
-    """A of one image (C, H, W), sigma_xy in pixels, pair by pair."""
+    """The matrix A of one image (C, H, W), pair by pair, with sigma_xy in pixels."""
     _, height, width = image.shape
     at = [(y, x) for y in range(height) for x in range(width)]
     a = torch.zeros(len(at), len(at), dtype=torch.float64)
@@ -46,7 +46,7 @@ def affinity(image, sigma_rgb, sigma_xy, radius=None):
 # --- seeds ---------------------------------------------------------------------------------------
 
 
-def test_partial_cross_entropy_by_hand():
+def test_partial_cross_entropy_equals_a_sum_by_hand():
     logits = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     seeds = torch.full((2, 3, 4), -255)
     seeds[0, 0, 0], seeds[0, 2, 3], seeds[1, 1, 1] = 1, 0, 1
@@ -60,7 +60,7 @@ def test_partial_cross_entropy_by_hand():
     assert (gradient[~ignored] != 0).all()
 
 
-def test_without_seeds_the_loss_is_zero_and_so_is_its_gradient():
+def test_without_seeds_partial_cross_entropy_and_its_gradient_are_zero():
     logits = torch.randn(2, 2, 3, 3, requires_grad=True)
     loss = partial_cross_entropy(logits, torch.full((2, 3, 3), -255))
     assert loss == 0
@@ -71,7 +71,7 @@ def test_without_seeds_the_loss_is_zero_and_so_is_its_gradient():
 # --- size ----------------------------------------------------------------------------------------
 
 
-def test_log_barrier_values():
+def test_log_barrier_has_known_values():
     def at(z, t):
         return log_barrier(torch.tensor(z, dtype=torch.float64), t).item()
 
@@ -82,7 +82,7 @@ def test_log_barrier_values():
 
 
 @pytest.mark.parametrize("t", [1.0, 1.64, 10.0])
-def test_log_barrier_is_smooth_at_the_joint(t):
+def test_log_barrier_is_continuous_with_its_slope(t):
     joint = -1 / t**2
     z = torch.tensor([joint - 1e-9, joint, joint + 1e-9], dtype=torch.float64, requires_grad=True)
     value = log_barrier(z, t)
@@ -102,7 +102,7 @@ def test_log_barrier_has_finite_gradients(z):
         assert torch.isfinite(slope).all()
 
 
-def test_size_loss_by_hand():
+def test_size_loss_equals_its_formula():
     """The constraint is on the sum of a region; on its mean, the barrier would be linear."""
     s = torch.rand(3, 1, 5, 7, dtype=torch.float64)
     probabilities = torch.cat((1 - s, s), 1)
@@ -112,17 +112,17 @@ def test_size_loss_by_hand():
     torch.testing.assert_close(size_loss(probabilities, 4.0), -areas.log().mean(0).sum() / 8)
 
 
-def test_a_larger_small_region_lowers_the_loss():
+def test_a_larger_region_lowers_the_size_loss():
     shares = (0.001, 0.01, 0.1, 0.3, 0.5)
-    found = [
+    result = [
         size_loss(torch.tensor([1 - s, s]).reshape(1, 2, 1, 1).expand(-1, -1, 64, 64)).item()
         for s in shares
     ]
-    assert found == sorted(found, reverse=True)
-    assert found[0] - found[-1] > 1
+    assert result == sorted(result, reverse=True)
+    assert result[0] - result[-1] > 1
 
 
-def test_an_empty_region_is_pulled_up():
+def test_the_gradient_of_the_size_loss_enlarges_an_empty_region():
     logits = torch.tensor([200.0, -200.0]).reshape(1, 2, 1, 1).repeat(1, 1, 8, 8).requires_grad_()
     loss = size_loss(logits.softmax(1))
     assert torch.isfinite(loss)
@@ -130,7 +130,7 @@ def test_an_empty_region_is_pulled_up():
     assert torch.isfinite(gradient).all()
 
 
-def test_size_schedule():
+def test_the_schedule_sharpens_the_size_loss_up_to_t_max():
     loss = SizeLoss()
     for _ in range(50):
         loss.step()
@@ -149,41 +149,41 @@ def test_size_schedule():
 
 
 @pytest.mark.parametrize("size", [(12, 12), (5, 9), (1, 1)])
-def test_dense_crf_is_the_double_loop(size):
+def test_dense_crf_equals_a_double_loop(size):
     p, images = problem(size=size)
     loss = dense_crf_loss(p, images, side=None, **WIDE)
     flat, by_hand = p.flatten(1), 0
-    for one, image in zip(flat, images, strict=True):
+    for values, image in zip(flat, images, strict=True):
         a = affinity(image, WIDE["sigma_rgb"], WIDE["sigma_xy"] * max(size))
-        by_hand = by_hand + 2 * one @ a @ (1 - one) / len(one) ** 2 / len(flat)
+        by_hand = by_hand + 2 * values @ a @ (1 - values) / len(values) ** 2 / len(flat)
     torch.testing.assert_close(loss, by_hand, rtol=1e-12, atol=0)
-    found = torch.autograd.grad(loss, p)[0]
-    torch.testing.assert_close(found, torch.autograd.grad(by_hand, p)[0], rtol=1e-10, atol=1e-16)
+    result = torch.autograd.grad(loss, p)[0]
+    torch.testing.assert_close(result, torch.autograd.grad(by_hand, p)[0], rtol=1e-10, atol=1e-16)
 
 
-def test_dense_crf_is_the_form_of_the_papers_up_to_a_constant():
+def test_dense_crf_equals_the_papers_form_up_to_a_constant():
     p, images = problem()
     q = torch.rand_like(p)
     matrices = [affinity(image, 60.0, 0.3 * 12) for image in images]
 
     def of_papers(p):
         total = 0
-        for one, a in zip(p.flatten(1), matrices, strict=True):
-            total = total - sum(s @ a @ s for s in (one, 1 - one)) / len(one) ** 2
+        for values, a in zip(p.flatten(1), matrices, strict=True):
+            total = total - sum(s @ a @ s for s in (values, 1 - values)) / len(values) ** 2
         return total / len(p)
 
     ours = [dense_crf_loss(x, images, side=None, **WIDE) for x in (p, q)]
     torch.testing.assert_close(ours[0] - ours[1], of_papers(p) - of_papers(q))
 
 
-def test_gradients_by_finite_differences():
+def test_gradients_equal_finite_differences():
     p, images = problem(1, (4, 5))
     assert gradcheck(lambda p: dense_crf_loss(p, images, side=None, **WIDE), p)
     assert gradcheck(lambda p: dense_crf_loss(p, images, side=3, **WIDE), p)
     assert gradcheck(lambda p: local_crf_loss(p, images, radius=2, sigma_rgb=60.0), p)
 
 
-def test_no_gradient_by_the_image_and_none_of_the_second_order():
+def test_there_is_no_gradient_by_the_image_and_no_second_derivative():
     p, images = problem()
     images.requires_grad_()
     (gradient,) = torch.autograd.grad(dense_crf_loss(p, images), p, create_graph=True)
@@ -192,30 +192,30 @@ def test_no_gradient_by_the_image_and_none_of_the_second_order():
         torch.autograd.grad(gradient.sum(), p)
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_the_chunk_size_does_not_change_the_loss(monkeypatch):
     p, images = problem(3, (9, 11))
-    whole = dense_crf_loss(p, images, side=None, **WIDE)
-    gradient = torch.autograd.grad(whole, p)[0]
+    energy = dense_crf_loss(p, images, side=None, **WIDE)
+    gradient = torch.autograd.grad(energy, p)[0]
     monkeypatch.setattr(crf, "CPU_CHUNK", 700)  # two rows, of 99
     parts = dense_crf_loss(p, images, side=None, **WIDE)
-    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(parts, energy)
     torch.testing.assert_close(torch.autograd.grad(parts, p)[0], gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (13, 7), (40, 40)])
 def test_energies_are_never_negative(size, dtype):
-    """Also of maps that are decided, where nothing but rounding is left."""
+    """Binary maps are tested too: their energy is 0 up to rounding."""
     for seed in range(5):
         p, images = problem(2, size, seed=seed, dtype=dtype)
         p = p.detach()
-        for each in (p, (p > 0.5).to(dtype), torch.zeros_like(p), torch.ones_like(p)):
-            assert 0 <= dense_crf_loss(each, images) <= 0.5
-            assert 0 <= dense_crf_loss(each, images, side=None, **WIDE) <= 0.5
-            assert local_crf_loss(each, images) >= 0
+        for values in (p, (p > 0.5).to(dtype), torch.zeros_like(p), torch.ones_like(p)):
+            assert 0 <= dense_crf_loss(values, images) <= 0.5
+            assert 0 <= dense_crf_loss(values, images, side=None, **WIDE) <= 0.5
+            assert local_crf_loss(values, images) >= 0
 
 
-def test_energy_is_of_uncertainty_and_of_edges():
+def test_energy_comes_from_uncertain_pixels_and_from_edges():
     size = (1, 1, 16, 16)
     flat = torch.full((1, 3, 16, 16), 90.0)
     half = torch.zeros(size)
@@ -230,20 +230,20 @@ def test_energy_is_of_uncertainty_and_of_edges():
         assert loss(half, edged) < 1e-6 * loss(half, flat)  # the edge is where the colours change
 
 
-def test_weight_does_not_depend_on_the_number_of_pixels():
+def test_the_dense_crf_does_not_depend_on_the_number_of_pixels():
     p, images = problem(2, (16, 16))
     large_p, large = (x.repeat_interleave(2, 2).repeat_interleave(2, 3) for x in (p, images))
     at = [
         dense_crf_loss(*both, side=None, **WIDE).item() for both in ((p, images), (large_p, large))
     ]
     assert at[1] == pytest.approx(at[0], rel=0.02)
-    # Reduced by averaging, the large pair is the small one.
+    # Averaging of areas reduces the large pair to the small one.
     torch.testing.assert_close(
         dense_crf_loss(large_p, large, side=16, **WIDE), dense_crf_loss(p, images, **WIDE)
     )
 
 
-def test_reduced_keeps_the_aspect_ratio_and_passes_gradients():
+def test_reduction_keeps_the_aspect_ratio_and_passes_gradients():
     p, images = problem(1, (20, 40))
     loss = dense_crf_loss(p, images, side=10, **WIDE)
     small = torch.nn.functional.adaptive_avg_pool2d
@@ -254,7 +254,7 @@ def test_reduced_keeps_the_aspect_ratio_and_passes_gradients():
 
 
 def sampled(p, images, n, **options):
-    """Values and gradients of `n` draws, and the exact ones."""
+    """Values and gradients of `n` draws of anchors, and the exact ones."""
     generator = torch.Generator().manual_seed(0)
     exact = dense_crf_loss(p, images, side=None, **options)
     gradient = torch.autograd.grad(exact, p)[0]
@@ -269,7 +269,7 @@ def sampled(p, images, n, **options):
 ANCHORS = {"n_anchors": 64}
 
 
-def test_anchors_are_unbiased():
+def test_anchors_give_unbiased_estimates():
     values, gradients, exact, gradient = sampled(*problem(2, (16, 16)), 400, **WIDE)
     assert (values.mean() - exact).abs() < 4 * values.std() / 400**0.5
     spread = (gradients - gradient).flatten(1).norm(dim=1).square().mean().sqrt()
@@ -298,27 +298,27 @@ def test_all_pixels_as_anchors_are_exact():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (3, 10), (1, 6), (1, 1)])
-def test_local_crf_is_the_double_loop(size):
+def test_local_crf_equals_a_double_loop(size):
     p, images = problem(size=size)
     loss = local_crf_loss(p, images, radius=2, sigma_rgb=60.0, sigma_xy=1.5)
     by_hand = 0
-    for one, image in zip(p.flatten(1), images, strict=True):
+    for values, image in zip(p.flatten(1), images, strict=True):
         a = affinity(image, 60.0, 1.5, radius=2)
-        by_hand = by_hand + 2 * one @ a @ (1 - one) / len(one) / len(p)
+        by_hand = by_hand + 2 * values @ a @ (1 - values) / len(values) / len(p)
     torch.testing.assert_close(loss, by_hand)
-    found = torch.autograd.grad(loss, p)[0]
-    torch.testing.assert_close(found, torch.autograd.grad(by_hand, p)[0])
+    result = torch.autograd.grad(loss, p)[0]
+    torch.testing.assert_close(result, torch.autograd.grad(by_hand, p)[0])
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_any_number_of_channels(channels):
+def test_images_may_have_any_number_of_channels(channels):
     p, images = problem(channels=channels, size=(5, 5))
     a = [affinity(image, 60.0, 1.5) for image in images]
     by_hand = [2 * x @ m @ (1 - x) / 625 for x, m in zip(p.flatten(1), a, strict=True)]
     torch.testing.assert_close(dense_crf_loss(p, images, **WIDE), sum(by_hand) / 2)
 
 
-def test_halves_add_up_in_float32():
+def test_losses_of_half_precision_are_sums_in_float32():
     p, images = problem(2, (16, 16), dtype=torch.float32)
     exact = dense_crf_loss(p, images, **WIDE)
     for dtype in (torch.float16, torch.bfloat16):
@@ -331,7 +331,7 @@ def test_halves_add_up_in_float32():
             torch.testing.assert_close(dense_crf_loss(p, images, **WIDE), exact)
 
 
-def test_bytes_are_colours_and_shares_are_warned_of(recwarn):
+def test_bytes_are_valid_colours_and_images_in_0_to_1_give_a_warning(recwarn):
     p, images = problem()
     p = p.detach().float()
     as_bytes = images.to(torch.uint8)
@@ -348,7 +348,7 @@ def test_bytes_are_colours_and_shares_are_warned_of(recwarn):
 
 
 @pytest.mark.parametrize("loss", [dense_crf_loss, local_crf_loss])
-def test_normalised_images_are_warned_of(loss):
+def test_normalised_images_give_a_warning(loss):
     p, images = problem(dtype=torch.float32)
     mean = torch.tensor((0.485, 0.456, 0.406)).reshape(-1, 1, 1)
     with pytest.warns(UserWarning, match=r"-2\.\S+ to 2\.\S+: .* 0 to 255") as caught:
@@ -369,19 +369,19 @@ def test_normalised_images_are_warned_of(loss):
         (SizeLoss, {"t": 2.0, "growth": 1.02, "t_max": 9.0}),
     ],
 )
-def test_representations_tell_settings_apart(make, others):
-    """A run that goes on is compared with the one before by them."""
-    shown = [repr(make()), *(repr(make(**{name: value})) for name, value in others.items())]
-    assert len(set(shown)) == len(shown)
-    assert repr(make()) == shown[0]
+def test_reprs_differ_with_each_setting(make, others):
+    """A resumed run is compared with the one before by these texts."""
+    text = [repr(make()), *(repr(make(**{name: value})) for name, value in others.items())]
+    assert len(set(text)) == len(text)
+    assert repr(make()) == text[0]
     assert all(f"{name}={value}" in repr(make(**others)) for name, value in others.items())
 
 
-def test_a_schedule_is_shown_as_it_was_set():
+def test_the_repr_of_a_schedule_does_not_change_with_its_steps():
     loss = SizeLoss()
-    shown = repr(loss)
+    text = repr(loss)
     loss.step()
-    assert repr(loss) == shown
+    assert repr(loss) == text
 
 
 @pytest.mark.parametrize(
@@ -399,20 +399,20 @@ def test_a_schedule_is_shown_as_it_was_set():
         (SizeLoss, "t_max", (0.0, 0.5, "10")),
     ],
 )
-def test_settings_are_checked_before_any_use(make, name, values):
+def test_settings_are_validated_by_the_constructor(make, name, values):
     for value in values:
         with pytest.raises(ValueError, match=f"`{name}`"):
             make(**{name: value})
 
 
-def test_modules_are_their_functions():
+def test_modules_equal_their_functions():
     p, images = problem()
     options = {"side": 6, "n_anchors": 9, **WIDE}
-    found = [
+    result = [
         loss(p, images, generator=torch.Generator().manual_seed(0))
         for loss in (DenseCRFLoss(**options), lambda *a, **k: dense_crf_loss(*a, **k, **options))
     ]
-    assert found[0] == found[1]
+    assert result[0] == result[1]
     local = {"radius": 3, "sigma_rgb": 9.0, "sigma_xy": 2.0}
     assert LocalCRFLoss(**local)(p, images) == local_crf_loss(p, images, **local)
 
@@ -430,7 +430,7 @@ def test_modules_are_their_functions():
         ({"n_anchors": 0}, "n_anchors"),
     ],
 )
-def test_wrong_arguments(change, named):
+def test_invalid_arguments_are_refused(change, named):
     p, images = problem(dtype=torch.float32)
     with pytest.raises(ValueError, match=named):
         dense_crf_loss(**{"foreground": p, "images": images} | change)

@@ -1,6 +1,6 @@
-"""That F-CAM works: on pictures whose truth is known, by a guide that is no more than it is.
+"""F-CAM localises objects better than its teacher, on pictures with known masks.
 
-A minute on one thread. `tests/benchmarks/fcam.py` is the whole of it.
+It takes a minute on one thread. `tests/benchmarks/fcam.py` is the complete benchmark.
 """
 
 import warnings
@@ -18,8 +18,8 @@ torch.set_num_threads(1)
 
 
 @pytest.mark.slow
-def test_f_cam_localises_better_than_its_guide():
-    """Labels alone, nothing chosen by localisation; gains of at least 10 and 5 points."""
+def test_f_cam_localises_better_than_its_teacher():
+    """The training sees labels only. The gains are at least 10 and 5 points."""
     train = TexturedEllipses(1000, 3000)
     network = train_classifier(train)
     scenes = TexturedEllipses(100, 3001).batch()
@@ -40,16 +40,16 @@ def test_f_cam_localises_better_than_its_guide():
             normalize=((0.5,) * 3, (0.25,) * 3),
             show_progress=False,
         )
-    found = []
+    result = []
     for maps in (guide_maps(guide, x, scenes.targets, (64, 64)), fcam.foreground(x)):
         boxes, pixels = MaxBoxAcc((0.3, 0.5, 0.7), "all", "wsolevaluation"), PxAP()
         boxes.update(maps, [box[None] for box in scenes.boxes])
         pixels.update(maps, scenes.masks)
-        found.append((100 * boxes.compute().item(), 100 * pixels.compute().item()))
-    (v2, ap), (v2_fcam, ap_fcam) = found
+        result.append((100 * boxes.compute().item(), 100 * pixels.compute().item()))
+    (v2, ap), (v2_fcam, ap_fcam) = result
     assert v2 > 50, "a guide that is worth beating"
     assert v2_fcam > v2 + 10
     assert ap_fcam > ap + 5
-    # One forward pass makes one map for each picture, whatever its class.
+    # One forward pass gives one map for each picture, for any class.
     assert torch.equal(fcam.attribute(x[:2], target=0), fcam.attribute(x[:2], target=1))
     assert pytest.approx(1, abs=0.05) == fcam.foreground(x).flatten(1).amax(1).mean().item()

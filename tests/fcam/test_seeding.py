@@ -1,4 +1,4 @@
-"""Seeds against skimage's Otsu and scipy's morphology, and what degenerate maps give."""
+"""Seeds, compared with skimage's Otsu and scipy's morphology; and seeds of degenerate maps."""
 
 import numpy as np
 import pytest
@@ -29,19 +29,19 @@ def levels_of(maps):
 
 
 @given(st.lists(st.integers(0, 255), min_size=2, max_size=60))
-def test_otsu_is_that_of_skimage(values):
-    found = int(otsu(torch.tensor([values])))
+def test_otsu_equals_that_of_skimage(values):
+    result = int(otsu(torch.tensor([values])))
     if len(set(values)) == 1:
-        assert found == 0
+        assert result == 0
         return
     theirs = int(threshold_otsu(np.array(values, np.uint8)))
-    if found != theirs:  # equal maxima, which rounding parts in skimage
-        assert spread(values, found) == pytest.approx(spread(values, theirs), rel=1e-12)
-        assert found < theirs or spread(values, found) >= spread(values, theirs)
+    if result != theirs:  # equal maxima, which rounding makes unequal in skimage
+        assert spread(values, result) == pytest.approx(spread(values, theirs), rel=1e-12)
+        assert result < theirs or spread(values, result) >= spread(values, theirs)
 
 
 def spread(values, t):
-    """Between-class variance, by hand."""
+    """The variance between classes, computed by hand."""
     values = np.array(values, float)
     low, high = values[values <= t], values[values > t]
     if not len(low) or not len(high):
@@ -49,7 +49,7 @@ def spread(values, t):
     return len(low) * len(high) * (low.mean() - high.mean()) ** 2
 
 
-def test_otsu_of_maps_and_of_few_levels():
+def test_otsu_of_maps_and_of_few_levels_has_known_thresholds():
     maps = coarse(20, (61, 43))
     theirs = [threshold_otsu(image.astype(np.uint8)) for image in levels_of(maps).numpy()]
     assert otsu(levels_of(maps)).tolist() == theirs
@@ -61,7 +61,7 @@ def test_otsu_of_maps_and_of_few_levels():
 # --- regions -------------------------------------------------------------------------------------
 
 
-def test_regions_by_hand():
+def test_regions_equal_those_found_by_hand():
     maps = coarse()
     sampler = SeedSampler(n_minus=0.2, erosion=5)
     foreground, background = sampler.regions(maps, torch.rand(3, 40 * 56, generator=seeded()))
@@ -76,18 +76,18 @@ def test_regions_by_hand():
         assert values[background[i]].max() <= values[~background[i]].min()
 
 
-def test_erosion_that_would_empty_is_undone():
+def test_a_region_that_would_vanish_is_not_eroded():
     maps = torch.zeros(2, 1, 20, 20)
     maps[0, 0, 4:7, 4:7] = 1  # smaller than the kernel
     maps[1, 0, 2:12, 2:12] = 1
     sampler = SeedSampler(erosion=5)
     foreground, _ = sampler.regions(maps, torch.rand(2, 400))
     assert foreground.sum(1).tolist() == [9, 36]
-    maps[1, 0, :12, :12] = 1  # at the border nothing is taken away
+    maps[1, 0, :12, :12] = 1  # the border is not eroded
     assert sampler.regions(maps, torch.rand(2, 400))[0].sum(1).tolist() == [9, 100]
 
 
-def test_erosion_goes_with_the_side():
+def test_the_erosion_is_in_proportion_to_the_side():
     assert [erosion_size(n) for n in (224, 64, 448, 32, 1)] == [11, 3, 21, 1, 1]
     maps = torch.zeros(1, 1, 64, 90)
     maps[..., 10:30, 10:30] = 1
@@ -97,7 +97,7 @@ def test_erosion_goes_with_the_side():
 # --- seeds ---------------------------------------------------------------------------------------
 
 
-def test_seeds_are_in_their_dilated_regions():
+def test_seeds_lie_in_their_dilated_regions():
     maps = coarse(4)
     sampler = SeedSampler(n_foreground=6, n_background=4, n_minus=0.4, erosion=3)
     seeds = sampler(maps, seeded())
@@ -112,7 +112,7 @@ def test_seeds_are_in_their_dilated_regions():
             assert not (seeds[i] == label).numpy()[~grown].any()
 
 
-def test_counts_without_dilation():
+def test_without_dilation_the_counts_are_those_requested():
     seeds = SeedSampler(7, 5, kernel_size=1)(coarse(), seeded())
     assert (seeds == 1).sum((1, 2)).tolist() == [7] * 3
     assert (seeds == 0).sum((1, 2)).tolist() == [5] * 3
@@ -123,7 +123,7 @@ def test_counts_without_dilation():
     assert (seeds == 0).sum() == 2
 
 
-def test_collisions_are_ignored():
+def test_pixels_of_both_classes_are_ignored():
     maps = torch.linspace(0, 1, 9).reshape(1, 1, 3, 3)
     seeds = SeedSampler(1, 1, n_minus=1 / 9, kernel_size=3, erosion=1)(maps, seeded())
     # All of the background, pixel (0, 0), reaches (1, 1); any foreground pixel does too.
@@ -132,7 +132,7 @@ def test_collisions_are_ignored():
     assert seeds[0, 0, 0] == 0
 
 
-def test_ties_are_broken_at_random_and_all_pixels_are_as_likely():
+def test_ties_are_random_and_all_pixels_equally_likely():
     maps = torch.zeros(1, 1, 12, 12)
     maps[..., 4:8, 4:8] = 1
     sampler, counts, n = SeedSampler(1, 1, kernel_size=1, erosion=1, n_minus=0.1), 0, 3000
@@ -142,28 +142,28 @@ def test_ties_are_broken_at_random_and_all_pixels_are_as_likely():
     foreground, background = counts[0, 0], counts[1, 0]
     assert foreground[~inside].sum() == 0
     assert background[inside].sum() == 0
-    for found in (foreground[inside], background[~inside]):
-        expected = n / len(found)
-        chi2 = ((found - expected) ** 2 / expected).sum()
-        assert chi2 < len(found) + 5 * (2 * len(found)) ** 0.5
+    for result in (foreground[inside], background[~inside]):
+        expected = n / len(result)
+        chi2 = ((result - expected) ** 2 / expected).sum()
+        assert chi2 < len(result) + 5 * (2 * len(result)) ** 0.5
 
 
-def test_reproducible_and_a_batch_is_its_images():
+def test_seeds_are_reproducible_and_a_batch_equals_its_images():
     maps = coarse(4)
     sampler = SeedSampler()
     assert torch.equal(sampler(maps, seeded()), sampler(maps, seeded()))
     assert not torch.equal(sampler(maps, seeded()), sampler(maps, seeded(1)))
     ties = torch.rand(4, 40 * 56, generator=seeded())
-    whole = sampler.regions(maps, ties)
+    together = sampler.regions(maps, ties)
     for i in range(4):
         alone = sampler.regions(maps[i : i + 1], ties[i : i + 1])
-        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(whole, alone, strict=True))
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize(
     "value", [0.0, 1.0, 0.4, float("nan"), float("inf")], ids=["0", "1", "0.4", "nan", "inf"]
 )
-def test_flat_and_broken_maps_have_no_seeds(value):
+def test_flat_and_non_finite_maps_have_no_seeds(value):
     maps = coarse(2)
     maps[0] = value
     seeds = SeedSampler()(maps, seeded())
@@ -174,8 +174,8 @@ def test_flat_and_broken_maps_have_no_seeds(value):
     assert (SeedSampler()(maps, seeded()) == -255).all()
 
 
-def test_two_levels_next_to_each_other():
-    """Otsu is 0 there and is raised to 1: nothing is above it, and the background remains."""
+def test_two_adjacent_levels_give_background_seeds_only():
+    """Otsu's threshold of 0 is raised to 1, so that no pixel is above it."""
     maps = torch.zeros(1, 1, 8, 8)
     maps[..., 2:5, 2:5] = 1.5 / 255
     seeds = SeedSampler(kernel_size=1)(maps, seeded())
@@ -183,11 +183,11 @@ def test_two_levels_next_to_each_other():
     assert (seeds == 0).sum() == 10
 
 
-def test_one_pixel():
+def test_a_single_pixel_gives_no_seeds():
     assert (SeedSampler()(torch.zeros(1, 1, 1, 1)) == -255).all()
 
 
-def test_halves_and_gradients():
+def test_maps_with_a_graph_or_in_half_precision_give_seeds():
     maps = coarse()
     with_graph = maps.clone().requires_grad_()
     assert torch.equal(SeedSampler()(with_graph, seeded()), SeedSampler()(maps, seeded()))
@@ -206,7 +206,7 @@ def test_halves_and_gradients():
         ({"erosion": 2}, "erosion"),
     ],
 )
-def test_wrong_options(options, named):
+def test_invalid_options_are_refused(options, named):
     with pytest.raises(ValueError, match=named):
         SeedSampler(**options)
 
@@ -220,6 +220,10 @@ def test_wrong_options(options, named):
         torch.ones(1, 1, 4, 4).int(),
     ],
 )
-def test_wrong_maps(maps):
+def test_invalid_maps_are_refused(maps):
     with pytest.raises(ValueError, match="maps"):
         SeedSampler()(maps)
+
+
+def test_the_repr_has_the_options_that_differ_from_their_defaults():
+    assert repr(SeedSampler(1, n_minus=0.1)) == "SeedSampler(1, n_minus=0.1)"

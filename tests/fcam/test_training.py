@@ -1,4 +1,4 @@
-"""Training: the classifier stays, the decoder learns, what was killed goes on."""
+"""Training of F-CAM: the classifier stays, the decoder learns, and killed runs go on."""
 
 import errno
 import signal
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext._engine.state import eval_mode
+from captum_ext._errors import ArgumentError
 from captum_ext._training import SeededShuffle
 from captum_ext.attr import FCAM, LayerClassActivationMap, SESSWrapper
 from captum_ext.datasets import TexturedEllipses
@@ -25,7 +26,7 @@ from captum_ext.fcam.guides import guide_maps
 from captum_ext.fcam.training import FCAMModule
 from captum_ext.fcam.views import BoxedPictures, draw_crops
 from captum_ext.metrics import MaxBoxAcc
-from tests.evaluation.subjects import Known
+from tests.evaluation.subjects import VersionedFunction
 from tests.networks import CallCounter, three_stage_net
 
 SMALL = {
@@ -40,7 +41,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Lightning has advice about workers and devices."""
+    """Ignore Lightning's advice about workers and devices."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         yield
@@ -68,15 +69,15 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-class Told(Attribution):
-    """Maps that the test makes; it keeps what it was asked."""
+class Teacher(Attribution):
+    """A guide whose maps the test makes. It records its calls."""
 
     def __init__(self, forward_func, maps):
         super().__init__(forward_func)
-        self.maps, self.asked = Known(maps), []
+        self.maps, self.calls = VersionedFunction(maps), []
 
     def attribute(self, inputs, target=None):
-        self.asked.append((inputs.clone(), target.clone(), self.forward_func.training))
+        self.calls.append((inputs.clone(), target.clone(), self.forward_func.training))
         return self.maps(inputs)
 
 
@@ -87,7 +88,7 @@ def brightness(images):
 # --- the classifier ------------------------------------------------------------------------------
 
 
-def test_the_classifier_does_not_move_by_a_bit():
+def test_the_classifier_stays_equal_to_the_bit():
     model = three_stage_net()
     model[1].eval()
     model[0][0].weight.requires_grad_(False)
@@ -110,27 +111,27 @@ def test_the_classifier_does_not_move_by_a_bit():
         assert torch.equal(model(x), logits)
 
 
-def test_the_guide_explains_the_label_of_the_view_in_eval_mode():
+def test_the_guide_explains_the_label_of_each_crop_in_eval_mode():
     model = three_stage_net().train()
-    guide = Told(model, brightness)
+    guide = Teacher(model, brightness)
     data = Scenes(8)
     fit_fcam(model, data, guide, **SMALL | {"n_epochs": 1, "batch_size": 4})
-    assert len(guide.asked) == 2
-    assert sorted(torch.cat([t for _, t, _ in guide.asked]).tolist()) == sorted(t for _, t in data)
-    assert not any(training for _, _, training in guide.asked)
-    images = torch.cat([x for x, _, _ in guide.asked])
+    assert len(guide.calls) == 2
+    assert sorted(torch.cat([t for _, t, _ in guide.calls]).tolist()) == sorted(t for _, t in data)
+    assert not any(training for _, _, training in guide.calls)
+    images = torch.cat([x for x, _, _ in guide.calls])
     assert images.mean().abs() < 2
     assert images.min() < 0  # normalised
 
 
-def test_flags_are_put_back_after_an_error():
+def test_flags_are_restored_after_an_error():
     model = three_stage_net().train()
 
     def broken(images):
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        fit_fcam(model, Scenes(8), Told(model, broken), **SMALL)
+        fit_fcam(model, Scenes(8), Teacher(model, broken), **SMALL)
     assert all(m.training for m in model.modules())
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -138,15 +139,15 @@ def test_flags_are_put_back_after_an_error():
 # --- learning ------------------------------------------------------------------------------------
 
 
-def test_it_learns_what_the_guide_shows():
-    """The guide is bright where the object is; the decoder finds it in new scenes, sharper."""
+def test_the_decoder_learns_the_guides_maps():
+    """The guide's maps are bright at objects; the decoder's maps of new scenes are sharper."""
     scenes = TexturedEllipses(96, 0, (32, 32))
-    found = scenes.batch()
-    whole = {p.numpy().tobytes(): m for p, m in zip(found.pixels, found.masks, strict=True)}
+    result = scenes.batch()
+    mask_of = {p.numpy().tobytes(): m for p, m in zip(result.pixels, result.masks, strict=True)}
 
     def masks(images):
         pixels = (images * 0.25 + 0.5).mul(255).round().to(torch.uint8)
-        exact = [whole[p.numpy().tobytes()] for p in pixels]
+        exact = [mask_of[p.numpy().tobytes()] for p in pixels]
         return nn.functional.avg_pool2d(torch.stack(exact)[:, None].float(), 8)
 
     model = three_stage_net().eval()
@@ -155,7 +156,7 @@ def test_it_learns_what_the_guide_shows():
     data = [(s.image, s.target) for s in scenes]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "The decoder has learned nothing")
-        fcam = fit_fcam(model, data, Told(model, masks), **options)
+        fcam = fit_fcam(model, data, Teacher(model, masks), **options)
     assert not fcam.decoder.training
     test = TexturedEllipses(32, 1, (32, 32)).batch()
     maps = fcam.foreground((test.pixels / 255 - 0.5) / 0.25)[:, 0]
@@ -163,16 +164,16 @@ def test_it_learns_what_the_guide_shows():
     assert inside > outside + 0.3
 
 
-def test_a_seed_gives_the_same_decoder_and_another_another():
+def test_equal_seeds_give_equal_decoders_and_others_do_not():
     model = three_stage_net().eval()
     guide = LayerGradCam(model, model[2])
-    found = [state(fit_fcam(model, Scenes(), guide, **SMALL, seed=s).decoder) for s in (0, 0, 1)]
-    assert equal(found[0], found[1])
-    assert not equal(found[0], found[2])
+    result = [state(fit_fcam(model, Scenes(), guide, **SMALL, seed=s).decoder) for s in (0, 0, 1)]
+    assert equal(result[0], result[1])
+    assert not equal(result[0], result[2])
 
 
 def test_maps_follow_crops_and_flips_in_training(tmp_path):
-    """What the seeds are drawn from and what the CRF sees: map and colours of one place."""
+    """The maps of the seeds and the colours of the CRF are of the same crops."""
     model = three_stage_net().eval()
     seen = []
 
@@ -190,16 +191,16 @@ def test_maps_follow_crops_and_flips_in_training(tmp_path):
     options |= {"rectify": False}
     for cache in ({}, {"cache": tmp_path}):
         seen.clear()
-        fit_fcam(model, Scenes(), Told(model, brightness), **options, **cache)
+        fit_fcam(model, Scenes(), Teacher(model, brightness), **options, **cache)
         for maps, images in seen:
-            # The guide saw them normalised: not the mean of the channels, but nearly.
+            # The guide saw normalised pictures, whose mean over channels is only close to this.
             both = torch.stack((maps.flatten(1), images.float().mean(1).flatten(1)), 1)
             assert min(torch.corrcoef(pair)[0, 1].item() for pair in both) > 0.99
     views = torch.cat([images for _, images in seen])
     assert len({view.numpy().tobytes() for view in views}) == len(views)
 
 
-def test_stored_maps_are_those_of_the_pictures(tmp_path):
+def test_cached_maps_are_those_of_the_whole_pictures(tmp_path):
     model = three_stage_net().eval()
     guide = LayerGradCam(model, model[2])
     options = SMALL | {"seeds": SeedSampler(4, 4, erosion=1)}
@@ -228,7 +229,7 @@ def other_pictures():
 
 
 @pytest.mark.parametrize(
-    ("data", "make", "said"),
+    ("data", "make", "message"),
     [
         (lambda: Scenes(16), lambda m: LayerGradCam(m, m[2]), "pictures was '24, .* is '16, "),
         (other_pictures, lambda m: LayerGradCam(m, m[2]), "pictures was"),
@@ -237,11 +238,11 @@ def other_pictures():
     ],
     ids=["fewer", "others", "layer", "method"],
 )
-def test_maps_of_another_run_are_refused(data, make, said, tmp_path):
+def test_maps_of_another_run_are_refused(data, make, message, tmp_path):
     model = three_stage_net().eval()
     options = SMALL | {"n_epochs": 1}
     fit_fcam(model, Scenes(), LayerGradCam(model, model[2]), **options, cache=tmp_path)
-    with pytest.raises(ValueError, match=f"cache.*{said}"):
+    with pytest.raises(ValueError, match=f"cache.*{message}"):
         fit_fcam(model, data(), make(model), **options, cache=tmp_path)
 
 
@@ -257,7 +258,7 @@ def test_maps_of_a_wrapper_with_other_options_are_refused(tmp_path):
 # --- views ---------------------------------------------------------------------------------------
 
 
-def test_maps_follow_their_pictures():
+def test_crops_of_maps_follow_those_of_pictures():
     pictures = torch.rand(40, 3, 20, 30)
     maps = pictures[:, :1] * 2
     generator = torch.Generator().manual_seed(0)
@@ -278,7 +279,7 @@ def test_maps_follow_their_pictures():
     assert len({tuple(v.tolist()) for v in view.rows}) > 1
 
 
-def test_orders():
+def test_orders_depend_on_seed_and_epoch_only():
     order = SeededShuffle(10, 3)
     first = list(order)
     order.set_epoch(1)
@@ -292,7 +293,7 @@ def test_orders():
 # --- guides --------------------------------------------------------------------------------------
 
 
-def test_guidance_by_hand():
+def test_guide_maps_equal_those_made_by_hand():
     model = three_stage_net().eval()
     x, y = torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 2])
     raw = LayerGradCam(model, model[2]).attribute(x, target=y).detach()
@@ -318,19 +319,21 @@ def test_guidance_by_hand():
     ],
     ids=["cam", "integrated gradients", "sess"],
 )
-def test_any_attribution_guides(make):
+def test_any_attribution_can_be_the_guide(make):
     model = three_stage_net().eval()
     fcam = fit_fcam(model, Scenes(8), make(model), **SMALL | {"n_epochs": 1})
     assert fcam.attribute(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
 
 
-def test_maps_that_are_not_finite_teach_nothing():
+def test_maps_that_are_not_finite_become_zeros():
     model = three_stage_net().eval()
     maps = torch.rand(2, 1, 4, 4)
     maps[0, 0, 1, 1] = float("nan")
-    found = guide_maps(Told(model, lambda x: maps), torch.rand(2, 3, 8, 8), torch.zeros(2).long())
-    assert (found[0] == 0).all()
-    assert found[1].max() == 1
+    result = guide_maps(
+        Teacher(model, lambda x: maps), torch.rand(2, 3, 8, 8), torch.zeros(2).long()
+    )
+    assert (result[0] == 0).all()
+    assert result[1].max() == 1
 
 
 # --- what was killed -----------------------------------------------------------------------------
@@ -363,7 +366,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
 
 
 class Noisy(LayerGradCam):
-    """Draws from the global generator."""
+    """A guide with noise of the global generator."""
 
     def attribute(self, *args, **kwargs):
         maps = super().attribute(*args, **kwargs)
@@ -372,7 +375,7 @@ class Noisy(LayerGradCam):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_run_goes_on_to_more_epochs(cached, tmp_path):
-    """Anchors of the CRF and noise of the guide are the same, too."""
+    """Anchors of the CRF loss and noise of the guide are equal, too."""
     model = three_stage_net().eval()
     crf = DenseCRFLoss(n_anchors=8)
     options = SMALL | {"n_epochs": 3, "crf": crf, "resize": 36, "center": True}
@@ -389,7 +392,7 @@ def test_a_run_goes_on_to_more_epochs(cached, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"lr": 0.02}, "lr was 0.01 and is 0.02"),
         ({"crf": DenseCRFLoss(side=8)}, "crf was"),
@@ -400,21 +403,21 @@ def test_a_run_goes_on_to_more_epochs(cached, tmp_path):
         ({"classifier": 1}, "classifier was"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(change, said, tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(change, message, tmp_path):
     options = SMALL | {"n_epochs": 1, "checkpoints": tmp_path}
     model = three_stage_net().eval()
     fit_fcam(model, Scenes(), LayerGradCam(model, model[2]), **options)
     model = three_stage_net(change.pop("classifier", 0)).eval()
     data = change.pop("data", Scenes)()
-    if said is None:  # pictures may come out at random, where they are not stored
+    if message is None:  # pictures may come out at random, where they are not stored
         fit_fcam(model, data, LayerGradCam(model, model[2]), **options)
         return
-    with pytest.raises(ValueError, match=f"checkpoints.*{said}"):
+    with pytest.raises(ValueError, match=f"checkpoints.*{message}"):
         fit_fcam(model, data, LayerGradCam(model, model[2]), **options | change)
 
 
 def test_ctrl_c_is_an_interrupt(tmp_path):
-    """Lightning would end the process, and ignore the next Ctrl-C."""
+    """Lightning alone would end the process, and ignore the next Ctrl-C."""
     model = three_stage_net().eval()
     handler = signal.getsignal(signal.SIGINT)
 
@@ -422,11 +425,11 @@ def test_ctrl_c_is_an_interrupt(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit_fcam(model, Scenes(8), Told(model, interrupted), **SMALL, checkpoints=tmp_path)
+        fit_fcam(model, Scenes(8), Teacher(model, interrupted), **SMALL, checkpoints=tmp_path)
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_a_run_with_other_colours_is_another_run(tmp_path):
+def test_a_run_with_another_crf_loss_is_refused(tmp_path):
     model = three_stage_net().eval()
     guide, options = LayerGradCam(model, model[2]), SMALL | {"n_epochs": 1}
     fit_fcam(model, Scenes(8), guide, **options, cache=tmp_path / "a", checkpoints=tmp_path / "b")
@@ -436,7 +439,7 @@ def test_a_run_with_other_colours_is_another_run(tmp_path):
             fit_fcam(model, Scenes(8), guide, **other, **folder)
 
 
-def test_a_loss_that_is_not_finite_stops(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
     model = three_stage_net().eval()
 
     class Breaks(nn.Module):
@@ -454,7 +457,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
 
 
 class Bends(torch.autograd.Function):
-    """A finite value with a gradient that is not."""
+    """A function with a finite value and a gradient that is not finite."""
 
     @staticmethod
     def forward(ctx, x):
@@ -466,7 +469,7 @@ class Bends(torch.autograd.Function):
 
 
 def test_weights_that_are_not_finite_are_not_stored(tmp_path):
-    """The last step of an epoch has no loss behind it that would tell."""
+    """No loss follows the last step of an epoch, so that the weights are checked themselves."""
     model = three_stage_net().eval()
 
     class Breaks(nn.Module):
@@ -485,29 +488,34 @@ def test_weights_that_are_not_finite_are_not_stored(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "maps",
-    [torch.zeros(8, 1, 4, 4), torch.full((8, 1, 4, 4), float("nan")), torch.rand(8, 1, 1, 1)],
+    ("maps", "message", "code"),
+    [
+        (torch.zeros(8, 1, 4, 4), "Teacher gave no seeds", "no_seeds"),
+        (torch.full((8, 1, 4, 4), float("nan")), "Teacher gave no seeds", "no_seeds"),
+        (torch.rand(8, 1, 1, 1), "Teacher gives maps of a single pixel", "single_cell"),
+    ],
     ids=["flat", "nan", "one pixel"],
 )
-def test_a_guide_that_teaches_nothing(maps):
+def test_a_guide_without_seeds_is_refused(maps, message, code):
     model = three_stage_net().eval()
-    with pytest.raises(ValueError, match=r"`guide` Told gave no seed|Told gives maps of a single"):
-        fit_fcam(model, Scenes(8), Told(model, lambda x: maps), **SMALL)
+    with pytest.raises(ArgumentError, match=f"`guide` {message}") as caught:
+        fit_fcam(model, Scenes(8), Teacher(model, lambda x: maps), **SMALL)
+    assert (caught.value.argument, caught.value.code) == ("guide", code)
 
 
-def test_what_has_collapsed_is_told(tmp_path):
-    """And told again, by a run that is finished."""
+def test_a_collapsed_decoder_gives_a_warning(tmp_path):
+    """A finished run that is called again warns again."""
     model = three_stage_net().eval()
     options = SMALL | {"checkpoints": tmp_path}
     for _ in range(2):
         with pytest.warns(UserWarning, match=r"has collapsed.*seeds was 0\.[67]"):
-            fit_fcam(model, Scenes(8), Told(model, lambda x: torch.rand(8, 1, 8, 8)), **options)
+            fit_fcam(model, Scenes(8), Teacher(model, lambda x: torch.rand(8, 1, 8, 8)), **options)
 
 
 # --- pictures ------------------------------------------------------------------------------------
 
 
-def test_pictures_of_every_form():
+def test_pictures_may_have_any_form():
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     as_bytes = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     data = [(image, 1), (as_bytes, 2, "more"), (as_bytes / 255, torch.tensor(3))]
@@ -536,15 +544,15 @@ class Broken(Scenes):
 def test_pictures_that_do_not_decode_are_left_out_named_and_counted():
     model = three_stage_net().eval()
     with pytest.warns(UserWarning, match="cannot be read") as caught:
-        found = fit_fcam(model, Broken(), LayerGradCam(model, model[2]), **SMALL)
-    said = [str(one.message) for one in caught]
-    assert any(text.startswith("3.jpg cannot be read") for text in said)
-    assert "2 of 24 pictures cannot be read and are left out: 3.jpg, 4.jpg" in said
-    assert torch.isfinite(found.foreground(torch.rand(1, 3, 32, 32))).all()
+        result = fit_fcam(model, Broken(), LayerGradCam(model, model[2]), **SMALL)
+    messages = [str(warning.message) for warning in caught]
+    assert any(message.startswith("3.jpg cannot be read") for message in messages)
+    assert "2 of 24 pictures cannot be read and are left out: 3.jpg, 4.jpg" in messages
+    assert torch.isfinite(result.foreground(torch.rand(1, 3, 32, 32))).all()
 
 
-def test_pictures_that_are_opened_but_not_read(tmp_path):
-    """`Image.open` decodes later; a machine out of files is no fault of the picture's."""
+def test_pictures_that_open_but_do_not_decode_are_left_out(tmp_path):
+    """`Image.open` does not decode yet. Too many open files are an error of the machine instead."""
     Scenes().items[0][0].resize((200, 200)).save(tmp_path / "whole.jpg")
     data = (tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
@@ -566,7 +574,7 @@ def test_pictures_that_are_opened_but_not_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("picture", "error", "said"),
+    ("picture", "error", "message"),
     [
         (torch.full((3, 8, 8), 1.5), ValueError, "normalised"),
         (torch.full((3, 8, 8), float("nan")), ValueError, "normalised"),
@@ -575,8 +583,8 @@ def test_pictures_that_are_opened_but_not_read(tmp_path):
         ("a.jpg", TypeError, "str"),
     ],
 )
-def test_what_is_no_picture(picture, error, said):
-    with pytest.raises(error, match=f"`data`: picture 0: .*{said}"):
+def test_entries_without_a_picture_are_refused(picture, error, message):
+    with pytest.raises(error, match=f"`data`: picture 0: .*{message}"):
         PictureDataset([(picture, 0)], (8, 8))[0]
     with pytest.raises(TypeError, match="`data`: picture 0: entries must be"):
         PictureDataset([{"image": picture}], (8, 8))[0]
@@ -585,12 +593,12 @@ def test_what_is_no_picture(picture, error, said):
 @pytest.mark.parametrize(
     "entry", [torch.rand(3, 8, 8), (torch.rand(3, 8, 8),), [Image.new("L", (8, 8)), "a"]]
 )
-def test_what_has_no_label(entry):
+def test_entries_without_a_label_are_refused(entry):
     with pytest.raises((TypeError, ValueError), match="`data`: picture 0: "):
         PictureDataset([entry], (8, 8))[0]
 
 
-def test_grey_pictures():
+def test_grey_pictures_are_repeated_over_the_channels():
     grey = torch.arange(0, 256, 4, dtype=torch.uint8).reshape(1, 8, 8)
     deep = Image.fromarray(grey[0].numpy().astype(np.uint16) * 257)
     assert deep.mode.startswith("I;16")
@@ -598,14 +606,14 @@ def test_grey_pictures():
         assert torch.equal(PictureDataset([(picture, 0)], (8, 8))[0].pixels, grey.expand(3, 8, 8))
 
 
-def test_a_classifier_of_grey_pictures():
+def test_a_classifier_of_grey_pictures_is_trained_on_grey_ones():
     model = three_stage_net().eval()
     model[0][0] = nn.Conv2d(1, 6, 3, 2, 1)
-    guide = Told(model, brightness)
+    guide = Teacher(model, brightness)
     data = [(torch.full((1, 32, 32), 102, dtype=torch.uint8), 0)] * 8
     with pytest.raises(ValueError, match="gave no seed"):
         fit_fcam(model, data, guide, **SMALL, normalize=((0.2,), (0.5,)))
-    torch.testing.assert_close(guide.asked[0][0], torch.full((8, 1, 32, 32), 0.4))
+    torch.testing.assert_close(guide.calls[0][0], torch.full((8, 1, 32, 32), 0.4))
     fcam = fit_fcam(model, Scenes(8), guide, **SMALL, normalize=((0.5,), (0.5,)))
     assert fcam.attribute(torch.rand(1, 1, 32, 32)).shape == (1, 1, 32, 32)
 
@@ -613,15 +621,15 @@ def test_a_classifier_of_grey_pictures():
 # --- what surrounds a run ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
-def test_classifiers_of_other_precision(kind):
-    model = three_stage_net().eval().to(kind)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_classifiers_may_have_another_precision(dtype):
+    model = three_stage_net().eval().to(dtype)
     fcam = fit_fcam(model, Scenes(8), LayerGradCam(model, model[2]), **SMALL)
     assert {p.dtype for p in fcam.decoder.parameters()} == {torch.float32}
-    assert fcam.attribute(torch.rand(1, 3, 32, 32, dtype=kind)).dtype == kind
+    assert fcam.attribute(torch.rand(1, 3, 32, 32, dtype=dtype)).dtype == dtype
 
 
-def test_gradients_are_off_where_they_were():
+def test_the_grad_mode_stays_as_it_was():
     model = three_stage_net().eval()
     guide = LayerGradCam(model, model[2])
     with torch.no_grad():
@@ -632,7 +640,7 @@ def test_gradients_are_off_where_they_were():
         fit_fcam(model, Scenes(8), guide, **SMALL)
 
 
-def test_buffers_that_count_calls_are_put_back():
+def test_buffers_that_count_calls_are_restored():
     model = three_stage_net().eval()
     model[1].add_module("counts", CallCounter())
     fit_fcam(model, Scenes(8), LayerGradCam(model, model[2]), **SMALL)
@@ -640,7 +648,7 @@ def test_buffers_that_count_calls_are_put_back():
 
 
 @pytest.mark.parametrize("label", [-1, 4])
-def test_labels_out_of_range(label):
+def test_labels_out_of_range_are_refused(label):
     model = three_stage_net().eval()
     data = [(Image.new("RGB", (32, 32)), label)]
     with pytest.raises(ValueError, match=rf"label of picture 0 is {label}"):
@@ -672,14 +680,14 @@ def test_labels_out_of_range(label):
         ({"size": 1}, ValueError, "layers"),
     ],
 )
-def test_wrong_arguments(change, error, named):
+def test_invalid_arguments_are_refused(change, error, named):
     model = three_stage_net().eval()
     arguments = {"classifier": model, "data": Scenes(8), "guide": LayerGradCam(model, model[2])}
     with pytest.raises(error, match=named):
         fit_fcam(**arguments | SMALL | change)
 
 
-def test_models_that_give_no_logits():
+def test_models_without_logits_are_refused():
     class Named(nn.Sequential):
         def forward(self, x):
             return {"out": super().forward(x)}
@@ -689,7 +697,7 @@ def test_models_that_give_no_logits():
         fit_fcam(model, Scenes(8), IntegratedGradients(model), **SMALL)
 
 
-def test_a_guide_at_the_layer_of_another_model():
+def test_a_guide_at_a_layer_of_another_model_is_refused():
     model, other = three_stage_net().eval(), three_stage_net(1).eval()
     for guide in (
         LayerGradCam(model, other[2]),
@@ -722,7 +730,7 @@ def test_the_module_alone_runs_in_lightning():
 
 
 class Kept(Callback):
-    """Writes what each process has learned."""
+    """Writes the decoder of each process to a file."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -734,30 +742,30 @@ class Kept(Callback):
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
 def test_two_processes_train_one_decoder(strategy, tmp_path):
-    """By gloo, on the CPU: the classifier stays, and the decoder has learned from both halves."""
+    """Two CPU processes (gloo): the classifier stays, and the decoder learns from both halves."""
     model = three_stage_net().eval()
     before = state(model)
     guide = LayerGradCam(model, model[2])
     options = SMALL | {"batch_size": 4}
     trainer = {"devices": 2, "strategy": strategy, "callbacks": Kept(tmp_path)}
-    found = fit_fcam(model, Scenes(16), guide, **options, trainer=trainer)
+    result = fit_fcam(model, Scenes(16), guide, **options, trainer=trainer)
     assert equal(state(model), before)
-    # Without shared gradients the two, who saw other halves, would differ.
+    # Without shared gradients the two decoders would differ, as each saw another half.
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     assert equal(*ranks)
-    assert equal(ranks[0], dict(found.decoder.named_parameters()))
+    assert equal(ranks[0], dict(result.decoder.named_parameters()))
     alone = fit_fcam(model, Scenes(16), guide, **options)
-    assert not equal(state(found.decoder), state(alone.decoder))
-    counts = [f.decoder.blocks[0][1].num_batches_tracked.item() for f in (found, alone)]
+    assert not equal(state(result.decoder), state(alone.decoder))
+    counts = [f.decoder.blocks[0][1].num_batches_tracked.item() for f in (result, alone)]
     assert counts == [4, 8]  # each process saw half of the batches, in each of two epochs
-    assert torch.isfinite(found.foreground(torch.rand(1, 3, 32, 32))).all()
+    assert torch.isfinite(result.foreground(torch.rand(1, 3, 32, 32))).all()
 
 
 # --- a validation set ----------------------------------------------------------------------------
 
 
 def validated(tmp_path=None, **options):
-    """A run judged by boxes, and what it kept."""
+    """The result of a run with a validation set of boxes."""
     model = three_stage_net().eval()
     scenes = TexturedEllipses(12, 5, (32, 32))
     guide = LayerGradCam(model, model[2])
@@ -776,14 +784,13 @@ def max_box_acc(fcam):
 
 
 def test_boxes_select_the_epoch_and_nothing_else(tmp_path):
-    """What is returned is the best of the decoders that runs of 1, 2, ... epochs without boxes
-    return."""
+    """The result is the best of the decoders of runs of 1, 2, ... epochs without boxes."""
     runs = [validated(validation=None, n_epochs=n) for n in (1, 2, 3, 4)]
     scores = [max_box_acc(run) for run in runs]
     best = scores.index(max(scores))
-    assert best < 3  # else the last would do
-    found = validated(tmp_path)
-    assert equal(state(found.decoder), state(runs[best].decoder))
+    assert best < 3  # otherwise the last epoch would do
+    result = validated(tmp_path)
+    assert equal(state(result.decoder), state(runs[best].decoder))
     again = validated(tmp_path)  # there is nothing left to train
     assert equal(state(again.decoder), state(runs[best].decoder))
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -791,23 +798,23 @@ def test_boxes_select_the_epoch_and_nothing_else(tmp_path):
     assert saved["best"]["score"] == pytest.approx(scores[best])
 
 
-def test_boxes_are_those_of_the_pictures_brought_to_size():
+def test_boxes_are_scaled_with_their_pictures():
     image = Image.new("RGB", (40, 20))
     boxes = [[4, 4, 20, 16], [0, 0, 39, 19]]
     for entry in ((image, 0, boxes), (torch.zeros(3, 20, 40), 0, torch.tensor(boxes))):
-        pixels, found = BoxedPictures([entry], (10, 10))[0]
+        pixels, result = BoxedPictures([entry], (10, 10))[0]
         assert pixels.shape == (3, 10, 10)
-        assert found.tolist() == [[1, 2, 5, 8], [0, 0, 9, 9]]
+        assert result.tolist() == [[1, 2, 5, 8], [0, 0, 9, 9]]
 
 
 @pytest.mark.parametrize(
-    ("validation", "said"),
+    ("validation", "message"),
     [
         ([], "validation"),
         ([(Image.new("RGB", (32, 32)), 0)], "validation.*no boxes"),
         ([(Image.new("RGB", (32, 32)), 0, torch.zeros(0, 4))], r"validation.*\(0, 4\)"),
     ],
 )
-def test_a_validation_set_without_boxes(validation, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_validation_set_without_boxes_is_refused(validation, message):
+    with pytest.raises(ValueError, match=message):
         validated(validation=validation, n_epochs=1)

@@ -1,4 +1,4 @@
-"""Maximally activating patches: values, resuming, boxes that hold all that counts, errors."""
+"""Maximally activating patches: values, resuming, exact boxes and errors."""
 
 import re
 import warnings
@@ -34,46 +34,46 @@ def noise(n: int, height: int = 8, width: int = 8) -> list[tuple[Tensor, int]]:
     return [(picture, 0) for picture in pictures]
 
 
-def same(found: ActivatingPatches, other: ActivatingPatches) -> bool:
-    pairs = zip(vars(found).values(), vars(other).values(), strict=True)
+def same(result: ActivatingPatches, other: ActivatingPatches) -> bool:
+    pairs = zip(vars(result).values(), vars(other).values(), strict=True)
     return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
 
 
-def seen(found: ActivatingPatches) -> tuple[Any, Any, Any]:
-    return found.values.tolist(), found.indices.tolist(), found.positions.tolist()
+def seen(result: ActivatingPatches) -> tuple[Any, Any, Any]:
+    return result.values.tolist(), result.indices.tolist(), result.positions.tolist()
 
 
 # --- the largest activations ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("batch_size", "per_image"), [(1, 1), (7, 2), (64, 1)])
-def test_it_is_sorting_all_activations(batch_size: int, per_image: int) -> None:
+def test_patches_equal_a_sort_of_all_activations(batch_size: int, per_image: int) -> None:
     net, data = net_with_ties(), noise(5000 if batch_size > 1 else 500)
     pixels = torch.stack([picture for picture, _ in data]) / 255
     with torch.no_grad():
         maps = net[:2](pixels.double())
-    found = top_patches(
+    result = top_patches(
         net, "1", data, n=12, per_image=per_image, size=8, normalize=PLAIN, batch_size=batch_size
     )
     expected = everything_sorted(maps, 12, per_image)
-    assert seen(found) == expected
+    assert seen(result) == expected
     assert any(len(set(row)) < 12 for row in expected[0]), "there are ties"
-    assert found.units == tuple(range(5))
-    assert (found.layer, found.size, found.unread, found.reason) == ("1", (8, 8), (), None)
+    assert result.units == tuple(range(5))
+    assert (result.layer, result.size, result.unread, result.reason) == ("1", (8, 8), (), None)
 
 
-def test_units_are_rows_of_all() -> None:
+def test_chosen_units_are_rows_of_the_result_for_all() -> None:
     net, data = small_net(), noise(40)
-    every = top_patches(net, net.relu2, data, n=5, size=8)
-    some = top_patches(net, net.relu2, data, n=5, size=8, units=[3, 0])
-    assert some.units == (3, 0)
+    all_units = top_patches(net, net.relu2, data, n=5, size=8)
+    two_units = top_patches(net, net.relu2, data, n=5, size=8, units=[3, 0])
+    assert two_units.units == (3, 0)
     for name in ("values", "indices", "positions", "boxes"):
-        assert torch.equal(getattr(some, name), getattr(every, name)[[3, 0]])
-    assert some.row(0) == 1
+        assert torch.equal(getattr(two_units, name), getattr(all_units, name)[[3, 0]])
+    assert two_units.row(0) == 1
 
 
 def test_pictures_are_resized_and_normalised() -> None:
-    """By hand: the mean of a picture of one colour, whatever its size."""
+    """The unit is the mean of a picture of one colour, for any size of the picture."""
     net = nn.Sequential(nn.Conv2d(3, 1, 1, bias=False), nn.Flatten(2)).double()
     nn.init.constant_(net[0].weight, 1.0)
     colours = [(10, 20, 30), (90, 20, 7), (50, 50, 50)]
@@ -82,22 +82,22 @@ def test_pictures_are_resized_and_normalised() -> None:
         for i, colour in enumerate(colours)
     ]
     normalize = ((0.1, 0.2, 0.3), (0.5, 0.25, 1.0))
-    found = top_patches(net, "0", data, n=3, size=(6, 4), normalize=normalize)
+    result = top_patches(net, "0", data, n=3, size=(6, 4), normalize=normalize)
     expected = [
         sum((c / 255 - m) / s for c, m, s in zip(colour, *normalize, strict=True))
         for colour in colours
     ]
     order = sorted(range(3), key=lambda i: -expected[i])
-    assert found.indices.tolist() == [order]
+    assert result.indices.tolist() == [order]
     torch.testing.assert_close(
-        found.values[0], torch.tensor(expected).double()[order], rtol=1e-6, atol=1e-7
+        result.values[0], torch.tensor(expected).double()[order], rtol=1e-6, atol=1e-7
     )
     grey = nn.Conv2d(1, 1, 1, bias=False)
     nn.init.constant_(grey.weight, 1.0)
     shades = [(Image.new("L", (5, 5), 200), 0), (Image.new("RGB", (5, 5), (100, 0, 0)), 0)]
-    found = top_patches(grey, grey, shades, size=6, normalize=((0.5,), (0.5,)))
+    result = top_patches(grey, grey, shades, size=6, normalize=((0.5,), (0.5,)))
     expected = torch.tensor([[400 / 255 - 1, 2 * 29.9 / 255 - 1]])  # red counts for 0.299
-    torch.testing.assert_close(found.values, expected)
+    torch.testing.assert_close(result.values, expected)
 
 
 def test_labels_are_not_needed() -> None:
@@ -105,36 +105,36 @@ def test_labels_are_not_needed() -> None:
     expected = top_patches(net, "relu2", data, size=8)
     alone = torch.stack([picture for picture, _ in data])
     for same_pictures in (alone, list(alone), [(picture, "no number") for picture in alone]):
-        found = top_patches(net, "relu2", same_pictures, size=8)
-        assert same(found, expected)
-        assert torch.equal(found.crops(same_pictures, 2)[0], expected.crops(data, 2)[0])
+        result = top_patches(net, "relu2", same_pictures, size=8)
+        assert same(result, expected)
+        assert torch.equal(result.crops(same_pictures, 2)[0], expected.crops(data, 2)[0])
 
 
 def test_units_of_a_linear_layer_see_whole_images() -> None:
     net, data = small_net(), noise(20, 9, 9)
-    found = top_patches(net, "fc", data, n=4, size=9, normalize=PLAIN)
+    result = top_patches(net, "fc", data, n=4, size=9, normalize=PLAIN)
     logits = net(torch.stack([picture for picture, _ in data]) / 255).detach()
     expected = logits.sort(0, descending=True)
-    torch.testing.assert_close(found.values, expected.values[:4].T)
-    assert torch.equal(found.indices, expected.indices[:4].T)
-    assert (found.boxes == torch.tensor([0, 0, 9, 9])).all()
-    assert (found.positions == 0).all()
+    torch.testing.assert_close(result.values, expected.values[:4].T)
+    assert torch.equal(result.indices, expected.indices[:4].T)
+    assert (result.boxes == torch.tensor([0, 0, 9, 9])).all()
+    assert (result.positions == 0).all()
 
 
-def test_half_precision() -> None:
+def test_models_may_have_half_precision() -> None:
     net, data = small_net().bfloat16(), noise(30)
-    found = top_patches(net, "relu2", data, size=8, normalize=PLAIN)
+    result = top_patches(net, "relu2", data, size=8, normalize=PLAIN)
     images = (torch.stack([picture for picture, _ in data]) / 255).bfloat16()
     (maps,), _ = layer_activations(net, [net.relu2], (images,))
-    assert found.values.dtype == torch.float32
-    assert torch.equal(found.values, maps[0].float().amax((2, 3)).topk(9, 0).values.T)
+    assert result.values.dtype == torch.float32
+    assert torch.equal(result.values, maps[0].float().amax((2, 3)).topk(9, 0).values.T)
 
 
 # --- pictures that cannot be read, and runs that are killed --------------------------------------
 
 
 class Watched:
-    """Counts what is read; some cannot be, and one may end the run."""
+    """Records the pictures that are read. Some cannot be read, and one may end the run."""
 
     def __init__(self, n: int, unread: tuple[int, ...] = (), deadly: int | None = None) -> None:
         self.pictures, self.reads = noise(n), list[int]()
@@ -143,29 +143,29 @@ class Watched:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, place: int) -> Any:
-        self.reads.append(place)
-        if place == self.deadly:
+    def __getitem__(self, index: int) -> Any:
+        self.reads.append(index)
+        if index == self.deadly:
             raise KeyboardInterrupt
-        if place in self.unread:
+        if index in self.unread:
             raise OSError("broken data stream")
-        return self.pictures[place]
+        return self.pictures[index]
 
 
 def test_pictures_that_cannot_be_read_are_left_out() -> None:
     data = Watched(30, unread=(0, 3, 4, 5, 17))
     kept = [i for i in range(30) if i not in data.unread]
     with pytest.warns(UserWarning, match="left out") as caught:
-        found = top_patches(small_net(), "relu2", data, n=26, size=8, batch_size=3)
+        result = top_patches(small_net(), "relu2", data, n=26, size=8, batch_size=3)
     assert "5 of 30 pictures cannot be read and are left out: picture 0, picture 3" in str(
         caught[-1].message
     )
-    assert found.unread == tuple(f"picture {i}" for i in data.unread)
-    assert found.values.shape == (6, 25)
+    assert result.unread == tuple(f"picture {i}" for i in data.unread)
+    assert result.values.shape == (6, 25)
     pixels = [data.pictures[i] for i in kept]
     expected = top_patches(small_net(), "relu2", pixels, n=26, size=8, batch_size=3)
-    assert torch.equal(found.indices, torch.tensor(kept)[expected.indices])
-    torch.testing.assert_close(found.values, expected.values)
+    assert torch.equal(result.indices, torch.tensor(kept)[expected.indices])
+    torch.testing.assert_close(result.values, expected.values)
     data.unread = tuple(range(30))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -173,16 +173,19 @@ def test_pictures_that_cannot_be_read_are_left_out() -> None:
             top_patches(small_net(), "relu2", data, size=8)
 
 
-def test_pictures_that_are_lost_before_their_gradients() -> None:
+def test_pictures_lost_before_their_gradients_are_an_error() -> None:
     class Lost(Watched):
-        def __getitem__(self, place: int) -> Any:
+        def __getitem__(self, index: int) -> Any:
             if len(self.reads) >= 10:
                 self.unread = (7,)
-            return super().__getitem__(place)
+            return super().__getitem__(index)
 
     options: dict[str, Any] = {"n": 10, "size": 8, "receptive_field": "effective"}
-    said = "picture 7 cannot be read"
-    with pytest.warns(UserWarning, match=said), pytest.raises(ValueError, match=f"{said} any more"):
+    message = "picture 7 cannot be read"
+    with (
+        pytest.warns(UserWarning, match=message),
+        pytest.raises(ValueError, match=f"{message} any more"),
+    ):
         top_patches(small_net(), "relu2", Lost(10), **options)
 
 
@@ -201,8 +204,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path: Path, deadly
         with pytest.raises(KeyboardInterrupt):
             top_patches(net, "1", data, checkpoint=file, **options)
         data.deadly, data.reads = None, []
-        found = top_patches(net, "1", data, checkpoint=file, **options)
-        assert same(found, expected)
+        result = top_patches(net, "1", data, checkpoint=file, **options)
+        assert same(result, expected)
         # written after every 8 pictures, in batches of 4
         assert min(set(data.reads) - probes) >= deadly // 8 * 8
         data.reads = []
@@ -211,7 +214,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path: Path, deadly
     assert [path.name for path in file.parent.iterdir()] == ["top.pt"]
 
 
-def test_a_checkpoint_is_whole_at_any_moment(
+def test_a_checkpoint_is_complete_at_any_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = PassCheckpoint(tmp_path / "top.pt", {"n": 3}, 1)
@@ -229,7 +232,7 @@ def test_a_checkpoint_is_whole_at_any_moment(
     assert again.saved["n_done"] == 10
 
 
-def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     net, data, file = small_net(), noise(20), tmp_path / "top.pt"
     options: dict[str, Any] = {"n": 3, "size": 8, "checkpoint": file}
     top_patches(net, "relu2", data, **options)
@@ -244,8 +247,8 @@ def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
         "reshape_transform was": (net, "relu2", data, {"reshape_transform": torch.relu}),
         "data was '20 pictures": (net, "relu2", data[:19], {}),
     }
-    for said, (model, layer, pictures, changed) in others.items():
-        with pytest.raises(ValueError, match=re.escape(said)) as caught:
+    for message, (model, layer, pictures, changed) in others.items():
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
             top_patches(model, layer, pictures, **options | changed)
         assert f"`checkpoint` {file} is of another run" in str(caught.value)
         assert ";" not in str(caught.value), "nothing else differs"
@@ -262,14 +265,14 @@ def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
         top_patches(lambda x: net(x), net.relu2, data, **options)
 
 
-def test_transforms_are_told_apart(tmp_path: Path) -> None:
+def test_a_checkpoint_with_another_transform_is_refused(tmp_path: Path) -> None:
     net, data = small_vit(), noise(5, 24, 24)
     layer, file = "encoder.layers.encoder_layer_1.ln_1", tmp_path / "top.pt"
     options: dict[str, Any] = {"size": 24, "checkpoint": file}
     first = partial(tokens_to_grid, grid=(3, 3))
-    found = top_patches(net, layer, data, reshape_transform=first, **options)
+    result = top_patches(net, layer, data, reshape_transform=first, **options)
     other = partial(tokens_to_grid, grid=(3, 3))
-    assert same(top_patches(net, layer, data, reshape_transform=other, **options), found)
+    assert same(top_patches(net, layer, data, reshape_transform=other, **options), result)
     wide = partial(tokens_to_grid, grid=(1, 9))
     with pytest.raises(ValueError, match="another run: reshape_transform was"):
         top_patches(net, layer, data, reshape_transform=wide, **options)
@@ -278,7 +281,7 @@ def test_transforms_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "per_image"), [(2, 1), (3, 2)])
-def test_shards_merge_to_what_one_process_finds(count: int, per_image: int) -> None:
+def test_merged_shards_equal_a_single_process(count: int, per_image: int) -> None:
     net, data = net_with_ties(), noise(50)
     options: dict[str, Any] = {"n": 8, "per_image": per_image, "size": 8, "normalize": PLAIN}
     shards = [top_patches(net, "1", data, shard=(i, count), **options) for i in range(count)]
@@ -297,15 +300,15 @@ def test_shards_merge_to_what_one_process_finds(count: int, per_image: int) -> N
         shards[0].merge(other)
 
 
-def test_small_shards_merge_to_all() -> None:
+def test_shards_with_few_pictures_merge_to_all() -> None:
     net, data = net_with_ties(), Watched(7, unread=(4, 5))
     options: dict[str, Any] = {"n": 9, "size": 8, "receptive_field": "effective"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shards = [top_patches(net, "0", data, shard=(i, 3), **options) for i in range(3)]
-        found, expected = shards[0].merge(*shards[1:]), top_patches(net, "0", data, **options)
-    assert found.values.shape == (5, 5)
-    assert same(found, expected)
+        result, expected = shards[0].merge(*shards[1:]), top_patches(net, "0", data, **options)
+    assert result.values.shape == (5, 5)
+    assert same(result, expected)
 
 
 # --- boxes ---------------------------------------------------------------------------------------
@@ -323,35 +326,35 @@ def test_small_shards_merge_to_all() -> None:
         ("convnext_tiny", "features.1", 80),
     ],
 )
-def test_nothing_outside_of_a_box_counts(name: str, layer: str, side: int) -> None:
+def test_pixels_outside_of_a_box_have_no_effect(name: str, layer: str, side: int) -> None:
     options = {"init_weights": False} if name == "vgg11" else {}
     net = getattr(zoo, name)(weights=None, **options).double().eval()
     for part in net.modules():
-        if isinstance(part, nn.BatchNorm2d):  # else nearly all units of one place are equal
+        if isinstance(part, nn.BatchNorm2d):  # otherwise nearly all units at a position are equal
             nn.init.normal_(part.bias)
             nn.init.uniform_(part.running_mean)
     data, module = noise(4, side, side), net.get_submodule(layer)
-    found = top_patches(net, layer, data, n=2, size=side, normalize=PLAIN)
-    assert found.field is not None
-    assert found.field.rows.size < side
-    for row in found.values[:, 1].topk(3).indices.tolist():
-        for i, place in enumerate(found.indices[row].tolist()):
-            x1, y1, x2, y2 = found.boxes[row, i].tolist()
-            image = (data[place][0] / 255).double()
+    result = top_patches(net, layer, data, n=2, size=side, normalize=PLAIN)
+    assert result.field is not None
+    assert result.field.rows.size < side
+    for row in result.values[:, 1].topk(3).indices.tolist():
+        for i, index in enumerate(result.indices[row].tolist()):
+            x1, y1, x2, y2 = result.boxes[row, i].tolist()
+            image = (data[index][0] / 255).double()
             inside = torch.zeros_like(image)
             inside[..., y1:y2, x1:x2] = 1
             views = [image, image * inside, image + 5 * (1 - inside), image * (1 - inside)]
             (maps,), _ = layer_activations(net, [module], (torch.stack(views),))
-            y, x = found.positions[row, i].tolist()
-            value, kept, lit, emptied = maps[0][:, found.units[row], y, x].tolist()
-            assert found.values[row, i].item() == pytest.approx(value, rel=1e-5)
+            y, x = result.positions[row, i].tolist()
+            value, kept, lit, emptied = maps[0][:, result.units[row], y, x].tolist()
+            assert result.values[row, i].item() == pytest.approx(value, rel=1e-5)
             assert kept == pytest.approx(value, rel=1e-12)
             assert lit == pytest.approx(value, rel=1e-12)
             assert abs(emptied - value) > 1e-6 * value
 
 
-def test_boxes_by_hand() -> None:
-    """One pixel's worth of light in each picture, and a box filter of 3 with stride 2."""
+def test_boxes_equal_those_made_by_hand() -> None:
+    """Each picture has one bright pixel; the layer is a box filter of 3 with stride 2."""
     net = nn.Conv2d(3, 1, 3, stride=2, padding=1, bias=False)
     nn.init.constant_(net.weight, 1.0)
     lights = [(0, 0), (4, 4), (7, 10)]  # row, column
@@ -360,27 +363,27 @@ def test_boxes_by_hand() -> None:
         picture = torch.zeros(3, 9, 12, dtype=torch.uint8)
         picture[:, y, x] = 50 + i
         data.append((picture, 0))
-    found = top_patches(net, net, data, n=3, size=(9, 12), normalize=PLAIN)
-    assert found.indices.tolist() == [[2, 1, 0]]
+    result = top_patches(net, net, data, n=3, size=(9, 12), normalize=PLAIN)
+    assert result.indices.tolist() == [[2, 1, 0]]
     # unit i sees the pixels 2 i - 1 to 2 i + 1: of the two that see pixel 7, the first
-    assert found.positions.tolist() == [[[3, 5], [2, 2], [0, 0]]]
-    assert found.unclipped_boxes.tolist() == [[[9, 5, 12, 8], [3, 3, 6, 6], [-1, -1, 2, 2]]]
-    assert found.boxes.tolist() == [[[9, 5, 12, 8], [3, 3, 6, 6], [0, 0, 2, 2]]]
-    crops = found.crops(data, 0)
+    assert result.positions.tolist() == [[[3, 5], [2, 2], [0, 0]]]
+    assert result.unclipped_boxes.tolist() == [[[9, 5, 12, 8], [3, 3, 6, 6], [-1, -1, 2, 2]]]
+    assert result.boxes.tolist() == [[[9, 5, 12, 8], [3, 3, 6, 6], [0, 0, 2, 2]]]
+    crops = result.crops(data, 0)
     assert [tuple(crop.shape) for crop in crops] == [(3, 3, 3), (3, 3, 3), (3, 2, 2)]
     assert [crop.max().item() for crop in crops] == [52, 51, 50]
     assert crops[0][0].tolist() == [[0, 0, 0], [0, 0, 0], [0, 52, 0]]
 
 
-def test_a_unit_that_sees_padding_alone() -> None:
+def test_a_unit_that_sees_padding_only_has_a_box() -> None:
     net = nn.Conv2d(3, 1, 1, padding=2)
     nn.init.constant_(net.weight, -1.0)
-    found = top_patches(net, net, noise(1, 6, 6), n=1, size=6, normalize=PLAIN)
-    assert found.unclipped_boxes.tolist() == [[[-2, -2, -1, -1]]]
-    assert found.boxes.tolist() == [[[0, 0, 1, 1]]]
+    result = top_patches(net, net, noise(1, 6, 6), n=1, size=6, normalize=PLAIN)
+    assert result.unclipped_boxes.tolist() == [[[-2, -2, -1, -1]]]
+    assert result.boxes.tolist() == [[[0, 0, 1, 1]]]
 
 
-def test_boxes_in_the_pictures_own_pixels() -> None:
+def test_picture_boxes_are_in_the_pictures_own_pixels() -> None:
     net = nn.Conv2d(3, 1, (4, 6), stride=(4, 6), bias=False)
     nn.init.constant_(net.weight, 1.0)
     pictures = []
@@ -389,63 +392,63 @@ def test_boxes_in_the_pictures_own_pixels() -> None:
         # the cell in row 1 and column 2 of 4 x 3
         pixels[height // 4 : height // 2, -(-width * 2 // 3) :] = 100 + width
         pictures.append((Image.fromarray(pixels), 0))
-    found = top_patches(net, net, pictures, n=3, size=(16, 18), normalize=PLAIN)
-    assert found.indices.tolist() == [[1, 0, 2]]
-    assert found.positions.tolist() == [[[1, 2]] * 3]
-    assert found.boxes.tolist() == [[[12, 4, 18, 8]] * 3]
+    result = top_patches(net, net, pictures, n=3, size=(16, 18), normalize=PLAIN)
+    assert result.indices.tolist() == [[1, 0, 2]]
+    assert result.positions.tolist() == [[[1, 2]] * 3]
+    assert result.boxes.tolist() == [[[12, 4, 18, 8]] * 3]
     # 11 rows of 16 and 20 columns of 18: 2.75 to 5.5, and 13.3 to 20, outwards
-    assert found.picture_boxes(pictures, 0).tolist() == [
+    assert result.picture_boxes(pictures, 0).tolist() == [
         [36, 8, 54, 16],
         [24, 4, 36, 8],
         [13, 2, 20, 6],
     ]
-    crops = found.crops(pictures, 0)
+    crops = result.crops(pictures, 0)
     assert [tuple(crop.shape) for crop in crops] == [(3, 8, 18), (3, 4, 12), (3, 4, 7)]
     assert (crops[0] == 154).all()
     assert (crops[1] == 136).all()
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin", "se", "norm", "asked"])
-def test_boxes_are_whole_images_where_units_see_all(kind: str) -> None:
+@pytest.mark.parametrize("case", ["vit", "swin", "se", "norm", "asked"])
+def test_boxes_are_whole_images_where_units_see_all(case: str) -> None:
     net, options, side = small_net(), {}, 24
-    if kind == "vit":
+    if case == "vit":
         net, layer = small_vit(), "encoder.layers.encoder_layer_1.ln_1"
         options = {"reshape_transform": tokens_to_grid}
-    elif kind == "swin":
+    elif case == "swin":
         net, layer, side = small_swin(), "norm", 32
         options = {"reshape_transform": channels_last_to_first}
-    elif kind == "se":
+    elif case == "se":
         net, layer, side = zoo.mobilenet_v3_small(weights=None).eval(), "features.4", 64
-    elif kind == "norm":
+    elif case == "norm":
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3))
         layer = "2"
     else:
         layer, options = "conv1", {"receptive_field": "image"}
     data = noise(6, side, side + 8)
-    found = top_patches(net, layer, data, n=2, size=side, **options)
-    assert (found.boxes == torch.tensor([0, 0, side, side])).all()
-    assert torch.equal(found.unclipped_boxes, found.boxes)
-    assert found.field is None
-    said = {
+    result = top_patches(net, layer, data, n=2, size=side, **options)
+    assert (result.boxes == torch.tensor([0, 0, side, side])).all()
+    assert torch.equal(result.unclipped_boxes, result.boxes)
+    assert result.field is None
+    message = {
         "vit": "more than convolution and pooling",
         "swin": "more than convolution and pooling",
         "se": "`adaptive_avg_pool2d` is on the way",
         "norm": "`group_norm` is on the way",
     }
-    assert said[kind] in found.reason if kind in said else found.reason is None
-    assert [tuple(crop.shape) for crop in found.crops(data, 1)] == [(3, side, side + 8)] * 2
+    assert message[case] in result.reason if case in message else result.reason is None
+    assert [tuple(crop.shape) for crop in result.crops(data, 1)] == [(3, side, side + 8)] * 2
 
 
-def test_tokens_of_patches_stand_where_their_patches_are() -> None:
-    """Without attention on the way a reshaped layer has boxes: a Swin's first embedding."""
+def test_tokens_of_patches_have_their_patches_as_boxes() -> None:
+    """A reshaped layer without attention before it has boxes, such as Swin's first embedding."""
     net, data = small_swin(), noise(5, 32, 32)
-    found = top_patches(
+    result = top_patches(
         net, "features.0", data, n=2, size=32, reshape_transform=channels_last_to_first
     )
-    assert found.reason is None
-    rows, columns = found.positions.unbind(-1)
+    assert result.reason is None
+    rows, columns = result.positions.unbind(-1)
     expected = torch.stack([4 * columns, 4 * rows, 4 * columns + 4, 4 * rows + 4], -1)
-    assert torch.equal(found.boxes, expected)
+    assert torch.equal(result.boxes, expected)
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -453,22 +456,24 @@ def test_tokens_of_patches_stand_where_their_patches_are() -> None:
 
 def test_the_figure_shows_the_patches() -> None:
     net, data = small_net(), noise(12, 30, 20)
-    found = top_patches(net, "relu2", data, n=4, size=15)
-    figure = found.figure(data, [5, 2])
+    result = top_patches(net, "relu2", data, n=4, size=15)
+    figure = result.figure(data, [5, 2])
     axes = figure.axes
     assert len(axes) == 8
     assert [axes[0].get_ylabel(), axes[4].get_ylabel()] == ["unit 5", "unit 2"]
-    for axis, crop, value in zip(axes[4:], found.crops(data, 2), found.values[2], strict=True):
+    for axis, crop, value in zip(axes[4:], result.crops(data, 2), result.values[2], strict=True):
         assert axis.get_title() == f"{value:.3g}"
         assert np.array_equal(axis.images[0].get_array(), crop.permute(1, 2, 0).numpy())
-    whole = found.figure(data, [2], context=True)
-    boxes = found.picture_boxes(data, 2).tolist()
-    for axis, place, (x1, y1, x2, y2) in zip(whole.axes, found.indices[2], boxes, strict=True):
-        assert np.array_equal(axis.images[0].get_array(), data[place][0].permute(1, 2, 0).numpy())
+    figure_of_pictures = result.figure(data, [2], context=True)
+    boxes = result.picture_boxes(data, 2).tolist()
+    for axis, index, (x1, y1, x2, y2) in zip(
+        figure_of_pictures.axes, result.indices[2], boxes, strict=True
+    ):
+        assert np.array_equal(axis.images[0].get_array(), data[index][0].permute(1, 2, 0).numpy())
         (patch,) = axis.patches
         assert patch.get_xy() == (x1 - 0.5, y1 - 0.5)
         assert (patch.get_width(), patch.get_height()) == (x2 - x1, y2 - y1)
-    assert len(found.figure(data).axes) == 6 * 4
+    assert len(result.figure(data).axes) == 6 * 4
 
 
 def test_crops_are_copies() -> None:
@@ -479,20 +484,23 @@ def test_crops_are_copies() -> None:
     assert all(torch.equal(picture, old) for (picture, _), old in zip(data, before, strict=True))
 
 
-def test_pictures_and_units_that_are_not_there() -> None:
+def test_unknown_units_and_lost_pictures_are_refused() -> None:
     net, data = small_net(), noise(12)
-    found = top_patches(net, "relu2", data, n=12, size=8, units=[4, 1])
-    for call in (found.crops, found.picture_boxes):
+    result = top_patches(net, "relu2", data, n=12, size=8, units=[4, 1])
+    for call in (result.crops, result.picture_boxes):
         with pytest.raises(ValueError, match="`unit` must be one of 4, 1, got 0"):
             call(data, 0)
     with pytest.raises(ValueError, match="`unit` must be one of 4, 1, got 2"):
-        found.figure(data, [4, 2])
+        result.figure(data, [4, 2])
     with pytest.raises(ValueError, match=r"picture \d+ cannot be read any more"):
-        found.crops(data[:5], 1)
+        result.crops(data[:5], 1)
     broken = Watched(12, unread=(7,))
-    said = "picture 7 cannot be read"
-    with pytest.warns(UserWarning, match=said), pytest.raises(ValueError, match=f"{said} any more"):
-        found.figure(broken)
+    message = "picture 7 cannot be read"
+    with (
+        pytest.warns(UserWarning, match=message),
+        pytest.raises(ValueError, match=f"{message} any more"),
+    ):
+        result.figure(broken)
 
 
 # --- contracts -----------------------------------------------------------------------------------
@@ -516,7 +524,7 @@ def test_it_leaves_no_trace(trace_free: TraceFree, field: str) -> None:
 
 
 @pytest.mark.parametrize("field", ["analytic", "effective"])
-def test_frozen_parameters_and_modes(field: str) -> None:
+def test_frozen_parameters_and_grad_modes_change_nothing(field: str) -> None:
     net, data = small_net(), noise(11)
     run = partial(top_patches, net, "relu2", data, size=8, receptive_field=field)
     expected = run()
@@ -537,22 +545,22 @@ def test_frozen_parameters_and_modes(field: str) -> None:
     )
 
 
-def test_a_part_of_the_model_is_a_script(trace_free: TraceFree) -> None:
+def test_a_part_of_the_model_may_be_a_script(trace_free: TraceFree) -> None:
     net, data = small_net(), noise(11)
     expected = top_patches(net, "relu2", data, size=8)
     net.norm = torch.jit.script(net.norm)
     with trace_free(net):
-        found = top_patches(net, "relu2", data, size=8)
-    torch.testing.assert_close(found.values, expected.values)
-    assert found.reason is not None
+        result = top_patches(net, "relu2", data, size=8)
+    torch.testing.assert_close(result.values, expected.values)
+    assert result.reason is not None
 
 
 def test_train_mode_warns_once_and_moves_no_statistics(trace_free: TraceFree) -> None:
     net, data = small_net().train(), noise(11)
     with trace_free(net), pytest.warns(UserWarning, match="train mode") as caught:
-        found = top_patches(net, "relu2", data, size=8)
+        result = top_patches(net, "relu2", data, size=8)
     assert len(caught) == 1
-    assert "`batch_norm` is on the way" in found.reason, "it sees the whole batch"
+    assert "`batch_norm` is on the way" in result.reason, "it sees the whole batch"
 
 
 def test_threads_share_a_model(trace_free: TraceFree) -> None:
@@ -562,21 +570,21 @@ def test_threads_share_a_model(trace_free: TraceFree) -> None:
     def run(data: Any, field: str) -> ActivatingPatches:
         return top_patches(net, "norm", data, size=8, batch_size=3, receptive_field=field)
 
-    expected = [run(*each) for each in zip(sets, fields, strict=True)]
+    expected = [run(*run_arguments) for run_arguments in zip(sets, fields, strict=True)]
     with trace_free(net), ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(run, sets, fields))
-    assert all(same(one, other) for one, other in zip(found, expected, strict=True))
+        result = list(pool.map(run, sets, fields))
+    assert all(same(patches, other) for patches, other in zip(result, expected, strict=True))
 
 
-def test_workers_read_the_same() -> None:
+def test_workers_change_nothing() -> None:
     net, data = small_net(), noise(23)
     options: dict[str, Any] = {"size": 8, "batch_size": 4}
-    found = top_patches(net, "relu2", data, num_workers=1, **options)
-    assert same(found, top_patches(net, "relu2", data, show_progress=True, **options))
+    result = top_patches(net, "relu2", data, num_workers=1, **options)
+    assert same(result, top_patches(net, "relu2", data, show_progress=True, **options))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "said"),
+    ("arguments", "error", "message"),
     [
         ({"layer": "relu9"}, ValueError, "`layer` 'relu9' is not in the model"),
         ({"layer": 3}, TypeError, "`layer` must be a torch.nn.Module"),
@@ -619,14 +627,16 @@ def test_workers_read_the_same() -> None:
         ),
     ],
 )
-def test_what_is_refused(arguments: dict[str, Any], error: type[Exception], said: str) -> None:
+def test_invalid_arguments_are_refused(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     net = small_net()
-    given = {"layer": "relu2", "data": noise(3), "size": 8} | arguments
-    with pytest.raises(error, match=re.escape(said)):
-        top_patches(net, **given)
+    complete = {"layer": "relu2", "data": noise(3), "size": 8} | arguments
+    with pytest.raises(error, match=re.escape(message)):
+        top_patches(net, **complete)
 
 
-def test_layers_that_have_no_maps() -> None:
+def test_layers_without_maps_are_refused() -> None:
     vit, lstm = small_vit(), nn.Sequential(nn.Flatten(2), nn.LSTM(64, 4, batch_first=True))
     with pytest.raises(ValueError, match="reshape_transform=tokens_to_grid"):
         top_patches(vit, "encoder.layers.encoder_layer_1", noise(2), size=24)
@@ -637,7 +647,7 @@ def test_layers_that_have_no_maps() -> None:
         top_patches(net, nn.ReLU(), noise(2), size=8)
 
 
-def test_activations_that_are_not_finite() -> None:
+def test_activations_that_are_not_finite_are_refused() -> None:
     net, data = small_net(), noise(20)
     top_patches(net, "relu2", data, size=8)  # the zeros of the first pass are finite
     net.relu2 = Exploding()
@@ -655,13 +665,13 @@ class Exploding(nn.Module):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("field", ["analytic", "effective"])
-def test_on_a_gpu(field: str, tmp_path: Path) -> None:
+def test_patches_are_equal_on_cpu_and_gpu(field: str, tmp_path: Path) -> None:
     data = noise(100)
     options: dict[str, Any] = {"size": 8, "receptive_field": field, "normalize": PLAIN}
     expected = top_patches(net_with_ties(), "1" if field == "analytic" else "0", data, **options)
     net, file = net_with_ties().cuda(), tmp_path / "top.pt"
     for _ in range(2):
-        found = top_patches(net, expected.layer, data, checkpoint=file, **options)
-        assert torch.equal(found.indices, expected.indices)
-        assert torch.equal(found.boxes, expected.boxes)
-        torch.testing.assert_close(found.values, expected.values)
+        result = top_patches(net, expected.layer, data, checkpoint=file, **options)
+        assert torch.equal(result.indices, expected.indices)
+        assert torch.equal(result.boxes, expected.boxes)
+        torch.testing.assert_close(result.values, expected.values)

@@ -1,4 +1,4 @@
-"""Boxes of units: receptive fields, the image's border, and where gradients lie."""
+"""Boxes of units: receptive fields, clipping at the image's border, and effective fields."""
 
 from typing import Any
 
@@ -15,21 +15,21 @@ from tests.features.test_patches import PLAIN, noise
 from tests.networks import Lambda, NoGradConv, SqueezeExcitation, net_with_ties, small_net
 
 
-def test_field_boxes_by_hand() -> None:
+def test_field_boxes_equal_those_made_by_hand() -> None:
     # conv5_3 of VGG-16: r = 196, j = 16, c = 7.5
     vgg = FieldAxis(196, 16, 7.5)
     resnet = FieldAxis(435, 32, 0)
-    found = field_boxes(ReceptiveField(vgg, resnet), torch.tensor([[0, 0], [13, 6]]))
-    assert found.tolist() == [[-217, -90, 218, 106], [192 - 217, 208 - 90, 192 + 218, 208 + 106]]
+    result = field_boxes(ReceptiveField(vgg, resnet), torch.tensor([[0, 0], [13, 6]]))
+    assert result.tolist() == [[-217, -90, 218, 106], [192 - 217, 208 - 90, 192 + 218, 208 + 106]]
 
 
-def test_clipping_by_hand() -> None:
+def test_clipped_boxes_equal_those_made_by_hand() -> None:
     boxes = torch.tensor([[-5, 2, 3, 4], [7, -9, 30, 30], [-4, -4, -2, 9], [12, 3, 14, 20]])
-    found = clip_boxes(boxes, (8, 10))
-    assert found.tolist() == [[0, 2, 3, 4], [7, 0, 10, 8], [0, 0, 1, 8], [9, 3, 10, 8]]
+    result = clip_boxes(boxes, (8, 10))
+    assert result.tolist() == [[0, 2, 3, 4], [7, 0, 10, 8], [0, 0, 1, 8], [9, 3, 10, 8]]
 
 
-def test_energy_boxes_by_hand() -> None:
+def test_energy_boxes_equal_those_made_by_hand() -> None:
     rows = torch.tensor([1.0, 0.0, 2.0, 94.0, 0.0, 3.0])
     columns = torch.tensor([0.0, 50.0, 50.0, 0.0])
     energy = (rows[:, None] * columns / 100)[None]
@@ -43,11 +43,13 @@ def test_energy_boxes_by_hand() -> None:
 
 
 @given(st.integers(0, 2**20), st.sampled_from([0.5, 0.8, 0.95, 1.0]))
-def test_energy_boxes_hold_their_share(seed: int, share: float) -> None:
+def test_energy_boxes_contain_their_share(seed: int, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     energy = torch.rand(4, 7, 5, generator=generator).pow(8)
-    for each, (x1, y1, x2, y2) in zip(energy, energy_boxes(energy, share).tolist(), strict=True):
-        assert each[y1:y2, x1:x2].sum() >= (share - 1e-6) * each.sum()
+    for image_energy, (x1, y1, x2, y2) in zip(
+        energy, energy_boxes(energy, share).tolist(), strict=True
+    ):
+        assert image_energy[y1:y2, x1:x2].sum() >= (share - 1e-6) * image_energy.sum()
 
 
 def positive(net: nn.Module) -> nn.Module:
@@ -56,7 +58,7 @@ def positive(net: nn.Module) -> nn.Module:
     return net.double().eval()
 
 
-def test_all_of_the_energy_is_the_receptive_field() -> None:
+def test_a_box_with_all_of_the_energy_is_the_receptive_field() -> None:
     parts = [nn.Conv2d(3, 4, 5, 2, 2), nn.AvgPool2d(3, 2, 1), nn.Conv2d(4, 2, 3, padding=1)]
     net, data = positive(nn.Sequential(*parts)), noise(12, 40, 40)
     options: dict[str, Any] = {"n": 12, "size": (40, 36), "normalize": PLAIN}
@@ -78,71 +80,70 @@ def test_all_of_the_energy_is_the_receptive_field() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("layer", ["norm", "relu2"])
-def test_effective_boxes_are_of_each_units_own_gradient(dtype: torch.dtype, layer: str) -> None:
+def test_effective_boxes_come_from_each_units_own_gradient(dtype: torch.dtype, layer: str) -> None:
     net, data = small_net(dtype=dtype), noise(15, 12, 12)
     options: dict[str, Any] = {"n": 4, "size": 12, "normalize": PLAIN, "units": [3, 1, 2]}
-    found = top_patches(
+    result = top_patches(
         net, layer, data, receptive_field="effective", energy=0.7, batch_size=5, **options
     )
     analytic = top_patches(net, layer, data, **options).boxes
-    for row, unit in enumerate(found.units):
-        for i, place in enumerate(found.indices[row].tolist()):
-            x = (data[place][0] / 255).to(dtype)[None].requires_grad_()
+    for row, unit in enumerate(result.units):
+        for i, index in enumerate(result.indices[row].tolist()):
+            x = (data[index][0] / 255).to(dtype)[None].requires_grad_()
             y = net.norm(net.conv1(x))
             y = net.relu2(net.conv2(net.relu1(y))) if layer == "relu2" else y
-            r, c = found.positions[row, i].tolist()
+            r, c = result.positions[row, i].tolist()
             gradient: Tensor
             (gradient,) = torch.autograd.grad(y[0, unit, r, c], x)
             x1, y1, x2, y2 = energy_boxes(gradient.double().square().sum(1), 0.7)[0].tolist()
             a1, b1, a2, b2 = analytic[row, i].tolist()
             expected = [max(x1, a1), max(y1, b1), min(x2, a2), min(y2, b2)]
-            assert found.boxes[row, i].tolist() == expected
+            assert result.boxes[row, i].tolist() == expected
 
 
 def test_a_unit_without_a_gradient_keeps_its_receptive_field() -> None:
-    net, data = net_with_ties(), noise(6)  # a step function has none
+    net, data = net_with_ties(), noise(6)  # a step function has no gradient
     options: dict[str, Any] = {"n": 3, "size": 8, "normalize": PLAIN}
     analytic = top_patches(net, "1", data, **options)
     assert analytic.boxes[..., 0].max() > 0
-    found = top_patches(net, "1", data, receptive_field="effective", **options)
-    assert torch.equal(found.boxes, analytic.boxes)
+    result = top_patches(net, "1", data, receptive_field="effective", **options)
+    assert torch.equal(result.boxes, analytic.boxes)
 
 
-def test_a_gradient_that_underflows_when_squared() -> None:
+def test_squares_of_gradients_do_not_underflow() -> None:
     net = positive(nn.Conv2d(3, 1, 3, bias=False)).float()
     with torch.no_grad():
         net.weight *= 1e-30
     options: dict[str, Any] = {"n": 3, "size": 8, "receptive_field": "effective", "energy": 1}
-    found = top_patches(net, net, noise(6), normalize=PLAIN, **options)
-    assert (found.boxes[..., 2:] - found.boxes[..., :2] == 3).all()
+    result = top_patches(net, net, noise(6), normalize=PLAIN, **options)
+    assert (result.boxes[..., 2:] - result.boxes[..., :2] == 3).all()
 
 
-def test_what_follows_a_layer_in_place_is_of_no_concern() -> None:
+def test_a_later_step_in_place_does_not_change_effective_boxes() -> None:
     conv, data = nn.Conv2d(3, 2, 5, padding=2), noise(6)
     options: dict[str, Any] = {"n": 3, "size": 8, "receptive_field": "effective", "energy": 0.3}
     expected = top_patches(conv, conv, data, **options)
-    found = top_patches(nn.Sequential(conv, Lambda(lambda x: x.zero_())), conv, data, **options)
-    assert torch.equal(found.values, expected.values)
-    assert torch.equal(found.boxes, expected.boxes)
+    result = top_patches(nn.Sequential(conv, Lambda(lambda x: x.zero_())), conv, data, **options)
+    assert torch.equal(result.values, expected.values)
+    assert torch.equal(result.boxes, expected.boxes)
 
 
-def test_effective_boxes_where_units_see_the_whole_image() -> None:
-    """Squeeze and excitation: the gate's gradient is everywhere, and small."""
-
+def test_effective_boxes_work_where_units_see_the_whole_image() -> None:
+    """With squeeze and excitation, the gate's gradient is small and covers the whole image."""
     net, data = SqueezeExcitation().double(), noise(6, 20, 20)
     options: dict[str, Any] = {"n": 3, "size": 20, "normalize": PLAIN}
-    whole = top_patches(net, net, data, **options)
-    assert (whole.boxes == torch.tensor([0, 0, 20, 20])).all()
-    found = top_patches(net, net, data, receptive_field="effective", **options)
-    assert found.reason == whole.reason is not None
-    at = found.positions.flip(-1)
-    for i in (0, 1):  # the part that sees only what is near
-        assert (found.boxes[..., i] <= at[..., i]).all()
-        assert (found.boxes[..., 2 + i] > at[..., i]).all()
-    assert (found.boxes[..., 2:] - found.boxes[..., :2]).max() <= 3
+    plain = top_patches(net, net, data, **options)
+    assert (plain.boxes == torch.tensor([0, 0, 20, 20])).all()
+    result = top_patches(net, net, data, receptive_field="effective", **options)
+    assert result.reason == plain.reason is not None
+    at = result.positions.flip(-1)
+    for i in (0, 1):  # the part of the gradient without the gate
+        assert (result.boxes[..., i] <= at[..., i]).all()
+        assert (result.boxes[..., 2 + i] > at[..., i]).all()
+    assert (result.boxes[..., 2:] - result.boxes[..., :2]).max() <= 3
 
 
-def test_no_gradient_to_be_had() -> None:
+def test_layers_without_gradients_are_refused() -> None:
     net = NoGradConv(3)
     with pytest.raises(ValueError, match="`conv` has no gradient with respect to the images"):
         top_patches(net, "conv", noise(3), size=8, receptive_field="effective")

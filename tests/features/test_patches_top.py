@@ -1,4 +1,4 @@
-"""The largest activations: against sorting everything, in any order, in parts, and with ties."""
+"""The largest activations equal those of a sort, in any order, in parts, and with ties."""
 
 import io
 import re
@@ -21,19 +21,19 @@ def quantised(n: int = N_IMAGES, channels: int = 3) -> Tensor:
 
 
 def everything_sorted(maps: Tensor, n: int, per_image: int) -> tuple[Any, Any, Any]:
-    """By Python's own sort, of one image and then of all."""
-    values, places, positions = [], [], []
+    """The result by Python's own sort, first of each image, then of all."""
+    values, indices, positions = [], [], []
     width = maps.shape[3]
     for channel in maps.unbind(1):
         entries = []
-        for place, cells in enumerate(channel.flatten(1).tolist()):
+        for index, cells in enumerate(channel.flatten(1).tolist()):
             best = sorted((-value, cell) for cell, value in enumerate(cells))[:per_image]
-            entries += [(value, place, cell) for value, cell in best]
+            entries += [(value, index, cell) for value, cell in best]
         best = sorted(entries)[:n]
         values.append([-value for value, _, _ in best])
-        places.append([place for _, place, _ in best])
+        indices.append([index for _, index, _ in best])
         positions.append([[cell // width, cell % width] for _, _, cell in best])
-    return values, places, positions
+    return values, indices, positions
 
 
 def seen(top: TopActivations) -> tuple[Any, Any, Any]:
@@ -41,24 +41,24 @@ def seen(top: TopActivations) -> tuple[Any, Any, Any]:
 
 
 def fed(
-    maps: Tensor, batch_size: int = 64, places: Tensor | None = None, **options: int
+    maps: Tensor, batch_size: int = 64, indices: Tensor | None = None, **options: int
 ) -> TopActivations:
     top = TopActivations(**options)
-    places = torch.arange(len(maps)) if places is None else places
-    for at in places.split(batch_size):
+    indices = torch.arange(len(maps)) if indices is None else indices
+    for at in indices.split(batch_size):
         top.update(maps[at], at)
     return top
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize(("n", "per_image"), [(9, 1), (20, 3), (40, 100)])
-def test_it_is_sorting_everything(batch_size: int, n: int, per_image: int) -> None:
+def test_top_activations_equal_a_sort_of_all(batch_size: int, n: int, per_image: int) -> None:
     maps = quantised()
-    found = seen(fed(maps, batch_size, n=n, per_image=per_image))
-    assert found == everything_sorted(maps, n, per_image)
+    result = seen(fed(maps, batch_size, n=n, per_image=per_image))
+    assert result == everything_sorted(maps, n, per_image)
 
 
-def test_a_channel_that_is_flat_gives_the_first_images() -> None:
+def test_a_flat_channel_gives_the_first_images() -> None:
     top = fed(torch.zeros(30, 1, 2, 2), n=4)
     assert seen(top) == ([[0.0] * 4], [[0, 1, 2, 3]], [[[0, 0]] * 4])
     assert fed(torch.zeros(30, 1, 2, 2), n=4, per_image=3).indices.tolist() == [[0, 0, 0, 1]]
@@ -75,15 +75,15 @@ def test_the_order_of_images_does_not_matter(per_image: int) -> None:
 @pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("per_image", [1, 3])
 @pytest.mark.parametrize("n_images", [5, 31])
-def test_parts_are_merged_and_what_comes_twice_counts_once(
+def test_parts_are_merged_and_repeated_images_count_once(
     n_images: int, per_image: int, ties: bool
 ) -> None:
     maps = quantised(n_images) if ties else torch.rand(n_images, 2, 3, 5)
     options = {"n": 9, "per_image": per_image}
     expected = everything_sorted(maps, 9, per_image)
-    # As four processes see them whose sampler repeats some to make the parts equal.
-    places = torch.cat([torch.arange(n_images), torch.arange(4), torch.arange(5)])
-    parts = [fed(maps, 1, places[i::4], **options) for i in range(4)]
+    # Four processes, whose sampler repeats some images to make the parts equal.
+    indices = torch.cat([torch.arange(n_images), torch.arange(4), torch.arange(5)])
+    parts = [fed(maps, 1, indices[i::4], **options) for i in range(4)]
     top = TopActivations(**options)
     for part in reversed(parts):
         before = seen(part)
@@ -93,7 +93,7 @@ def test_parts_are_merged_and_what_comes_twice_counts_once(
     assert seen(top) == expected
 
 
-def test_what_comes_twice_counts_once_where_it_differs_by_rounding() -> None:
+def test_repeated_images_that_differ_by_rounding_count_once() -> None:
     maps = torch.tensor([[[[1.0, 1.0 - 1e-7]]], [[[0.5, 0.5]]]])
     top = fed(maps, n=3)
     top.update(maps[:1].flip(3), torch.tensor([0]))
@@ -101,7 +101,7 @@ def test_what_comes_twice_counts_once_where_it_differs_by_rounding() -> None:
     assert top.positions.tolist() == [[[0, 0], [0, 0]]]
 
 
-def test_it_goes_on_from_its_state() -> None:
+def test_a_collector_goes_on_from_its_state() -> None:
     maps = quantised(100)
     top = TopActivations(5, 2)
     for at in torch.arange(100).split(9):
@@ -121,7 +121,7 @@ def test_a_state_is_a_copy() -> None:
     assert seen(TopActivations.from_state_dict(state)) == before != seen(top)
 
 
-def test_fewer_images_than_it_keeps() -> None:
+def test_fewer_images_than_n_give_fewer_activations() -> None:
     assert seen(TopActivations()) == ([], [], [])
     maps = torch.tensor([[[[3.0, 5.0]]], [[[4.0, 4.0]]]])
     assert seen(fed(maps, n=9)) == ([[5.0, 4.0]], [[0, 1]], [[[0, 1], [0, 0]]])
@@ -131,14 +131,14 @@ def test_fewer_images_than_it_keeps() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_number_formats(dtype: torch.dtype) -> None:
+def test_activations_may_have_any_dtype(dtype: torch.dtype) -> None:
     maps = torch.randn(50, 2, 4, 4).to(dtype)
     top = fed(maps, 8, n=6, per_image=2)
     assert seen(top) == everything_sorted(maps, 6, 2)
     assert top.values.dtype == (dtype if dtype == torch.float64 else torch.float32)
 
 
-def test_what_it_holds_does_not_grow() -> None:
+def test_the_state_does_not_grow_with_the_images() -> None:
     top, sizes = TopActivations(4), []
     for i in range(50):
         top.update(torch.rand(8, 3, 6, 6), torch.arange(8 * i, 8 * i + 8))
@@ -148,7 +148,7 @@ def test_what_it_holds_does_not_grow() -> None:
     assert sizes[0] == 3 * 4 * (4 + 8)
 
 
-def test_the_activations_stay_as_they_are() -> None:
+def test_the_activations_are_not_changed() -> None:
     maps = torch.rand(4, 2, 3, 3, requires_grad=True)
     before = maps.detach().clone()
     top = fed(maps, n=5, per_image=4)
@@ -156,10 +156,10 @@ def test_the_activations_stay_as_they_are() -> None:
     assert not top.values.requires_grad
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_activations_that_are_not_finite(bad: float) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_activations_that_are_not_finite_are_refused(value: float) -> None:
     maps = torch.rand(4, 2, 3, 3)
-    maps[2, 1, 0, 1] = maps[3, 0, 0, 0] = bad
+    maps[2, 1, 0, 1] = maps[3, 0, 0, 0] = value
     top = fed(torch.rand(4, 2, 3, 3))
     before = seen(top)
     with pytest.raises(ValueError, match="of 2 images are not finite; the first has the index 12"):
@@ -168,7 +168,7 @@ def test_activations_that_are_not_finite(bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("maps", "places", "said"),
+    ("maps", "indices", "message"),
     [
         (torch.rand(2, 3, 4), torch.arange(2), "`activations` must be (B, C, h, w) of floats"),
         (torch.ones(2, 3, 4, 4).long(), torch.arange(2), "`activations` must be (B, C, h, w)"),
@@ -181,13 +181,15 @@ def test_activations_that_are_not_finite(bad: float) -> None:
         (torch.rand(2, 3, 4, 5), torch.arange(2), "of (4, 5), but those before had 3 of (4, 4)"),
     ],
 )
-def test_what_cannot_be_seen(maps: Tensor, places: Tensor, said: str) -> None:
+def test_invalid_activations_and_indices_are_refused(
+    maps: Tensor, indices: Tensor, message: str
+) -> None:
     top = fed(torch.rand(2, 3, 4, 4))
-    with pytest.raises(ValueError, match=re.escape(said)):
-        top.update(maps, places)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        top.update(maps, indices)
 
 
-def test_what_cannot_be_made_or_merged() -> None:
+def test_invalid_collectors_and_merges_are_refused() -> None:
     for options in ({"n": 0}, {"n": 2.0}, {"per_image": 0}, {"per_image": True}):
         with pytest.raises(ValueError, match="must be an integer of at least 1"):
             TopActivations(**options)
@@ -201,7 +203,7 @@ def test_what_cannot_be_made_or_merged() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu() -> None:
+def test_top_activations_are_equal_on_cpu_and_gpu() -> None:
     maps = quantised(300)
     for dtype in (torch.float32, torch.bfloat16):
         top = TopActivations(9, 2)

@@ -51,7 +51,7 @@ PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # pictures as they are
 
 
 class Fixed(Saliency):
-    """An attribution whose map is given."""
+    """An attribution with a fixed map."""
 
     def __init__(self, maps):
         super().__init__(lambda x: x.sum((1, 2, 3)))
@@ -73,7 +73,7 @@ def pv_of(model=None, attribution=None, layer="4", **options):
 # --- the encoder ---------------------------------------------------------------------------------
 
 
-def test_latents_are_what_the_layer_puts_out_and_nothing_behind_it_runs():
+def test_latents_are_the_layers_output_and_later_layers_do_not_run():
     model = strided_net()
     ran = []
     model[5].register_forward_hook(lambda *args: ran.append(1))
@@ -93,7 +93,7 @@ def test_the_gradient_of_latents_reaches_the_images():
     assert ours.abs().max() > 0
 
 
-def test_pictures_and_images_by_hand():
+def test_pictures_are_normalised_to_images_and_back():
     encoder = LayerEncoder(strided_net(), "4", normalize=((0.5, 0.25, 0.0), (0.5, 0.25, 2.0)))
     picture = torch.tensor([1.0, 0.5, 0.5]).reshape(1, 3, 1, 1)
     image = encoder.images(picture)
@@ -111,7 +111,7 @@ def test_images_have_the_classifiers_dtype_and_latents_full_precision():
     assert encoder(images).dtype == torch.float32
 
 
-def test_grey_classifiers():
+def test_classifiers_of_grey_pictures_have_grey_decoders():
     model = nn.Sequential(nn.Conv2d(1, 4, 2, stride=2), nn.Flatten(), nn.Linear(4 * 64, 2)).eval()
     encoder = LayerEncoder(model, "0", normalize=((0.5,), (0.5,)))
     color = torch.rand(2, 3, 16, 16)
@@ -131,7 +131,7 @@ def test_the_encoder_leaves_no_trace(trace_free):
         LayerEncoder(model, "4")(x)
 
 
-def test_threads_encode_by_one_model_at_once():
+def test_threads_encode_with_one_model_at_once():
     model = strided_net()
     encoders = [LayerEncoder(model, name) for name in ("2", "4")] * 4
     xs = [torch.rand(1, 3, 32, 32) for _ in encoders]
@@ -152,13 +152,13 @@ def test_threads_encode_by_one_model_at_once():
 
 
 @pytest.mark.parametrize("layer", ["5", "6", "7"])
-def test_a_layer_without_space(layer):
+def test_a_layer_without_height_and_width_is_refused(layer):
     encoder = LayerEncoder(strided_net(), layer)
     with pytest.raises(ValueError, match=f"`layer` `{layer}` has no space to decode"):
         PerceptionDecoder.reading(encoder, torch.rand(1, 3, 32, 32))
 
 
-def test_a_layer_that_does_not_run_or_is_unknown():
+def test_a_layer_that_does_not_run_or_is_unknown_is_refused():
     model = strided_net()
     with pytest.raises(ValueError, match="did not run"):
         LayerEncoder(model, nn.ReLU())(torch.rand(1, 3, 32, 32))
@@ -173,8 +173,8 @@ def test_a_layer_that_does_not_run_or_is_unknown():
 # --- the decoder ---------------------------------------------------------------------------------
 
 
-def test_the_papers_decoder():
-    """From 7 x 7 x 2048 to 224 x 224: widths, convolutions and the number of weights by hand."""
+def test_the_default_decoder_is_that_of_the_paper():
+    """It decodes 7 x 7 x 2048 to 224 x 224; its widths and number of weights are known."""
     decoder = PerceptionDecoder(2048, 32)
     assert decoder.widths == [512, 512, 256, 128, 64]
     assert decoder.convolutions == [2, 2, 2, 1, 1]
@@ -187,7 +187,7 @@ def test_the_papers_decoder():
 
 
 @given(power=st.integers(0, 7), h=st.integers(1, 3), w=st.integers(1, 3), n=st.integers(1, 2))
-def test_shape_and_range(power, h, w, n):
+def test_pictures_have_the_strides_size_and_values_in_0_to_1(power, h, w, n):
     decoder = PerceptionDecoder(5, 2**power, [3] * power, [1] * power).eval()
     pictures = decoder(9 * torch.randn(n, 5, h, w))
     assert pictures.shape == (n, 3, h * 2**power, w * 2**power)
@@ -195,7 +195,7 @@ def test_shape_and_range(power, h, w, n):
 
 
 @pytest.mark.parametrize("stride", [1, 2, 8, 128])
-def test_default_widths_of_other_strides(stride):
+def test_default_widths_suit_other_strides(stride):
     decoder = PerceptionDecoder(4, stride)
     wanted = ([512, 512, 512, 512, 256, 128, 64] if stride == 128 else [256, 128, 64])[
         -(stride.bit_length() - 1) or 9 :
@@ -208,7 +208,7 @@ def test_default_widths_of_other_strides(stride):
     ("cells", "is_near"), [(5, False), (6, True), (7, True), (9, True), (10, True), (11, False)]
 )
 def test_cells_may_differ_from_the_side_by_a_quarter(cells, is_near):
-    """Of 64 pixels at a stride of 8: between 48 and 80, both included."""
+    """64 pixels at a stride of 8 may have cells for 48 to 80 pixels, both included."""
     assert stride_fits(64, cells, 8) == is_near
 
 
@@ -233,7 +233,7 @@ def test_cells_may_differ_from_the_side_by_a_quarter(cells, is_near):
         ),
     ],
 )
-def test_it_is_built_from_the_layer(make, layer, options, channels, stride):
+def test_a_decoder_is_made_for_any_layer(make, layer, options, channels, stride):
     model = make().eval()
     encoder = LayerEncoder(model, layer, **options)
     x = torch.rand(1, 3, 224, 224)
@@ -246,8 +246,8 @@ def test_it_is_built_from_the_layer(make, layer, options, channels, stride):
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 90), (95, 64), (100, 127)])
 @pytest.mark.parametrize("make", [resnet18, narrow_vgg])
-def test_sizes_that_are_no_multiple_of_the_stride(make, size):
-    """A ResNet has a cell for the rest of the picture, a VGG has none."""
+def test_sizes_need_not_be_multiples_of_the_stride(make, size):
+    """A ResNet rounds the number of cells up, a VGG rounds it down."""
     encoder = LayerEncoder(make().eval(), "layer4" if make is resnet18 else "features")
     x = torch.rand(1, 3, *size)
     decoder = PerceptionDecoder.reading(encoder, x, [4] * 5, [1] * 5)
@@ -255,7 +255,7 @@ def test_sizes_that_are_no_multiple_of_the_stride(make, size):
     assert decoder(encoder(x), size).shape == (1, 3, *size)
 
 
-def test_a_stride_that_is_no_power_of_two():
+def test_a_stride_that_is_no_power_of_two_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=3), nn.Flatten(), nn.Linear(400, 2))
     with pytest.raises(ValueError, match="power of two"):
         PerceptionDecoder.reading(LayerEncoder(model, "0"), torch.rand(1, 3, 30, 30))
@@ -263,8 +263,8 @@ def test_a_stride_that_is_no_power_of_two():
         PerceptionDecoder(4, 12)
 
 
-def test_a_decoder_knows_the_encoder_that_it_was_made_for(tmp_path):
-    """Same channels, same stride: nothing else would tell."""
+def test_a_decoder_refuses_another_encoder(tmp_path):
+    """Channels and stride are equal, so that only the fingerprint differs."""
     model, x = strided_net(), torch.rand(1, 3, 32, 32)
     decoder = PerceptionDecoder.reading(LayerEncoder(model, "3"), x, [4, 4], [1, 1])
     other = LayerEncoder(model, "4")
@@ -278,7 +278,7 @@ def test_a_decoder_knows_the_encoder_that_it_was_made_for(tmp_path):
     assert (tmp_path / "new" / "decoder.pt").is_file()
 
 
-def test_a_decoder_that_does_not_fit():
+def test_latents_that_do_not_fit_the_decoder_are_refused():
     decoder = PerceptionDecoder(8, 4, [4, 4], [1, 1])
     with pytest.raises(ValueError, match=r"`latents` must be \(N, 8, h, w\)"):
         decoder(torch.rand(1, 9, 4, 4))
@@ -291,7 +291,7 @@ def test_a_decoder_that_does_not_fit():
             PerceptionDecoder(8, 4, **{name: [1, 0]})
 
 
-def test_half_a_decoder():
+def test_a_decoder_may_have_half_precision():
     decoder = PerceptionDecoder(8, 4, [4, 4], [1, 1]).bfloat16().eval()
     assert decoder(torch.rand(1, 8, 4, 4).bfloat16(), (16, 15)).dtype == torch.bfloat16
 
@@ -299,19 +299,19 @@ def test_half_a_decoder():
 # --- its file ------------------------------------------------------------------------------------
 
 
-def test_a_file_brings_the_decoder_back(tmp_path):
+def test_a_saved_decoder_is_loaded(tmp_path):
     model, x = strided_net(), torch.rand(2, 3, 32, 32)
     encoder = LayerEncoder(model, "4")
     decoder = PerceptionDecoder.reading(encoder, x, [8, 4], [2, 1])
-    decoder(encoder(x))  # batch statistics, which are part of it
+    decoder(encoder(x))  # updates batch statistics, which are part of the file
     decoder.eval().save(tmp_path / "decoder.pt", encoder)
     torch.load(tmp_path / "decoder.pt", weights_only=True)
-    found = PerceptionDecoder.load(tmp_path / "decoder.pt", encoder)
-    assert not found.training
-    assert torch.equal(found(encoder(x)), decoder(encoder(x)))
+    result = PerceptionDecoder.load(tmp_path / "decoder.pt", encoder)
+    assert not result.training
+    assert torch.equal(result(encoder(x)), decoder(encoder(x)))
 
 
-def test_files_that_are_refused(tmp_path):
+def test_other_files_and_other_encoders_are_refused(tmp_path):
     model, x = strided_net(), torch.rand(2, 3, 32, 32)
     encoder, file = LayerEncoder(model, "4"), tmp_path / "decoder.pt"
     PerceptionDecoder.reading(encoder, x, [8, 4], [2, 1]).save(file, encoder)
@@ -341,7 +341,7 @@ def test_files_that_are_refused(tmp_path):
 
 
 def test_files_of_before_are_those_of_now(tmp_path):
-    """Names and texts that a file is known by, since files stay."""
+    """The stored settings have a fixed form, so that earlier files can be loaded."""
     encoder = LayerEncoder(strided_net(), "4", normalize=((0.5,), (0.25,)))
     decoder = PerceptionDecoder(8, stride=4, widths=(4, 4), convolutions=(1, 1), colors=1)
     decoder.save(tmp_path / "new" / "a.pt", encoder)
@@ -361,7 +361,7 @@ def test_files_of_before_are_those_of_now(tmp_path):
     assert fingerprint["reshape_transform"] == "tokens_to_grid, (), [('grid', (2, 3))]"
 
 
-def test_a_transform_that_a_decoder_could_not_know_again_is_refused():
+def test_a_transform_without_a_version_is_refused():
     encoder = LayerEncoder(strided_net(), "4", reshape_transform=lambda x: x)
     with pytest.raises(ValueError, match=r"^`reshape_transform` is .*`function\.version = "):
         PerceptionDecoder.reading(encoder, torch.rand(1, 3, 16, 16))
@@ -370,35 +370,35 @@ def test_a_transform_that_a_decoder_could_not_know_again_is_refused():
 # --- losses --------------------------------------------------------------------------------------
 
 
-def test_ssim_is_scikit_images():
+def test_ssim_equals_that_of_scikit_image():
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(2, 3, 24, 31, dtype=torch.float64, generator=generator)
     y = (x + 0.3 * torch.randn(x.shape, dtype=torch.float64, generator=generator)).clamp(0, 1)
-    found = structural_similarity(x, y)
+    result = structural_similarity(x, y)
     for i in range(2):
         for c in range(3):
             _, full = skimage_ssim(
                 x[i, c].numpy(), y[i, c].numpy(), data_range=1.0, gaussian_weights=True,
                 sigma=1.5, use_sample_covariance=False, full=True,
             )  # fmt: skip
-            assert found[i, c].item() == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-10)
+            assert result[i, c].item() == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-10)
     assert torch.equal(structural_similarity(x, x), torch.ones(2, 3, dtype=torch.float64))
     assert (structural_similarity(x, 1 - x) < 0).all()
 
 
-def test_the_loss_by_hand():
+def test_the_loss_equals_its_formula():
     x = torch.zeros(2, 3, 11, 11, dtype=torch.float64)
     y = torch.full_like(x, 0.5)
     z, w = torch.zeros(2, 4, 1, 2, dtype=torch.float64), torch.full((2, 4, 1, 2), 3.0)
     parts = perception_loss(x, y, z, w.double())
-    # Of two flat pictures SSIM is c_1 / (0.25 + c_1), c_1 = 1e-4.
+    # The SSIM of two flat pictures is c_1 / (0.25 + c_1), c_1 = 1e-4.
     expected = {"pixel": 0.2 * 0.25, "deep": 0.4 * 9, "ssim": -0.4 * 3 * 1e-4 / (0.25 + 1e-4)}
     assert {k: v.item() for k, v in parts.items()} == pytest.approx(expected, rel=1e-9)
     assert perception_loss(x, y, z, w, (0.4, 0, 0.6)).keys() == {"pixel", "ssim"}
     assert deep_similarity(z, w).tolist() == [9.0, 9.0]
 
 
-def test_pictures_that_are_too_small():
+def test_pictures_below_the_window_of_ssim_are_refused():
     x = torch.rand(1, 3, 10, 20)
     with pytest.raises(ValueError, match="at least 11 x 11"):
         structural_similarity(x, x)
@@ -408,26 +408,28 @@ def test_pictures_that_are_too_small():
 
 def test_ssim_accumulates_in_single_precision():
     x = torch.rand(1, 3, 32, 32).bfloat16()
-    found = structural_similarity(x, 1 - x)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found, ssim(x.float(), (1 - x).float(), 11)[..., 5:-5, 5:-5].mean((2, 3)))
+    result = structural_similarity(x, 1 - x)
+    assert result.dtype == torch.float32
+    assert torch.allclose(
+        result, ssim(x.float(), (1 - x).float(), 11)[..., 5:-5, 5:-5].mean((2, 3))
+    )
 
 
 def test_autocast_does_not_reach_ssim():
-    """Kornia 0.8 leaves it to its caller: 1.25 for what is 0.87."""
+    """Kornia 0.8 follows autocast: it would give 1.25 instead of 0.87."""
     generator = torch.Generator().manual_seed(1)
     x = 0.8 + 0.1 * torch.rand(2, 3, 32, 32, generator=generator)
     y = (x + 0.02 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = structural_similarity(x, y)
-    assert torch.equal(found, structural_similarity(x, y))
+        result = structural_similarity(x, y)
+    assert torch.equal(result, structural_similarity(x, y))
 
 
 # --- the picture ---------------------------------------------------------------------------------
 
 
 def test_an_invertible_encoder_gives_the_picture_back():
-    """x^ = x, the latents agree, and what the mask shows is the picture."""
+    """The reconstruction and its latents are exact, and the mask shows the picture itself."""
     model = UnshuffleNet()
     x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     encoder = LayerEncoder(model, "unshuffle", normalize=PLAIN)
@@ -443,18 +445,20 @@ def test_an_invertible_encoder_gives_the_picture_back():
     assert 0 < mask.min(1).values.max() <= 1
 
 
-@pytest.mark.parametrize(("value", "shown"), [(1.0, True), (7.0, True), (0.0, False), (-1, False)])
-def test_mask_of_one_shows_all_and_of_zero_nothing(value, shown):
+@pytest.mark.parametrize(
+    ("value", "is_visible"), [(1.0, True), (7.0, True), (0.0, False), (-1, False)]
+)
+def test_a_mask_of_1_shows_the_reconstruction_and_of_0_the_background(value, is_visible):
     x = torch.rand(2, 3, 32, 32)
     pv = pv_of(attribution=Fixed(torch.full((2, 1, 8, 8), value)))
     image, mask, reconstruction = pv.visualize(x)
-    assert torch.equal(image, reconstruction if shown else torch.ones_like(x))
-    assert torch.equal(mask, torch.full((2, 1, 32, 32), float(shown)))
+    assert torch.equal(image, reconstruction if is_visible else torch.ones_like(x))
+    assert torch.equal(mask, torch.full((2, 1, 32, 32), float(is_visible)))
     assert reconstruction.std() > 0
 
 
-def test_the_mask_by_hand():
-    """Channels summed, negative values cut off, divided by the largest, resized."""
+def test_the_mask_equals_one_made_by_hand():
+    """Channels are summed, negative values cut off, maps divided by their maximum and resized."""
     maps = torch.tensor([[[[1.0, -4.0]], [[3.0, 1.0]]]])  # sums 4 and -3
     x = torch.rand(1, 3, 32, 32)
     mask = pv_of(attribution=Fixed(maps)).mask(x)
@@ -473,8 +477,8 @@ def test_the_mask_by_hand():
     )
 
 
-def test_nothing_is_above_1():
-    """Weights of an interpolation may sum to 1 + 2^-23, as from 7 to 33 cells."""
+def test_masks_and_pictures_do_not_exceed_1():
+    """Weights of an interpolation may sum to 1 + 2^-23, for example from 7 to 33 cells."""
     assert resize(torch.ones(1, 1, 7, 7), (33, 33)).max() > 1
     encoder = LayerEncoder(nn.Sequential(nn.Conv2d(3, 12, 5, 5)), "0")
     decoder = PerceptionDecoder(12, 4, [4, 4], [1, 1]).eval()
@@ -485,20 +489,20 @@ def test_nothing_is_above_1():
     assert pv.mask(torch.rand(1, 3, 33, 33)).max() == 1
 
 
-def test_threshold_gamma_and_background():
+def test_threshold_gamma_and_background_act_as_documented():
     x = torch.rand(1, 3, 32, 32)
     plain = pv_of(attribution=Fixed(torch.rand(1, 1, 32, 32)))
     mask = plain.mask(x)
     edited = PerceptionVisualization(
         plain.attribution, plain.encoder, plain.decoder, threshold=0.3, gamma=2 / 3, background=0.5
     )
-    image, found, reconstruction = edited.visualize(x)
-    assert torch.equal(found, torch.where(mask < 0.3, 0, mask) ** (2 / 3))
-    assert torch.allclose(image, found * reconstruction + 0.5 * (1 - found))
+    image, result, reconstruction = edited.visualize(x)
+    assert torch.equal(result, torch.where(mask < 0.3, 0, mask) ** (2 / 3))
+    assert torch.allclose(image, result * reconstruction + 0.5 * (1 - result))
     assert (mask < 0.3).any()
 
 
-def test_composite_of_the_picture_is_the_panel_beside_it():
+def test_composite_applies_the_mask_to_any_picture():
     x, m = torch.rand(2, 3, 4, 4), torch.rand(2, 1, 4, 4)
     assert torch.allclose(composite(x, m), 1 - m * (1 - x))
 
@@ -524,18 +528,18 @@ def test_any_attribution_makes_the_mask(name, trace_free):
     options = {"FIDO": {"n_steps": 2, "n_masks": 1}, "RISE": {"n_masks": 8, "grid": 4}}
     with trace_free(model, x, keeps_rng=False):
         torch.manual_seed(0)
-        found = pv.visualize(x, target=[1, 2], **options.get(name, {}))
-    assert 0.65 < found.mask.max() <= 1
-    assert found.mask.min() >= 0
+        result = pv.visualize(x, target=[1, 2], **options.get(name, {}))
+    assert 0.65 < result.mask.max() <= 1
+    assert result.mask.min() >= 0
     torch.manual_seed(0)
     maps = pv.attribution.attribute(x, target=[1, 2], **options.get(name, {}))
     positive = maps.sum(1, keepdim=True).clamp(min=0)
     scaled = (positive / positive.amax((2, 3), keepdim=True)).nan_to_num()
     expected = F.interpolate(scaled, (32, 32), mode="bilinear")
-    assert torch.allclose(found.mask, expected, atol=1e-5)
+    assert torch.allclose(result.mask, expected, atol=1e-5)
 
 
-def test_a_batch_is_its_images_and_no_grad_and_frozen_change_nothing():
+def test_batches_grad_modes_and_frozen_parameters_change_nothing():
     model = strided_net()
     for weight in model.parameters():
         weight.requires_grad_(False)
@@ -544,12 +548,12 @@ def test_a_batch_is_its_images_and_no_grad_and_frozen_change_nothing():
     together = pv.visualize(x, target=target)
     for i in range(3):
         alone = pv.visualize(x[i : i + 1], target=target[i])
-        for one, all_ in zip(alone, together, strict=True):
-            assert torch.allclose(one[0], all_[i], atol=1e-6)
+        for alone_part, all_ in zip(alone, together, strict=True):
+            assert torch.allclose(alone_part[0], all_[i], atol=1e-6)
     assert not any(part.requires_grad for part in together)
 
 
-def test_train_mode_is_warned_of_and_its_statistics_stay(trace_free):
+def test_train_mode_gives_a_warning_and_statistics_stay(trace_free):
     model = strided_net().train()
     pv, x = pv_of(model), torch.rand(2, 3, 32, 32)
     pv.decoder.train()
@@ -561,23 +565,23 @@ def test_train_mode_is_warned_of_and_its_statistics_stay(trace_free):
         PerceptionDecoder.reading(pv.encoder, x)
 
 
-def test_other_sizes_than_those_of_the_training():
+def test_sizes_may_differ_from_that_of_the_training():
     pv = pv_of()
     for size in ((32, 48), (33, 50), (16, 64)):
         x = torch.rand(1, 3, *size)
         assert pv.visualize(x, target=0).image.shape == x.shape
 
 
-def test_half_precision():
+def test_half_precision_gives_results_in_float32():
     model = strided_net().bfloat16()
     encoder = LayerEncoder(model, "4")
     decoder = PerceptionDecoder(12, 4, [4, 4], [1, 1]).eval()
     pv = PerceptionVisualization(Saliency(model), encoder, decoder)
-    found = pv.visualize(torch.rand(2, 3, 32, 32).bfloat16(), target=1)
-    assert {part.dtype for part in found} == {torch.float32}
+    result = pv.visualize(torch.rand(2, 3, 32, 32).bfloat16(), target=1)
+    assert {part.dtype for part in result} == {torch.float32}
 
 
-def test_what_is_wrong_is_said():
+def test_invalid_arguments_are_refused():
     x = torch.rand(2, 3, 32, 32)
     model = strided_net()
     encoder, decoder = LayerEncoder(model, "4"), PerceptionDecoder(12, 4, [4, 4], [1, 1]).eval()
@@ -614,7 +618,7 @@ def test_what_is_wrong_is_said():
         PerceptionVisualization(Fixed(torch.rand(2, 1, 8, 8) / 0), encoder, decoder).mask(x)
 
 
-def test_nothing_is_warned_of(no_warnings):
+def test_valid_calls_give_no_warning(no_warnings):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "Setting forward, backward hooks")
@@ -622,13 +626,27 @@ def test_nothing_is_warned_of(no_warnings):
 
 
 @pytest.mark.gpu
-def test_on_the_device():
+def test_results_stay_on_the_gpu():
     model = strided_net()
     x = torch.rand(2, 3, 32, 32)
     cpu = pv_of(model)
     expected = cpu.visualize(x, target=1), cpu.quality(x)
     model.cuda(), cpu.decoder.cuda()
-    found = cpu.visualize(x.cuda(), target=1), cpu.quality(x.cuda())
-    for ours, theirs in zip(sum(found, ()), sum(expected, ()), strict=True):
+    result = cpu.visualize(x.cuda(), target=1), cpu.quality(x.cuda())
+    for ours, theirs in zip(sum(result, ()), sum(expected, ()), strict=True):
         assert ours.is_cuda
         assert torch.allclose(ours.cpu(), theirs, atol=1e-4)
+
+
+def test_reprs_are_short():
+    model = strided_net()
+    encoder = LayerEncoder(model, model[4], normalize=PLAIN)
+    assert repr(encoder) == (
+        "LayerEncoder(Sequential, layer='4', normalize=((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))"
+    )
+    assert repr(LayerEncoder(model, "4")) == "LayerEncoder(Sequential, layer='4')"
+    perception = pv_of(model, gamma=2.0).visualize(torch.rand(1, 3, 32, 32), target=1)
+    assert repr(perception) == (
+        "Perception(image=Tensor((1, 3, 32, 32), float32), mask=Tensor((1, 1, 32, 32), float32), "
+        "reconstruction=Tensor((1, 3, 32, 32), float32))"
+    )

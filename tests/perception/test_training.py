@@ -1,4 +1,4 @@
-"""Training of the decoder: the classifier stays, the decoder learns, what was killed goes on."""
+"""Training of the decoder: the classifier stays, the decoder learns, and killed runs go on."""
 
 import re
 import signal
@@ -40,7 +40,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Lightning has advice about workers and devices."""
+    """Ignore Lightning's advice about workers and devices."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         yield
@@ -67,7 +67,7 @@ def as_tensor(images):
 
 
 class Losses(Callback):
-    """The total of each step."""
+    """Records the loss of each step."""
 
     def __init__(self):
         self.found = []
@@ -91,10 +91,10 @@ def test_the_loss_falls_on_eight_images_and_the_classifier_stays(trace_free):
     assert not decoder.training
 
 
-def test_held_out_pictures_are_rebuilt_better_than_the_mean_picture_is(tmp_path):
-    """SSIM and latents of 60 pictures that it has not seen; for each of them, not just on average.
+def test_reconstructions_of_held_out_pictures_are_better_than_the_mean_picture(tmp_path):
+    """SSIM and latents are better for each of 60 new pictures, not only on average.
 
-    The layer keeps much of the picture, so little training is needed.
+    The layer keeps much of the picture, so that little training is needed.
     """
     train, test = pictures(160, seed=1), as_tensor(pictures(60, seed=2))
     model = dropout_net()
@@ -116,8 +116,8 @@ def test_held_out_pictures_are_rebuilt_better_than_the_mean_picture_is(tmp_path)
     assert (distance < apart).all()
 
 
-def test_a_step_by_hand():
-    """The gradient of the loss by autograd, through the classifier, and one step of Adam."""
+def test_a_training_step_equals_one_made_by_hand():
+    """The gradient of the loss through the classifier, and one step of Adam, are written out."""
     model, images = dropout_net(), pictures(8)
     encoder = encoder_of(model)
     trained = fit_perception(encoder, images, **SMALL | {"n_epochs": 1, "lr": 0.01})
@@ -146,13 +146,13 @@ def test_a_step_by_hand():
     for name, value in decoder.state_dict().items():
         if value.is_floating_point() and not re.fullmatch(r"blocks\.\d\.0\.bias", name):
             worst = (value - trained.state_dict()[name]).abs()
-            # Where the gradient is zero but for rounding, Adam's step has its sign: as in the
+            # Where the gradient is zero up to rounding, Adam's step has a random sign: as in the
             # biases in front of batch normalisation.
             assert (worst < 1e-4).float().mean() > 0.97, name
 
 
-def test_each_weight_is_its_parts():
-    """Without SSIM and latents it is a least-squares fit, nearer in pixels than by SSIM alone."""
+def test_each_weight_scales_its_part_of_the_loss():
+    """A fit to pixels alone is nearer in pixels than a fit to SSIM alone."""
     model, images = dropout_net(), pictures(16)
     encoder = encoder_of(model)
     x = as_tensor(images)
@@ -172,28 +172,28 @@ def test_each_weight_is_its_parts():
         assert min(error, key=lambda weights: error[weights][part]) == best
 
 
-def test_a_classifier_in_train_mode_is_evaluated_and_left_in_train_mode(trace_free):
+def test_a_classifier_in_train_mode_runs_in_eval_mode_and_stays_in_train_mode(trace_free):
     model = dropout_net()
     straight = fit_perception(encoder_of(model), pictures(8), **SMALL)
     model.train()
     with trace_free(model):
-        found = fit_perception(encoder_of(model), pictures(8), **SMALL)
-    assert equal(state(found), state(straight))
+        result = fit_perception(encoder_of(model), pictures(8), **SMALL)
+    assert equal(state(result), state(straight))
 
 
-def test_frozen_parameters_no_grad_and_random_state(trace_free):
+def test_frozen_parameters_grad_modes_and_random_state_stay(trace_free):
     model = dropout_net()
     straight = fit_perception(encoder_of(model), pictures(8), **SMALL)
     model.requires_grad_(False)
     torch.rand(7)
     with torch.no_grad(), trace_free(model):
-        found = fit_perception(encoder_of(model), pictures(8), **SMALL)
-    assert equal(state(found), state(straight))
+        result = fit_perception(encoder_of(model), pictures(8), **SMALL)
+    assert equal(state(result), state(straight))
     other = fit_perception(encoder_of(model), pictures(8), **SMALL | {"seed": 1})
     assert not equal(state(other), state(straight))
 
 
-def test_it_leaves_no_trace_when_it_fails(trace_free):
+def test_a_training_that_fails_leaves_no_trace(trace_free):
     class Fails(Callback):
         def on_train_batch_end(self, *args, **kwargs):
             raise KeyError("killed")
@@ -213,8 +213,8 @@ def fit_by_trainer(module, images):
     )
 
 
-def test_the_module_by_itself(trace_free):
-    """The classifier is evaluated for each step, and what is frozen of the decoder stays."""
+def test_the_module_alone_runs_in_lightning(trace_free):
+    """The classifier runs in eval mode, and frozen weights of the decoder stay."""
     model = dropout_net().train()
     encoder = encoder_of(model)
     decoder = PerceptionDecoder.reading(
@@ -234,7 +234,7 @@ def test_the_module_by_itself(trace_free):
 # --- data ----------------------------------------------------------------------------------------
 
 
-def test_pictures_of_any_form():
+def test_pictures_may_have_any_form():
     images = pictures(8)
     forms = [
         images,
@@ -244,11 +244,11 @@ def test_pictures_of_any_form():
         list(as_tensor(images)),
         list((255 * as_tensor(images)).round().byte()),
     ]
-    found = [state(fit_perception(encoder_of(), form, **SMALL)) for form in forms]
-    assert all(equal(found[0], other) for other in found[1:])
+    result = [state(fit_perception(encoder_of(), form, **SMALL)) for form in forms]
+    assert all(equal(result[0], other) for other in result[1:])
 
 
-def test_grey_pictures():
+def test_a_classifier_of_grey_pictures_is_trained_on_grey_ones():
     encoder = encoder_of(dropout_net(channels=1), normalize=((0.5,), (0.5,)))
     decoder = fit_perception(encoder, pictures(8), **SMALL)
     assert decoder.colors == 1
@@ -266,8 +266,8 @@ def test_pictures_that_cannot_be_read_are_left_out():
         fit_perception(encoder_of(), Some(pictures(8)), **SMALL | {"batch_size": 1})
 
 
-def test_pictures_none_of_which_can_be_read(tmp_path):
-    """Also where the run is finished, and nothing is read any more."""
+def test_data_without_a_readable_picture_are_refused(tmp_path):
+    """A finished run, which reads no picture any more, is refused, too."""
 
     class Unreadable(list):
         def __getitem__(self, index):
@@ -279,7 +279,7 @@ def test_pictures_none_of_which_can_be_read(tmp_path):
             fit_perception(encoder_of(), Unreadable(pictures(8)), **stored)
 
 
-def test_sizes_and_strides():
+def test_sizes_need_not_be_multiples_of_the_stride():
     decoder = fit_perception(encoder_of(), pictures(4), **SMALL | {"size": (33, 46), "n_epochs": 1})
     assert decoder.stride == 4
 
@@ -309,8 +309,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
         fit_perception(encoder_of(), pictures(), **stored)
 
 
-def test_workers_who_read_ahead_go_on_in_the_same_order(tmp_path):
-    """Lightning starts them before it says the epoch."""
+def test_a_resumed_run_with_workers_has_the_same_order(tmp_path):
+    """Lightning starts workers before it sets the epoch."""
     options = SMALL | {"n_epochs": 2}
     straight = fit_perception(encoder_of(), pictures(16), **options)
     stored = options | {"checkpoints": tmp_path, "num_workers": 1}
@@ -330,8 +330,8 @@ fit_perception(encoder_of(), pictures(), **SMALL | {"n_epochs": 400, "checkpoint
 """
 
 
-def test_sigkill(tmp_path):
-    """A process that is killed while it trains; the next goes on to the same weights."""
+def test_a_run_that_got_sigkill_goes_on_to_the_same_weights(tmp_path):
+    """A process is killed during the training, and the next one goes on."""
     run = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],
         cwd=Path(__file__).parents[2],
@@ -351,7 +351,7 @@ def test_sigkill(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"widths": (8, 8)}, r"widths was \[8, 4\] and is \[8, 8\]"),
         ({"convolutions": (2, 1)}, "convolutions was"),
@@ -362,10 +362,10 @@ def test_sigkill(tmp_path):
         ({"size": 36}, "size was"),
     ],
 )
-def test_a_checkpoint_of_other_settings_is_refused(change, said, tmp_path):
+def test_a_checkpoint_of_other_settings_is_refused(change, message, tmp_path):
     stored = SMALL | {"checkpoints": tmp_path, "n_epochs": 1}
     fit_perception(encoder_of(), pictures(8), **stored)
-    with pytest.raises(ValueError, match=f"`checkpoints` has another run's: .*{said}"):
+    with pytest.raises(ValueError, match=f"`checkpoints` has another run's: .*{message}"):
         fit_perception(encoder_of(), pictures(8), **stored | change)
 
 
@@ -394,22 +394,22 @@ class Rank(Callback):
 
 
 def test_two_processes_train_one_decoder(tmp_path):
-    """By gloo, on the CPU: without shared gradients they, who see other halves, would differ."""
+    """Without shared gradients the two CPU processes (gloo) would differ, as each has a half."""
     trainer = {"devices": 2, "strategy": "ddp_fork", "callbacks": Rank(tmp_path)}
     options = SMALL | {"batch_size": 4}
-    found = fit_perception(encoder_of(), pictures(16), **options, trainer=trainer)
+    result = fit_perception(encoder_of(), pictures(16), **options, trainer=trainer)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     assert equal(*ranks)
-    assert equal(ranks[0], dict(found.named_parameters()))
+    assert equal(ranks[0], dict(result.named_parameters()))
     alone = fit_perception(encoder_of(), pictures(16), **options)
-    assert not equal(state(alone), state(found))
+    assert not equal(state(alone), state(result))
 
 
 # --- what is wrong -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "said"),
+    ("change", "error", "message"),
     [
         ({"n_epochs": 0}, ValueError, "`n_epochs`"),
         ({"batch_size": 0}, ValueError, "`batch_size`"),
@@ -426,12 +426,12 @@ def test_two_processes_train_one_decoder(tmp_path):
         ({"lr": 1e30}, FloatingPointError, "not finite in epoch"),
     ],
 )
-def test_arguments(change, error, said):
-    with pytest.raises(error, match=said):
+def test_invalid_arguments_are_refused(change, error, message):
+    with pytest.raises(error, match=message):
         fit_perception(encoder_of(), pictures(8), **SMALL | change)
 
 
-def test_other_things_that_are_wrong():
+def test_invalid_encoders_data_and_modes_are_refused():
     with pytest.raises(TypeError, match="`encoder` must be a LayerEncoder"):
         fit_perception(dropout_net(), pictures(8), **SMALL)
     with pytest.raises(
@@ -449,7 +449,7 @@ def test_other_things_that_are_wrong():
 
 
 @pytest.mark.gpu
-def test_training_on_the_device():
+def test_the_decoder_is_trained_on_the_classifiers_device():
     model = dropout_net().cuda()
     decoder = fit_perception(encoder_of(model), pictures(), **SMALL | {"n_epochs": 8, "lr": 1e-2})
     assert next(decoder.parameters()).is_cuda

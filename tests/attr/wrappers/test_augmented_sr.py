@@ -44,8 +44,8 @@ def augmented(base: Attribution, **options: Any) -> AugmentedSR:
     return AugmentedSR(base, **{"n_augmentations": 6, "generator": seeded(), **options})
 
 
-def sight(side: int = 16, *, up: int = 0, left: int = 0) -> LayerActivation:
-    """A base whose map is the image itself, as the means of cells, `up` and `left` of them."""
+def cell_means(side: int = 16, *, up: int = 0, left: int = 0) -> LayerActivation:
+    """A method whose map is the means of the image's cells, moved up and left by some pixels."""
     eye = nn.Sequential(nn.ZeroPad2d((left, -left, up, -up)), nn.AvgPool2d(side), nn.Flatten())
     return LayerActivation(eye, eye[1])
 
@@ -89,8 +89,8 @@ class Spy(Attribution):
         return [value for values in result for value in values]
 
 
-class Blinking(LayerAttribution):
-    """The image's cells, but nothing of some of the pictures of a call."""
+class BlindMaps(LayerAttribution):
+    """Means over cells of 8 x 8 pixels, and zeros for some pictures of each call."""
 
     def __init__(self, blind: list[int], factor: float = 1.0) -> None:
         super().__init__(lambda x: x, nn.Identity())
@@ -135,10 +135,10 @@ def test_a_blob_stays_in_place_except_with_the_official_preset() -> None:
     """Mode "legacy" reads the corner of a cell of 16; the network sees its centre, 7.5 px away."""
     x = blob((112, 112), 47.0, 66.0, 7.0)
     for options in ({}, {"normalize": "none"}, {"downsample": "bilinear"}, {"mode": "mean"}):
-        y, u = centroid(augmented(sight(), n_augmentations=24, **options).attribute(x))
+        y, u = centroid(augmented(cell_means(), n_augmentations=24, **options).attribute(x))
         assert abs(y - 47) < 1
         assert abs(u - 66) < 1
-    official = augmented(sight(), n_augmentations=24, preset="official")
+    official = augmented(cell_means(), n_augmentations=24, preset="official")
     y, u = centroid(official.attribute(x))
     assert y - 47 == pytest.approx(-7.5, abs=1)
     assert u - 66 == pytest.approx(-7.5, abs=1)
@@ -147,15 +147,15 @@ def test_a_blob_stays_in_place_except_with_the_official_preset() -> None:
 def test_details_finer_than_the_cells_are_resolved() -> None:
     """Two blobs in adjacent cells give one peak in the coarse map, and two in the fine map."""
     x = blob((96, 96), 48.0, 37.0, 3.0) + blob((96, 96), 48.0, 59.0, 3.0)
-    plain = UpsampleWrapper(sight()).attribute(x)[0, 0, 48]
-    fine = augmented(sight(), n_augmentations=32).attribute(x)[0, 0, 48]
+    plain = UpsampleWrapper(cell_means()).attribute(x)[0, 0, 48]
+    fine = augmented(cell_means(), n_augmentations=32).attribute(x)[0, 0, 48]
     assert plain[48] >= min(plain[37], plain[59])
     assert fine[48] < 0.5 * min(fine[37], fine[59])
 
 
 @pytest.mark.parametrize("align", [(-8.0, -4.0), "rf"])
 def test_align_moves_units_off_the_centres_of_cells(align: Any) -> None:
-    x, base = blob((96, 96), 40.0, 52.0, 7.0), sight(up=8, left=4)
+    x, base = blob((96, 96), 40.0, 52.0, 7.0), cell_means(up=8, left=4)
     for mode in ("sr", "mean"):
         y, u = centroid(augmented(base, n_augmentations=16, mode=mode, align=align).attribute(x))
         assert abs(y - 40) < 1
@@ -190,7 +190,7 @@ def test_mean_max_and_single_equal_maps_warped_back(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["sr", "mean", "max", "single"])
 def test_a_map_of_ones_stays_ones(mode: str) -> None:
     x = torch.ones(1, 1, 64, 48, dtype=D)
-    ones = augmented(sight(8), n_augmentations=12, mode=mode, l2=0.0, fill=1.0).attribute(x)
+    ones = augmented(cell_means(8), n_augmentations=12, mode=mode, l2=0.0, fill=1.0).attribute(x)
     atol = 1e-2 if mode == "sr" else 1e-9
     torch.testing.assert_close(ones, torch.ones_like(ones), rtol=0, atol=atol)
 
@@ -384,12 +384,12 @@ def test_drawn_baselines_are_warped_copy_by_copy() -> None:
     x, drawn = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 8, 8)
     seen = []
 
-    class Watched(GradientShap):
+    class RecordingShap(GradientShap):
         def attribute(self, inputs: Tensor, baselines: Tensor, **kwargs: Any) -> Any:
             seen.append((inputs, baselines))
             return torch.ones_like(inputs)
 
-    sr = augmented(Watched(small_net()))
+    sr = augmented(RecordingShap(small_net()))
     sr.attribute(x, baselines=drawn, target=[1, 2])
     assert len(seen) == 6
     for (inputs, baselines), m in zip(seen, matrices(sr, (8, 8)), strict=True):
@@ -429,13 +429,13 @@ def test_solving_image_by_image_changes_nothing(monkeypatch: Any) -> None:
 def test_scaled_maps_give_a_scaled_result() -> None:
     x = torch.rand(2, 1, 32, 32, dtype=D)
     for mode in ("sr", "mean", "max"):
-        result = [augmented(Blinking([], c), mode=mode).attribute(x) for c in (1.0, 40.0)]
+        result = [augmented(BlindMaps([], c), mode=mode).attribute(x) for c in (1.0, 40.0)]
         torch.testing.assert_close(result[1], 40 * result[0])
     unscaled = [
-        augmented(Blinking([], c), normalize="per_map").attribute(x[:1]) for c in (1.0, 40.0)
+        augmented(BlindMaps([], c), normalize="per_map").attribute(x[:1]) for c in (1.0, 40.0)
     ]
     torch.testing.assert_close(unscaled[1], unscaled[0])
-    fixed = [augmented(Blinking([], c), normalize="none").attribute(x) for c in (1.0, 40.0)]
+    fixed = [augmented(BlindMaps([], c), normalize="none").attribute(x) for c in (1.0, 40.0)]
     assert not torch.allclose(fixed[1], 40 * fixed[0], rtol=1e-3)
 
 
@@ -443,11 +443,11 @@ def test_scaled_maps_give_a_scaled_result() -> None:
 def test_copies_without_evidence_give_zeros_and_a_warning(normalize: str) -> None:
     x = torch.rand(1, 1, 32, 40)
     for preset in (None, "official"):
-        sr = augmented(Blinking([1, 4]), normalize=normalize, preset=preset)
+        sr = augmented(BlindMaps([1, 4]), normalize=normalize, preset=preset)
         assert torch.isfinite(sr.attribute(x)).all()
         with pytest.warns(UserWarning, match="The map of 1 of 1 images is zero everywhere"):
             nothing = augmented(
-                Blinking(list(range(6))), normalize=normalize, preset=preset
+                BlindMaps(list(range(6))), normalize=normalize, preset=preset
             ).attribute(x)
         assert not nothing.any()
 
@@ -456,7 +456,7 @@ def test_copies_without_evidence_give_zeros_and_a_warning(normalize: str) -> Non
 
 
 def test_warps_are_drawn_once_within_their_ranges() -> None:
-    base = sight()
+    base = cell_means()
     state = torch.get_rng_state()
     a, b, c = (AugmentedSR(base, generator=seeded(s), n_augmentations=400) for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -477,7 +477,7 @@ def test_warps_are_drawn_once_within_their_ranges() -> None:
 
 
 def test_arguments_override_the_official_preset() -> None:
-    official = AugmentedSR(sight(), preset="official", generator=seeded())
+    official = AugmentedSR(cell_means(), preset="official", generator=seeded())
     settings = vars(official)
     for name, value in (
         ("n_augmentations", 100),
@@ -492,7 +492,7 @@ def test_arguments_override_the_official_preset() -> None:
         ("normalize", "per_map"),
     ):
         assert settings[name] == value
-    mine = AugmentedSR(sight(), preset="official", solver="mfista", tv=0.0, n_augmentations=3)
+    mine = AugmentedSR(cell_means(), preset="official", solver="mfista", tv=0.0, n_augmentations=3)
     assert (mine.solver, mine.tv, mine.n_augmentations, mine.max_angle) == ("mfista", 0.0, 3, 0.5)
     assert mine.max_iterations == 30
     # Images are rotated, then shifted, by two interpolations; maps are rectified first.
@@ -680,7 +680,7 @@ def test_odd_and_elongated_images_work(size: tuple[int, int]) -> None:
 )
 def test_wrong_options_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        AugmentedSR(sight(), **options)
+        AugmentedSR(cell_means(), **options)
 
 
 def test_wrong_inputs_raise() -> None:
@@ -714,9 +714,9 @@ def test_wrong_inputs_raise() -> None:
     broken = augmented(LayerActivation(nn.Sequential(flat), flat))
     with pytest.raises(ValueError, match="cannot be laid over them"):
         broken.attribute(x)
-    infinite = augmented(Blinking([], math.inf))
+    infinite = augmented(BlindMaps([], math.inf))
     with pytest.raises(ValueError, match="gave attributions that are not finite"):
         infinite.attribute(x)
-    cells = augmented(sight(2), downsample=lambda maps: maps[:, :, ::3, ::3])
+    cells = augmented(cell_means(2), downsample=lambda maps: maps[:, :, ::3, ::3])
     with pytest.raises(ValueError, match="`downsample` makes"):
         cells.attribute(x)

@@ -35,8 +35,8 @@ def recorder() -> BatchSizeRecorder:
     return BatchSizeRecorder(pooled_net(torch.float32))
 
 
-class Recording(Attribution):
-    """Keeps the arguments that it is called with."""
+class ArgumentRecorder(Attribution):
+    """Records the arguments of each call."""
 
     def __init__(self, forward_func: Any) -> None:
         super().__init__(forward_func)
@@ -101,7 +101,7 @@ def test_arguments_of_noise_tunnel_are_known(wrap: Any) -> None:
 
 @every_wrapper
 def test_a_method_with_var_keywords_takes_any_argument(wrap: Any) -> None:
-    base = Recording(pooled_net(torch.float32))
+    base = ArgumentRecorder(pooled_net(torch.float32))
     wrap(base).attribute(X, target=1, whatever=3)
     assert all(seen == {"target": 1, "whatever": 3} for seen in base.seen)
     assert keywords_of(UpsampleWrapper(NoiseTunnel(base))) is None
@@ -109,7 +109,7 @@ def test_a_method_with_var_keywords_takes_any_argument(wrap: Any) -> None:
 
 @pytest.mark.parametrize("wrap", [UpsampleWrapper, WRAPPERS["AugmentedSR"], WRAPPERS["tta"]])
 def test_arguments_that_are_not_passed_are_not_handed_on(wrap: Any) -> None:
-    base = Recording(pooled_net(torch.float32))
+    base = ArgumentRecorder(pooled_net(torch.float32))
     method = wrap(base)
     method.attribute(X)
     assert all(seen == {} for seen in base.seen)

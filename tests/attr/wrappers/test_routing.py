@@ -189,13 +189,13 @@ def test_maps_of_grey_images_keep_their_sign() -> None:
 def test_autocast_does_not_affect_the_maps() -> None:
     """The base gives the same maps in any precision, and so does the wrapper."""
 
-    class Fixed(LayerGradCam):
+    class PreciseMaps(LayerGradCam):
         @log_usage()
         def attribute(self, inputs: Tensor, **kwargs: Any) -> Tensor:
             return inputs.float().mean(1, keepdim=True)[:, :, ::4, ::4]
 
     net, x = pooled_net(torch.float32), torch.rand(1, 3, 24, 32)
-    base = Fixed(lambda x: x[:, :2].flatten(2).mean(2), net[4])
+    base = PreciseMaps(lambda x: x[:, :2].flatten(2).mean(2), net[4])
     for method in (augmented(base), augmented(base, mode="mean"), sess(base)):
         expected = method.attribute(x, target=1)
         with torch.autocast("cpu", torch.bfloat16):
@@ -228,13 +228,13 @@ def test_threads_share_a_wrapper(wrap: Wrap, align: str) -> None:
 
 @BOTH
 def test_values_beyond_float16_are_clipped(wrap: Wrap) -> None:
-    class Large(LayerGradCam):
+    class LargeMaps(LayerGradCam):
         @log_usage()
         def attribute(self, inputs: Tensor, **kwargs: Any) -> Tensor:
             return inputs.float().mean(1, keepdim=True)[:, :, ::4, ::4] * 1e6
 
     net = pooled_net(torch.float32)
-    base = Large(lambda x: x[:, :2].float().flatten(2).mean(2), net[4])
+    base = LargeMaps(lambda x: x[:, :2].float().flatten(2).mean(2), net[4])
     result = wrap(base).attribute(torch.rand(1, 3, 24, 32).half(), target=1)
     assert result.dtype == torch.float16
     assert torch.isfinite(result).all()
@@ -257,7 +257,7 @@ def test_get_name_is_the_class_name(wrap: Wrap) -> None:
 def test_unusable_results_and_options_raise() -> None:
     x = torch.rand(1, 3, 20, 28)
 
-    class Gives(Attribution):
+    class FunctionAttribution(Attribution):
         def __init__(self, model: Any, give: Any) -> None:
             super().__init__(model)
             self.give = give
@@ -270,10 +270,12 @@ def test_unusable_results_and_options_raise() -> None:
         return x[:, :2, 0, 0]
 
     with pytest.raises(ValueError, match="gave <class 'NoneType'> instead of a map"):
-        sess(Gives(logits, lambda x: None)).attribute(x, target=0)
+        sess(FunctionAttribution(logits, lambda x: None)).attribute(x, target=0)
     for model, error in ((lambda x: (logits(x), x), TypeError), (lambda x: x.sum(), ValueError)):
         with pytest.raises(error, match=r"`forward_func` must give (a tensor|scores for each)"):
-            sess(Gives(model, lambda x: x), pre_filter_ratio=0.5).attribute(x, target=0)
+            sess(FunctionAttribution(model, lambda x: x), pre_filter_ratio=0.5).attribute(
+                x, target=0
+            )
     net = pooled_net(torch.float32)
     with pytest.raises(ValueError, match=r"`downsample` asks for 20 x 28 cells, but the maps have"):
         augmented(LayerGradCam(net, net[4]), downsample=1).attribute(x, target=0)

@@ -37,7 +37,7 @@ from tests.networks import (
 )
 
 
-def starts(length: int, window: int, step: int) -> list[int]:
+def window_starts(length: int, window: int, step: int) -> list[int]:
     result = [0]
     while result[-1] + window < length:
         result.append(min(result[-1] + step, length - window))
@@ -62,7 +62,7 @@ def by_window(
     for s in scales:
         size = (s, s * width // height) if height <= width else (s * height // width, s)
         scaled = F.interpolate(x, size, mode="bilinear") if size != (height, width) else x
-        for top, left in itertools.product(*(starts(n, window, step) for n in size)):
+        for top, left in itertools.product(*(window_starts(n, window, step) for n in size)):
             patches.append(scaled[:, :, top : top + window, left : left + window])
             corners.append((size, top, left))
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_windows_of_one_colour_never_share_a_pixel_of_a_resized_canvas(
         rows = {(w.y, w.colour[0]) for w in windows}
         for (a, ca), (b, cb) in itertools.combinations(sorted(rows), 2):
             assert ca != cb or b - a >= window + 1
-        assert {w.y for w in windows} == set(starts(length, window, step))
+        assert {w.y for w in windows} == set(window_starts(length, window, step))
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_one_window_of_the_images_size_gives_the_base_bit_for_bit() -> None:
     torch.testing.assert_close(result[:, :1], full)
 
 
-class Constant(LayerGradCam):
+class ConstantMap(LayerGradCam):
     """A layer's map that is the same for every picture."""
 
     def __init__(self, net: nn.Module, value: Tensor) -> None:
@@ -262,7 +262,7 @@ def test_soft_fusion_equals_reference_inside_windows_that_vote_everywhere() -> N
     ramp[3, 3] = 0  # min-max turns this pixel to 0, without a vote
     maps = {}
     for fusion in ("soft", "reference"):
-        base = Constant(NET, ramp)
+        base = ConstantMap(NET, ramp)
         sess = SESSWrapper(base, scales=[8, 8], window=8, fusion=fusion, smooth=False)
         maps[fusion] = sess.attribute(x, target=1)
     torch.testing.assert_close(maps["soft"], maps["reference"], rtol=0, atol=1e-15)
@@ -273,7 +273,7 @@ def test_soft_fusion_has_no_seams() -> None:
     x = torch.randn(1, 3, 90, 90, dtype=torch.float64)
     ones = torch.ones(8, 8)
     ones[0, 0] = 0
-    same = SESSWrapper(Constant(lambda x: x[:, :2, 0, 0] * 0, ones), scales=[16], window=8)
+    same = SESSWrapper(ConstantMap(lambda x: x[:, :2, 0, 0] * 0, ones), scales=[16], window=8)
     same.smooth = False
     inner = (0, 0, slice(20, 85), slice(20, 85))
     soft = same.attribute(x, target=1)
@@ -288,12 +288,12 @@ def test_soft_fusion_has_no_seams() -> None:
 
 def test_windows_without_a_map_do_not_dilute() -> None:
     x = torch.randn(1, 3, 20, 20, dtype=torch.float64)
-    zero = SESSWrapper(Constant(NET, torch.zeros(2, 2)), n_scales=2, window=12)
+    zero = SESSWrapper(ConstantMap(NET, torch.zeros(2, 2)), n_scales=2, window=12)
     with pytest.warns(UserWarning, match="zero everywhere"):
         result = zero.attribute(x, target=1)
     assert torch.equal(result, torch.zeros_like(x))
 
-    class Half(LayerGradCam):
+    class BrightOnly(LayerGradCam):
         """Gives maps only for bright windows."""
 
         @log_usage()
@@ -303,14 +303,14 @@ def test_windows_without_a_map_do_not_dilute() -> None:
 
     x = torch.ones(1, 3, 16, 16, dtype=torch.float64)
     x[..., 8:] = -1
-    sess = SESSWrapper(Half(NET, None), scales=[16], window=8, step=4, smooth=False)
+    sess = SESSWrapper(BrightOnly(NET, None), scales=[16], window=8, step=4, smooth=False)
     result = sess.attribute(x, target=1)
     assert (result[0, 0, 2:, 2:8] > 0).all()
 
 
 def test_scores_without_a_positive_one_give_zeros_and_a_warning() -> None:
     x = torch.randn(1, 3, 20, 20)
-    base = Constant(lambda x: -x[:, :2, 0, 0].abs() - 1, torch.rand(2, 2))
+    base = ConstantMap(lambda x: -x[:, :2, 0, 0].abs() - 1, torch.rand(2, 2))
     for r in (0.0, 0.5):
         sess = SESSWrapper(base, n_scales=2, window=12, score="logit", pre_filter_ratio=r)
         with pytest.warns(UserWarning, match="zero everywhere: no explained window"):
@@ -492,7 +492,7 @@ def test_scores_of_very_different_size_are_fused(fusion: str) -> None:
     """The order of negligible and dominating windows changes nothing."""
     x = torch.linspace(1, 0, 30).expand(1, 3, 20, 30)
     counting = mean_recorder()
-    base = Constant(lambda x: 2000 * counting(x), torch.rand(3, 3))
+    base = ConstantMap(lambda x: 2000 * counting(x), torch.rand(3, 3))
     options: Any = {"scales": [20], "window": 10, "step": 5, "fusion": fusion, "smooth": False}
     maps = [
         SESSWrapper(base, internal_batch_size=n, **options).attribute(x, target=1)
@@ -600,7 +600,7 @@ def test_drawn_baselines_are_cropped_window_by_window() -> None:
     """GradientShap draws from a distribution that is cropped at the window of its call."""
     seen = []
 
-    class Shap(GradientShap):
+    class RecordingShap(GradientShap):
         @log_usage()
         def attribute(self, inputs: Tensor, baselines: Any, **kwargs: Any) -> Any:
             seen.append((inputs.detach(), baselines))
@@ -609,7 +609,7 @@ def test_drawn_baselines_are_cropped_window_by_window() -> None:
     net = pooled_net(torch.float32)
     x = torch.randn(1, 3, 16, 16).repeat(2, 1, 1, 1)
     distribution = x[:1].repeat(5, 1, 1, 1)
-    sess = SESSWrapper(Shap(net), scales=[16, 16], window=8, step=6)
+    sess = SESSWrapper(RecordingShap(net), scales=[16, 16], window=8, step=6)
     result = sess.attribute(x, baselines=distribution, target=1, stdevs=0.0)
     assert result.shape == x.shape
     assert len(seen) == 18
@@ -871,7 +871,7 @@ def test_wrong_arguments_of_the_base_raise() -> None:
 def test_unusable_results_of_the_base_raise() -> None:
     x = torch.randn(2, 3, 20, 20)
 
-    class Gives(Attribution):
+    class FunctionAttribution(Attribution):
         def __init__(self, give: Any) -> None:
             super().__init__(lambda x: x[:, :2, 0, 0])
             self.give = give
@@ -888,13 +888,13 @@ def test_unusable_results_of_the_base_raise() -> None:
         (lambda x: (x, x), "gave 2 maps for one image"),
     ):
         with pytest.raises(
-            ValueError, match=f"`attribution_method` Gives gave .*{message}|{message}"
+            ValueError, match=f"`attribution_method` FunctionAttribution gave .*{message}|{message}"
         ):
-            SESSWrapper(Gives(give), n_scales=2, window=12).attribute(x, target=0)
+            SESSWrapper(FunctionAttribution(give), n_scales=2, window=12).attribute(x, target=0)
     with pytest.raises(ValueError, match="`channel_reduction` must turn"):
-        SESSWrapper(Gives(lambda x: x), window=12, channel_reduction=lambda a: a).attribute(
-            x, target=0
-        )
+        SESSWrapper(
+            FunctionAttribution(lambda x: x), window=12, channel_reduction=lambda a: a
+        ).attribute(x, target=0)
 
 
 def test_unusable_scores_of_the_model_raise() -> None:

@@ -32,7 +32,7 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-def transforms(
+def random_transforms(
     copies: int, size: tuple[int, int], angle: float = 0.3, shift: float = 0.13, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Random angles and shifts; the first copy is the image."""
@@ -42,8 +42,8 @@ def transforms(
     return draws[:, 0] * angle, draws[:, 1:] * shift * torch.tensor(size[::-1])
 
 
-def moves(copies: int, size: tuple[int, int], **options: Any) -> Tensor:
-    return euclidean(*transforms(copies, size, **options), size)
+def random_warps(copies: int, size: tuple[int, int], **options: Any) -> Tensor:
+    return euclidean(*random_transforms(copies, size, **options), size)
 
 
 def translations(shifts: list[tuple[float, float]], size: tuple[int, int]) -> Tensor:
@@ -92,7 +92,7 @@ def test_a_bright_pixel_moves_by_angle_and_shift() -> None:
 
 @pytest.mark.parametrize("size", [(12, 12), (9, 16), (2, 11)])
 def test_h_is_warped_as_kornia_warps_the_images(size: tuple[int, int]) -> None:
-    matrices, h = moves(5, size), torch.rand(2, *size, dtype=D)
+    matrices, h = random_warps(5, size), torch.rand(2, *size, dtype=D)
     seen = Observation(matrices, size, size, size, like=DOUBLE, mask=False)(h)
     expected = warp(h[:, None].repeat(5, 1, 1, 1), matrices.repeat_interleave(2, 0))
     torch.testing.assert_close(seen.flatten(0, 1), expected[:, 0])
@@ -100,7 +100,7 @@ def test_h_is_warped_as_kornia_warps_the_images(size: tuple[int, int]) -> None:
 
 def test_two_steps_are_two_interpolations_in_their_order() -> None:
     size = (10, 14)
-    angle, shift = transforms(4, size)
+    angle, shift = random_transforms(4, size)
     steps = [euclidean(angle, 0 * shift, size), euclidean(0 * angle, shift, size)]
     h = torch.rand(1, *size, dtype=D)
     seen = Observation(steps, size, size, size, like=DOUBLE, mask=False)(h)
@@ -110,7 +110,7 @@ def test_two_steps_are_two_interpolations_in_their_order() -> None:
 
 
 def test_a_finer_grid_covers_the_same_frame() -> None:
-    angle, shift = transforms(6, (8, 12))
+    angle, shift = random_transforms(6, (8, 12))
     coarse = euclidean(angle, shift, (8, 12))
     fine = euclidean(angle, 2 * shift, (16, 24))
     h = torch.rand(1, 16, 24, dtype=D)
@@ -123,7 +123,9 @@ def test_a_finer_grid_covers_the_same_frame() -> None:
 # --- D -------------------------------------------------------------------------------------------
 
 
-def lower(h: Tensor, downsample: str, cells: tuple[int, int], offset: Any = (0.0, 0.0)) -> Tensor:
+def downsampled(
+    h: Tensor, downsample: str, cells: tuple[int, int], offset: Any = (0.0, 0.0)
+) -> Tensor:
     rows, columns = (
         cell_weights(downsample, h.shape[i + 1], cells[i], float(offset[i])) for i in (0, 1)
     )
@@ -132,11 +134,11 @@ def lower(h: Tensor, downsample: str, cells: tuple[int, int], offset: Any = (0.0
 
 def test_cell_weights_of_each_downsample() -> None:
     h = torch.rand(1, 12, 20, dtype=D)
-    torch.testing.assert_close(lower(h, "area", (3, 5)), F.avg_pool2d(h, 4))
+    torch.testing.assert_close(downsampled(h, "area", (3, 5)), F.avg_pool2d(h, 4))
     half_pixel = F.interpolate(h[None], (3, 5), mode="bilinear", align_corners=False)[0]
-    torch.testing.assert_close(lower(h, "bilinear", (3, 5)), half_pixel)
-    torch.testing.assert_close(lower(h, "bilinear", (3, 5)), F.avg_pool2d(h[:, 1:, 1:], 2, 4))
-    torch.testing.assert_close(lower(h, "legacy", (3, 5)), h[:, ::4, ::4])
+    torch.testing.assert_close(downsampled(h, "bilinear", (3, 5)), half_pixel)
+    torch.testing.assert_close(downsampled(h, "bilinear", (3, 5)), F.avg_pool2d(h[:, 1:, 1:], 2, 4))
+    torch.testing.assert_close(downsampled(h, "legacy", (3, 5)), h[:, ::4, ::4])
     weights, x = cell_weights("gaussian", 96, 6)[2], torch.arange(96.0, dtype=D)
     assert float(weights @ x) == pytest.approx(39.5, abs=1e-3)
     assert float(weights @ (x - 39.5) ** 2) == pytest.approx(8**2, rel=1e-3)
@@ -158,13 +160,13 @@ def test_an_offset_equals_a_moved_image(downsample: str) -> None:
     h = torch.zeros(1, 32, 32, dtype=D)
     h[:, 4:28, 4:28] = torch.rand(24, 24, dtype=D)
     off, still = (
-        lower(moved, downsample, (8, 8), offset)
+        downsampled(moved, downsample, (8, 8), offset)
         for moved, offset in ((h, (-2, 3)), (h.roll((2, -3), (1, 2)), (0, 0)))
     )
     # The border cuts off the tails of "gaussian".
     inner = slice(2, -2) if downsample == "gaussian" else slice(None)
     torch.testing.assert_close(off[:, inner, inner], still[:, inner, inner], rtol=0, atol=1e-3)
-    ones = lower(torch.ones_like(h), "area", (8, 8), (-2, 0))
+    ones = downsampled(torch.ones_like(h), "area", (8, 8), (-2, 0))
     assert ones[0, :, 0].tolist() == [0.5, 1, 1, 1, 1, 1, 1, 1]
 
 
@@ -192,7 +194,7 @@ def test_transposed_is_the_adjoint(
     name: str, mask: bool, size: Any, cells: Any, offset: Any
 ) -> None:
     downsample: Any = average(cells) if name == "callable" else name
-    angle, shift = transforms(7, size)
+    angle, shift = random_transforms(7, size)
     two = [euclidean(angle, 0 * shift, size), euclidean(0 * angle, shift, size)]
     for matrices in (euclidean(angle, shift, size), two):
         observe = Observation(
@@ -221,7 +223,7 @@ def test_majorant_bounds_the_operator(name: str, mask: bool) -> None:
     downsample: Any = average((3, 4)) if name == "callable" else name
     options: Any = {"downsample": downsample, "mask": mask, "like": DOUBLE}
     size = (15, 20)
-    observe = Observation(moves(12, size), size, size, (3, 4), **options)
+    observe = Observation(random_warps(12, size), size, size, (3, 4), **options)
     squared = gram(observe)
     above = torch.linalg.eigvalsh(observe.majorant.flatten().diag() - squared)
     assert above.min() > -1e-9
@@ -234,7 +236,7 @@ def test_chunks_and_grids_computed_again_change_nothing(monkeypatch: Any) -> Non
     maps = torch.rand(9, 2, *cells, dtype=D)
 
     def solution() -> Solution:
-        observe = Observation(moves(9, size), size, size, cells, like=DOUBLE)
+        observe = Observation(random_warps(9, size), size, size, cells, like=DOUBLE)
         return solve(observe, maps, tv=0.01, l2=1e-3, max_iterations=5)
 
     unchunked = solution()
@@ -275,7 +277,9 @@ def test_total_variation_of_two_pixels_brings_them_together() -> None:
 @pytest.mark.parametrize("downsample", ["area", "gaussian"])
 def test_a_constant_map_gives_a_constant(downsample: str) -> None:
     size = (24, 32)
-    observe = Observation(moves(10, size), size, size, (3, 4), downsample=downsample, like=DOUBLE)
+    observe = Observation(
+        random_warps(10, size), size, size, (3, 4), downsample=downsample, like=DOUBLE
+    )
     maps = observe(torch.full((1, *size), 0.7, dtype=D))
     solution = solve(observe, maps, tv=0.01, l2=0.0, tolerance=1e-9, max_iterations=300)
     torch.testing.assert_close(solution.h, torch.full_like(solution.h, 0.7), rtol=0, atol=5e-3)
@@ -314,7 +318,7 @@ def test_a_known_map_is_recovered(noise: float, gain: float) -> None:
     size, cells = (224, 224), (14, 14)
     truth = blobs(224)
     generator = torch.Generator().manual_seed(5)
-    matrices = moves(64, size)
+    matrices = random_warps(64, size)
     observe = Observation(matrices, size, size, cells, mask=False, like=DOUBLE)
     maps = observe(truth)
     maps = maps + noise * torch.randn(maps.shape, generator=generator, dtype=D)
@@ -336,7 +340,7 @@ def test_a_known_map_is_recovered(noise: float, gain: float) -> None:
 def scene(copies: int = 12, side: int = 48, n: int = 6, **options: Any) -> tuple[Any, Tensor]:
     """K, and noisy maps of two images."""
     size = (side, side)
-    observe = Observation(moves(copies, size), size, size, (n, n), like=DOUBLE, **options)
+    observe = Observation(random_warps(copies, size), size, size, (n, n), like=DOUBLE, **options)
     maps = observe(torch.cat([blobs(side), blobs(side).mT.flip(1) * 0.5]))
     generator = torch.Generator().manual_seed(1)
     return observe, maps + 0.03 * torch.randn(maps.shape, generator=generator, dtype=D)
@@ -436,7 +440,9 @@ def test_a_batch_equals_its_images_and_scaled_maps_scale_h(solver: str) -> None:
 def test_single_precision_and_inference_mode_leave_the_callers_tensors() -> None:
     observe, maps = scene()
     expected = solve(observe, maps, tv=0.01, l2=1e-3, tolerance=0, max_iterations=10)
-    single = Observation(moves(12, (48, 48)), (48, 48), (48, 48), (6, 6), like=torch.zeros(()))
+    single = Observation(
+        random_warps(12, (48, 48)), (48, 48), (48, 48), (6, 6), like=torch.zeros(())
+    )
     start, few = torch.zeros(2, 48, 48), maps.float()
     before = few.clone()
     with torch.inference_mode():
@@ -472,14 +478,14 @@ def test_wrong_options_raise() -> None:
     with pytest.raises(ValueError, match="`downsample` must be 'area'"):
         cell_weights("nearest", 4, 2)
     with pytest.raises(ValueError, match=r"`downsample` must turn .* got \(1, 1, 8, 8\)"):
-        Observation(moves(1, (8, 8)), (8, 8), (8, 8), (2, 2), downsample=identity)
+        Observation(random_warps(1, (8, 8)), (8, 8), (8, 8), (2, 2), downsample=identity)
 
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_values_of_a_cpu() -> None:
     observe, maps = scene()
     expected = solve(observe, maps, tv=0.01, l2=1e-3, gap=True)
-    size, warps = (48, 48), moves(12, (48, 48)).cuda()
+    size, warps = (48, 48), random_warps(12, (48, 48)).cuda()
     observe_on_gpu = Observation(warps, size, size, (6, 6), like=DOUBLE.cuda())
     for solver in ("mfista", "condat-vu", "adam"):
         options: Any = {"tv": 0.01, "l2": 1e-3, "solver": solver, "max_iterations": 30}
