@@ -1,7 +1,7 @@
 """Does F-CAM localise better than the maps that teach it, and what of it is needed?
 
     python -m tests.benchmarks.fcam [--seeds N ...] [--train N] [--test N] [--epochs N]
-                                    [--workers N] [--output FILE] [--figures STEM] [--quick]
+                                    [--workers N] [--output FILE] [--figures STEM]
 
 The pictures are `captum_ext.datasets.TexturedEllipses`, with distractors, and the network is its
 `TinyCNN`, trained here. Data, network and decoder are drawn anew for each seed; seeds are fresh,
@@ -37,7 +37,6 @@ import json
 import logging
 import multiprocessing
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -66,7 +65,6 @@ from captum_ext.fcam import PAPER, DenseCRFLoss, SeedSampler, fit_fcam
 from captum_ext.fcam.guides import guide_maps
 from captum_ext.metrics import MaxBoxAcc, PxAP
 from tests.benchmarks.fido_ablation import resume, versions
-from tests.benchmarks.measuring import parse_arguments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -370,10 +368,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where all numbers go")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="the stem of their names")
-    stem = Path(tempfile.gettempdir()) / "fcam_quick"
-    quick = {"seeds": [101], "train": 100, "test": 40, "epochs": 1}
-    quick |= {"output": stem.with_suffix(".json"), "figures": stem}
-    arguments = parse_arguments(parser, **quick)
+    arguments = parser.parse_args()
     begin = time.perf_counter()
     settings: Row = {
         "seeds": arguments.seeds,
