@@ -134,7 +134,7 @@ class BaseLayerCam(MethodInfo, LayerAttribution, Generic[LayerOrList]):
     ) -> tuple[list[Tensors], list[Tensors]]:
         """The layers' activations and the gradients of the target's score there, as maps."""
         capture = LayerCapture(self.forward_func, self.layers, **self._capture_options(at_input))
-        activations, gradients = capture.gradients(
+        activations, gradients = capture.activations_and_gradients(
             inputs, target, additional_forward_args, grad_kwargs
         )
         capture.check_channels(inputs, additional_forward_args)
