@@ -58,7 +58,7 @@ class UnitScores(ExampleArguments):
             for t in self.target:
                 assert isinstance(t, tuple), f"Target element type {type(t)} in list is not valid."
 
-    def of_full_pass(self, images: Tensor) -> Tensor:
+    def run_full_pass(self, images: Tensor) -> Tensor:
         """The scores (B,), without a graph, from a pass through the whole model.
 
         Raises:

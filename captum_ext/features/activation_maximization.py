@@ -326,7 +326,7 @@ class _Objective:
 
     def evaluate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and objectives, (B,) each, from a full pass."""
-        scores = self.scores.of_full_pass(images)
+        scores = self.scores.run_full_pass(images)
         return scores, scores - self.penalties(images)
 
     def with_gradient(self, images: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:

@@ -156,7 +156,7 @@ def maximally_activating_patches(
     loading = (batch_size, num_workers, show_progress)
     with preserve_state(forward_func):
         blank = maps.images(torch.zeros(1, 3, *pictures.size, device=maps.device))
-        n_channels = maps.of_full_pass(blank).shape[1]
+        n_channels = maps.run_full_pass(blank).shape[1]
         channels_of_rows = _channels_of_rows(channels, n_channels, maps.name)
         field, reason = (None, None) if receptive_field == "image" else _field(maps, blank)
         top, unread = stream_pictures(
