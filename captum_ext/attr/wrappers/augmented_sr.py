@@ -19,9 +19,9 @@ from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import options_repr
 from captum_ext.attr._chain import UNSET, drop_unset, with_forward_func
-from captum_ext.attr.wrappers._copies import Fill, MeanOverCopies, SuperResolution, WarpViews
 from captum_ext.attr.wrappers._image_wrapper import SIGNS, ImageWrapper, Offset
 from captum_ext.attr.wrappers._routing import ArgumentRouter, Arguments
+from captum_ext.attr.wrappers._warped_copies import Fill, MeanOverCopies, SuperResolution, WarpViews
 from captum_ext.attr.wrappers.super_resolution import (
     SOLVERS,
     Downsample,
