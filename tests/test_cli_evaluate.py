@@ -13,7 +13,7 @@ from captum.attr import LayerGradCam
 from PIL import Image
 
 from captum_ext import cli, evaluation, zoo
-from captum_ext.cli.pictures import Folder
+from captum_ext.cli.pictures import PictureFolder
 from captum_ext.evaluation import summary
 from captum_ext.evaluation.store import ResultStore, ResultWriter
 
@@ -71,7 +71,7 @@ def test_results_are_those_of_the_library(command, resnet, capsys):
     cam = LayerGradCam(loaded.module, loaded.module.layer2)
     straight = evaluation.evaluate(
         {"grad-cam": (cam, {"relu_attributions": True})},
-        Folder("data"),
+        PictureFolder("data"),
         ["insertion", "deletion"],
         output="straight",
         size=32,
