@@ -15,7 +15,8 @@ from captum_ext._checks import (
     check_count,
     check_generator,
     check_images,
-    check_size,
+    check_non_negative,
+    check_positive,
 )
 from captum_ext._compat import (
     TargetType,
@@ -363,9 +364,9 @@ def _check_numbers(
     for name, count in counts.items():
         check_count(name, count)
     for name, value in positive.items():
-        check_size(name, value, positive=True)
+        check_positive(name, value)
     for name, value in non_negative.items():
-        check_size(name, value)
+        check_non_negative(name, value)
 
 
 def _loss_and_gradient(

@@ -8,7 +8,7 @@ import torch
 from captum.attr import PerturbationAttribution
 from torch import Generator, Tensor
 
-from captum_ext._checks import check_choice, check_count, check_generator, check_size
+from captum_ext._checks import check_choice, check_count, check_generator, check_positive
 from captum_ext._compat import (
     TargetType,
     TensorOrTupleOfTensors,
@@ -72,7 +72,7 @@ class _Options:
         check_count("perturbations_per_eval", self.perturbations_per_eval)
         check_choice("estimator", self.estimator, ESTIMATORS)
         if self.tolerance is not None:
-            check_size("tolerance", self.tolerance, positive=True)
+            check_positive("tolerance", self.tolerance)
         check_generator(self.generator, device)
 
 

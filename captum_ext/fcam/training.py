@@ -9,7 +9,7 @@ from captum.attr import Attribution
 from torch import Generator, Tensor
 from torch.nn import Module
 
-from captum_ext._checks import check_size
+from captum_ext._checks import check_non_negative, check_positive
 from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module, parameter_dtype
@@ -113,9 +113,9 @@ class FCAMModule(DecoderModule):
             ("crf_weight", crf_weight),
             ("size_weight", size_weight),
             ("warmup", warmup),
-            ("lr", lr),
         ):
-            check_size(name, value, positive=name == "lr")
+            check_non_negative(name, value)
+        check_positive("lr", lr)
         if crf is not None and not callable(crf):
             raise ArgumentTypeError(f"`crf` must be a module or None, got {type(crf)}.", "crf")
         if seeds is not None and not isinstance(seeds, SeedSampler):

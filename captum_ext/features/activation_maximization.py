@@ -10,7 +10,14 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import Module
 
-from captum_ext._checks import check_choice, check_count, check_generator, check_size, warn
+from captum_ext._checks import (
+    check_choice,
+    check_count,
+    check_generator,
+    check_non_negative,
+    check_positive,
+    warn,
+)
 from captum_ext._compat import TargetType, with_progress
 from captum_ext._data.pixels import mean_and_std
 from captum_ext._engine.modules import Forward, find_module, module_name, root_module
@@ -249,9 +256,9 @@ class ActivationMaximization:
             if count != 0 or isinstance(count, bool):
                 check_count(name, count)
         for name, value in (("lr", lr), ("blur_sigma", blur_sigma)):
-            check_size(name, value, positive=True)
+            check_positive(name, value)
         for name, value in (("l2", l2), ("tv", tv), ("noise", noise)):
-            check_size(name, value)
+            check_non_negative(name, value)
         check_choice("parametrization", parametrization, PARAMETRIZATIONS)
         if not callable(optimizer):
             check_choice("optimizer", optimizer, OPTIMIZERS)

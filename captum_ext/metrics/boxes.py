@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_ext._checks import check_count, check_range, check_size, warn
+from captum_ext._checks import check_count, check_positive, check_range, warn
 from captum_ext._engine.precision import full_precision
 from captum_ext.metrics._inputs import (
     check_boxes,
@@ -215,7 +215,7 @@ def center_gaussian(
         raise ValueError(f"`size` must be (H, W), got {size}.")
     for side in size:
         check_count("size", side)
-    check_size("sigma", sigma, positive=True)
+    check_positive("sigma", sigma)
     y, x = (
         torch.exp(-(((torch.arange(n, dtype=torch.float64) + 0.5) / n - 0.5) ** 2) / (2 * sigma**2))
         for n in size

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_ext._checks import check_choice, check_size
+from captum_ext._checks import check_choice, check_non_negative
 from captum_ext._errors import ArgumentError
 from captum_ext.metrics._definition import Definition
 from captum_ext.metrics._inputs import checked_maps, checked_masks
@@ -125,7 +125,7 @@ def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
 
 
 def _check_tolerance(tolerance: float) -> None:
-    check_size("tolerance", tolerance)
+    check_non_negative("tolerance", tolerance)
 
 
 POINTING_GAME = Definition(

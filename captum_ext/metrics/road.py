@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from captum_ext._checks import check_size, is_finite
+from captum_ext._checks import check_non_negative, is_finite
 from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
@@ -116,7 +116,7 @@ def road(
         >>> result.morf, result.lerf, result.score  # 8 becomes 6, and 0 becomes 2
         (tensor([[18.]]), tensor([[22.]]), tensor([2.]))
     """
-    check_size("noise", noise)
+    check_non_negative("noise", noise)
     if not len(percentiles) or not all(is_finite(p) and 0 < p < 100 for p in percentiles):
         raise ArgumentError(
             f"`percentiles` must be numbers above 0 and below 100, got {tuple(percentiles)}.",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_ext._checks import check_size
+from captum_ext._checks import check_non_negative, check_positive
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import parameter_dtype
@@ -54,13 +54,13 @@ class PerceptionModule(DecoderModule):
         lr: float = 1e-4,
     ) -> None:
         super().__init__(encoder.root, decoder)
-        check_size("lr", lr, positive=True)
+        check_positive("lr", lr)
         if len(weights) != 3 or not any(weights):
             raise ArgumentError(
                 f"`weights` must be three numbers, not all 0, got {weights!r}.", "weights"
             )
         for weight in weights:
-            check_size("weights", weight)
+            check_non_negative("weights", weight)
         self.encoder, self.lr = encoder, lr
         self.weights = (weights[0], weights[1], weights[2])
 

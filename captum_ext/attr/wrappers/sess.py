@@ -9,7 +9,7 @@ from captum.attr import Attribution
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._checks import check_choice, check_count, check_range, check_size, warn
+from captum_ext._checks import check_choice, check_count, check_positive, check_range, warn
 from captum_ext._compat import (
     TargetType,
     TensorOrTupleOfTensors,
@@ -199,7 +199,7 @@ class SESSWrapper(ImageWrapper):
         check_range("pre_filter_ratio", self.pre_filter_ratio, 0, 1, below=True)
         check_range("theta", self.theta, 0, 1, below=True)
         check_range("percentile", self.percentile, 0, 100)
-        check_size("smooth_sigma", self.smooth_sigma, positive=True)
+        check_positive("smooth_sigma", self.smooth_sigma)
         if self.smooth_kernel % 2 == 0:
             raise ArgumentError(f"`smooth_kernel` must be odd, got {self.smooth_kernel}.")
         has_votes = self.fusion in ("soft", "reference")
