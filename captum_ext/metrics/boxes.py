@@ -274,11 +274,11 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
         tensor([[1, 0, 3, 1]])
     """
     masks = checked_masks(masks)
-    (x1, x2), (y1, y2) = _ends(masks.any(1)), _ends(masks.any(2))
+    (x1, x2), (y1, y2) = _start_and_stop(masks.any(1)), _start_and_stop(masks.any(2))
     return torch.stack((x1, y1, x2, y2), 1)
 
 
-def _ends(occupied: Tensor) -> tuple[Tensor, Tensor]:
+def _start_and_stop(occupied: Tensor) -> tuple[Tensor, Tensor]:
     """Start and stop of the true entries in each row of (B, n); 0 and 0 for a row without any."""
     entries = occupied.int()
     stop = entries.shape[1] - entries.flip(1).argmax(1)

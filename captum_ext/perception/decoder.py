@@ -230,8 +230,11 @@ def _per_block(
     return numbers
 
 
-def _block(inputs: int, width: int, convolutions: int) -> nn.Sequential:
-    layers: list[Module] = [nn.ConvTranspose2d(inputs, width, 2, stride=2), nn.BatchNorm2d(width)]
+def _block(in_channels: int, width: int, convolutions: int) -> nn.Sequential:
+    layers: list[Module] = [
+        nn.ConvTranspose2d(in_channels, width, 2, stride=2),
+        nn.BatchNorm2d(width),
+    ]
     for _ in range(convolutions):
         layers += [nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers)

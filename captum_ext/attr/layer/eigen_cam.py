@@ -89,14 +89,14 @@ class LayerEigenCam(BaseLayerCam[LayerOrList]):
         mean_activation = a.mean(2, keepdim=True)
         if self.center:
             a = a - a.mean(1, keepdim=True)
-        cam = _first_component(a)
+        cam = _project_on_first_component(a)
         sign = torch.where((cam * mean_activation).sum(1, keepdim=True) < 0, -1, 1)
         cam = torch.mul(sign, cam).reshape(len(a), 1, *activation.shape[2:])
         return (F.relu(cam) if relu else cam).to(activation.dtype)
 
 
-def _first_component(a: Tensor) -> Tensor:
-    """A v_1 for matrices (B, n, m), from the smaller of the two Gram matrices."""
+def _project_on_first_component(a: Tensor) -> Tensor:
+    """A v_1, (B, n, 1), for matrices A (B, n, m), from the smaller of the two Gram matrices."""
     if a.shape[1] <= a.shape[2]:
         values, vectors = torch.linalg.eigh(a @ a.mT)
         length = values[:, -1:, None].clamp_min(0).sqrt()
