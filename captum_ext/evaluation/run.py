@@ -29,7 +29,7 @@ from captum_ext.evaluation.methods import (
 )
 from captum_ext.evaluation.results import Summary, summary
 from captum_ext.evaluation.store import COLUMNS, FORMAT, ResultStore, ResultWriter
-from captum_ext.evaluation.worker import Evaluation, Target, remaining_methods, run_share
+from captum_ext.evaluation.worker import EvaluationArguments, Target, remaining_methods, run_share
 
 TARGETS = ("label", "predicted")
 _PATIENCE = timedelta(days=30)  # in which the slowest process ends
@@ -166,7 +166,7 @@ def evaluate(
     if target == "label" and samples:
         _warn_of_other_classes(configured, data, samples[0])
     columns, store = _distinct_columns(measures), ResultStore.create(output, settings)
-    evaluation = Evaluation(
+    evaluation = EvaluationArguments(
         configured, columns, batches, store, target, seed, num_workers, show_progress
     )
     if devices == 1 and num_nodes == 1:
@@ -241,7 +241,7 @@ def _warn_of_other_classes(
             )
 
 
-def _run_here(evaluation: Evaluation) -> Summary:
+def _run_here(evaluation: EvaluationArguments) -> Summary:
     """Run in this process alone, which may be one of several that the caller started."""
     with ResultWriter(evaluation.store, 0) as writer:
         run_share(evaluation, remaining_methods(evaluation), writer)
@@ -264,7 +264,7 @@ def _fabric(
     return Fabric(accelerator=device.type, devices=devices, num_nodes=num_nodes, strategy=strategy)
 
 
-def _run_in_process(fabric: Any, evaluation: Evaluation) -> None:
+def _run_in_process(fabric: Any, evaluation: EvaluationArguments) -> None:
     """Do the share of one process. Shares may differ in size: processes share only the folder."""
     old_devices = [method.device_and_dtype[0] for method in evaluation.methods]
     methods = [move_to_device(fabric.device, method) for method in evaluation.methods]

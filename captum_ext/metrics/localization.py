@@ -12,7 +12,7 @@ from torch import Tensor
 
 from captum_ext._checks import check_choice, check_non_negative
 from captum_ext._errors import ArgumentError
-from captum_ext.metrics._definition import Definition
+from captum_ext.metrics._definition import MetricDefinition
 from captum_ext.metrics._inputs import checked_maps, checked_masks
 
 __all__ = ["energy_pointing_game", "pointing_game"]
@@ -128,10 +128,10 @@ def _check_tolerance(tolerance: float) -> None:
     check_non_negative("tolerance", tolerance)
 
 
-POINTING_GAME = Definition(
+POINTING_GAME = MetricDefinition(
     "pointing_game", pointing_game, "region", "PointingGame", check=_check_tolerance
 )
-ENERGY = Definition("energy", energy_pointing_game, "region", "EnergyPointingGame")
+ENERGY = MetricDefinition("energy", energy_pointing_game, "region", "EnergyPointingGame")
 
 
 # --- means over examples -------------------------------------------------------------------------

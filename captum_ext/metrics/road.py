@@ -16,7 +16,7 @@ from captum_ext._engine.precision import full_precision
 from captum_ext._errors import ArgumentError
 from captum_ext._repr import fields_repr
 from captum_ext.infill import Infill
-from captum_ext.metrics._definition import Definition
+from captum_ext.metrics._definition import MetricDefinition
 from captum_ext.metrics._scorer import (
     SEED,
     PerturbationScorer,
@@ -147,7 +147,7 @@ def _columns_of_road(result: Any) -> Tensor:
     return torch.stack((result.score, result.morf.mean(1), result.lerf.mean(1)), 1)
 
 
-ROAD = Definition("road", road, "model", "Road", values=_columns_of_road)
+ROAD = MetricDefinition("road", road, "model", "Road", values=_columns_of_road)
 
 
 # --- imputation ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from captum_ext._repr import options_repr
-from captum_ext.metrics._definition import Definition
+from captum_ext.metrics._definition import MetricDefinition
 
 
 class SummedMetric(Metric):
@@ -62,7 +62,7 @@ class MeanOverImages(SummedMetric):
         names: the names of the means, if there are several.
     """
 
-    definition: ClassVar[Definition]
+    definition: ClassVar[MetricDefinition]
     names: tuple[str, ...] = ()
 
     total: Tensor
