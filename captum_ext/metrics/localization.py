@@ -154,7 +154,7 @@ class RegionOptions:
             )
         if n is not None and (isinstance(n, bool) or not hasattr(n, "__index__") or n < 1):
             raise ArgumentError(
-                f"`num_classes` must be positive, a whole number, got {n!r}.", "num_classes"
+                f"`num_classes` must be an integer of at least 1, got {n!r}.", "num_classes"
             )
 
 
