@@ -83,7 +83,7 @@ def gallery(
 
 
 def _columns(panels: int) -> int:
-    """The number from three to five that leaves the fewest panels empty, the largest of several."""
+    """The number of columns, 3 to 5, with the fewest empty panels; of several, the largest."""
     if panels <= 5:
         return panels
     return min((5, 4, 3), key=lambda columns: math.ceil(panels / columns) * columns - panels)

@@ -120,7 +120,7 @@ class MaskedScores:
         self.signs = signs.repeat(n_masks).to(images.device)
 
     def __call__(self, logits: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        """The term of each image (N,), and its gradient by the logits (N, rows, h, w)."""
+        """The term of each image (N,), and its gradient, (N, rows, h, w), for the logits."""
         total, gradient = torch.zeros_like(logits[:, 0, 0, 0]), torch.zeros_like(logits)
         self.infill.draw(generator)
         noise, first = self._draw_noise(logits, generator), 0

@@ -265,21 +265,22 @@ class FIDO(AttributionMixin, PerturbationAttribution):
                 numbers and tensors only.
             target: the class, as in Captum; one for each image.
             additional_forward_args: as in Captum. Tensors with an entry for each image are indexed
-                by image; everything else is handed on unchanged.
-            objective: "joint", "ssr" or "sdr". A single one takes half the time, and has the same
-                mask as in "joint".
+                by image; everything else is passed on unchanged.
+            objective: "joint", "ssr" or "sdr". "ssr" or "sdr" alone takes half the time, and
+                learns the same mask as in "joint".
             n_steps: steps of the optimisation. 100 (paper; 30 in its first figure).
             n_masks: random masks for each objective, image and step. 8 (paper).
             dropout: "scd", simplified concrete dropout, or "cd", the original.
-            temperature: t of the dropout. 1.0 (published code; see above).
+            temperature: the temperature t of the dropout. 1.0 (published code; see above).
             l1: lambda_1, of each objective. 5e-4 (published code; 1e-3 in the paper).
             tv: lambda_TV. 1e-2 (paper).
             tv_norm: "l1", sums of absolute differences of neighbours (published code), or "l2", of
                 squared ones (Eq. 10).
             lr: learning rate of AdamW, without weight decay. 10 (published code).
-            eps: of AdamW, large enough that it is nearly gradient descent with momentum. 0.1
-                (published code).
-            warmup: steps; w = min(1, step / warmup), with steps from 0. 5 (published code).
+            eps: AdamW's epsilon. 0.1 (published code), which is so large that AdamW is nearly
+                gradient descent with momentum.
+            warmup: number of steps in which w grows: w = min(1, step / warmup), with steps counted
+                from 0. 5 (published code).
             mask_size: (h, w), or one number for both: masks are drawn at this size and upsampled
                 bilinearly, and `l1` and `tv` sum over its pixels. None is the image's size. On a
                 GPU the gradient of the upsampling is not deterministic.
@@ -376,7 +377,7 @@ def _loss_and_gradient(
     weight: float,
     generator: Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each image (N,), and its gradient by the logits (N, rows, h, w)."""
+    """The loss of each image (N,), and its gradient, (N, rows, h, w), for the logits."""
     values, gradient = scores(logits, generator)
     leaf = logits.clone().requires_grad_()
     penalties = weight * penalty(torch.sigmoid(leaf))

@@ -228,11 +228,11 @@ class RISE(AttributionMixin, PerturbationAttribution):
     ) -> RISEMaps:
         """The maps of several targets from the same forward passes, with their standard errors.
 
-        Each map is that of `attribute` for its target with the same random numbers. Memory grows
-        with the number of targets by three numbers for each example and pixel.
+        Each map equals the one that `attribute` makes for its target from the same random numbers.
+        Each target takes memory for three numbers per example and pixel.
 
         Args:
-            inputs: see `attribute`, for this and all arguments but `targets`.
+            inputs: as in `attribute`, like all arguments but `targets`.
             targets: a list of targets, each in any of Captum's forms: `[1, 2]` gives two maps of
                 each example, `[[1, 2]]` gives one map of each of two examples.
             baselines: the values where the mask is 0.
@@ -241,14 +241,14 @@ class RISE(AttributionMixin, PerturbationAttribution):
             p: the probability that a cell is shown.
             grid: cells along each spatial dimension.
             estimator: "standard" or "self-normalized".
-            tolerance: of each map; passes go on until all maps have reached it.
+            tolerance: of each map; new masks are drawn until all maps have reached it.
             generator: of all random numbers.
             perturbations_per_eval: masks in one forward pass, for each example.
             show_progress: whether to draw a progress bar.
 
         Returns:
-            Maps, standard errors and the number of masks. The standard error of a self-normalized
-            map is that of the ratio, to first order.
+            Maps, standard errors and the number of masks. A self-normalized map is a ratio of
+            sums, and its standard error is exact to first order only.
 
         Raises:
             ValueError: as in `attribute`, or no targets.
@@ -363,7 +363,7 @@ class _LatestMaps:
 
 
 def _masked_inputs(inputs: Tensors) -> list[bool]:
-    """Whether each of the inputs is masked."""
+    """Return, for each of the inputs, whether it is masked."""
     can_mask = [x.is_floating_point() and 3 <= x.dim() <= 5 and x.numel() > 0 for x in inputs]
     if not any(can_mask):
         raise ArgumentError(

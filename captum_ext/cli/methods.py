@@ -34,7 +34,7 @@ _LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Method:
-    """A method of the command line: what its class says, and how the commands call it.
+    """A method of the command line: facts from its class, and the arguments of the commands.
 
     Attributes:
         cls: an attribution class of `captum_ext.attr` or of `captum.attr`, which is made of a

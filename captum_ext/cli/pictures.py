@@ -19,7 +19,7 @@ class PictureFolder:
     Attributes:
         classes: the names of the folders, in the order of the labels.
         samples: (file, label) of each picture.
-        is_unreadable: (n,), bool, in memory that the processes that read pictures share.
+        is_unreadable: (n,), bool, in memory shared by the processes that read pictures.
 
     Raises:
         InputError: no folder, or a folder without pictures by class.
@@ -58,7 +58,7 @@ class PictureFolder:
         return f"{self.samples[index][0]!r} could not be read at first"
 
     def unreadable_indices(self) -> list[int]:
-        """The pictures that any of the processes that train could not read."""
+        """The indices of the pictures that one of the training processes could not read."""
         import torch.distributed as dist
 
         indices = set(self.is_unreadable.nonzero().flatten().tolist())

@@ -315,7 +315,7 @@ def _checkpoint(folder: str | None) -> Path | None:
 
 
 def _is_first_process() -> bool:
-    """Whether this process writes files and messages; with --devices, others do the same work."""
+    """Return whether this process writes files and messages; --devices makes others train too."""
     from lightning.pytorch.utilities import rank_zero_only
 
     return not getattr(rank_zero_only, "rank", 0)

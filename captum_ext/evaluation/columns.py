@@ -90,7 +90,8 @@ class NumberColumn(Columns):
     Args:
         name: of the column.
         function: returns the numbers (B,) of an `ExplainedBatch`.
-        ground_truth: returns what the number needs of an example; None where that is missing.
+        ground_truth: returns the ground truth of an example that the number needs, or None if it
+            is missing.
     """
 
     def __init__(

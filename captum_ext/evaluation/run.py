@@ -135,7 +135,7 @@ def evaluate(
         >>> print(result.markdown())  # doctest: +SKIP
     """
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("Gradients are not to be had inside torch.inference_mode().")
+        raise RuntimeError("There are no gradients inside torch.inference_mode(): leave it first.")
     configured = configured_methods(methods)
     check_count("batch_size", batch_size)
     check_count("num_nodes", num_nodes)
@@ -265,7 +265,7 @@ def _fabric(
 
 
 def _run_in_process(fabric: Any, evaluation: EvaluationArguments) -> None:
-    """Do the share of one process. Shares may differ in size: processes share only the folder."""
+    """Explain the share of one process. Shares may differ in size: only the folder is shared."""
     old_devices = [method.device_and_dtype[0] for method in evaluation.methods]
     methods = [move_to_device(fabric.device, method) for method in evaluation.methods]
     # Some shares take longer than others, and the default timeout is half an hour.

@@ -194,7 +194,7 @@ def _add_cells(
 
 
 def _map_error(maps: Any, index: int, images: Tensor) -> str:
-    """Why the map of an image cannot be measured; empty if it can."""
+    """The reason why the map of an image cannot be measured; an empty text if it can."""
     if not isinstance(maps, Tensor) or maps.dim() not in (3, 4) or len(maps) != len(images):
         got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
         return f"there is no map (C, H, W) of each image, but {got}"

@@ -225,7 +225,7 @@ def find_feature_layers(classifier: Forward, images: Tensor) -> list[str]:
         _run_forward(classifier, clone_tensors((images,)))
 
     def is_resized_by_parent(name: str, size: tuple[int, int]) -> bool:
-        """Whether a block that contains the layer, and is no Sequential, has another size."""
+        """Return whether a block around the layer, other than a Sequential, has another size."""
         parts = name.split(".")
         parents = (".".join(parts[:i]) for i in range(1, len(parts)))
         return any(

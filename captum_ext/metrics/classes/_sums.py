@@ -30,7 +30,7 @@ class SummedMetric(Metric):
         return options_repr(self)
 
     def _add_sums(self, options: Any = "", **zeros: Tensor) -> None:
-        """Add states, and one more whose name tells what they sum.
+        """Add states for the sums, and one more whose name tells their source.
 
         `MetricCollection` updates metrics as one if their states agree in name, shape and, after
         the first batch, value. The extra state is always 0. Its name keeps metrics apart whose sums
