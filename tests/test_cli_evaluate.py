@@ -146,7 +146,7 @@ def test_nothing_but_corrupt_pictures_is_an_error(command, capsys):
     for name in "abc":
         Path(f"data/{name}/0.png").write_bytes(b"no picture")
     assert run(*command) == 2
-    assert "Not one of 3 rows came to anything" in capsys.readouterr().err
+    assert "All 3 rows failed" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_how_to_resume(command, capsys, monkeypatch):
@@ -155,7 +155,7 @@ def test_ctrl_c_says_how_to_resume(command, capsys, monkeypatch):
 
     monkeypatch.setattr(evaluation, "evaluate", stopped)
     assert run(*command) == 130
-    assert "the same command goes on where it was" in capsys.readouterr().err
+    assert "the same command resumes the run" in capsys.readouterr().err
 
 
 def test_help_imports_no_large_package():

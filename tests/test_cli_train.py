@@ -284,7 +284,7 @@ def test_the_same_command_resumes_after_ctrl_c(resnet, workdir, command, capsys)
             stop_in_epoch(patch, epoch, interrupt)
             assert run(*command) == 130
         message = one_line(capsys, "stopped")
-        assert "interrupted; the same command goes on from run/last.ckpt" in message
+        assert "interrupted; the same command resumes from run/last.ckpt" in message
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert not Path("fcam.pt").exists()
     assert run(*command) == 0

@@ -75,7 +75,7 @@ def run_evaluation(
         )
         return summary if arguments.against is None else read_summary(arguments)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on where it was") from None
+        raise KeyboardInterrupt("interrupted; the same command resumes the run") from None
     except torch.cuda.OutOfMemoryError as error:
         raise InputError(
             "the GPU has too little memory: give a lower --batch-size (and another --output, once "

@@ -289,7 +289,7 @@ def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: PictureFold
         return fit()
     except KeyboardInterrupt:
         file = _checkpoint(checkpoints)
-        stored = f"; the same command goes on from {file}" if file else ""
+        stored = f"; the same command resumes from {file}" if file else ""
         raise KeyboardInterrupt(f"interrupted{stored}") from None
     except FloatingPointError as error:
         file = _checkpoint(checkpoints)

@@ -207,7 +207,7 @@ def _check_failures(result: Summary, output: str | Path) -> None:
     """Warn of failed rows, or raise a RuntimeError if all failed."""
     if not any(result.images.values()):
         raise AllFailedError(
-            f"Not one of {sum(result.failures.values())} rows came to anything. The first reason: "
+            f"All {sum(result.failures.values())} rows failed. The first reason: "
             f"{next(iter(result.reasons.values()), None)}"
         )
     if any(result.failures.values()):

@@ -392,8 +392,8 @@ def _warn_if_not_increased(is_worse: Tensor) -> None:
     if worse:
         warn(
             f"The objective of {len(worse)} of {len(is_worse)} images did not increase (the first "
-            f"is {worse[0]}). A smaller `lr`, `l2` or `tv` or more `n_steps` may help, and `noise` "
-            f"where the start itself has no gradient, as zeros in a network without biases."
+            f"is {worse[0]}). A smaller `lr`, `l2` or `tv` or more `n_steps` may help. If the "
+            f"gradient is 0 at the start (zeros, in a network without biases), pass `noise`."
         )
 
 

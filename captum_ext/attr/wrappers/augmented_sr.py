@@ -417,8 +417,8 @@ class AugmentedSR(ImageWrapper):
         pooled = downsample(maps)
         if pooled.shape != (len(maps), 1, *cells) or len(cells) != 2:
             raise ArgumentError(
-                f"`downsample` makes {tuple(cells)} cells of an image, and "
-                f"{tuple(pooled.shape)} of maps of shape {tuple(maps.shape)}."
+                f"`downsample` must turn maps into {tuple(cells)} cells, as it does images, but it "
+                f"turned {tuple(maps.shape)} into {tuple(pooled.shape)}."
             )
         return pooled
 

@@ -279,8 +279,8 @@ class SESSWrapper(ImageWrapper):
         if empty:
             warn(
                 f"The map of {empty} of {len(images)} images is zero everywhere: no explained "
-                f"window has both a positive score and a map, not flat, with values of the sign "
-                f"{self.sign!r} above `theta`."
+                f"window has a positive score and a map that is not flat and has values of the "
+                f"sign {self.sign!r} above `theta`."
             )
         output = _format_output(isinstance(inputs, tuple), (self._expand_to_inputs(fused, images),))
         return (output, coverage) if return_coverage else output

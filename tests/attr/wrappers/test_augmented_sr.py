@@ -718,5 +718,5 @@ def test_wrong_inputs_raise() -> None:
     with pytest.raises(ValueError, match="gave attributions that are not finite"):
         infinite.attribute(x)
     cells = augmented(cell_means(2), downsample=lambda maps: maps[:, :, ::3, ::3])
-    with pytest.raises(ValueError, match="`downsample` makes"):
+    with pytest.raises(ValueError, match="`downsample` must turn maps into"):
         cells.attribute(x)
