@@ -29,7 +29,7 @@ class LogOddsScorer:
         outputs: "logits" or "probabilities".
         target: in any of Captum's forms, for all images.
         additional_forward_args: tensors with an entry for each image are indexed by image;
-            everything else is handed on unchanged.
+            everything else is passed on unchanged.
         images: (N, C, H, W).
 
     Raises:

@@ -111,9 +111,9 @@ class FIDO(AttributionMixin, PerturbationAttribution):
 
     The sums are over pixels, and the learning rate is for logits that affect the score as the
     pixels of a 224-pixel image do: the defaults are meant for about that size. On much smaller
-    masks, logits become large within a few steps. If the infill alone has the class, as it has for
-    the class that a network predicts for an empty image, no pixel is needed: the masks of such
-    images are empty.
+    masks, logits become large within a few steps. If the infill alone shows the class, no pixel is
+    needed, and the masks are empty. This happens for the class that a network predicts for an
+    empty image.
 
     **Temperature and weights.** The paper states t = 0.1 for both dropouts. The published code runs
     its simplified dropout at 1.0 and its original one at 0.1. The two dropouts are the same

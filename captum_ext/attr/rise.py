@@ -165,8 +165,8 @@ class RISE(AttributionMixin, PerturbationAttribution):
 
         Args:
             inputs: a tensor (B, C, \*spatial) with one to three spatial dimensions, or a tuple. In
-                a tuple, the first tensor of floats with spatial dimensions is masked, and by the
-                same masks all others of its spatial size. The rest are handed on unchanged, and
+                a tuple, the first tensor of floats with spatial dimensions is masked, and so are
+                all others of its spatial size, by the same masks. The rest are passed on unchanged;
                 their attributions are 0.
             baselines: b, the values where the mask is 0, in any of Captum's forms. None is 0, the
                 mean colour of normalised images (paper). For images also "blur", "mean" or "zeros",

@@ -96,7 +96,7 @@ def maximally_activating_patches(
         shard: (i, k) takes the pictures i, i + k, i + 2 k, ... only, for one of k processes. The
             result's `merge` joins the results of all.
         checkpoint: a file that is written during the pass and at its end. A run that was killed
-            goes on from it, to the same result. None writes nothing.
+            resumes from it, with the same result. None writes nothing.
         checkpoint_every: the number of pictures from one writing of the file to the next. 1000.
         show_progress: whether to draw a progress bar.
 

@@ -98,7 +98,7 @@ def insertion(
         attributions: (B, C, H, W) or (B, H, W); see `captum_ext.metrics`.
         target: as in Captum; one for each image. The literature takes the model's first answer.
         additional_forward_args: as in Captum. Tensors with an entry for each image follow their
-            image; the others are handed on unchanged.
+            image; the others are passed on unchanged.
         baselines: the infill of pixels that are not inserted yet: "blur" (10 pixels for 224), a
             number, a tensor, "mean", "zeros", "local", "noise", or a callable; see
             `captum_ext.infill.Infill`.

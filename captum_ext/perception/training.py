@@ -137,10 +137,11 @@ def fit_perception(
         batch_size: pictures in a step, on each device. 64 (authors).
         widths: channels of the decoder's blocks; see `PerceptionDecoder`.
         convolutions: convolutions of the decoder's blocks; see `PerceptionDecoder`.
-        checkpoints: a folder that each epoch is stored in. A run that was killed goes on from the
+        checkpoints: a folder that each epoch is stored in. A run that was killed resumes from the
             last epoch, and arrives at the same weights as without the interruption if `data` gives
-            the same pictures each time, without random changes. A finished run may go on to more
-            epochs. Of the settings, only those of `trainer` may change. None stores nothing.
+            the same pictures each time, without random changes. A finished run can be extended
+            by more epochs. Of the settings, only those of `trainer` may change. None stores
+            nothing.
         seed: the seed of all random numbers. 0. Global random state stays as it was.
         num_workers: processes that read pictures. 0. Use 0 with several devices if a run that was
             killed must arrive at the same weights: workers read ahead, so that its first epoch

@@ -188,7 +188,7 @@ class BaseGradientCam(BaseLayerCam[LayerOrList], GradientAttribution, ABC):
 
         Args:
             activations: A, (B, C, *spatial), float32 or better.
-            gradients: dS/dA of the target's score S, likewise.
+            gradients: dS/dA of the target's score S, in the same shape and dtype.
 
         Returns:
             A tensor that broadcasts with the activations: (B, C, 1, ...) or one weight a cell.

@@ -1,7 +1,7 @@
-"""The base class of the wrappers that explain views of an image and put their maps together.
+"""The base class of the wrappers that explain views of an image and merge their maps.
 
 `ImageWrapper` calls the wrapped method on pictures that were cropped or warped from the inputs, and
-reduces each result to one map. Its subclasses make the pictures and put the maps together.
+reduces each result to one map. Its subclasses make the pictures and merge the maps.
 """
 
 import inspect

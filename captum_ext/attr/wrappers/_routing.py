@@ -32,7 +32,7 @@ class ArgumentRouter(Generic[View]):
     indexed by example. `baselines`, a `feature_mask`, and tensors of three or four dimensions in
     `additional_forward_args` that have the images' height and width, are cropped or warped with
     the images, masks and other tensors without floats by nearest neighbour. The features of a mask
-    are renumbered in each view, from 0 and without gaps. Everything else is handed on unchanged.
+    are renumbered in each view, from 0 and without gaps. Everything else is passed on unchanged.
 
     A method that draws its baselines from a distribution (`GradientShap`) has one distribution for
     each call. Then all pictures of a call must have the same view (`one_view_per_call`).

@@ -88,7 +88,7 @@ class AugmentedSR(ImageWrapper):
             0.3 the answers of networks change.
         max_shift: shifts are uniform in +- this fraction of the sides. 0.13; with the preset
             30 / 224.
-        mode: how the maps are put together.
+        mode: how the maps are merged.
 
             - "auto": "sr" where cells are at least 2 x 2 pixels, and "mean" otherwise. The default.
             - "sr": the problem above.

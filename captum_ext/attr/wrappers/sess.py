@@ -109,8 +109,8 @@ class SESSWrapper(ImageWrapper):
         smooth_sigma: standard deviation of the Gaussian, in pixels.
         antialias: whether images are smoothed where they shrink. False, as in the authors' code.
         align: where a unit of the layer is centred: "cell", in the middle of its cell, the usual
-            assumption; "rf", at the centre of its receptive field (in layer4 of a ResNet 15.5
-            pixels up and left of the cell's, in VGG at the same place); or an offset (y, x) from
+            assumption; "rf", at the centre of its receptive field (15.5 pixels up and left of
+            the cell's centre in layer4 of a ResNet, at the centre in VGG); or an offset (y, x) from
             the cell's centre, in pixels.
         final_norm: whether the result is scaled to [0, 1] (in the paper, not in its code).
         max_patches: the most windows of one image; more are an error. Elongated images have many.
