@@ -27,10 +27,9 @@ class LayerEigenCam(BaseLayerCam[LayerOrList]):
 
     .. math:: L = A v_1 = \sigma_1 u_1
 
-    The map does not depend on the class. A classifier still needs a `target`, which is checked
-    as in every method. The sign of a singular vector is arbitrary. Here it is
-    chosen so that the map correlates with the mean activation; non-negative activations then give
-    a non-negative map.
+    The map does not depend on the class. A classifier still needs a `target`, which is checked as
+    in every method. The sign of a singular vector is arbitrary. Here it is chosen so that the map
+    correlates with the mean activation; non-negative activations then give a non-negative map.
 
     Args:
         forward_func: the model.
