@@ -177,7 +177,7 @@ def test_activations_that_are_not_finite_are_refused(value: float) -> None:
         (torch.rand(2, 3, 4, 4), torch.tensor([0.0, 1.0]), "`indices` must be int64 and (2,)"),
         (torch.rand(2, 3, 4, 4), torch.tensor([1, 1]), "`indices` must differ"),
         (torch.rand(2, 3, 4, 4), torch.tensor([1, -1]), "`indices` must differ and be 0 or more"),
-        (torch.rand(2, 4, 4, 4), torch.arange(2), "have 4 channels of (4, 4), but those before"),
+        (torch.rand(2, 4, 4, 4), torch.arange(2), "have 4 channels of (4, 4), but earlier ones"),
         (torch.rand(2, 3, 4, 5), torch.arange(2), "of (4, 5), but earlier ones had 3 of (4, 4)"),
     ],
 )
