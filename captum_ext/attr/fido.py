@@ -106,8 +106,9 @@ class FIDO(AttributionMixin, PerturbationAttribution):
 
     with w = 1 after a warm-up. The maps are 1 - theta of SSR, theta of SDR, and jointly their
     geometric mean (Eq. 9). The two problems are independent, and one run solves both. Each image of
-    a batch has its own problem, with the same random numbers, and the result of a run by itself, up
-    to rounding (amplified by the l1 form of TV, whose slope jumps between equal neighbours).
+    a batch has its own problem. All images share the random numbers, so each has the same result as
+    in a run of its own, up to rounding (amplified by the l1 form of TV, whose slope jumps between
+    equal neighbours).
 
     The sums are over pixels, and the learning rate is for logits that affect the score as the
     pixels of a 224-pixel image do: the defaults are meant for about that size. On much smaller
@@ -119,11 +120,11 @@ class FIDO(AttributionMixin, PerturbationAttribution):
     its simplified dropout at 1.0 and its original one at 0.1. The two dropouts are the same
     function; in float32 they differ only for \|logit\| beyond about 8. The temperature does make a
     difference. On forty pictures whose decisive part is known, joint masks of 100 steps with 8
-    masks have at t = 1 an IoU with that part of 0.67, at t = 0.1 of 0.62, with either dropout. At
-    t = 1 they have 0.54 times the TV, and 2 masks do as well as 32. The published code's `l1` does
-    better (0.67) than the paper's (0.57), with which masks go on shrinking. Hence both defaults.
-    (`python -m tests.benchmarks.fido_ablation`; a mask of 56 x 56, with weights to match, has
-    0.71.)
+    masks have an IoU with that part of 0.67 at t = 1 and of 0.62 at t = 0.1, with either dropout.
+    At t = 1 they have 0.54 times the TV, and 2 masks do as well as 32. With the paper's `l1`, masks
+    keep shrinking: the IoU is 0.57, against 0.67 with the published code's `l1`. Both defaults
+    follow from these numbers. (`python -m tests.benchmarks.fido_ablation`; a mask of 56 x 56, with
+    weights to match, has 0.71.)
 
     Named settings, for ``attribute(x, target=3, **{**FIDO.RELEASED, "n_steps": 30})``:
 
@@ -132,7 +133,7 @@ class FIDO(AttributionMixin, PerturbationAttribution):
       pixels at any size of the image. Its log-odds are those above, as in the version of the
       paper's time; later versions of that code use log p/(2 - p).
     - `FIDO.PAPER`: the paper's text: t = 0.1, twice the `l1`, TV of squares, no warm-up. The text
-      names no optimiser, so that is the same.
+      names no optimiser, so AdamW is kept.
 
     Args:
         forward_func: gives the scores of all classes: (B, K), (B, K, ...), or one logit of two

@@ -85,8 +85,8 @@ def evaluate(
             (picture, label, boxes). Pictures are PIL images or tensors (C, H, W) of bytes or of
             floats in [0, 1]; boxes are (x1, y1, x2, y2) in the picture's pixels, half-open.
         metrics: one or more names, or a mapping from names to options:
-            ``{"localization": {}, "insertion": {"step": 0.1}}``. "localization", which None means
-            too, stands for those of "pointing_game", "energy", "max_box_acc", "max_box_acc_v2",
+            ``{"localization": {}, "insertion": {"step": 0.1}}``. "localization", the meaning of
+            None, stands for those of "pointing_game", "energy", "max_box_acc", "max_box_acc_v2",
             "pxap" and "px_iou" for which there is ground truth. The following need additional
             passes of the model: "top_1_localization" and "top_5_localization" (a box counts only
             where the model is right), "insertion", "deletion", "overall_score" (insertion minus

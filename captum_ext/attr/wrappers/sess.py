@@ -55,8 +55,8 @@ class SESSWrapper(ImageWrapper):
     The images are resized to several scales, a window slides over each, and the model scores every
     window. The wrapped method explains the windows with the best scores. Each map :math:`h_i` in
     [0, 1] is weighted by the score :math:`p_i` of its window and laid back over the image
-    (:math:`R`). All maps are averaged over those that vote for a pixel (equations (1) and (2) of
-    the paper, with a threshold :math:`\theta`):
+    (:math:`R`). At each pixel, the mean is taken over the maps that vote for it (equations (1) and
+    (2) of the paper, with a threshold :math:`\theta`):
 
     .. math::
         f_i = \frac{p_i}{\max_j p_j} h_i, \qquad
