@@ -48,11 +48,16 @@ def check_range(name: str, value: Any, low: float, high: float, *, below: bool =
         )
 
 
-def check_size(name: str, value: Any, *, positive: bool = False) -> None:
-    """Raise a ValueError unless `name` is a number of 0 or more (above 0 if `positive`)."""
-    if isinstance(value, bool) or not is_finite(value) or value < 0 or (positive and value == 0):
-        allowed = "greater than 0" if positive else "0 or more"
-        raise ArgumentError(f"`{name}` must be a number, {allowed}, got {value!r}.", name)
+def check_positive(name: str, value: Any) -> None:
+    """Raise a ValueError unless argument `name` is a number greater than 0."""
+    if isinstance(value, bool) or not is_finite(value) or value <= 0:
+        raise ArgumentError(f"`{name}` must be a number, greater than 0, got {value!r}.", name)
+
+
+def check_non_negative(name: str, value: Any) -> None:
+    """Raise a ValueError unless argument `name` is a number of 0 or more."""
+    if isinstance(value, bool) or not is_finite(value) or value < 0:
+        raise ArgumentError(f"`{name}` must be a number, 0 or more, got {value!r}.", name)
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:

@@ -89,7 +89,7 @@ class LayerMaps:
         """
         return self._to_maps(run_to_layer(self.forward_func, self.layer, (images,)), images)
 
-    def of_full_pass(self, images: Tensor) -> Tensor:
+    def run_full_pass(self, images: Tensor) -> Tensor:
         """The maps, without a graph, from a pass through the whole model, which checks the layer.
 
         Raises:

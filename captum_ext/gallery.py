@@ -61,21 +61,21 @@ def gallery(
     height = head + -(-len(panels) // columns) * (tall + caption) + gap
     figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
 
-    def axes_at(left: float, top: float, wide: float, high: float) -> "Axes":
-        box = (left / width, 1 - (top + high) / height, wide / width, high / height)
+    def add_axes_at(left: float, top: float, w: float, h: float) -> "Axes":
+        box = (left / width, 1 - (top + h) / height, w / width, h / height)
         return figure.add_axes(box)
 
     for i, (name, panel) in enumerate(panels.items()):
         row, column = divmod(i, columns)
         top = head + row * (tall + caption) + caption
-        axes = axes_at(gap + column * (side + gap), top, side, tall)
+        axes = add_axes_at(gap + column * (side + gap), top, side, tall)
         axes.imshow(panel, interpolation="bicubic")
         axes.set_title(name, fontsize=9.5, pad=4)
         axes.set_axis_off()
     for text, top, size, color in ((title, 0.13, 15, "black"), (subtitle, 0.46, 10, "0.35")):
         figure.text(gap / width, 1 - top / height, text, va="top", fontsize=size, color=color)
     if columns >= 4:
-        bar = axes_at(width - gap - side, 0.2, side, 0.12)
+        bar = add_axes_at(width - gap - side, 0.2, side, 0.12)
         figure.colorbar(ScalarMappable(cmap=_COLOURS), bar, orientation="horizontal", ticks=[])
         for x, align, text in ((0, "left", "0"), (0.5, "center", "map"), (1, "right", "max")):
             bar.text(x, -0.35, text, ha=align, va="top", fontsize=8.5, transform=bar.transAxes)
@@ -83,7 +83,7 @@ def gallery(
 
 
 def _columns(panels: int) -> int:
-    """The number from three to five that leaves the fewest panels empty, the largest of several."""
+    """The number of columns, 3 to 5, with the fewest empty panels; of several, the largest."""
     if panels <= 5:
         return panels
     return min((5, 4, 3), key=lambda columns: math.ceil(panels / columns) * columns - panels)

@@ -185,7 +185,7 @@ def blur(x: Tensor, kernel_size: int = 51, sigma: float = 50.0) -> Tensor:
 
 
 def percentile(x: Tensor, q: float) -> Tensor:
-    """The q-th percentile of each map of `x` (B, C, *spatial), with spatial size 1.
+    """The q-th percentile of each map of `x` (B, C, *spatial), as (B, C, 1, ...).
 
     It is interpolated linearly between two values, as in NumPy. Unlike `torch.quantile`, it takes
     maps of any size.

@@ -258,11 +258,11 @@ class Infill:
 
 def _check_finite(fill: Tensor) -> None:
     if not bool(torch.isfinite(fill).all()):
-        raise ArgumentError("`baselines` are not finite, in the images' number format.")
+        raise ArgumentError("`baselines` are not finite in the dtype of the images.")
 
 
 def _needs_masks(function: Callable[..., Any]) -> bool:
-    """Whether `function` needs a second argument, the masks."""
+    """Return whether `function` needs a second argument, the masks."""
     try:
         called = function.forward if isinstance(function, nn.Module) else function
         parameters = inspect.signature(called).parameters.values()

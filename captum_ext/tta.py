@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_ext._checks import check_count, check_size, is_finite
+from captum_ext._checks import check_count, check_non_negative, is_finite
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward
 from captum_ext._engine.outputs import Score, Scorer, compute_scores
@@ -221,7 +221,7 @@ def _map_to_original(
 def _check_box_options(threshold: float, sigma: float, margin: int, min_size: int) -> None:
     if not is_finite(threshold):
         raise ArgumentError(f"`threshold` must be a finite number, got {threshold!r}.")
-    check_size("sigma", sigma)
+    check_non_negative("sigma", sigma)
     if isinstance(margin, bool) or not isinstance(margin, int) or margin < 0:
         raise ArgumentError(f"`margin` must be an integer of at least 0, got {margin!r}.")
     check_count("min_size", min_size)

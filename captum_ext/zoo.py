@@ -79,7 +79,7 @@ class Preprocess:
         resize: the shorter side, in pixels.
         crop: the side of the crop, in pixels.
         mean: of each channel of an image in [0, 1].
-        std: of each channel, likewise.
+        std: of each channel of an image in [0, 1].
         interpolation: "bilinear" or "bicubic".
     """
 

@@ -21,4 +21,4 @@ def layer_gradients(
     *, grad_kwargs: Any = None, **options: Any,
 ) -> Any:  # fmt: skip
     capture = LayerCapture(forward_func, layers, **options)
-    return capture.gradients(inputs, target, extra, grad_kwargs)
+    return capture.activations_and_gradients(inputs, target, extra, grad_kwargs)

@@ -175,8 +175,8 @@ def strong_classifier():
 @pytest.mark.parametrize("method", methods.all_methods(), ids=lambda m: m.name)
 def test_every_method_explains(method):
     loaded, x = strong_classifier(), random_input(8)
-    if method.needed:
-        with pytest.raises(zoo.InputError, match=rf"{method.name} needs `{method.needed[0]}`, "):
+    if method.required:
+        with pytest.raises(zoo.InputError, match=rf"{method.name} needs `{method.required[0]}`, "):
             explain._check_methods([method], None)
         return
     maps = [

@@ -13,7 +13,7 @@ from captum.attr import LayerGradCam
 from PIL import Image
 
 from captum_ext import cli, evaluation, zoo
-from captum_ext.cli.pictures import Folder
+from captum_ext.cli.pictures import PictureFolder
 from captum_ext.evaluation import summary
 from captum_ext.evaluation.store import ResultStore, ResultWriter
 
@@ -71,7 +71,7 @@ def test_results_are_those_of_the_library(command, resnet, capsys):
     cam = LayerGradCam(loaded.module, loaded.module.layer2)
     straight = evaluation.evaluate(
         {"grad-cam": (cam, {"relu_attributions": True})},
-        Folder("data"),
+        PictureFolder("data"),
         ["insertion", "deletion"],
         output="straight",
         size=32,
@@ -146,7 +146,7 @@ def test_nothing_but_corrupt_pictures_is_an_error(command, capsys):
     for name in "abc":
         Path(f"data/{name}/0.png").write_bytes(b"no picture")
     assert run(*command) == 2
-    assert "Not one of 3 rows came to anything" in capsys.readouterr().err
+    assert "All 3 rows failed" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_how_to_resume(command, capsys, monkeypatch):
@@ -155,7 +155,7 @@ def test_ctrl_c_says_how_to_resume(command, capsys, monkeypatch):
 
     monkeypatch.setattr(evaluation, "evaluate", stopped)
     assert run(*command) == 130
-    assert "the same command goes on where it was" in capsys.readouterr().err
+    assert "the same command resumes the run" in capsys.readouterr().err
 
 
 def test_help_imports_no_large_package():

@@ -12,7 +12,7 @@ from captum_ext import cli, evaluation, zoo
 from captum_ext.attr import FIDO, RISE, AugmentedSR, LayerCam, SESSWrapper
 from captum_ext.cli.attributions import find_attributions
 from captum_ext.cli.config import read_config
-from captum_ext.cli.pictures import Folder
+from captum_ext.cli.pictures import PictureFolder
 from captum_ext.evaluation import summary
 from tests import test_cli_evaluate, test_readme
 from tests.evaluation.subjects import exported, forget
@@ -200,7 +200,7 @@ metrics: {insertion: {step: 0.5}, average_drop: }
     }
     metrics = {"insertion": {"step": 0.5}, "average_drop": {}}
     options = {"size": 32, "seed": 3, "output": "straight", "show_progress": False}
-    result = evaluation.evaluate(straight, Folder("data"), metrics, **options)
+    result = evaluation.evaluate(straight, PictureFolder("data"), metrics, **options)
     assert summary("evaluation").figures == result.figures
     assert len({str(figures) for figures in result.figures.values()}) == 5  # five different maps
 
@@ -229,7 +229,7 @@ metrics: average_drop
         ),
     }
     options = {"size": 32, "output": "straight", "show_progress": False}
-    result = evaluation.evaluate(straight, Folder("data"), ["average_drop"], **options)
+    result = evaluation.evaluate(straight, PictureFolder("data"), ["average_drop"], **options)
     assert summary("evaluation").figures == result.figures
     assert len({str(figures) for figures in result.figures.values()}) == 3
 

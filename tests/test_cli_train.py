@@ -19,7 +19,7 @@ from captum_ext import cli, zoo
 from captum_ext.attr import FCAM, LayerScoreCam, LayerTokenGradCam
 from captum_ext.cli import train_fcam
 from captum_ext.cli.models import check_devices
-from captum_ext.cli.pictures import Folder
+from captum_ext.cli.pictures import PictureFolder
 
 pytest.importorskip("lightning")
 
@@ -100,7 +100,7 @@ def fit_arguments(monkeypatch):
 def straight(weights, **options):
     """The same training by the library."""
     loaded = zoo.load_model("resnet18", weights)
-    folder = Folder("data")
+    folder = PictureFolder("data")
     normalize = (loaded.preprocess.mean, loaded.preprocess.std)
     settings = {"size": 64, "n_epochs": 1, "batch_size": 4, "show_progress": False} | options
     guide = LayerGradCam(loaded.module, loaded.module.layer4)
@@ -178,7 +178,7 @@ def test_pictures_are_upright_and_in_rgb(workdir):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("L", (40, 20)).save("data/a/0.jpg", exif=exif)
-    picture, label = Folder("data")[0]
+    picture, label = PictureFolder("data")[0]
     assert (picture.size, picture.mode, label) == ((20, 40), "RGB", 0)
 
 
@@ -251,7 +251,7 @@ def test_unreadable_pictures_of_other_processes_are_counted(workdir, monkeypatch
     def gather(of_processes, indices):
         of_processes[:] = [indices, {0, 4}]
 
-    folder = Folder("data")
+    folder = PictureFolder("data")
     folder.is_unreadable[2] = True
     assert folder.unreadable_indices() == [2]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -284,7 +284,7 @@ def test_the_same_command_resumes_after_ctrl_c(resnet, workdir, command, capsys)
             stop_in_epoch(patch, epoch, interrupt)
             assert run(*command) == 130
         message = one_line(capsys, "stopped")
-        assert "interrupted; the same command goes on from run/last.ckpt" in message
+        assert "interrupted; the same command resumes from run/last.ckpt" in message
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert not Path("fcam.pt").exists()
     assert run(*command) == 0

@@ -89,7 +89,7 @@ class LayerCapture:
             score = self.run_traced(record, clone_tensors(inputs), target, additional_forward_args)
         return self.gather(), score
 
-    def gradients(
+    def activations_and_gradients(
         self,
         inputs: Tensor | Tensors,
         target: TargetType = None,

@@ -99,7 +99,7 @@ def torch_function_name(func: Any) -> str:
 def trace_start(layer: Module) -> Module | None:
     """The innermost part of a layer to trace from; None if the trace must begin before the layer.
 
-    A convolution, for example, fixes the channels' dimension whatever its input was.
+    A convolution, for example, fixes the channels' dimension for any input.
     """
     while True:
         is_chain = getattr(type(layer), "forward", None) is nn.Sequential.forward

@@ -75,8 +75,8 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
             warned = True
             warn(
                 f"The model is in train mode (its {type(module).__name__} is), so it is explained "
-                f"with batch statistics and dropout. Call .eval() to explain its predictions in "
-                f"use."
+                f"with batch statistics and dropout. Call .eval() to explain the model as it "
+                f"predicts."
             )
         if module.training or not type(module).__module__.startswith("torch.nn."):
             with _buffers_lock:

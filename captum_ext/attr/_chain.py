@@ -11,7 +11,7 @@ from captum_ext._checks import closest
 from captum_ext._engine.modules import Forward
 from captum_ext._errors import ArgumentError
 
-# The default of a wrapper's argument that is handed on only where the caller passed it: some
+# The default of a wrapper's argument that is passed on only where the caller passed it: some
 # methods take no `target`, and each of the others has its own default.
 UNSET: Any = ...
 

@@ -40,10 +40,10 @@ def attribution_fingerprint(argument: str, attribution: Attribution, model: Modu
 
 
 def _is_function_option(name: str, value: object, attribution: Attribution) -> bool:
-    """Whether a value is a function that was passed as an option.
+    """Return whether a value is a function that was passed as an option.
 
-    The model, modules and the attribution's own methods are none. Nor is Captum's `gradient_func`,
-    which the methods for neurons replace in each call.
+    The model, modules and the attribution's own methods do not count. Nor does Captum's
+    `gradient_func`, which the methods for neurons replace in each call.
     """
     if not callable(value) or isinstance(value, Module) or name == "forward_func":
         return False

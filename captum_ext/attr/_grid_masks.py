@@ -81,7 +81,7 @@ class GridMasks:
 
 
 def chunk_bounds(n_masks: int, size: int) -> list[tuple[int, int]]:
-    """The first mask of each pass, and the one behind its last: equal parts of blocks."""
+    """Start and stop of the masks of each pass. Passes are about equal parts of the blocks."""
     chunks = []
     for first in range(0, n_masks, BLOCK):
         count = min(BLOCK, n_masks - first)

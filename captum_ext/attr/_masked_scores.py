@@ -29,7 +29,7 @@ class LogOddsScorer:
         outputs: "logits" or "probabilities".
         target: in any of Captum's forms, for all images.
         additional_forward_args: tensors with an entry for each image are indexed by image;
-            everything else is handed on unchanged.
+            everything else is passed on unchanged.
         images: (N, C, H, W).
 
     Raises:
@@ -112,19 +112,19 @@ class MaskedScores:
     ) -> None:
         self.score, self.images, self.infill, self.dropout = score, images, infill, dropout
         self.rows, self.n_masks = rows, n_masks
-        n_planes = n_masks * len(rows)
+        n_all_masks = n_masks * len(rows)
         self.images_at_once = even_chunk_size(len(images), internal_batch_size)
-        self.planes_at_once = even_chunk_size(n_planes, internal_batch_size // len(images))
+        self.masks_at_once = even_chunk_size(n_all_masks, internal_batch_size // len(images))
         dtype = full_precision(images).dtype
         signs = torch.tensor([-1.0 if row == SSR else 1.0 for row in rows], dtype=dtype)
         self.signs = signs.repeat(n_masks).to(images.device)
 
     def __call__(self, logits: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        """The term of each image (N,), and its gradient by the logits (N, rows, h, w)."""
+        """The term of each image (N,), and its gradient, (N, rows, h, w), for the logits."""
         total, gradient = torch.zeros_like(logits[:, 0, 0, 0]), torch.zeros_like(logits)
         self.infill.draw(generator)
-        planes, first = self._planes(logits, generator), 0
-        while chunk := list(islice(planes, self.planes_at_once)):
+        noise, first = self._draw_noise(logits, generator), 0
+        while chunk := list(islice(noise, self.masks_at_once)):
             uniform = torch.stack([u for _, u in chunk])
             signs = self.signs[first : first + len(chunk)]
             first += len(chunk)
@@ -138,8 +138,13 @@ class MaskedScores:
                 total[examples] += odds.detach().sum(1)
         return total / self.n_masks, gradient / self.n_masks
 
-    def _planes(self, logits: Tensor, generator: Generator | None) -> Iterator[tuple[int, Tensor]]:
-        """The row of each mask and its noise (h, w). Noise is always drawn for both objectives."""
+    def _draw_noise(
+        self, logits: Tensor, generator: Generator | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Draw the noise (h, w) of each mask, and yield it after the mask's row.
+
+        Noise is always drawn for both objectives.
+        """
         size = (logits.shape[2], logits.shape[3])
         for _ in range(self.n_masks):
             both = draw_uniform_noise((2, *size), logits, generator)

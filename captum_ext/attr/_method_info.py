@@ -18,13 +18,13 @@ class Paper:
 
 
 class MethodInfo:
-    """Base of our attribution methods: what tables and the command line say about one.
+    """Base of our attribution methods, with facts for the tables and the command line.
 
     Attributes:
         title: the method's name as its paper writes it; in lower case, with hyphens for spaces, it
             is the name on the command line.
         paper: the source.
-        family: what weighs the pixels: "activation" (nothing but the activations, and weights of
+        family: the source of the weights: "activation" (nothing but the activations, and weights of
             the model), "gradient", "masking" (scores of perturbed inputs), or "learned" (a decoder
             that was trained).
         passes: forward passes for one image, K for the number of the layer's channels.

@@ -15,7 +15,8 @@ from captum_ext._checks import (
     check_count,
     check_generator,
     check_images,
-    check_size,
+    check_non_negative,
+    check_positive,
 )
 from captum_ext._compat import (
     TargetType,
@@ -105,24 +106,25 @@ class FIDO(AttributionMixin, PerturbationAttribution):
 
     with w = 1 after a warm-up. The maps are 1 - theta of SSR, theta of SDR, and jointly their
     geometric mean (Eq. 9). The two problems are independent, and one run solves both. Each image of
-    a batch has its own problem, with the same random numbers, and the result of a run by itself, up
-    to rounding (amplified by the l1 form of TV, whose slope jumps between equal neighbours).
+    a batch has its own problem. All images share the random numbers, so each has the same result as
+    in a run of its own, up to rounding (amplified by the l1 form of TV, whose slope jumps between
+    equal neighbours).
 
     The sums are over pixels, and the learning rate is for logits that affect the score as the
     pixels of a 224-pixel image do: the defaults are meant for about that size. On much smaller
-    masks, logits become large within a few steps. If the infill alone has the class, as it has for
-    the class that a network predicts for an empty image, no pixel is needed: the masks of such
-    images are empty.
+    masks, logits become large within a few steps. If the infill alone shows the class, no pixel is
+    needed, and the masks are empty. This happens for the class that a network predicts for an
+    empty image.
 
     **Temperature and weights.** The paper states t = 0.1 for both dropouts. The published code runs
     its simplified dropout at 1.0 and its original one at 0.1. The two dropouts are the same
     function; in float32 they differ only for \|logit\| beyond about 8. The temperature does make a
     difference. On forty pictures whose decisive part is known, joint masks of 100 steps with 8
-    masks have at t = 1 an IoU with that part of 0.67, at t = 0.1 of 0.62, with either dropout. At
-    t = 1 they have 0.54 times the TV, and 2 masks do as well as 32. The published code's `l1` does
-    better (0.67) than the paper's (0.57), with which masks go on shrinking. Hence both defaults.
-    (`python -m tests.benchmarks.fido_ablation`; a mask of 56 x 56, with weights to match, has
-    0.71.)
+    masks have an IoU with that part of 0.67 at t = 1 and of 0.62 at t = 0.1, with either dropout.
+    At t = 1 they have 0.54 times the TV, and 2 masks do as well as 32. With the paper's `l1`, masks
+    keep shrinking: the IoU is 0.57, against 0.67 with the published code's `l1`. Both defaults
+    follow from these numbers. (`python -m tests.benchmarks.fido_ablation`; a mask of 56 x 56, with
+    weights to match, has 0.71.)
 
     Named settings, for ``attribute(x, target=3, **{**FIDO.RELEASED, "n_steps": 30})``:
 
@@ -131,7 +133,7 @@ class FIDO(AttributionMixin, PerturbationAttribution):
       pixels at any size of the image. Its log-odds are those above, as in the version of the
       paper's time; later versions of that code use log p/(2 - p).
     - `FIDO.PAPER`: the paper's text: t = 0.1, twice the `l1`, TV of squares, no warm-up. The text
-      names no optimiser, so that is the same.
+      names no optimiser, so AdamW is kept.
 
     Args:
         forward_func: gives the scores of all classes: (B, K), (B, K, ...), or one logit of two
@@ -264,21 +266,22 @@ class FIDO(AttributionMixin, PerturbationAttribution):
                 numbers and tensors only.
             target: the class, as in Captum; one for each image.
             additional_forward_args: as in Captum. Tensors with an entry for each image are indexed
-                by image; everything else is handed on unchanged.
-            objective: "joint", "ssr" or "sdr". A single one takes half the time, and has the same
-                mask as in "joint".
+                by image; everything else is passed on unchanged.
+            objective: "joint", "ssr" or "sdr". "ssr" or "sdr" alone takes half the time, and
+                learns the same mask as in "joint".
             n_steps: steps of the optimisation. 100 (paper; 30 in its first figure).
             n_masks: random masks for each objective, image and step. 8 (paper).
             dropout: "scd", simplified concrete dropout, or "cd", the original.
-            temperature: t of the dropout. 1.0 (published code; see above).
+            temperature: the temperature t of the dropout. 1.0 (published code; see above).
             l1: lambda_1, of each objective. 5e-4 (published code; 1e-3 in the paper).
             tv: lambda_TV. 1e-2 (paper).
             tv_norm: "l1", sums of absolute differences of neighbours (published code), or "l2", of
                 squared ones (Eq. 10).
             lr: learning rate of AdamW, without weight decay. 10 (published code).
-            eps: of AdamW, large enough that it is nearly gradient descent with momentum. 0.1
-                (published code).
-            warmup: steps; w = min(1, step / warmup), with steps from 0. 5 (published code).
+            eps: AdamW's epsilon. 0.1 (published code), which is so large that AdamW is nearly
+                gradient descent with momentum.
+            warmup: number of steps in which w grows: w = min(1, step / warmup), with steps counted
+                from 0. 5 (published code).
             mask_size: (h, w), or one number for both: masks are drawn at this size and upsampled
                 bilinearly, and `l1` and `tv` sum over its pixels. None is the image's size. On a
                 GPU the gradient of the upsampling is not deterministic.
@@ -363,9 +366,9 @@ def _check_numbers(
     for name, count in counts.items():
         check_count(name, count)
     for name, value in positive.items():
-        check_size(name, value, positive=True)
+        check_positive(name, value)
     for name, value in non_negative.items():
-        check_size(name, value)
+        check_non_negative(name, value)
 
 
 def _loss_and_gradient(
@@ -375,7 +378,7 @@ def _loss_and_gradient(
     weight: float,
     generator: Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each image (N,), and its gradient by the logits (N, rows, h, w)."""
+    """The loss of each image (N,), and its gradient, (N, rows, h, w), for the logits."""
     values, gradient = scores(logits, generator)
     leaf = logits.clone().requires_grad_()
     penalties = weight * penalty(torch.sigmoid(leaf))

@@ -8,7 +8,7 @@ import torch
 from captum.attr import PerturbationAttribution
 from torch import Generator, Tensor
 
-from captum_ext._checks import check_choice, check_count, check_generator, check_size
+from captum_ext._checks import check_choice, check_count, check_generator, check_positive
 from captum_ext._compat import (
     TargetType,
     TensorOrTupleOfTensors,
@@ -72,7 +72,7 @@ class _Options:
         check_count("perturbations_per_eval", self.perturbations_per_eval)
         check_choice("estimator", self.estimator, ESTIMATORS)
         if self.tolerance is not None:
-            check_size("tolerance", self.tolerance, positive=True)
+            check_positive("tolerance", self.tolerance)
         check_generator(self.generator, device)
 
 
@@ -165,8 +165,8 @@ class RISE(AttributionMixin, PerturbationAttribution):
 
         Args:
             inputs: a tensor (B, C, \*spatial) with one to three spatial dimensions, or a tuple. In
-                a tuple, the first tensor of floats with spatial dimensions is masked, and by the
-                same masks all others of its spatial size. The rest are handed on unchanged, and
+                a tuple, the first tensor of floats with spatial dimensions is masked, and so are
+                all others of its spatial size, by the same masks. The rest are passed on unchanged;
                 their attributions are 0.
             baselines: b, the values where the mask is 0, in any of Captum's forms. None is 0, the
                 mean colour of normalised images (paper). For images also "blur", "mean" or "zeros",
@@ -228,11 +228,11 @@ class RISE(AttributionMixin, PerturbationAttribution):
     ) -> RISEMaps:
         """The maps of several targets from the same forward passes, with their standard errors.
 
-        Each map is that of `attribute` for its target with the same random numbers. Memory grows
-        with the number of targets by three numbers for each example and pixel.
+        Each map equals the one that `attribute` makes for its target from the same random numbers.
+        Each target takes memory for three numbers per example and pixel.
 
         Args:
-            inputs: see `attribute`, for this and all arguments but `targets`.
+            inputs: as in `attribute`, like all arguments but `targets`.
             targets: a list of targets, each in any of Captum's forms: `[1, 2]` gives two maps of
                 each example, `[[1, 2]]` gives one map of each of two examples.
             baselines: the values where the mask is 0.
@@ -241,14 +241,14 @@ class RISE(AttributionMixin, PerturbationAttribution):
             p: the probability that a cell is shown.
             grid: cells along each spatial dimension.
             estimator: "standard" or "self-normalized".
-            tolerance: of each map; passes go on until all maps have reached it.
+            tolerance: of each map; new masks are drawn until all maps have reached it.
             generator: of all random numbers.
             perturbations_per_eval: masks in one forward pass, for each example.
             show_progress: whether to draw a progress bar.
 
         Returns:
-            Maps, standard errors and the number of masks. The standard error of a self-normalized
-            map is that of the ratio, to first order.
+            Maps, standard errors and the number of masks. A self-normalized map is a ratio of
+            sums, and its standard error is exact to first order only.
 
         Raises:
             ValueError: as in `attribute`, or no targets.
@@ -363,7 +363,7 @@ class _LatestMaps:
 
 
 def _masked_inputs(inputs: Tensors) -> list[bool]:
-    """Whether each of the inputs is masked."""
+    """Return, for each of the inputs, whether it is masked."""
     can_mask = [x.is_floating_point() and 3 <= x.dim() <= 5 and x.numel() > 0 for x in inputs]
     if not any(can_mask):
         raise ArgumentError(

@@ -37,10 +37,10 @@ class Request(NamedTuple):
     arguments: Mapping[str, Any] = {}
 
     @property
-    def refusals(self) -> tuple[type[Exception], ...]:
-        """The errors by which it says that it does not work on a model, or with its options."""
+    def expected_errors(self) -> tuple[type[Exception], ...]:
+        """The errors that it raises on a model that it cannot explain, or for wrong options."""
         has_options = bool(self.wrappers or self.arguments)
-        return (*self.method.refusals, *((TypeError, LookupError) if has_options else ()))
+        return (*self.method.expected_errors, *((TypeError, LookupError) if has_options else ()))
 
 
 def wrapper_classes() -> "dict[str, type[Attribution]]":
@@ -161,7 +161,7 @@ def make_attributions(
             attribution = method.attribution(loaded, layer_name, reshape_transform)
             attribution = _wrapped(attribution, request, seed)
             attribution.attribute(x, target=target, **_trial_arguments(method, arguments))
-        except request.refusals as error:
+        except request.expected_errors as error:
             at = f"at layer {layer_name} of" if method.at_layer else "on"
             note = f"{request.name} does not work {at} {loaded.name}: {error}"
             if not keep_going:

@@ -275,5 +275,5 @@ def _silence_lightning() -> None:
 
 
 def _is_first_process() -> bool:
-    """Whether this process writes messages; with --devices, others may run the same command."""
+    """Return whether this process writes messages; --devices makes others run the same command."""
     return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"

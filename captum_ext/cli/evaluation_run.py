@@ -1,4 +1,4 @@
-"""Calls of `captum_ext.evaluation`, with its errors in the flags of the command line."""
+"""The run of `captum-ext evaluate`: `captum_ext.evaluation`, with flags in its errors."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from captum_ext.cli.layouts import DataSource
-from captum_ext.cli.output import in_flags
+from captum_ext.cli.output import message_with_flags
 
 if TYPE_CHECKING:
     from captum_ext.evaluation import Summary
@@ -75,7 +75,7 @@ def run_evaluation(
         )
         return summary if arguments.against is None else read_summary(arguments)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on where it was") from None
+        raise KeyboardInterrupt("interrupted; the same command resumes the run") from None
     except torch.cuda.OutOfMemoryError as error:
         raise InputError(
             "the GPU has too little memory: give a lower --batch-size (and another --output, once "
@@ -86,7 +86,7 @@ def run_evaluation(
     except (ValueError, TypeError, RuntimeError) as error:
         if getattr(error, "argument", None) not in _FLAGS:  # the mistake is ours
             raise
-        raise InputError(in_flags(error, _FLAGS)) from error
+        raise InputError(message_with_flags(error, _FLAGS)) from error
 
 
 def _try_metrics(
@@ -95,7 +95,7 @@ def _try_metrics(
     data: Any,
     settings: Mapping[str, Any],
 ) -> None:
-    """Measure one picture: a wrong option would make each row fail, after hours.
+    """Measure one picture first, because a wrong option would make every row fail, after hours.
 
     Raises:
         InputError: options that a metric does not take.
@@ -128,7 +128,8 @@ def _try_metrics(
         except (TypeError, ValueError, RuntimeError) as error:
             refusal = error
     if refusal is not None:
-        raise InputError(f"the options of metrics: {in_flags(refusal, _FLAGS)}") from refusal
+        message = message_with_flags(refusal, _FLAGS)
+        raise InputError(f"the options of metrics: {message}") from refusal
 
 
 def read_summary(arguments: argparse.Namespace) -> "Summary":
@@ -145,4 +146,4 @@ def read_summary(arguments: argparse.Namespace) -> "Summary":
     except FileNotFoundError as error:
         raise InputError(f"there is no run in --output {arguments.output}") from error
     except ValueError as error:
-        raise InputError(in_flags(error, _FLAGS)) from error
+        raise InputError(message_with_flags(error, _FLAGS)) from error

@@ -108,9 +108,10 @@ def _check_methods(methods: Sequence[Method], layer: str | None) -> None:
     from captum_ext._errors import InputError
 
     for method in methods:
-        if method.needed:
+        if method.required:
+            names = "`, `".join(method.required)
             raise InputError(
-                f"{method.name} needs `{'`, `'.join(method.needed)}`, for which there is no flag: "
+                f"{method.name} needs `{names}`, for which there is no flag: "
                 f"use {method.cls.__name__} in Python, or a file of `captum-ext evaluate --config`"
             )
     if layer is not None and not any(method.at_layer for method in methods):
@@ -158,7 +159,7 @@ def run_methods(
             try:
                 cam = method.attribution(loaded, layer, reshape_transform)
                 explanations.append(_run(method, cam, x, target))
-            except method.refusals as error:
+            except method.expected_errors as error:
                 at = f"at layer {layer} of" if method.at_layer else "on"
                 note = f"{method.name} does not work {at} {loaded.name}: {error}"
                 if not keep_going:

@@ -6,8 +6,8 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from captum_ext.cli.output import in_flags
-from captum_ext.cli.pictures import check_is_folder, no_pictures_by_class
+from captum_ext.cli.output import message_with_flags
+from captum_ext.cli.pictures import check_is_folder, class_folders_error
 
 if TYPE_CHECKING:
     from captum_ext.zoo import LoadedModel
@@ -65,12 +65,12 @@ def open_data(arguments: argparse.Namespace) -> DataSource:
         check_is_folder(arguments.data)
         layout = layout or find_layout(arguments.data)
     options = {name: vars(arguments)[name] for name in ARGUMENTS if vars(arguments)[name]}
-    for name in options.keys() - _defaults(layout).keys():
-        fitting = " or ".join(key for key in (*LAYOUTS, *DRAWN) if name in _defaults(key))
+    for name in options.keys() - _layout_defaults(layout).keys():
+        fitting = " or ".join(key for key in (*LAYOUTS, *DRAWN) if name in _layout_defaults(key))
         raise InputError(f"--{name.replace('_', '-')} is for --layout {fitting}, not for {layout}")
     if layout in DRAWN:
         return _drawn_data(layout, arguments)
-    if "images" not in options and _defaults(layout).get("images") is Parameter.empty:
+    if "images" not in options and _layout_defaults(layout).get("images") is Parameter.empty:
         raise InputError(f"--layout {layout} needs the folder of the pictures: give --images DIR")
     title = f"the folder {arguments.data!r}"
     if "class_names" in options:
@@ -82,15 +82,15 @@ def open_data(arguments: argparse.Namespace) -> DataSource:
         )
     except FileNotFoundError as error:
         if layout == "classes":
-            raise no_pictures_by_class(arguments.data, error) from error
-        split = options.get("split", _defaults(layout).get("split"))
+            raise class_folders_error(arguments.data, error) from error
+        split = options.get("split", _layout_defaults(layout).get("split"))
         raise InputError(
             f"{str(error).rstrip('.')}: the layout is {layout} and the split {split!r} (--layout, "
             f"--split)"
         ) from error
     except ValueError as error:
         flags = {"split": "--split", "classes": "--class-names"}
-        raise InputError(in_flags(error, flags)) from error
+        raise InputError(message_with_flags(error, flags)) from error
     return DataSource(data, layout, title, data.n_classes, data.labels, data.has_objects)
 
 
@@ -108,9 +108,9 @@ def _reader(name: str) -> Callable[..., Any]:
     return reader
 
 
-def _defaults(name: str) -> dict[str, Any]:
-    """The options that a layout has, with the defaults of their arguments."""
-    known = {"n": None} if name in DRAWN else signature(_reader(name)).parameters
+def _layout_defaults(layout: str) -> dict[str, Any]:
+    """The options of a layout, with the defaults of the arguments that they set."""
+    known = {"n": None} if layout in DRAWN else signature(_reader(layout)).parameters
     return {
         option: getattr(known[argument], "default", None)
         for option, argument in ARGUMENTS.items()

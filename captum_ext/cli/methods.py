@@ -34,7 +34,7 @@ _LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Method:
-    """A method of the command line: what its class says, and how the commands call it.
+    """A method of the command line: facts from its class, and the arguments of the commands.
 
     Attributes:
         cls: an attribution class of `captum_ext.attr` or of `captum.attr`, which is made of a
@@ -45,7 +45,7 @@ class Method:
 
     @property
     def is_ours(self) -> bool:
-        """Whether the class is of this package; the others are Captum's."""
+        """True for a class of this package, False for one of Captum's."""
         return hasattr(self.cls, "title")
 
     @property
@@ -60,7 +60,7 @@ class Method:
 
     @property
     def at_layer(self) -> bool:
-        """Whether it explains a layer; the others explain the model as a whole."""
+        """True if the method explains a layer, False if it explains the model as a whole."""
         return "layer" in self.options
 
     @property
@@ -74,13 +74,13 @@ class Method:
         return parameters_of(self.cls.attribute)
 
     @property
-    def needed(self) -> list[str]:
+    def required(self) -> list[str]:
         """The arguments of `attribute` that have no default, besides the inputs."""
         return required_of(self.cls.attribute)[2:]  # without `self` and `inputs`
 
     @property
     def family(self) -> str:
-        """What weighs the pixels, see `captum_ext.attr._method_info.MethodInfo`."""
+        """The source of the weights; see `captum_ext.attr._method_info.MethodInfo`."""
         from captum.attr import GradientAttribution, PerturbationAttribution
 
         if self.is_ours:
@@ -95,7 +95,7 @@ class Method:
 
     @property
     def zero_is_neutral(self) -> bool:
-        """Whether 0 says nothing about the target; else the smallest value of a map does."""
+        """True if 0 stands for "no evidence" in a map, False if the map's smallest value does."""
         return bool(getattr(self.cls, "zero_is_neutral", True))
 
     @property
@@ -116,8 +116,8 @@ class Method:
         return f"{self.title} ({self.paper.year})" if self.paper else self.title
 
     @property
-    def refusals(self) -> tuple[type[Exception], ...]:
-        """The errors by which the method says that it does not work on a model.
+    def expected_errors(self) -> tuple[type[Exception], ...]:
+        """The errors that the method raises on a model that it cannot explain.
 
         Captum's methods raise many types.
         """
@@ -240,7 +240,7 @@ def _is_method(cls: "type[Attribution]") -> bool:
     if inspect.isabstract(cls) or cls.__name__ in _LEFT_OUT or not hasattr(cls, "attribute"):
         return False
     method = Method(cls)
-    if "target" not in method.arguments or _UNKNOWN_ARGUMENTS & {*method.needed}:
+    if "target" not in method.arguments or _UNKNOWN_ARGUMENTS & {*method.required}:
         return False
     # Captum calls the model `forward_func`, or `model` where it must be a module.
     model, *others = required_of(cls)

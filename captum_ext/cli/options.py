@@ -68,7 +68,7 @@ SHARED: Mapping[str, dict[str, Any]] = {
 def add_options(
     parser: argparse.ArgumentParser, options: Options
 ) -> tuple[list[argparse.Action], dict[str, Any]]:
-    """Add options to a parser of which the namespace has only those that the user gives.
+    """Add options to a parser, so that its namespace has only those that the user gives.
 
     A `default` in the table is shown in the option's help.
 
@@ -78,8 +78,8 @@ def add_options(
     actions, defaults = [], {}
     for name, settings in options.items():
         default = settings.get("default")
-        shown = "" if default is None or default is False else f" (default: {default})"
-        settings = {**settings, "default": argparse.SUPPRESS, "help": settings["help"] + shown}
+        suffix = "" if default is None or default is False else f" (default: {default})"
+        settings = {**settings, "default": argparse.SUPPRESS, "help": settings["help"] + suffix}
         action = parser.add_argument(name, **settings)
         actions.append(action)
         defaults[action.dest] = default

@@ -30,7 +30,7 @@ def collected_warnings(*ignored: str) -> Iterator[list[str]]:
         notes += dict.fromkeys(str(warning.message) for warning in caught)
 
 
-def in_flags(error: Exception, flags: Mapping[str, str]) -> str:
+def message_with_flags(error: Exception, flags: Mapping[str, str]) -> str:
     """The message of an error of the library, with flags for the arguments in it.
 
     Args:

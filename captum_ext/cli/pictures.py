@@ -1,4 +1,4 @@
-"""Folders of pictures by class, and checks of their classes."""
+"""The pictures that `train-fcam` learns from, in one folder for each class."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from captum_ext.zoo import LoadedModel
 
 
-class Folder:
-    """The pictures of a folder with a folder for each class; it remembers those it cannot read.
+class PictureFolder:
+    """The pictures in one folder for each class; it remembers those that it cannot read.
 
     Pictures are read as `explain` reads them: upright, and in RGB.
 
@@ -19,7 +19,7 @@ class Folder:
     Attributes:
         classes: the names of the folders, in the order of the labels.
         samples: (file, label) of each picture.
-        is_unreadable: (n,), bool, in memory that the processes that read pictures share.
+        is_unreadable: (n,), bool, in memory shared by the processes that read pictures.
 
     Raises:
         InputError: no folder, or a folder without pictures by class.
@@ -34,7 +34,7 @@ class Folder:
         try:
             self._folders = ClassFolders(root)
         except FileNotFoundError as error:
-            raise no_pictures_by_class(root, error) from error
+            raise class_folders_error(root, error) from error
         self.root, self.classes, self.samples = root, self._folders.classes, self._folders.samples
         self.is_unreadable = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
 
@@ -58,7 +58,7 @@ class Folder:
         return f"{self.samples[index][0]!r} could not be read at first"
 
     def unreadable_indices(self) -> list[int]:
-        """The pictures that any of the processes that train could not read."""
+        """The indices of the pictures that one of the training processes could not read."""
         import torch.distributed as dist
 
         indices = set(self.is_unreadable.nonzero().flatten().tolist())
@@ -77,8 +77,8 @@ def check_is_folder(root: str) -> None:
         raise InputError(f"the folder {root!r} does not exist or is not a folder")
 
 
-def no_pictures_by_class(root: str, error: FileNotFoundError) -> "InputError":
-    """The user's error where torchvision finds no pictures by class in a folder."""
+def class_folders_error(root: str, error: FileNotFoundError) -> "InputError":
+    """The error for a folder in which torchvision finds no folders of classes."""
     from captum_ext._checks import first_line
     from captum_ext._errors import InputError
 
@@ -87,8 +87,8 @@ def no_pictures_by_class(root: str, error: FileNotFoundError) -> "InputError":
     )
 
 
-def check_classes(folder: Folder, loaded: "LoadedModel") -> str | None:
-    """A note where the classifier has more classes than the folder.
+def check_classes(folder: PictureFolder, loaded: "LoadedModel") -> str | None:
+    """Return a note if the classifier has more classes than the folder.
 
     Raises:
         InputError: the classifier has fewer classes.

@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING, Any
 from captum_ext.cli.methods import Method, find_methods
 from captum_ext.cli.models import check_devices, check_input_size, find_device, random_input
 from captum_ext.cli.options import COUNT, SHARED, Options, add_options
-from captum_ext.cli.output import check_output_file, collected_warnings, in_flags, say, table
-from captum_ext.cli.pictures import Folder, check_classes
+from captum_ext.cli.output import (
+    check_output_file,
+    collected_warnings,
+    message_with_flags,
+    say,
+    table,
+)
+from captum_ext.cli.pictures import PictureFolder, check_classes
 from captum_ext.cli.signatures import defaults_of
 
 if TYPE_CHECKING:
@@ -124,7 +130,7 @@ def train_fcam(defaults: Mapping[str, Any], command_line: argparse.Namespace) ->
     _check_files(output, arguments.weights, arguments.checkpoints)
     (method,) = find_methods([arguments.guide], arguments.data, at_layer=True)
     fit_fcam, settings = _fit_settings(arguments, command_line)
-    folder = Folder(arguments.data)
+    folder = PictureFolder(arguments.data)
     device = find_device(arguments.device)
     if arguments.devices > 1:  # without it, `fit_fcam` trains on the classifier's device
         check_devices(arguments.devices, device)
@@ -140,7 +146,7 @@ def train_fcam(defaults: Mapping[str, Any], command_line: argparse.Namespace) ->
     with collected_warnings(".* cannot be read and (is|are) left out") as notes:
         x = random_input(settings["size"]).to(device)
         check_input_size(loaded, x)
-        taps = _find_taps(loaded, x)
+        feature_layers = _find_feature_layers(loaded, x)
         layer, reshape_transform = zoo.find_layer(loaded, x, arguments.layer)
         guide, guide_kwargs = _guide(method, loaded, layer, reshape_transform, x)
         if classes_note and _is_first_process():  # before hours are spent on the training
@@ -150,7 +156,7 @@ def train_fcam(defaults: Mapping[str, Any], command_line: argparse.Namespace) ->
                 loaded.module,
                 folder,
                 guide,
-                layers=taps,
+                layers=feature_layers,
                 normalize=(loaded.preprocess.mean, loaded.preprocess.std),
                 guide_kwargs=guide_kwargs,
                 rectify=method.name != "cam",  # as in the authors' code
@@ -171,7 +177,7 @@ def train_fcam(defaults: Mapping[str, Any], command_line: argparse.Namespace) ->
     rows = [
         ("model", loaded.name),
         ("guide", f"{method.name} at layer {layer}"),
-        ("decoder", f"reads {', '.join(taps)}"),
+        ("decoder", f"reads {', '.join(feature_layers)}"),
         ("pictures", f"{len(folder) - len(unreadable)} of {len(folder.classes)} classes"),
         ("epochs", str(settings["n_epochs"])),
         *([("went on", f"from {checkpoint}")] if checkpoint else []),
@@ -194,7 +200,7 @@ def _recipe(arguments: argparse.Namespace, output: Path) -> str:
 # --- the model -----------------------------------------------------------------------------------
 
 
-def _find_taps(loaded: "LoadedModel", x: "Tensor") -> list[str]:
+def _find_feature_layers(loaded: "LoadedModel", x: "Tensor") -> list[str]:
     """The layers that a decoder reads at the size of `x`.
 
     Raises:
@@ -231,7 +237,7 @@ def _guide(
         guide = method.attribution(loaded, layer, reshape_transform)
         target = torch.zeros(1, dtype=torch.int64, device=x.device)
         guide_maps(guide, x, target, **arguments)
-    except method.refusals as error:
+    except method.expected_errors as error:
         if isinstance(error, ArgumentError) and error.code == "single_cell":
             raise InputError(
                 f"{method.name} at layer {layer} of {loaded.name} gives maps of a single pixel: "
@@ -273,7 +279,7 @@ def _fit_settings(
     return fit_fcam, settings
 
 
-def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: Folder) -> "FCAM":
+def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: PictureFolder) -> "FCAM":
     """Call `fit`, with its errors in the flags of the command line."""
     import torch
 
@@ -283,7 +289,7 @@ def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: Folder) -> 
         return fit()
     except KeyboardInterrupt:
         file = _checkpoint(checkpoints)
-        stored = f"; the same command goes on from {file}" if file else ""
+        stored = f"; the same command resumes from {file}" if file else ""
         raise KeyboardInterrupt(f"interrupted{stored}") from None
     except FloatingPointError as error:
         file = _checkpoint(checkpoints)
@@ -299,7 +305,7 @@ def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: Folder) -> 
         flags = {**_FLAGS, "guide": "--guide", "checkpoints": f"--checkpoints {checkpoints}"}
         if getattr(error, "argument", None) not in flags:  # the mistake is ours
             raise
-        raise InputError(in_flags(error, flags)) from error
+        raise InputError(message_with_flags(error, flags)) from error
 
 
 def _checkpoint(folder: str | None) -> Path | None:
@@ -309,7 +315,7 @@ def _checkpoint(folder: str | None) -> Path | None:
 
 
 def _is_first_process() -> bool:
-    """Whether this process writes files and messages; with --devices, others do the same work."""
+    """Return whether this process writes files and messages; --devices makes others train too."""
     from lightning.pytorch.utilities import rank_zero_only
 
     return not getattr(rank_zero_only, "rank", 0)

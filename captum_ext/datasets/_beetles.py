@@ -93,7 +93,7 @@ class _Pose:
         return point
 
     def is_near(self, point: Array, margin: float) -> bool:
-        """Whether a point is nearer than about `margin` to the back or the head."""
+        """Return whether a point is nearer than about `margin` to the back or the head."""
         u, v = self.frame @ (point - self.center)
         long, short = (axis + margin for axis in self.axes)
         near_head = np.hypot(u - 1.05 * self.axes[0], v) < 0.55 * self.axes[1] + margin

@@ -52,7 +52,7 @@ class LayoutDataset(Dataset[Example]):
 
     @classmethod
     def matches(cls, folder: Path) -> bool:
-        """Whether a folder has the files of this layout."""
+        """Return whether a folder has the files of this layout."""
         return False
 
     @property

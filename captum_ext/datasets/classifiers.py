@@ -78,11 +78,11 @@ class TinyCNN(nn.Sequential):
         )
 
 
-def _block(inputs: int, outputs: int, kernel_size: int, stride: int) -> nn.Sequential:
+def _block(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Sequential:
     convolution = nn.Conv2d(
-        inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False
+        in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
     )
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
 @overload

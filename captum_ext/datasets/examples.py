@@ -101,7 +101,7 @@ def _type_of(value: object) -> object:
 
 
 def is_difficult(boxes: Tensor, size: tuple[int, int], n_other_classes: int) -> bool:
-    """Whether an example is one of the pointing game's difficult examples.
+    """Return whether an example is one of the pointing game's difficult examples.
 
     An example is difficult if the boxes of its class have less than a quarter of the image's area
     together, and another class is in the image too (Zhang et al., "Top-down Neural Attention by

@@ -134,7 +134,7 @@ class FineGrainedParts(SeededDataset[BeetleExample]):
         Args:
             index: the index of the example.
             target: the class. None leaves the mark out and shows the bare back; `part` is then the
-                region of the missing mark, and `target` the example's own.
+                region of the missing mark, and `target` remains the class of the example.
 
         Raises:
             ValueError: a class out of range.

@@ -49,7 +49,7 @@ class Scene(Example):
 
     @property
     def difficult(self) -> bool:
-        """Whether the scene has another class and small objects; see `is_difficult`."""
+        """True if the scene has small objects and another class too; see `is_difficult`."""
         return is_difficult(self.boxes, self.size, len(self.distractor_targets))
 
 
@@ -204,7 +204,7 @@ def _random_corners(
 
 
 def _are_apart(a: _Box, b: _Box, gap: int) -> bool:
-    """Whether two boxes are at least `gap` pixels apart, down or across."""
+    """Return whether two boxes are at least `gap` pixels apart, down or across."""
     return a[0] - b[2] >= gap or b[0] - a[2] >= gap or a[1] - b[3] >= gap or b[1] - a[3] >= gap
 
 

@@ -52,7 +52,7 @@ class VocExample(Example):
 
     @property
     def difficult(self) -> bool:
-        """Whether this is one of the pointing game's difficult examples; see `is_difficult`.
+        """True for one of the pointing game's difficult examples; see `is_difficult`.
 
         The flag of the annotators has another meaning, and belongs to single objects.
         """

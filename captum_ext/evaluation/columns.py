@@ -19,7 +19,7 @@ from captum_ext._repr import fields_repr
 from captum_ext.evaluation.examples import Example
 from captum_ext.imaging import min_max
 from captum_ext.metrics import Curve, box_ious, in_top_k, pixel_counts
-from captum_ext.metrics._definition import Definition
+from captum_ext.metrics._definition import MetricDefinition
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Options = Mapping[str, Any]
@@ -90,7 +90,8 @@ class NumberColumn(Columns):
     Args:
         name: of the column.
         function: returns the numbers (B,) of an `ExplainedBatch`.
-        ground_truth: returns what the number needs of an example; None where that is missing.
+        ground_truth: returns the ground truth of an example that the number needs, or None if it
+            is missing.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class PixelCountColumn(Columns):
 # --- functions of an ExplainedBatch, which pickle ------------------------------------------------
 
 
-def metric_values(definition: Definition, options: Options, batch: ExplainedBatch) -> Tensor:
+def metric_values(definition: MetricDefinition, options: Options, batch: ExplainedBatch) -> Tensor:
     """The values (B,) of a metric."""
     if definition.takes == "model":
         values = call_with_model(definition.function, options, batch)

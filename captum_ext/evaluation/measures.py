@@ -34,7 +34,7 @@ from captum_ext.evaluation.columns import (
 )
 from captum_ext.evaluation.examples import Example
 from captum_ext.metrics import pixels, wsol
-from captum_ext.metrics._definition import DEFINITIONS, Definition
+from captum_ext.metrics._definition import DEFINITIONS, MetricDefinition
 
 Row = Mapping[str, str]
 SHARES = np.linspace(0, 1, 101)  # where the curves of all images are averaged
@@ -92,7 +92,7 @@ class Measure(ABC):
 class _MetricMean(Measure):
     """The mean of a metric's values."""
 
-    def __init__(self, definition: Definition, **options: Any) -> None:
+    def __init__(self, definition: MetricDefinition, **options: Any) -> None:
         self.name, self.higher_is_better = definition.name, definition.higher_is_better
         defaults = _checked_defaults(self.name, definition.function, options)
         self.options = options if definition.takes == "model" else defaults | options
@@ -108,7 +108,7 @@ class _CurveMean(_MetricMean):
 
     axis = "share of the pixels", SHARES
 
-    def __init__(self, definition: Definition, **options: Any) -> None:
+    def __init__(self, definition: MetricDefinition, **options: Any) -> None:
         super().__init__(definition, **options)
         curve = partial(call_with_model, definition.function, options)
         self.columns = [CurveColumns(self.name, curve)]

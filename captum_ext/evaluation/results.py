@@ -226,7 +226,7 @@ def summary(
     measures = [stored_measure(name, options) for name, options in metrics]
 
     n = store.settings["examples"]
-    images, failures, reasons, has = _counts(store.rows(), names, measures, n)
+    images, failures, reasons, has = _count_rows(store.rows(), names, measures, n)
     weights = _resample_weights(n, resamples, seed)
     sums: dict[tuple[str, str, str], _WeightedSums] = {}
 
@@ -276,7 +276,7 @@ def summary(
     )
 
 
-def _counts(
+def _count_rows(
     rows: Iterable[Row], names: list[str], measures: list[Measure], n: int
 ) -> tuple[dict[str, int], dict[str, int], dict[str, str], dict[tuple[str, str], Array]]:
     """Images and failures of each method, its first reason, and which images have each measure."""
@@ -365,7 +365,7 @@ def _band(curves: Array, over: str, x: Array) -> Band:
 
 
 def _cell(estimate: Estimate | None, images: int, star: bool) -> str:
-    """A cell of a table: it has the number of images where that differs, and perhaps a star."""
+    """A cell of a table: the estimate, its number of images if not `images`, and perhaps a star."""
     if estimate is None:
         return ""
     is_significant = estimate.images >= _MIN_IMAGES and (estimate.low > 0 or estimate.high < 0)

@@ -29,7 +29,7 @@ from captum_ext.evaluation.methods import (
 )
 from captum_ext.evaluation.results import Summary, summary
 from captum_ext.evaluation.store import COLUMNS, FORMAT, ResultStore, ResultWriter
-from captum_ext.evaluation.worker import Evaluation, Target, remaining_methods, run_share
+from captum_ext.evaluation.worker import EvaluationArguments, Target, remaining_methods, run_share
 
 TARGETS = ("label", "predicted")
 _PATIENCE = timedelta(days=30)  # in which the slowest process ends
@@ -85,8 +85,8 @@ def evaluate(
             (picture, label, boxes). Pictures are PIL images or tensors (C, H, W) of bytes or of
             floats in [0, 1]; boxes are (x1, y1, x2, y2) in the picture's pixels, half-open.
         metrics: one or more names, or a mapping from names to options:
-            ``{"localization": {}, "insertion": {"step": 0.1}}``. "localization", which None means
-            too, stands for those of "pointing_game", "energy", "max_box_acc", "max_box_acc_v2",
+            ``{"localization": {}, "insertion": {"step": 0.1}}``. "localization", the meaning of
+            None, stands for those of "pointing_game", "energy", "max_box_acc", "max_box_acc_v2",
             "pxap" and "px_iou" for which there is ground truth. The following need additional
             passes of the model: "top_1_localization" and "top_5_localization" (a box counts only
             where the model is right), "insertion", "deletion", "overall_score" (insertion minus
@@ -135,7 +135,7 @@ def evaluate(
         >>> print(result.markdown())  # doctest: +SKIP
     """
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("Gradients are not to be had inside torch.inference_mode().")
+        raise RuntimeError("There are no gradients inside torch.inference_mode(): leave it first.")
     configured = configured_methods(methods)
     check_count("batch_size", batch_size)
     check_count("num_nodes", num_nodes)
@@ -166,7 +166,7 @@ def evaluate(
     if target == "label" and samples:
         _warn_of_other_classes(configured, data, samples[0])
     columns, store = _distinct_columns(measures), ResultStore.create(output, settings)
-    evaluation = Evaluation(
+    evaluation = EvaluationArguments(
         configured, columns, batches, store, target, seed, num_workers, show_progress
     )
     if devices == 1 and num_nodes == 1:
@@ -207,7 +207,7 @@ def _check_failures(result: Summary, output: str | Path) -> None:
     """Warn of failed rows, or raise a RuntimeError if all failed."""
     if not any(result.images.values()):
         raise AllFailedError(
-            f"Not one of {sum(result.failures.values())} rows came to anything. The first reason: "
+            f"All {sum(result.failures.values())} rows failed. The first reason: "
             f"{next(iter(result.reasons.values()), None)}"
         )
     if any(result.failures.values()):
@@ -241,7 +241,7 @@ def _warn_of_other_classes(
             )
 
 
-def _run_here(evaluation: Evaluation) -> Summary:
+def _run_here(evaluation: EvaluationArguments) -> Summary:
     """Run in this process alone, which may be one of several that the caller started."""
     with ResultWriter(evaluation.store, 0) as writer:
         run_share(evaluation, remaining_methods(evaluation), writer)
@@ -264,8 +264,8 @@ def _fabric(
     return Fabric(accelerator=device.type, devices=devices, num_nodes=num_nodes, strategy=strategy)
 
 
-def _run_in_process(fabric: Any, evaluation: Evaluation) -> None:
-    """Do the share of one process. Shares may differ in size: processes share only the folder."""
+def _run_in_process(fabric: Any, evaluation: EvaluationArguments) -> None:
+    """Explain the share of one process. Shares may differ in size: only the folder is shared."""
     old_devices = [method.device_and_dtype[0] for method in evaluation.methods]
     methods = [move_to_device(fabric.device, method) for method in evaluation.methods]
     # Some shares take longer than others, and the default timeout is half an hour.

@@ -89,7 +89,7 @@ class ResultStore:
 
     @classmethod
     def create(cls, folder: str | Path, settings: Mapping[str, Any]) -> "ResultStore":
-        """The store of a new run, or of one that goes on.
+        """The store of a new run, or of one that is resumed.
 
         Args:
             folder: created if it does not exist.

@@ -22,7 +22,7 @@ Target = str | Callable[[Example], int] | None
 Rows = list[dict[str, Any]]
 
 
-class Evaluation(NamedTuple):
+class EvaluationArguments(NamedTuple):
     """The arguments of a run, as each of its processes gets them."""
 
     methods: Sequence[ConfiguredMethod]
@@ -35,7 +35,7 @@ class Evaluation(NamedTuple):
     show_progress: bool
 
 
-def remaining_methods(evaluation: Evaluation) -> dict[int, list[str]]:
+def remaining_methods(evaluation: EvaluationArguments) -> dict[int, list[str]]:
     """The unfinished batches, each with the names of the methods that must still explain it."""
     finished, remaining = evaluation.store.finished_tasks(), {}
     for batch in range(len(evaluation.batches)):
@@ -46,7 +46,7 @@ def remaining_methods(evaluation: Evaluation) -> dict[int, list[str]]:
 
 
 def run_share(
-    evaluation: Evaluation,
+    evaluation: EvaluationArguments,
     remaining: Mapping[int, Sequence[str]],
     writer: ResultWriter,
     rank: int = 0,
@@ -80,7 +80,9 @@ def run_share(
 
 
 def _explain_batch(
-    evaluation: Evaluation, method: ConfiguredMethod, examples: Sequence[Example | FailedExample]
+    evaluation: EvaluationArguments,
+    method: ConfiguredMethod,
+    examples: Sequence[Example | FailedExample],
 ) -> tuple[Rows, tuple[float, float]]:
     """The rows of a batch in its order, and the seconds of the attribution and of the metrics.
 
@@ -107,7 +109,10 @@ def _explain_batch(
 
 
 def _explain_alone(
-    evaluation: Evaluation, method: ConfiguredMethod, example: Example, seconds: list[float]
+    evaluation: EvaluationArguments,
+    method: ConfiguredMethod,
+    example: Example,
+    seconds: list[float],
 ) -> dict[str, Any]:
     """The row of one image; it has the reason where the method or a metric raises an error."""
     try:
@@ -120,7 +125,10 @@ def _explain_alone(
 
 
 def _explain_images(
-    evaluation: Evaluation, method: ConfiguredMethod, examples: list[Example], seconds: list[float]
+    evaluation: EvaluationArguments,
+    method: ConfiguredMethod,
+    examples: list[Example],
+    seconds: list[float],
 ) -> Rows:
     """The rows of images of one size. Errors of the method and of the metrics are raised.
 
@@ -186,7 +194,7 @@ def _add_cells(
 
 
 def _map_error(maps: Any, index: int, images: Tensor) -> str:
-    """Why the map of an image cannot be measured; empty if it can."""
+    """The reason why the map of an image cannot be measured; an empty text if it can."""
     if not isinstance(maps, Tensor) or maps.dim() not in (3, 4) or len(maps) != len(images):
         got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
         return f"there is no map (C, H, W) of each image, but {got}"

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from captum_ext._checks import check_count, check_generator, check_size, warn
+from captum_ext._checks import check_count, check_generator, check_positive, warn
 from captum_ext._engine.precision import full_precision, without_autocast
 from captum_ext._errors import ArgumentError
 
@@ -291,7 +291,7 @@ class LocalCRFLoss(nn.Module):
 def _check_settings(*, sigma_rgb: Any, sigma_xy: Any, **counts: Any) -> None:
     """Raise a ValueError unless both sigmas are positive and the rest are counts of pixels."""
     for name, value in (("sigma_rgb", sigma_rgb), ("sigma_xy", sigma_xy)):
-        check_size(name, value, positive=True)
+        check_positive(name, value)
     for name, value in counts.items():
         if value is not None or name == "radius":  # `side` and `n_anchors` may be None
             check_count(name, value)

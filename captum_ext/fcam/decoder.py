@@ -81,11 +81,11 @@ class FCAMDecoder(nn.Module):
         self.channels, self.widths, self.has_center = channels, widths, center
         self.layers = None if layers is None else list(layers)
         deepest = channels[-1]
-        self.center = _convolutions(deepest, deepest) if center else nn.Identity()
+        self.center = _double_convolution(deepest, deepest) if center else nn.Identity()
         skips = [*channels[-2::-1], 0]
         inputs = [deepest, *widths[:-1]]
         self.blocks = nn.ModuleList(
-            _convolutions(n_inputs + skip, width)
+            _double_convolution(n_inputs + skip, width)
             for n_inputs, skip, width in zip(inputs, skips, widths, strict=True)
         )
         self.head = nn.Conv2d(widths[-1], 2, 3, padding=1)
@@ -155,11 +155,11 @@ class FCAMDecoder(nn.Module):
         return _resize_bilinear(self.head(x), size)
 
 
-def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
+def _double_convolution(in_channels: int, out_channels: int) -> nn.Sequential:
     layers: list[Module] = []
-    for n in (inputs, outputs):
-        layers += [nn.Conv2d(n, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
-        layers += [nn.ReLU()]
+    for n in (in_channels, out_channels):
+        layers += [nn.Conv2d(n, out_channels, 3, padding=1, bias=False)]
+        layers += [nn.BatchNorm2d(out_channels), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
@@ -225,7 +225,7 @@ def find_feature_layers(classifier: Forward, images: Tensor) -> list[str]:
         _run_forward(classifier, clone_tensors((images,)))
 
     def is_resized_by_parent(name: str, size: tuple[int, int]) -> bool:
-        """Whether a block that contains the layer, and is no Sequential, has another size."""
+        """Return whether a block around the layer, other than a Sequential, has another size."""
         parts = name.split(".")
         parents = (".".join(parts[:i]) for i in range(1, len(parts)))
         return any(

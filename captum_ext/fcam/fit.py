@@ -90,10 +90,10 @@ def fit_fcam(
             crops are cropped out of them, so `data` must give the same pictures each time. During
             the training all maps are in memory, at the guide's own resolution. None explains each
             crop instead.
-        checkpoints: a folder that each epoch is stored in. A run that was killed goes on from the
+        checkpoints: a folder that each epoch is stored in. A run that was killed resumes from the
             last epoch, and arrives at the same weights as without the interruption. A finished run
-            may go on to more epochs. Of the settings, only those of `trainer` may change. (The
-            state of a `generator` of the guide is not stored.) None stores nothing.
+            can be extended by more epochs. Of the settings, only those of `trainer` may change. The
+            state of a `generator` of the guide is not stored. None stores nothing.
         validation: pictures with boxes: a data set of this package, or any other whose entry i is
             (picture, label, boxes), with boxes (n, 4) in the picture's own pixels, (x1, y1, x2,
             y2). Pictures are resized to `size` as a whole. They select the epoch with the best

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_ext._checks import check_size
+from captum_ext._checks import check_positive
 from captum_ext._engine.precision import full_precision
 from captum_ext._errors import ArgumentError
 from captum_ext.fcam.seeding import IGNORED
@@ -127,7 +127,7 @@ class SizeLoss(nn.Module):
     def __init__(self, t: float = 1.0, growth: float = 1.01, t_max: float = 10.0) -> None:
         super().__init__()
         for name, value in (("t", t), ("growth", growth), ("t_max", t_max)):
-            check_size(name, value, positive=True)
+            check_positive(name, value)
         if t_max < t:
             raise ArgumentError(f"`t_max` must be at least `t`, got {t_max} and {t}.", "t_max")
         self.start, self.growth, self.t_max = t, growth, t_max

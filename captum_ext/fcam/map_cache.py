@@ -37,7 +37,7 @@ def cached_maps(
 ) -> Tensor:
     """The guide's maps of all whole pictures, (n, 1, h, w) in float16, from files or into them.
 
-    Each file has `MAPS_IN_FILE` maps, so that a run that was killed goes on from the last file, and
+    Each file has `MAPS_IN_FILE` maps, so that a run that was killed resumes from the last file, and
     several processes may store the same maps at once.
 
     Args:

@@ -9,7 +9,7 @@ from captum.attr import Attribution
 from torch import Generator, Tensor
 from torch.nn import Module
 
-from captum_ext._checks import check_size
+from captum_ext._checks import check_non_negative, check_positive
 from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module, parameter_dtype
@@ -34,24 +34,24 @@ class FCAMModule(DecoderModule):
     (Eq. 3 of F-CAM, for a frozen classifier) with the decoder's softmax S, the partial
     cross-entropy at the seeds, the CRF loss of the foreground S_1 and the size loss.
 
-    A training step crops and mirrors the pictures. The guide, which is the teacher, explains the
-    label of each crop; or its stored map is cropped and mirrored likewise. Seeds are drawn from
-    that map, and the decoder learns from them. The classifier does not learn, and is in eval mode
-    during the step. All random numbers of a step, torch's global ones included, depend only on the
-    seed, the epoch, the number of the batch and that of the process.
+    A training step crops and mirrors the pictures. The guide (the teacher) explains the label of
+    each crop, or the stored map of the picture is cropped and mirrored with it. Seeds are drawn
+    from that map, and the decoder learns from them. The classifier does not learn, and is in eval
+    mode during the step. All random numbers of a step, torch's global ones included, depend only on
+    the seed, the epoch, and the numbers of the batch and the process.
 
-    With validation pictures that have boxes, the decoder is that of the epoch with the best
-    MaxBoxAcc on them (the first of several). They are used for nothing else.
+    If there are validation pictures with boxes, the decoder of the epoch with the best MaxBoxAcc
+    on them is kept (of equally good epochs, the first). They have no other use.
 
     The classifier and the guide are not submodules, so no checkpoint contains them.
 
     Args:
         classifier: the frozen module.
-        decoder: a decoder that was made for it; see `FCAMDecoder.reading`.
+        decoder: a decoder for this classifier; see `FCAMDecoder.reading`.
         guide: any Captum attribution of this classifier that gives maps.
         size: (H, W) of the crops.
-        normalize: (mean, std) of each channel, as the classifier expects pictures; of one channel
-            for models of grey pictures. ImageNet's.
+        normalize: (mean, std) of each channel, by which pictures become the classifier's inputs; of
+            one channel for models of grey pictures. ImageNet's.
         flip: whether to mirror crops, with probability 1/2. True.
         seeds: the sampler of seeds. None is `SeedSampler()`.
         crf: a loss of the foreground (N, 1, H, W) and the pictures in 0 to 255. None leaves this
@@ -59,7 +59,7 @@ class FCAMModule(DecoderModule):
             they identify its settings in a checkpoint.
         crf_weight: the weight of `crf`. 50.
         size_weight: the weight of the size loss. 0.1 (official code). 0 leaves this term out.
-        warmup: number of first epochs without `crf`. 1: from the start, it may collapse the maps
+        warmup: number of epochs at the start without `crf`. 1, since `crf` may collapse the maps
             before the seeds are learned.
         lr: learning rate of SGD with Nesterov's momentum 0.9 and weight decay 1e-4 (official code).
             0.01.
@@ -71,7 +71,7 @@ class FCAMModule(DecoderModule):
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a number is out of range, or `guide` is of another model.
+        ValueError: a number is out of range, or `guide` explains another model.
 
     Example:
         >>> from captum.attr import LayerGradCam
@@ -113,9 +113,9 @@ class FCAMModule(DecoderModule):
             ("crf_weight", crf_weight),
             ("size_weight", size_weight),
             ("warmup", warmup),
-            ("lr", lr),
         ):
-            check_size(name, value, positive=name == "lr")
+            check_non_negative(name, value)
+        check_positive("lr", lr)
         if crf is not None and not callable(crf):
             raise ArgumentTypeError(f"`crf` must be a module or None, got {type(crf)}.", "crf")
         if seeds is not None and not isinstance(seeds, SeedSampler):

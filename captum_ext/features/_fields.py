@@ -89,7 +89,7 @@ def effective_boxes(
     num_workers: int,
     show_progress: bool,
 ) -> Tensor:
-    """Effective receptive fields: boxes around the squared gradients of units by their images.
+    """Effective receptive fields: boxes around the squared gradients of units in their images.
 
     Args:
         maps: the layer's maps.

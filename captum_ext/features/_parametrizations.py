@@ -18,7 +18,7 @@ class Pixels:
         return parameters.clone()
 
     def gradient(self, of_images: Tensor) -> Tensor:
-        """The gradient by the parameters, from the gradient by the images."""
+        """The gradient with respect to the parameters, from the one with respect to the images."""
         return of_images
 
 
@@ -56,7 +56,7 @@ class Fourier:
         return images
 
     def gradient(self, of_images: Tensor) -> Tensor:
-        """The gradient by the parameters, from the gradient by the images."""
+        """The gradient with respect to the parameters, from the one with respect to the images."""
         zeros = torch.zeros_like(self.encode(of_images)).requires_grad_()
         (gradient,) = torch.autograd.grad(self.decode(zeros), zeros, of_images)
         return gradient

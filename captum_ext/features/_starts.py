@@ -40,7 +40,7 @@ def start_images(start: Any, target: Any, module: Module | None) -> tuple[Tensor
         repeats = n_targets if len(start) == 1 else 1
         images = start.detach().repeat(max(repeats, 1), *[1] * (start.dim() - 1))
     else:
-        shape = _shape(start)
+        shape = _checked_shape(start)
         dtype = torch.float32 if weight is None else weight.dtype
         device = None if weight is None else weight.device
         images = torch.zeros(max(n_targets, 1), *shape, dtype=dtype, device=device)
@@ -74,7 +74,7 @@ class SharedRandom:
         return int(torch.randint(2**62, (1,), **self.options).item())
 
 
-def _shape(start: Any) -> tuple[int, ...]:
+def _checked_shape(start: Any) -> tuple[int, ...]:
     shape = tuple(start) if isinstance(start, Sequence) and not isinstance(start, str) else ()
     are_sizes = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
     if not are_sizes or not 2 <= len(shape) <= 4:

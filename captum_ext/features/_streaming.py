@@ -98,7 +98,7 @@ def stream_pictures(
         unread += indices[~is_read].tolist()
         if bool(is_read.any()):
             images = maps.images(pixels[is_read].to(maps.device) / 255)
-            activations = maps.of_full_pass(images)
+            activations = maps.run_full_pass(images)
             if units is not None:
                 channels = torch.tensor(units, device=activations.device)
                 activations = activations.index_select(1, channels)

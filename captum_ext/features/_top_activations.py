@@ -116,8 +116,8 @@ class TopActivations:
         """
         if (self.n, self.per_image) != (other.n, other.per_image):
             raise ArgumentError(
-                f"`other` keeps {other.n}, {other.per_image} of an image, but this collector "
-                f"{self.n}, {self.per_image} of an image.",
+                f"`other` keeps {other.n} activations, {other.per_image} of an image; this "
+                f"collector keeps {self.n}, {self.per_image} of an image.",
                 "other",
             )
         if other.grid is not None:
@@ -128,7 +128,7 @@ class TopActivations:
     def _check_like(self, grid: tuple[int, int], channels: int) -> None:
         if self.grid is not None and (self.grid, len(self._values)) != (grid, channels):
             raise ValueError(
-                f"The activations have {channels} channels of {grid}, but those before had "
+                f"The activations have {channels} channels of {grid}, but earlier ones had "
                 f"{len(self._values)} of {self.grid}."
             )
         self.grid = grid

@@ -22,7 +22,7 @@ from captum_ext._errors import ArgumentError
 
 
 class UnitScores(ExampleArguments):
-    """The score S of each image (B, C, *spatial), and its gradient by the images.
+    """The score S of each image (B, C, *spatial), and its gradient with respect to them.
 
     Args:
         forward_func: the model.
@@ -58,7 +58,7 @@ class UnitScores(ExampleArguments):
             for t in self.target:
                 assert isinstance(t, tuple), f"Target element type {type(t)} in list is not valid."
 
-    def of_full_pass(self, images: Tensor) -> Tensor:
+    def run_full_pass(self, images: Tensor) -> Tensor:
         """The scores (B,), without a graph, from a pass through the whole model.
 
         Raises:
@@ -86,7 +86,7 @@ class UnitScores(ExampleArguments):
         return self._check_count(output.flatten())
 
     def with_gradient(self, images: Tensor, transform: Any) -> tuple[Tensor, Tensor]:
-        """The scores of the transformed images, and their gradient by the images before it."""
+        """The scores of the transformed images, and the gradient with respect to `images`."""
         leaf = images.detach().requires_grad_()
         score = self(transform(leaf))
         return score.detach(), gradient_of_sum(score, leaf, self.dtype)

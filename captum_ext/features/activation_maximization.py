@@ -10,7 +10,14 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import Module
 
-from captum_ext._checks import check_choice, check_count, check_generator, check_size, warn
+from captum_ext._checks import (
+    check_choice,
+    check_count,
+    check_generator,
+    check_non_negative,
+    check_positive,
+    warn,
+)
 from captum_ext._compat import TargetType, with_progress
 from captum_ext._data.pixels import mean_and_std
 from captum_ext._engine.modules import Forward, find_module, module_name, root_module
@@ -249,9 +256,9 @@ class ActivationMaximization:
             if count != 0 or isinstance(count, bool):
                 check_count(name, count)
         for name, value in (("lr", lr), ("blur_sigma", blur_sigma)):
-            check_size(name, value, positive=True)
+            check_positive(name, value)
         for name, value in (("l2", l2), ("tv", tv), ("noise", noise)):
-            check_size(name, value)
+            check_non_negative(name, value)
         check_choice("parametrization", parametrization, PARAMETRIZATIONS)
         if not callable(optimizer):
             check_choice("optimizer", optimizer, OPTIMIZERS)
@@ -326,7 +333,7 @@ class _Objective:
 
     def evaluate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and objectives, (B,) each, from a full pass."""
-        scores = self.scores.of_full_pass(images)
+        scores = self.scores.run_full_pass(images)
         return scores, scores - self.penalties(images)
 
     def with_gradient(self, images: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
@@ -385,8 +392,8 @@ def _warn_if_not_increased(is_worse: Tensor) -> None:
     if worse:
         warn(
             f"The objective of {len(worse)} of {len(is_worse)} images did not increase (the first "
-            f"is {worse[0]}). A smaller `lr`, `l2` or `tv` or more `n_steps` may help, and `noise` "
-            f"where the start itself has no gradient, as zeros in a network without biases."
+            f"is {worse[0]}). A smaller `lr`, `l2` or `tv` or more `n_steps` may help. If the "
+            f"gradient is 0 at the start (zeros, in a network without biases), pass `noise`."
         )
 
 

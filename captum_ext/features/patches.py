@@ -96,7 +96,7 @@ def maximally_activating_patches(
         shard: (i, k) takes the pictures i, i + k, i + 2 k, ... only, for one of k processes. The
             result's `merge` joins the results of all.
         checkpoint: a file that is written during the pass and at its end. A run that was killed
-            goes on from it, to the same result. None writes nothing.
+            resumes from it, with the same result. None writes nothing.
         checkpoint_every: the number of pictures from one writing of the file to the next. 1000.
         show_progress: whether to draw a progress bar.
 
@@ -156,7 +156,7 @@ def maximally_activating_patches(
     loading = (batch_size, num_workers, show_progress)
     with preserve_state(forward_func):
         blank = maps.images(torch.zeros(1, 3, *pictures.size, device=maps.device))
-        n_channels = maps.of_full_pass(blank).shape[1]
+        n_channels = maps.run_full_pass(blank).shape[1]
         channels_of_rows = _channels_of_rows(channels, n_channels, maps.name)
         field, reason = (None, None) if receptive_field == "image" else _field(maps, blank)
         top, unread = stream_pictures(

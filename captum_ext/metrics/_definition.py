@@ -13,7 +13,7 @@ def as_column(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Definition:
+class MetricDefinition:
     """A metric that is the mean of numbers of single images.
 
     Each definition enters itself in `DEFINITIONS`, where `evaluate` finds it.
@@ -41,4 +41,4 @@ class Definition:
         DEFINITIONS[self.name] = self
 
 
-DEFINITIONS: dict[str, Definition] = {}
+DEFINITIONS: dict[str, MetricDefinition] = {}

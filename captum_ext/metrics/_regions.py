@@ -95,7 +95,7 @@ def greatest_regions(start: Array, stop: Array, *keys: Array) -> Array:
 
 
 def outlined_areas(levels: Array, regions: RegionTree) -> Array:
-    """The area within each region's outline, or less where that cannot make it the largest.
+    """The area within each region's outline; less for a region that cannot be the largest anyway.
 
     The area of a region without a hole is its own. That of a region with holes is between its own
     and its box's. Holes are filled only where more than one region of a mask may be the largest.

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_ext._checks import check_count, check_range, check_size, warn
+from captum_ext._checks import check_count, check_positive, check_range, warn
 from captum_ext._engine.precision import full_precision
 from captum_ext.metrics._inputs import (
     check_boxes,
@@ -215,7 +215,7 @@ def center_gaussian(
         raise ValueError(f"`size` must be (H, W), got {size}.")
     for side in size:
         check_count("size", side)
-    check_size("sigma", sigma, positive=True)
+    check_positive("sigma", sigma)
     y, x = (
         torch.exp(-(((torch.arange(n, dtype=torch.float64) + 0.5) / n - 0.5) ** 2) / (2 * sigma**2))
         for n in size
@@ -274,11 +274,11 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
         tensor([[1, 0, 3, 1]])
     """
     masks = checked_masks(masks)
-    (x1, x2), (y1, y2) = _ends(masks.any(1)), _ends(masks.any(2))
+    (x1, x2), (y1, y2) = _start_and_stop(masks.any(1)), _start_and_stop(masks.any(2))
     return torch.stack((x1, y1, x2, y2), 1)
 
 
-def _ends(occupied: Tensor) -> tuple[Tensor, Tensor]:
+def _start_and_stop(occupied: Tensor) -> tuple[Tensor, Tensor]:
     """Start and stop of the true entries in each row of (B, n); 0 and 0 for a row without any."""
     entries = occupied.int()
     stop = entries.shape[1] - entries.flip(1).argmax(1)

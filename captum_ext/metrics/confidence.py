@@ -10,7 +10,7 @@ from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._errors import ArgumentError
 from captum_ext.infill import Baselines
-from captum_ext.metrics._definition import Definition, as_column
+from captum_ext.metrics._definition import MetricDefinition, as_column
 from captum_ext.metrics._scorer import PerturbationScorer, ScoringOptions, with_scoring_options
 
 __all__ = ["average_drop", "increase_in_confidence"]
@@ -136,7 +136,7 @@ def _column_of(result: Any, are_bool: bool) -> Tensor:
     return as_column(result)
 
 
-AVERAGE_DROP = Definition(
+AVERAGE_DROP = MetricDefinition(
     "average_drop",
     average_drop,
     "model",
@@ -144,7 +144,7 @@ AVERAGE_DROP = Definition(
     higher_is_better=False,
     values=partial(_column_of, are_bool=False),
 )
-INCREASE = Definition(
+INCREASE = MetricDefinition(
     "increase_in_confidence",
     increase_in_confidence,
     "model",

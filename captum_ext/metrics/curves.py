@@ -11,7 +11,7 @@ from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._errors import ArgumentError
 from captum_ext._repr import fields_repr
 from captum_ext.infill import Baselines
-from captum_ext.metrics._definition import Definition, as_column
+from captum_ext.metrics._definition import MetricDefinition, as_column
 from captum_ext.metrics._scorer import PerturbationScorer, ScoringOptions, with_scoring_options
 
 __all__ = ["Curve", "OverallScore", "deletion", "insertion", "overall_score"]
@@ -98,7 +98,7 @@ def insertion(
         attributions: (B, C, H, W) or (B, H, W); see `captum_ext.metrics`.
         target: as in Captum; one for each image. The literature takes the model's first answer.
         additional_forward_args: as in Captum. Tensors with an entry for each image follow their
-            image; the others are handed on unchanged.
+            image; the others are passed on unchanged.
         baselines: the infill of pixels that are not inserted yet: "blur" (10 pixels for 224), a
             number, a tensor, "mean", "zeros", "local", "noise", or a callable; see
             `captum_ext.infill.Infill`.
@@ -295,8 +295,10 @@ def _columns_of_overall(result: Any) -> Tensor:
     return torch.stack((result.score, result.insertion.auc, result.deletion.auc), 1)
 
 
-INSERTION = Definition("insertion", insertion, "model", "Insertion", values=_column_of_aucs)
-DELETION = Definition(
+INSERTION = MetricDefinition("insertion", insertion, "model", "Insertion", values=_column_of_aucs)
+DELETION = MetricDefinition(
     "deletion", deletion, "model", "Deletion", higher_is_better=False, values=_column_of_aucs
 )
-OVERALL = Definition("overall_score", overall_score, "model", "Overall", values=_columns_of_overall)
+OVERALL = MetricDefinition(
+    "overall_score", overall_score, "model", "Overall", values=_columns_of_overall
+)

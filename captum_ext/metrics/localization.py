@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_ext._checks import check_choice, check_size
+from captum_ext._checks import check_choice, check_non_negative
 from captum_ext._errors import ArgumentError
-from captum_ext.metrics._definition import Definition
+from captum_ext.metrics._definition import MetricDefinition
 from captum_ext.metrics._inputs import checked_maps, checked_masks
 
 __all__ = ["energy_pointing_game", "pointing_game"]
@@ -125,13 +125,13 @@ def _maps_and_masks(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
 
 
 def _check_tolerance(tolerance: float) -> None:
-    check_size("tolerance", tolerance)
+    check_non_negative("tolerance", tolerance)
 
 
-POINTING_GAME = Definition(
+POINTING_GAME = MetricDefinition(
     "pointing_game", pointing_game, "region", "PointingGame", check=_check_tolerance
 )
-ENERGY = Definition("energy", energy_pointing_game, "region", "EnergyPointingGame")
+ENERGY = MetricDefinition("energy", energy_pointing_game, "region", "EnergyPointingGame")
 
 
 # --- means over examples -------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class RegionOptions:
             )
         if n is not None and (isinstance(n, bool) or not hasattr(n, "__index__") or n < 1):
             raise ArgumentError(
-                f"`num_classes` must be positive, a whole number, got {n!r}.", "num_classes"
+                f"`num_classes` must be an integer of at least 1, got {n!r}.", "num_classes"
             )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import check_choice
-from captum_ext.metrics._definition import Definition
+from captum_ext.metrics._definition import MetricDefinition
 from captum_ext.metrics._inputs import checked_maps, checked_masks
 
 __all__ = ["mask_iou", "total_variation"]
@@ -89,6 +89,6 @@ def _check_norm(norm: str) -> None:
     check_choice("norm", norm, NORMS)
 
 
-TOTAL_VARIATION = Definition(
+TOTAL_VARIATION = MetricDefinition(
     "total_variation", total_variation, "map", higher_is_better=False, check=_check_norm
 )

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from captum_ext._checks import check_size, is_finite
+from captum_ext._checks import check_non_negative, is_finite
 from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
 from captum_ext._errors import ArgumentError
 from captum_ext._repr import fields_repr
 from captum_ext.infill import Infill
-from captum_ext.metrics._definition import Definition
+from captum_ext.metrics._definition import MetricDefinition
 from captum_ext.metrics._scorer import (
     SEED,
     PerturbationScorer,
@@ -116,7 +116,7 @@ def road(
         >>> result.morf, result.lerf, result.score  # 8 becomes 6, and 0 becomes 2
         (tensor([[18.]]), tensor([[22.]]), tensor([2.]))
     """
-    check_size("noise", noise)
+    check_non_negative("noise", noise)
     if not len(percentiles) or not all(is_finite(p) and 0 < p < 100 for p in percentiles):
         raise ArgumentError(
             f"`percentiles` must be numbers above 0 and below 100, got {tuple(percentiles)}.",
@@ -147,7 +147,7 @@ def _columns_of_road(result: Any) -> Tensor:
     return torch.stack((result.score, result.morf.mean(1), result.lerf.mean(1)), 1)
 
 
-ROAD = Definition("road", road, "model", "Road", values=_columns_of_road)
+ROAD = MetricDefinition("road", road, "model", "Road", values=_columns_of_road)
 
 
 # --- imputation ----------------------------------------------------------------------------------

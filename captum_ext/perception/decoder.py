@@ -36,10 +36,10 @@ class PerceptionDecoder(nn.Module):
         channels: the channels of the latents.
         stride: the side of one cell of the latents in pixels, a power of two.
         widths: the channels of each block, from the latents on. None takes those of the paper,
-            (512, 512, 256, 128, 64), which are for a stride of 32: the last ones for fewer blocks,
-            with more of 512 in front for more blocks.
+            (512, 512, 256, 128, 64), which are for a stride of 32 and five blocks. Fewer blocks
+            take the last ones; more blocks repeat the first.
         convolutions: the number of convolutions in each block. None takes those of the paper,
-            (2, 2, 2, 1, 1), likewise.
+            (2, 2, 2, 1, 1), cut or extended in the same way.
         colors: the channels of the pictures, 3, or 1 for grey pictures.
 
     Raises:
@@ -230,8 +230,11 @@ def _per_block(
     return numbers
 
 
-def _block(inputs: int, width: int, convolutions: int) -> nn.Sequential:
-    layers: list[Module] = [nn.ConvTranspose2d(inputs, width, 2, stride=2), nn.BatchNorm2d(width)]
+def _block(in_channels: int, width: int, convolutions: int) -> nn.Sequential:
+    layers: list[Module] = [
+        nn.ConvTranspose2d(in_channels, width, 2, stride=2),
+        nn.BatchNorm2d(width),
+    ]
     for _ in range(convolutions):
         layers += [nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers)

@@ -119,7 +119,7 @@ def channels_and_stride(encoder: LayerEncoder, images: Tensor) -> tuple[int, int
 
 
 def stride_fits(side: int, cells: int, stride: int) -> bool:
-    """Whether that many cells of a stride make a picture's side, rounded, or but for a quarter.
+    """Return whether cells x stride is a picture's side, up to rounding or a quarter of the side.
 
     The quarter is for layers without padding, which have fewer cells: AlexNet has 6 cells for 224
     pixels at a stride of 32.

@@ -41,7 +41,7 @@ def structural_similarity(pictures: Tensor, others: Tensor) -> Tensor:
     """
     if pictures.shape != others.shape or pictures.dim() != 4 or min(pictures.shape[2:]) < WINDOW:
         raise ArgumentError(
-            f"`pictures` must be two of (N, C, H, W), at least {WINDOW} x {WINDOW}, got "
+            f"`pictures` and `others` must both be (N, C, H, W), at least {WINDOW} x {WINDOW}, got "
             f"{tuple(pictures.shape)} and {tuple(others.shape)}.",
             "pictures",
         )
@@ -52,7 +52,7 @@ def structural_similarity(pictures: Tensor, others: Tensor) -> Tensor:
 
 
 def deep_similarity(latents: Tensor, others: Tensor) -> Tensor:
-    r"""The distance of latents, which the paper calls deep similarity; 0 is equality.
+    r"""The mean squared distance of latents, called deep similarity in the paper.
 
     .. math:: d = \overline{(E(\hat x) - E(x))^2}
 
@@ -63,7 +63,7 @@ def deep_similarity(latents: Tensor, others: Tensor) -> Tensor:
         others: E of the reconstruction, of the same shape.
 
     Returns:
-        (N,), in float32 or float64.
+        (N,), in float32 or float64. 0 is equality.
 
     Raises:
         RuntimeError: the shapes do not broadcast.
@@ -84,7 +84,7 @@ def perception_loss(
     latents_of_reconstructions: Tensor,
     weights: tuple[float, float, float] = (0.2, 0.4, 0.4),
 ) -> dict[str, Tensor]:
-    r"""The weighted parts of the decoder's loss, which is their sum.
+    r"""The decoder's loss, as its weighted parts.
 
     .. math::
         L = a \, \overline{(x - \hat x)^2} + b \, \overline{(E(\hat x) - E(x))^2}
@@ -102,7 +102,8 @@ def perception_loss(
             has (0.4, 0, 0.6), which leaves the latents out.
 
     Returns:
-        Scalars "pixel", "deep" and "ssim", weighted. Parts of weight 0 are left out.
+        Scalars "pixel", "deep" and "ssim", weighted; L is their sum. Parts of weight 0 are left
+        out.
 
     Raises:
         ValueError: with c, the pictures are smaller than 11 x 11, or their shapes differ.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_ext._checks import check_size
+from captum_ext._checks import check_non_negative, check_positive
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import parameter_dtype
@@ -54,13 +54,13 @@ class PerceptionModule(DecoderModule):
         lr: float = 1e-4,
     ) -> None:
         super().__init__(encoder.root, decoder)
-        check_size("lr", lr, positive=True)
+        check_positive("lr", lr)
         if len(weights) != 3 or not any(weights):
             raise ArgumentError(
                 f"`weights` must be three numbers, not all 0, got {weights!r}.", "weights"
             )
         for weight in weights:
-            check_size("weights", weight)
+            check_non_negative("weights", weight)
         self.encoder, self.lr = encoder, lr
         self.weights = (weights[0], weights[1], weights[2])
 
@@ -137,10 +137,11 @@ def fit_perception(
         batch_size: pictures in a step, on each device. 64 (authors).
         widths: channels of the decoder's blocks; see `PerceptionDecoder`.
         convolutions: convolutions of the decoder's blocks; see `PerceptionDecoder`.
-        checkpoints: a folder that each epoch is stored in. A run that was killed goes on from the
+        checkpoints: a folder that each epoch is stored in. A run that was killed resumes from the
             last epoch, and arrives at the same weights as without the interruption if `data` gives
-            the same pictures each time, without random changes. A finished run may go on to more
-            epochs. Of the settings, only those of `trainer` may change. None stores nothing.
+            the same pictures each time, without random changes. A finished run can be extended
+            by more epochs. Of the settings, only those of `trainer` may change. None stores
+            nothing.
         seed: the seed of all random numbers. 0. Global random state stays as it was.
         num_workers: processes that read pictures. 0. Use 0 with several devices if a run that was
             killed must arrive at the same weights: workers read ahead, so that its first epoch

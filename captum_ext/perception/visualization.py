@@ -7,7 +7,7 @@ from captum.attr import Attribution
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._checks import check_choice, check_images, check_range, check_size
+from captum_ext._checks import check_choice, check_images, check_positive, check_range
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
@@ -120,7 +120,7 @@ class PerceptionVisualization:
             decoder.check_encoder(encoder)
         check_choice("scale", scale, SCALES)
         check_range("threshold", threshold, 0, 1)
-        check_size("gamma", gamma, positive=True)
+        check_positive("gamma", gamma)
         check_range("background", background, 0, 1)
         self.attribution, self.encoder, self.decoder = attribution, encoder, decoder
         self.scale, self.threshold, self.gamma = scale, threshold, gamma

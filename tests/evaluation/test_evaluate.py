@@ -816,7 +816,7 @@ def test_a_failing_method_does_not_affect_another(function, message, tmp_path):
     assert not result.differences["good"]
     assert result.figure().axes
     assert "| bad |" in result.markdown()
-    with pytest.raises(RuntimeError, match=r"Not one of 7 rows.*first reason"):
+    with pytest.raises(RuntimeError, match=r"All 7 rows failed.*first reason"):
         evaluate({"bad": methods["bad"]}, Boxes(), CHEAP, output=tmp_path / "x", **QUIET)
 
 
@@ -902,7 +902,7 @@ def test_metrics_without_ground_truth_are_left_out_with_a_warning(tmp_path):
     assert list(result.figures["a"]) == ["deletion"]
     options = QUIET | {"normalize": IMAGENET_MEAN_STD, "output": tmp_path / "b"}
     normalised = [(image - 0.5, target, [0, 0, 4, 4]) for image, target in data]
-    with pytest.raises(RuntimeError, match=r"Not one of 3 rows.*floats must be in \[0, 1\]"):
+    with pytest.raises(RuntimeError, match=r"All 3 rows failed.*floats must be in \[0, 1\]"):
         evaluate({"a": FixedMap(tiny_net())}, normalised, **options)
 
 

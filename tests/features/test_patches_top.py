@@ -177,8 +177,8 @@ def test_activations_that_are_not_finite_are_refused(value: float) -> None:
         (torch.rand(2, 3, 4, 4), torch.tensor([0.0, 1.0]), "`indices` must be int64 and (2,)"),
         (torch.rand(2, 3, 4, 4), torch.tensor([1, 1]), "`indices` must differ"),
         (torch.rand(2, 3, 4, 4), torch.tensor([1, -1]), "`indices` must differ and be 0 or more"),
-        (torch.rand(2, 4, 4, 4), torch.arange(2), "have 4 channels of (4, 4), but those before"),
-        (torch.rand(2, 3, 4, 5), torch.arange(2), "of (4, 5), but those before had 3 of (4, 4)"),
+        (torch.rand(2, 4, 4, 4), torch.arange(2), "have 4 channels of (4, 4), but earlier ones"),
+        (torch.rand(2, 3, 4, 5), torch.arange(2), "of (4, 5), but earlier ones had 3 of (4, 4)"),
     ],
 )
 def test_invalid_activations_and_indices_are_refused(
@@ -195,7 +195,7 @@ def test_invalid_collectors_and_merges_are_refused() -> None:
             TopActivations(**options)
     top = fed(torch.rand(2, 3, 4, 4), n=3)
     with pytest.raises(
-        ValueError, match="keeps 4, 1 of an image, but this collector 3, 1 of an image"
+        ValueError, match="keeps 4 activations, 1 of an image; this collector keeps 3, 1"
     ):
         top.merge(TopActivations(4))
     with pytest.raises(ValueError, match="3 channels of \\(4, 5\\)"):

@@ -313,9 +313,9 @@ def test_wrong_arguments_of_the_classes_are_named() -> None:
         PointingGame(average="mean")
     with pytest.raises(ValueError, match="`num_classes` must be given"):
         EnergyPointingGame(average="macro")
-    with pytest.raises(ValueError, match="`num_classes` must be positive"):
+    with pytest.raises(ValueError, match="`num_classes` must be an integer of at least 1"):
         EnergyPointingGame(num_classes=0)
-    with pytest.raises(ValueError, match=r"`num_classes` must be positive, a whole .*got 2\.5"):
+    with pytest.raises(ValueError, match=r"`num_classes` must be an integer .*got 2\.5"):
         PointingGame(num_classes=2.5, average="macro")  # type: ignore[arg-type]
     attributions, masks, target, difficult = labelled_examples()
     metric = PointingGame(num_classes=3)

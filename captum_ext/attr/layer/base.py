@@ -134,7 +134,7 @@ class BaseLayerCam(MethodInfo, LayerAttribution, Generic[LayerOrList]):
     ) -> tuple[list[Tensors], list[Tensors]]:
         """The layers' activations and the gradients of the target's score there, as maps."""
         capture = LayerCapture(self.forward_func, self.layers, **self._capture_options(at_input))
-        activations, gradients = capture.gradients(
+        activations, gradients = capture.activations_and_gradients(
             inputs, target, additional_forward_args, grad_kwargs
         )
         capture.check_channels(inputs, additional_forward_args)
@@ -188,7 +188,7 @@ class BaseGradientCam(BaseLayerCam[LayerOrList], GradientAttribution, ABC):
 
         Args:
             activations: A, (B, C, *spatial), float32 or better.
-            gradients: dS/dA of the target's score S, likewise.
+            gradients: dS/dA of the target's score S, in the same shape and dtype.
 
         Returns:
             A tensor that broadcasts with the activations: (B, C, 1, ...) or one weight a cell.

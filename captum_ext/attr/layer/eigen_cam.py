@@ -27,10 +27,9 @@ class LayerEigenCam(BaseLayerCam[LayerOrList]):
 
     .. math:: L = A v_1 = \sigma_1 u_1
 
-    The map does not depend on the class. A classifier needs a `target` all the same, which is
-    checked as in every method. The sign of a singular vector is arbitrary: here the map correlates
-    with the mean activation, so that activations that are nowhere negative give a map that is
-    nowhere negative.
+    The map does not depend on the class. A classifier still needs a `target`, which is checked as
+    in every method. The sign of a singular vector is arbitrary. Here it is chosen so that the map
+    correlates with the mean activation; non-negative activations then give a non-negative map.
 
     Args:
         forward_func: the model.
@@ -89,14 +88,14 @@ class LayerEigenCam(BaseLayerCam[LayerOrList]):
         mean_activation = a.mean(2, keepdim=True)
         if self.center:
             a = a - a.mean(1, keepdim=True)
-        cam = _first_component(a)
+        cam = _project_on_first_component(a)
         sign = torch.where((cam * mean_activation).sum(1, keepdim=True) < 0, -1, 1)
         cam = torch.mul(sign, cam).reshape(len(a), 1, *activation.shape[2:])
         return (F.relu(cam) if relu else cam).to(activation.dtype)
 
 
-def _first_component(a: Tensor) -> Tensor:
-    """A v_1 for matrices (B, n, m), from the smaller of the two Gram matrices."""
+def _project_on_first_component(a: Tensor) -> Tensor:
+    """A v_1, (B, n, 1), for matrices A (B, n, m), from the smaller of the two Gram matrices."""
     if a.shape[1] <= a.shape[2]:
         values, vectors = torch.linalg.eigh(a @ a.mT)
         length = values[:, -1:, None].clamp_min(0).sqrt()

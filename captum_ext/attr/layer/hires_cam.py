@@ -13,7 +13,7 @@ class LayerHiResCam(BaseGradientCam[LayerOrList]):
     .. math:: L(x) = \sum_k g_k(x) A_k(x)
 
     It is Captum's `LayerGradientXActivation`, summed over the channels. On a network that ends in
-    one linear layer, the map adds up to the score but for the bias.
+    one linear layer, the map sums to the score without the bias.
 
     Arguments are those of `captum.attr.LayerGradCam`, and `reshape_transform` (see `BaseLayerCam`).
 

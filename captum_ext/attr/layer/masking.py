@@ -104,8 +104,8 @@ def check_perturbable(inputs: Tensors, activation: Tensor) -> None:
     if not any(_is_maskable(x, activation) for x in inputs):
         raise ValueError(
             f"`layer` has the shape {tuple(activation.shape)} and the inputs are "
-            f"{[(tuple(x.shape), x.dtype) for x in inputs]}: the activations of a layer can mask "
-            f"only an input of floats with as many spatial dimensions."
+            f"{[(tuple(x.shape), x.dtype) for x in inputs]}: the activations of a layer "
+            f"can mask only an input of floats with the same number of spatial dimensions."
         )
 
 

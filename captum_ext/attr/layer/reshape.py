@@ -49,7 +49,7 @@ def tokens_to_grid(
 
 
 def channels_last_to_first(activations: Tensor) -> Tensor:
-    """Move the channels from the last dimension to dimension 1, for Swin and the like.
+    """Move the channels from the last dimension to dimension 1, for Swin and similar models.
 
     (B, h, w, C) becomes (B, C, h, w).
 

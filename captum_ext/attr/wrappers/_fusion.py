@@ -14,7 +14,7 @@ from captum_ext.imaging import resize
 
 
 def canvas_key(pool: str, fusion: str) -> Callable[[Window], tuple[Any, ...]]:
-    """A function of a window that is equal for windows whose maps share a canvas.
+    """Return a function that maps a window to a key; windows with one key share a canvas.
 
     Resizing and adding commute. So where maps are only added, a canvas holds a whole scale. Where
     each resized map is compared (with theta, or with the other maps), it holds one colour of a

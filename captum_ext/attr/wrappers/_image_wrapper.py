@@ -1,7 +1,7 @@
-"""The base class of the wrappers that explain views of an image and put their maps together.
+"""The base class of the wrappers that explain views of an image and merge their maps.
 
 `ImageWrapper` calls the wrapped method on pictures that were cropped or warped from the inputs, and
-reduces each result to one map. Its subclasses make the pictures and put the maps together.
+reduces each result to one map. Its subclasses make the pictures and merge the maps.
 """
 
 import inspect
@@ -78,7 +78,7 @@ class ImageWrapper(BaseWrapper):
 
     @property
     def returns_maps(self) -> bool:
-        """Whether the result is one map, repeated over the channels."""
+        """True if the result is one map, repeated over the channels."""
         return True
 
     def has_convergence_delta(self) -> bool:
@@ -94,7 +94,7 @@ class ImageWrapper(BaseWrapper):
 
     @property
     def _method_returns_maps(self) -> bool:
-        """Whether the wrapped method's channels are those of a map, not of the input."""
+        """True if the wrapped method gives the channels of a map, and not those of the input."""
         return any(
             isinstance(m, LayerAttribution) or (isinstance(m, ImageWrapper) and m.returns_maps)
             for m in chain(self._method)
@@ -198,7 +198,7 @@ class ImageWrapper(BaseWrapper):
         return self._one_channel(self._checked_result(result, pictures), pictures)
 
     def _checked_result(self, result: Any, pictures: Tensor) -> Tensor:
-        """What the wrapped method gave, as one finite tensor (n, C', h', w')."""
+        """Check the result of the wrapped method; return it as one tensor (n, C', h', w')."""
         while isinstance(result, tuple | list) and len(result) == 1:
             result = result[0]
         name = type(self.attribution_method).__name__

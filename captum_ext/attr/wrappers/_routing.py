@@ -26,13 +26,13 @@ _DRAW_BASELINES = (GradientShap, DeepLiftShap, LayerGradientShap, LayerDeepLiftS
 
 
 class ArgumentRouter(Generic[View]):
-    """The arguments of an attribution method, each of which follows its image into views of it.
+    """The arguments of an attribution method, which follow each image into its views.
 
     A view is a window or a warped copy. Targets, and tensors with one entry for each example, are
     indexed by example. `baselines`, a `feature_mask`, and tensors of three or four dimensions in
-    `additional_forward_args` that have the images' height and width, are cropped or warped as the
-    images are: masks and other tensors without floats by nearest neighbour. The features of a mask
-    are renumbered in each view, from 0 and without gaps. Everything else is handed on unchanged.
+    `additional_forward_args` that have the images' height and width, are cropped or warped with
+    the images, masks and other tensors without floats by nearest neighbour. The features of a mask
+    are renumbered in each view, from 0 and without gaps. Everything else is passed on unchanged.
 
     A method that draws its baselines from a distribution (`GradientShap`) has one distribution for
     each call. Then all pictures of a call must have the same view (`one_view_per_call`).
@@ -133,7 +133,7 @@ class ArgumentRouter(Generic[View]):
         return value
 
     def _has_image_size(self, value: Tensor) -> bool:
-        """Whether `value` is (B or 1, C, H, W) or (B or 1, H, W)."""
+        """Return whether `value` is (B or 1, C, H, W) or (B or 1, H, W)."""
         fits = value.dim() in (3, 4) and len(value) in (1, len(self.images))
         return fits and value.shape[-2:] == self.images.shape[-2:]
 

@@ -19,9 +19,9 @@ from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import options_repr
 from captum_ext.attr._chain import UNSET, drop_unset, with_forward_func
-from captum_ext.attr.wrappers._copies import Fill, MeanOverCopies, SuperResolution, WarpViews
 from captum_ext.attr.wrappers._image_wrapper import SIGNS, ImageWrapper, Offset
 from captum_ext.attr.wrappers._routing import ArgumentRouter, Arguments
+from captum_ext.attr.wrappers._warped_copies import Fill, MeanOverCopies, SuperResolution, WarpViews
 from captum_ext.attr.wrappers.super_resolution import (
     SOLVERS,
     Downsample,
@@ -88,7 +88,7 @@ class AugmentedSR(ImageWrapper):
             0.3 the answers of networks change.
         max_shift: shifts are uniform in +- this fraction of the sides. 0.13; with the preset
             30 / 224.
-        mode: how the maps are put together.
+        mode: how the maps are merged.
 
             - "auto": "sr" where cells are at least 2 x 2 pixels, and "mean" otherwise. The default.
             - "sr": the problem above.
@@ -417,8 +417,8 @@ class AugmentedSR(ImageWrapper):
         pooled = downsample(maps)
         if pooled.shape != (len(maps), 1, *cells) or len(cells) != 2:
             raise ArgumentError(
-                f"`downsample` makes {tuple(cells)} cells of an image, and "
-                f"{tuple(pooled.shape)} of maps of shape {tuple(maps.shape)}."
+                f"`downsample` must turn maps into {tuple(cells)} cells, as it does images, but it "
+                f"turned {tuple(maps.shape)} into {tuple(pooled.shape)}."
             )
         return pooled
 

@@ -9,7 +9,7 @@ from captum.attr import Attribution
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._checks import check_choice, check_count, check_range, check_size, warn
+from captum_ext._checks import check_choice, check_count, check_positive, check_range, warn
 from captum_ext._compat import (
     TargetType,
     TensorOrTupleOfTensors,
@@ -55,8 +55,8 @@ class SESSWrapper(ImageWrapper):
     The images are resized to several scales, a window slides over each, and the model scores every
     window. The wrapped method explains the windows with the best scores. Each map :math:`h_i` in
     [0, 1] is weighted by the score :math:`p_i` of its window and laid back over the image
-    (:math:`R`). All maps are averaged over those that vote for a pixel (equations (1) and (2) of
-    the paper, with a threshold :math:`\theta`):
+    (:math:`R`). At each pixel, the mean is taken over the maps that vote for it (equations (1) and
+    (2) of the paper, with a threshold :math:`\theta`):
 
     .. math::
         f_i = \frac{p_i}{\max_j p_j} h_i, \qquad
@@ -109,8 +109,8 @@ class SESSWrapper(ImageWrapper):
         smooth_sigma: standard deviation of the Gaussian, in pixels.
         antialias: whether images are smoothed where they shrink. False, as in the authors' code.
         align: where a unit of the layer is centred: "cell", in the middle of its cell, the usual
-            assumption; "rf", at the centre of its receptive field (in layer4 of a ResNet 15.5
-            pixels up and left of the cell's, in VGG at the same place); or an offset (y, x) from
+            assumption; "rf", at the centre of its receptive field (15.5 pixels up and left of
+            the cell's centre in layer4 of a ResNet, at the centre in VGG); or an offset (y, x) from
             the cell's centre, in pixels.
         final_norm: whether the result is scaled to [0, 1] (in the paper, not in its code).
         max_patches: the most windows of one image; more are an error. Elongated images have many.
@@ -199,7 +199,7 @@ class SESSWrapper(ImageWrapper):
         check_range("pre_filter_ratio", self.pre_filter_ratio, 0, 1, below=True)
         check_range("theta", self.theta, 0, 1, below=True)
         check_range("percentile", self.percentile, 0, 100)
-        check_size("smooth_sigma", self.smooth_sigma, positive=True)
+        check_positive("smooth_sigma", self.smooth_sigma)
         if self.smooth_kernel % 2 == 0:
             raise ArgumentError(f"`smooth_kernel` must be odd, got {self.smooth_kernel}.")
         has_votes = self.fusion in ("soft", "reference")
@@ -279,8 +279,8 @@ class SESSWrapper(ImageWrapper):
         if empty:
             warn(
                 f"The map of {empty} of {len(images)} images is zero everywhere: no explained "
-                f"window has both a positive score and a map, not flat, with values of the sign "
-                f"{self.sign!r} above `theta`."
+                f"window has a positive score and a map that is not flat and has values of the "
+                f"sign {self.sign!r} above `theta`."
             )
         output = _format_output(isinstance(inputs, tuple), (self._expand_to_inputs(fused, images),))
         return (output, coverage) if return_coverage else output

@@ -108,7 +108,8 @@ class Observation:
 
     Args:
         matrices: (L, 3, 3) from pixels of the image to those of its copies (`euclidean`), or a
-            sequence of such in the order in which they act, one bilinear interpolation each.
+            sequence of such tensors in the order in which they act, each with an interpolation of
+            its own.
         frame: (H, W) of the image, whose pixels are the units of `matrices` and `offset`.
         size: (H, W) of h, which covers the same frame.
         cells: (n, m) of the maps.

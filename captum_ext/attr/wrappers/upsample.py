@@ -90,7 +90,7 @@ class UpsampleWrapper(BaseWrapper):
 
     @property
     def is_plain_resize(self) -> bool:
-        """Whether a map is only resized, bilinearly. Other wrappers do that by themselves."""
+        """True if maps are only resized, bilinearly, which other wrappers do by themselves."""
         plain = (self.mode, self.align_corners, self.normalize) == ("bilinear", False, "none")
         return plain and self.reshape_transform is None
 
@@ -153,7 +153,7 @@ class UpsampleWrapper(BaseWrapper):
         return output if delta is None else (output, delta)
 
     def _has_input_shapes(self, result: Any, is_tuple: bool, inputs: Tensors) -> bool:
-        """Whether the result explains the inputs, rather than a layer that has their size."""
+        """Return whether the result explains the inputs, and not a layer that has their size."""
         return (
             not isinstance(self.attribution_method, LayerAttribution)
             and isinstance(result, tuple if is_tuple else Tensor)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from captum_ext._repr import options_repr
-from captum_ext.metrics._definition import Definition
+from captum_ext.metrics._definition import MetricDefinition
 
 
 class SummedMetric(Metric):
@@ -30,7 +30,7 @@ class SummedMetric(Metric):
         return options_repr(self)
 
     def _add_sums(self, options: Any = "", **zeros: Tensor) -> None:
-        """Add states, and one more whose name tells what they sum.
+        """Add states for the sums, and one more whose name tells their source.
 
         `MetricCollection` updates metrics as one if their states agree in name, shape and, after
         the first batch, value. The extra state is always 0. Its name keeps metrics apart whose sums
@@ -62,7 +62,7 @@ class MeanOverImages(SummedMetric):
         names: the names of the means, if there are several.
     """
 
-    definition: ClassVar[Definition]
+    definition: ClassVar[MetricDefinition]
     names: tuple[str, ...] = ()
 
     total: Tensor

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from captum_ext._repr import options_repr
 from captum_ext.metrics import localization
-from captum_ext.metrics._definition import Definition
+from captum_ext.metrics._definition import MetricDefinition
 from captum_ext.metrics.classes._sums import SummedMetric
 
 __all__ = ["EnergyPointingGame", "PointingGame"]
@@ -17,7 +17,7 @@ __all__ = ["EnergyPointingGame", "PointingGame"]
 class MeanOverRegions(SummedMetric):
     """The means of a score of map and region, over all and over the difficult examples."""
 
-    definition: ClassVar[Definition]
+    definition: ClassVar[MetricDefinition]
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 

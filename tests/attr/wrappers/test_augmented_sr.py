@@ -417,12 +417,12 @@ def test_batches_chunks_and_calls_change_nothing() -> None:
 
 
 def test_solving_image_by_image_changes_nothing(monkeypatch: Any) -> None:
-    from captum_ext.attr.wrappers import _copies
+    from captum_ext.attr.wrappers import _warped_copies
 
     net, x = pooled_net(), torch.rand(3, 3, 16, 20, dtype=D)
     sr = augmented(LayerGradCam(net, net[3]), tolerance=0.01)
     together = sr.attribute(x, return_history=True, target=[1, 3, 0])
-    monkeypatch.setattr(_copies, "_PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(_warped_copies, "_PIXELS_AT_ONCE", 1)
     torch.testing.assert_close(sr.attribute(x, return_history=True, target=[1, 3, 0]), together)
 
 
@@ -718,5 +718,5 @@ def test_wrong_inputs_raise() -> None:
     with pytest.raises(ValueError, match="gave attributions that are not finite"):
         infinite.attribute(x)
     cells = augmented(cell_means(2), downsample=lambda maps: maps[:, :, ::3, ::3])
-    with pytest.raises(ValueError, match="`downsample` makes"):
+    with pytest.raises(ValueError, match="`downsample` must turn maps into"):
         cells.attribute(x)

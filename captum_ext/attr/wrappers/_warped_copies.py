@@ -1,4 +1,4 @@
-"""Warped copies of images, and the maps of such copies put together again."""
+"""Warped copies of images, and the merging of their maps."""
 
 from collections.abc import Sequence
 from typing import Any
