@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from captum_ext._compat import _run_forward
 from captum_ext._engine.modules import Forward
 from captum_ext._repr import fields_repr
-from captum_ext.evaluation.examples import Example
+from captum_ext.evaluation.examples import PreparedExample
 from captum_ext.imaging import min_max
 from captum_ext.metrics import Curve, box_ious, in_top_k, pixel_counts
 from captum_ext.metrics._definition import MetricDefinition
@@ -44,7 +44,7 @@ class ExplainedBatch(NamedTuple):
     images: Tensor
     maps: Tensor
     target: Tensor | None
-    examples: Sequence[Example]
+    examples: Sequence[PreparedExample]
     additional_forward_args: Any
     attributions: Tensor
     attribution: Attribution
@@ -75,7 +75,7 @@ class Columns(ABC):
 
     names: tuple[str, ...]
 
-    def is_defined_for(self, example: Example) -> bool:
+    def is_defined_for(self, example: PreparedExample) -> bool:
         """True if the example has the ground truth that the columns need."""
         return True
 
@@ -98,12 +98,12 @@ class NumberColumn(Columns):
         self,
         name: str,
         function: Callable[[ExplainedBatch], Any],
-        ground_truth: Callable[[Example], Any] | None = None,
+        ground_truth: Callable[[PreparedExample], Any] | None = None,
     ) -> None:
         self.names = (name,)
         self.function, self.ground_truth = function, ground_truth
 
-    def is_defined_for(self, example: Example) -> bool:
+    def is_defined_for(self, example: PreparedExample) -> bool:
         return self.ground_truth is None or self.ground_truth(example) is not None
 
     def cells(self, batch: ExplainedBatch) -> Sequence[tuple[str, ...]]:
@@ -142,7 +142,7 @@ class BoxIouColumn(Columns):
         self.names = (f"ious_{contours}_{convention}",)
         self.contours, self.convention = contours, convention
 
-    def is_defined_for(self, example: Example) -> bool:
+    def is_defined_for(self, example: PreparedExample) -> bool:
         return example.boxes is not None
 
     def cells(self, batch: ExplainedBatch) -> Sequence[tuple[str, ...]]:
@@ -156,7 +156,7 @@ class PixelCountColumn(Columns):
 
     names = ("pixel_counts",)
 
-    def is_defined_for(self, example: Example) -> bool:
+    def is_defined_for(self, example: PreparedExample) -> bool:
         return example.mask is not None
 
     def cells(self, batch: ExplainedBatch) -> Sequence[tuple[str, ...]]:

@@ -29,7 +29,7 @@ N_PROBES = 8  # examples in the fingerprint of a data set
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Example:
+class PreparedExample:
     """An image with its label and its ground truth.
 
     Attributes:
@@ -71,7 +71,7 @@ class FailedExample:
     reason: str
 
 
-class ExampleBatches(Dataset[list[Example | FailedExample]]):
+class ExampleBatches(Dataset[list[PreparedExample | FailedExample]]):
     """The examples of a data set in batches of consecutive ones.
 
     Args:
@@ -97,7 +97,7 @@ class ExampleBatches(Dataset[list[Example | FailedExample]]):
     def __len__(self) -> int:
         return -(-len(self.data) // self.batch_size)
 
-    def __getitem__(self, batch: int) -> list[Example | FailedExample]:
+    def __getitem__(self, batch: int) -> list[PreparedExample | FailedExample]:
         return [self.example(index) for index in self.indices(batch)]
 
     def indices(self, batch: int) -> range:
@@ -105,7 +105,7 @@ class ExampleBatches(Dataset[list[Example | FailedExample]]):
         start = batch * self.batch_size
         return range(start, min(start + self.batch_size, len(self.data)))
 
-    def example(self, index: int) -> Example | FailedExample:
+    def example(self, index: int) -> PreparedExample | FailedExample:
         """The example at an index of the data set."""
         samples = getattr(self.data, "samples", None)
         name = _short_name(samples[index][0]) if samples else str(index)
@@ -118,7 +118,7 @@ class ExampleBatches(Dataset[list[Example | FailedExample]]):
                 raise
             return FailedExample(index, name, failure_text(error))
 
-    def _make_example(self, entry: Any, index: int, name: str) -> Example:
+    def _make_example(self, entry: Any, index: int, name: str) -> PreparedExample:
         picture, label = entry_field(entry, "image", index=0), entry_field(entry, "target", index=1)
         if picture is None or label is None:
             raise TypeError(
@@ -136,7 +136,7 @@ class ExampleBatches(Dataset[list[Example | FailedExample]]):
         is_tuple = type(entry) in (tuple, list)
         boxes = entry_field(entry, "boxes", "box", index=2 if is_tuple else None)
         has_boxes = boxes is not None and len(boxes) > 0
-        return Example(
+        return PreparedExample(
             index,
             name,
             pixels,

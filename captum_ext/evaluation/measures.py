@@ -32,7 +32,7 @@ from captum_ext.evaluation.columns import (
     sensitivity_to_noise,
     unpack,
 )
-from captum_ext.evaluation.examples import Example
+from captum_ext.evaluation.examples import PreparedExample
 from captum_ext.metrics import pixels, wsol
 from captum_ext.metrics._definition import DEFINITIONS, MetricDefinition
 
@@ -69,7 +69,7 @@ class Measure(ABC):
     def column_names(self) -> list[str]:
         return [name for columns in self.columns for name in columns.names]
 
-    def is_defined_for(self, example: Example) -> bool:
+    def is_defined_for(self, example: PreparedExample) -> bool:
         return all(columns.is_defined_for(example) for columns in self.columns)
 
     def vector(self, row: Row) -> Array:
@@ -310,7 +310,7 @@ _ALL: Mapping[str, Callable[..., Measure]] = (
 MEASURES = {name: _ALL[name] for name in (*LOCALIZATION, *_ALL)}
 
 
-def make_measures(metrics: Any, examples: Sequence[Example]) -> list[Measure]:
+def make_measures(metrics: Any, examples: Sequence[PreparedExample]) -> list[Measure]:
     """The measures of `evaluate`'s argument `metrics`.
 
     Args:
@@ -340,7 +340,7 @@ def make_measures(metrics: Any, examples: Sequence[Example]) -> list[Measure]:
     return list(measures.values())
 
 
-def _named_measures(name: Any, value: Any, examples: Sequence[Example]) -> list[Measure]:
+def _named_measures(name: Any, value: Any, examples: Sequence[PreparedExample]) -> list[Measure]:
     """The measures of one name, with its options or function."""
     value = {} if value is None else value
     if name == "localization" and value == {}:
@@ -370,7 +370,7 @@ def stored_measure(name: str, options: Mapping[str, Any]) -> Measure:
     return MEASURES[name](**options) if isinstance(measure, _MaxBoxAcc) else measure
 
 
-def _region_to_point_at(example: Example) -> Tensor | None:
+def _region_to_point_at(example: PreparedExample) -> Tensor | None:
     """The region of an example; None where it is unknown or has no pixel."""
     region = example.region
     return None if region is None or not bool(region.any()) else region

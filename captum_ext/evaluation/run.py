@@ -19,7 +19,7 @@ from captum_ext._engine.state import preserve_state
 from captum_ext._errors import AllFailedError, ArgumentError
 from captum_ext._identity import json_value, model_digest, versioned_name
 from captum_ext.evaluation.columns import Columns
-from captum_ext.evaluation.examples import Example, ExampleBatches
+from captum_ext.evaluation.examples import ExampleBatches, PreparedExample
 from captum_ext.evaluation.measures import Measure, make_measures
 from captum_ext.evaluation.methods import (
     ConfiguredMethod,
@@ -106,7 +106,7 @@ def evaluate(
             `captum_ext.zoo.load_model()`; ImageNet's by default. None takes tensors of floats
             without change.
         target: the class to explain: each image's "label", the class "predicted" by the method's
-            model, a function of the `Example`, or None for models with one output.
+            model, a function of the `PreparedExample`, or None for models with one output.
         batch_size: images that a method explains at once.
         seed: of all random numbers, including those of Captum's methods. Generators that methods
             were made with are seeded for each batch, and restored.
@@ -178,10 +178,10 @@ def evaluate(
     return result
 
 
-def _sample_examples(batches: ExampleBatches) -> list[Example]:
+def _sample_examples(batches: ExampleBatches) -> list[PreparedExample]:
     """Some of the first examples that can be read."""
     first = map(batches.example, range(min(_N_FIRST, len(batches.data))))
-    return list(itertools.islice((e for e in first if isinstance(e, Example)), _N_SAMPLES))
+    return list(itertools.islice((e for e in first if isinstance(e, PreparedExample)), _N_SAMPLES))
 
 
 def _mean_std_lists(normalize: Any) -> list[list[float]]:
@@ -214,14 +214,16 @@ def _check_failures(result: Summary, output: str | Path) -> None:
         warn(f"Some rows failed: {result.failures}. Their reasons are in {Path(output)}.")
 
 
-def _warn_of_missing_ground_truth(measures: Sequence[Measure], samples: Sequence[Example]) -> None:
+def _warn_of_missing_ground_truth(
+    measures: Sequence[Measure], samples: Sequence[PreparedExample]
+) -> None:
     names = [m.name for m in measures if samples and not any(map(m.is_defined_for, samples))]
     if names:
         warn(f"`metrics` {names}: the first examples of `data` lack the boxes or masks for these.")
 
 
 def _warn_of_other_classes(
-    methods: Sequence[ConfiguredMethod], data: Any, example: Example
+    methods: Sequence[ConfiguredMethod], data: Any, example: PreparedExample
 ) -> None:
     """Warn where a data set and a model have different numbers of classes."""
     classes = getattr(data, "classes", None)

@@ -13,12 +13,17 @@ from captum_ext._data.files import is_resource_error
 from captum_ext._engine.state import preserve_state, seeded_random
 from captum_ext._identity import derive_seed, digest
 from captum_ext.evaluation.columns import Columns, ExplainedBatch, model_scores
-from captum_ext.evaluation.examples import Example, ExampleBatches, FailedExample, failure_text
+from captum_ext.evaluation.examples import (
+    ExampleBatches,
+    FailedExample,
+    PreparedExample,
+    failure_text,
+)
 from captum_ext.evaluation.methods import ConfiguredMethod, seed_generators
 from captum_ext.evaluation.store import ResultStore, ResultWriter, Task
 from captum_ext.metrics._inputs import checked_maps
 
-Target = str | Callable[[Example], int] | None
+Target = str | Callable[[PreparedExample], int] | None
 Rows = list[dict[str, Any]]
 
 
@@ -82,7 +87,7 @@ def run_share(
 def _explain_batch(
     evaluation: EvaluationArguments,
     method: ConfiguredMethod,
-    examples: Sequence[Example | FailedExample],
+    examples: Sequence[PreparedExample | FailedExample],
 ) -> tuple[Rows, tuple[float, float]]:
     """The rows of a batch in its order, and the seconds of the attribution and of the metrics.
 
@@ -90,7 +95,7 @@ def _explain_batch(
     """
     rows: dict[int, dict[str, Any]] = {}
     seconds = [0.0, 0.0]
-    groups: dict[tuple[int, ...], list[Example]] = {}
+    groups: dict[tuple[int, ...], list[PreparedExample]] = {}
     for example in examples:
         if isinstance(example, FailedExample):
             rows[example.index] = _first_cells(method, example) | {"failure": example.reason}
@@ -111,7 +116,7 @@ def _explain_batch(
 def _explain_alone(
     evaluation: EvaluationArguments,
     method: ConfiguredMethod,
-    example: Example,
+    example: PreparedExample,
     seconds: list[float],
 ) -> dict[str, Any]:
     """The row of one image; it has the reason where the method or a metric raises an error."""
@@ -127,7 +132,7 @@ def _explain_alone(
 def _explain_images(
     evaluation: EvaluationArguments,
     method: ConfiguredMethod,
-    examples: list[Example],
+    examples: list[PreparedExample],
     seconds: list[float],
 ) -> Rows:
     """The rows of images of one size. Errors of the method and of the metrics are raised.
@@ -209,7 +214,7 @@ def _map_error(maps: Any, index: int, images: Tensor) -> str:
 
 
 def _target_tensor(
-    target: Target, method: ConfiguredMethod, images: Tensor, examples: Sequence[Example]
+    target: Target, method: ConfiguredMethod, images: Tensor, examples: Sequence[PreparedExample]
 ) -> Tensor | None:
     """The class to explain of each image (B,); None for models with one output."""
     if target is None:
@@ -229,10 +234,12 @@ def _target_tensor(
     return torch.tensor(labels, device=images.device)
 
 
-def _first_cells(method: ConfiguredMethod, example: Example | FailedExample) -> dict[str, Any]:
+def _first_cells(
+    method: ConfiguredMethod, example: PreparedExample | FailedExample
+) -> dict[str, Any]:
     """A row without the results."""
     row: dict[str, Any] = {"index": example.index, "name": example.name, "method": method.name}
-    if isinstance(example, Example):
+    if isinstance(example, PreparedExample):
         row["label"] = example.label
     return row
 

@@ -33,7 +33,7 @@ from captum_ext import attr
 from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext.cli.methods import Method, default_methods
 from captum_ext.datasets import TexturedEllipses
-from captum_ext.evaluation import Example, ExplainedBatch, evaluate, summary
+from captum_ext.evaluation import ExplainedBatch, PreparedExample, evaluate, summary
 from captum_ext.evaluation.examples import ExampleBatches
 from captum_ext.evaluation.measures import LOCALIZATION, make_measures
 from captum_ext.evaluation.store import ResultStore, ResultWriter, Task
@@ -221,12 +221,12 @@ def counted(model: nn.Module) -> Iterator[list[int]]:
         hook.remove()
 
 
-def examples() -> list[Example]:
+def examples() -> list[PreparedExample]:
     scenes = TexturedEllipses(BATCH, seed=0, size=(SIDE, SIDE))
     return [
         e
         for e in ExampleBatches(scenes, BATCH, None, IMAGENET_MEAN_STD)[0]
-        if isinstance(e, Example)
+        if isinstance(e, PreparedExample)
     ]
 
 

@@ -26,7 +26,7 @@ from captum_ext import evaluation
 from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext.attr import FCAM, FIDO, UpsampleWrapper
 from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
-from captum_ext.evaluation import Example, evaluate, summary
+from captum_ext.evaluation import PreparedExample, evaluate, summary
 from captum_ext.evaluation.examples import ExampleBatches
 from captum_ext.evaluation.methods import ConfiguredMethod, move_to_device
 from captum_ext.evaluation.store import ResultStore
@@ -419,7 +419,7 @@ def test_objects_have_a_short_repr(tmp_path):
     assert repr(result) == "Summary(images={'a': 2}, metrics=['pxap', 'mean'])"
     assert repr(result.curves["a"]["pxap"]) == "Band(101 points over 'recall')"
     assert repr(batches[0].examples[1]) == (
-        "Example(index=1, name='picture, 1', image=Tensor((3, 8, 8), float32), label=1, "
+        "PreparedExample(index=1, name='picture, 1', image=Tensor((3, 8, 8), float32), label=1, "
         "boxes=Tensor((1, 4), float64), mask=Tensor((8, 8), bool), ignored=Tensor((8, 8), bool))"
     )
     assert repr(batches[0]).startswith(
@@ -429,7 +429,10 @@ def test_objects_have_a_short_repr(tmp_path):
 
 
 def test_old_names_of_classes_give_a_warning():
-    for old, new in (("Prepared", evaluation.Example), ("Explained", evaluation.ExplainedBatch)):
+    for old, new in (
+        ("Prepared", evaluation.PreparedExample),
+        ("Explained", evaluation.ExplainedBatch),
+    ):
         with pytest.warns(DeprecationWarning, match=f"evaluation.{old} is now"):
             assert getattr(evaluation, old) is new
 
@@ -1175,7 +1178,7 @@ def test_the_model_is_left_as_it_was(tmp_path, trace_free):
 )
 def test_the_data_sets_of_this_package_are_valid_data(data, known):
     example = ExampleBatches(data, 2, (96, 128), IMAGENET_MEAN_STD).example(1)
-    assert isinstance(example, Example), example
+    assert isinstance(example, PreparedExample), example
     assert example.image.shape == (3, 96, 128)
     assert (example.boxes is not None, example.mask is not None) == known
     assert example.mask.shape == (96, 128)
