@@ -11,7 +11,7 @@ from torch import Generator, Tensor, device, dtype
 from torch.nn import Module
 
 _REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 80
+_REPR.maxstring, _REPR.maxother = 260, 80  # the path of a file is shown as a whole
 
 
 def options_repr(instance: object, **replaced: Any) -> str:

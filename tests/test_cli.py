@@ -35,6 +35,7 @@ from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer.base import spatial_mean
 from captum_ext.cli import attributions, explain, methods, signatures
 from captum_ext.cli.models import random_input
+from captum_ext.cli.output import check_output_file
 from tests import classifiers
 from tests.classifiers import explainable, small_vit
 from tests.networks import ConvMeanLinear, DataDependentHead
@@ -572,6 +573,10 @@ def test_wrong_arguments_are_one_line(argv, message, photo, workdir, capsys):
     assert run(*argv) == 2
     assert message.lower() in one_line(capsys).lower()
     assert not list(workdir.iterdir())
+
+
+def test_the_name_of_the_picture_may_end_in_capitals(tmp_path):
+    check_output_file(tmp_path / "map.PNG")
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,20 @@ def test_modules_and_their_methods_are_identified_by_weights():
         assert first.startswith("Sequential")
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.zeros(2, 8), torch.zeros(4, 4)),
+        (torch.zeros(4, dtype=torch.float32), torch.zeros(4, dtype=torch.int32)),
+    ],
+)
+def test_weights_of_the_same_bytes_differ_by_their_shape_and_dtype(one, other):
+    models = [nn.Module(), nn.Module()]
+    for model, weight in zip(models, (one, other), strict=True):
+        model.register_buffer("weight", weight)
+    assert model_digest(models[0]) != model_digest(models[1])
+
+
 def scaling(gain):
     def scaled(results):
         return gain * results.maps

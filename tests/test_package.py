@@ -10,6 +10,7 @@ import pytest
 
 import captum_ext
 import captum_ext.attr
+from captum_ext._errors import ArgumentError
 
 
 def test_importing_the_methods_stays_light() -> None:
@@ -85,3 +86,9 @@ def test_fcam_is_exported_lazily() -> None:
         "assert FCAM is same is attr.FCAM; assert not hasattr(attr, 'FCAN')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_error_names_the_argument_that_its_message_begins_with() -> None:
+    assert ArgumentError("`size` must be positive.").argument == "size"
+    assert ArgumentError("The maps do not fit `size`.").argument == ""
+    assert ArgumentError("The maps do not fit.", "size").argument == "size"

@@ -132,6 +132,13 @@ def test_grey_images_become_rgb(tmp_path):
     assert (bits == 255 * (grey > 100)).all()
 
 
+@pytest.mark.parametrize(("dtype", "ending"), [(np.uint16, "png"), (np.int32, "tif")])
+def test_16_bit_images_with_a_white_pixel_are_not_stretched(dtype, ending, tmp_path):
+    deep = np.array([[300, 32768, 65535]], dtype)
+    pixels = saved(Image.fromarray(deep), tmp_path / f"deep.{ending}")
+    assert pixels[..., 0].tolist() == [[1, 128, 255]]
+
+
 def test_transparency_is_laid_on_white(tmp_path):
     rgba = np.zeros((2, 2, 4), np.uint8)
     rgba[0, 0] = 10, 20, 30, 255

@@ -118,6 +118,18 @@ def test_gradients_of_a_branched_net_end_at_the_field() -> None:
         assert gradient_box(net, net.layer, size, unit) == field_box(field, unit)
 
 
+@pytest.mark.parametrize(("kernel", "dilation"), [((2, 4), (1, 1)), ((4, 3), (3, 2))])
+def test_fields_of_even_kernels_with_same_padding_equal_those_of_gradients(
+    kernel: tuple[int, int], dilation: tuple[int, int]
+) -> None:
+    """PyTorch pads an odd number by one more at the end."""
+    conv = nn.Conv2d(3, 1, kernel, padding="same", dilation=dilation, dtype=torch.float64)
+    nn.init.ones_(conv.weight)
+    net, size = nn.Sequential(conv), (20, 24)
+    field = receptive_field(net, conv, torch.rand(1, 3, *size, dtype=torch.float64))
+    assert gradient_box(net, conv, size, (9, 12)) == field_box(field, (9, 12))
+
+
 def linear_copy(net: nn.Module) -> nn.Module:
     """Make a net linear: one channel, average poolings, no ReLUs and no norms."""
     for name, part in net.named_children():

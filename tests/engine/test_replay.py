@@ -198,6 +198,18 @@ def test_writes_that_change_a_second_pass_are_detected(body: Any) -> None:
     assert torch.equal(x, before)
 
 
+def test_writes_are_detected_where_scores_are_small() -> None:
+    """Passes are compared relative to the score, which may be a probability of 1e-6."""
+    torch.manual_seed(0)
+    body = lambda model, x: 1e-6 * write_through_data(model, x)  # noqa: E731
+    model, x = TwoConvNet(body).eval().double(), torch.randn(1, 3, 8, 8).double()
+    expected = torch.stack([full_forward(model, model.conv2, x, [1], k) for k in range(4)])
+    with slow_replay_warnings() as messages:
+        scores = LayerReplay(model, model.conv2, (x,), 1)(drop_channel, torch.arange(4))
+    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=0)
+    assert len(messages) == 1
+
+
 def test_a_model_whose_passes_differ_takes_full_passes() -> None:
     model, x = TwoConvNet(count_calls).eval(), torch.randn(1, 3, 8, 8)
     with slow_replay_warnings() as messages:

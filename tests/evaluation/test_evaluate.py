@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import (
+    Attribution,
     GradientShap,
     IntegratedGradients,
     LayerGradCam,
@@ -26,7 +27,7 @@ from captum_ext import evaluation
 from captum_ext._data.pixels import IMAGENET_MEAN_STD
 from captum_ext.attr import FCAM, FIDO, UpsampleWrapper
 from captum_ext.datasets import FineGrainedParts, PastedScenes, TexturedEllipses
-from captum_ext.evaluation import PreparedExample, evaluate, summary
+from captum_ext.evaluation import Estimate, PreparedExample, Summary, evaluate, summary
 from captum_ext.evaluation.examples import ExampleBatches
 from captum_ext.evaluation.methods import ConfiguredMethod, move_to_device
 from captum_ext.evaluation.store import ResultStore
@@ -437,6 +438,15 @@ def test_old_names_of_classes_give_a_warning():
             assert getattr(evaluation, old) is new
 
 
+@pytest.mark.parametrize(("n", "mark"), [(9, ""), (10, " *")])
+def test_differences_have_an_asterisk_from_ten_images_on(n, mark):
+    difference = {"energy": Estimate(0.5, 0.25, 0.75, n)}
+    both = {"a": n, "b": n}
+    none, nothing = dict.fromkeys("ab", 0), {"a": {}, "b": {}}
+    found = Summary(nothing, {"b": difference}, "a", both, none, {}, {}, {"energy": True}, nothing)
+    assert f"| b | 0.500 [0.250, 0.750]{mark} |" in found.markdown()
+
+
 def test_a_figure_without_a_value_has_no_asterisk(tmp_path):
     """Without a pixel in a mask there is no PxAP, and no interval."""
     data = [Boxes()[i] for i in range(3)]
@@ -446,6 +456,34 @@ def test_a_figure_without_a_value_has_no_asterisk(tmp_path):
     text = evaluate(methods, data, "pxap", output=tmp_path, **QUIET).markdown()
     assert text.count("nan [nan, nan]") == 3
     assert "*" not in text
+
+
+def test_boxes_of_resized_pictures_are_rounded_down(tmp_path):
+    def block(x):
+        maps = torch.zeros_like(x[:, :1])
+        maps[..., 1:4, 1:4] = 1
+        return maps
+
+    # Resized, the box is (1.5, 1.5, 4.5, 4.5).
+    data = [(torch.rand(3, 4, 4), 0, torch.tensor([[1, 1, 3, 3]]))] * 2
+    metrics = {"max_box_acc": {"iou_thresholds": [0.9]}}
+    methods = {"a": FixedMap(tiny_net(), block)}
+    found = evaluate(methods, data, metrics, output=tmp_path, size=6, **QUIET)
+    assert found.figures["a"]["max_box_acc"].value == 1
+
+
+class Slope(Attribution):
+    """A method that leaves switching gradients on to its caller."""
+
+    def attribute(self, inputs, target=None):
+        x = inputs.requires_grad_()
+        return torch.autograd.grad(self.forward_func(x).sum(), x)[0]
+
+
+def test_methods_have_gradients_also_inside_no_grad(tmp_path):
+    with torch.no_grad():
+        found = evaluate({"a": Slope(tiny_net())}, Boxes(), "energy", output=tmp_path, **QUIET)
+    assert found.failures == {"a": 0}
 
 
 # --- settings -------------------------------------------------------------------------------------

@@ -606,6 +606,12 @@ def test_grey_pictures_are_repeated_over_the_channels():
         assert torch.equal(PictureDataset([(picture, 0)], (8, 8))[0].pixels, grey.expand(3, 8, 8))
 
 
+def test_16_bit_greys_are_rounded_to_bytes():
+    deep = np.array([[0, 128, 129, 65406, 65407, 65535]], dtype=np.uint16)
+    pixels = PictureDataset([(Image.fromarray(deep), 0)], (1, 6))[0].pixels
+    assert pixels[0].tolist() == [[0, 0, 1, 254, 255, 255]]
+
+
 def test_a_classifier_of_grey_pictures_is_trained_on_grey_ones():
     model = three_stage_net().eval()
     model[0][0] = nn.Conv2d(1, 6, 3, 2, 1)

@@ -214,6 +214,16 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path: Path, deadly
     assert [path.name for path in file.parent.iterdir()] == ["top.pt"]
 
 
+def test_a_checkpoint_is_written_once_in_each_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    monkeypatch.setattr(PassCheckpoint, "write", lambda store, top, n, unread: counts.append(n))
+    options: dict[str, Any] = {"size": 8, "batch_size": 2, "checkpoint_every": 6}
+    top_patches(net_with_ties(), "1", Watched(20), checkpoint=tmp_path / "top.pt", **options)
+    assert counts == [6, 12, 18, 20]
+
+
 def test_a_checkpoint_is_complete_at_any_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

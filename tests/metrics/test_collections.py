@@ -239,6 +239,7 @@ def test_metrics_show_their_options_without_the_defaults() -> None:
     )
     assert repr(EnergyPointingGame(ignore_empty=True)) == "EnergyPointingGame(ignore_empty=True)"
     assert repr(MaxBoxAcc((0.3, 0.5), "all")) == "MaxBoxAcc((0.3, 0.5), contours='all')"
+    assert repr(MaxBoxAcc((0.3,))) == "MaxBoxAcc((0.3,))"
     assert repr(PxAP()) == "PxAP()"
     assert repr(curve(torch.ones(1))) == (
         "Curve(auc=Tensor((1,), float32), scores=Tensor((1, 2), float32), "

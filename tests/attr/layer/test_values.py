@@ -212,6 +212,17 @@ def test_ablation_cam_with_baselines_by_hand(baseline: Any) -> None:
         torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_ablation_cam_takes_the_smallest_activation_of_each_example() -> None:
+    """Behind a ReLU, any negative value would give the same scores."""
+    torch.manual_seed(0)
+    conv, gap = nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1)
+    net = nn.Sequential(conv, gap, nn.Flatten(), nn.Linear(4, 3)).to(D)
+    x = torch.randn(2, 3, 5, 5, dtype=D) * torch.tensor([1.0, 10.0]).reshape(2, 1, 1, 1)
+    cam = LayerAblationCam(net, "0")
+    alone = torch.cat([cam.attribute(example[None], "min", target=1) for example in x])
+    torch.testing.assert_close(cam.attribute(x, "min", target=1), alone, rtol=1e-10, atol=0)
+
+
 def test_eigen_cam_is_the_first_singular_component() -> None:
     net, x = small_net(dtype=D), torch.randn(2, 3, 5, 4, dtype=D)
     for layer, act in (
@@ -263,6 +274,15 @@ def test_cam_by_hand_with_linear_and_convolutional_heads() -> None:
             torch.testing.assert_close(result, expected, rtol=1e-12, atol=0)
     alone = LayerClassActivationMap(net, "0").attribute(x, 3)[:1]
     torch.testing.assert_close(alone, expected[:1])
+
+
+def test_cam_of_a_class_with_a_negative_score_is_no_error() -> None:
+    """The check of the head allows errors in proportion to the terms, whatever their sign."""
+    linear = nn.Linear(2, 2)
+    nn.init.constant_(linear.weight, -100.0)
+    net = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    result = LayerClassActivationMap(net, "0").attribute(torch.ones(1, 2, 3, 3), 0)
+    assert torch.equal(result, torch.full((1, 1, 3, 3), -200.0))
 
 
 def test_cam_needs_a_linear_head_behind_the_layer() -> None:

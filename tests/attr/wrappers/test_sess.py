@@ -459,6 +459,16 @@ def test_an_upsample_wrapper_inside_changes_nothing() -> None:
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize(
+    "options", [{"mode": "nearest"}, {"align_corners": True}, {"normalize": "minmax"}]
+)
+def test_an_upsample_wrapper_inside_keeps_its_options(options: Any) -> None:
+    x = torch.randn(1, 3, 20, 20, dtype=torch.float64)
+    inside = UpsampleWrapper(LayerGradCam(NET, NET[4]), **options)
+    result = SESSWrapper(inside, scales=[20], window=20, smooth=False).attribute(x, target=1)
+    torch.testing.assert_close(result, min_max(F.relu(inside.attribute(x, target=1))))
+
+
 def test_noise_tunnel_without_noise_changes_nothing() -> None:
     x = torch.randn(2, 3, 14, 14)
     net = pooled_net(torch.float32)
@@ -933,3 +943,18 @@ def test_scales_by_sqrt2_end_at_the_image() -> None:
     assert len(sess._slide_windows(large)) == 252
     small = sess._scaled_sizes(torch.empty(1, 3, 100, 100))
     assert [size[0] for size in small] == [224, 317, 448, 634, 896]
+
+
+@pytest.mark.parametrize(
+    ("scales", "shorts"), [(None, [8, 10, 12]), ("sqrt2", [8, 11, 16, 23, 32])]
+)
+@pytest.mark.parametrize("window", [(4, 8), (8, 4)])
+def test_scales_begin_at_the_longer_side_of_the_window(
+    scales: Any, shorts: list[int], window: tuple[int, int]
+) -> None:
+    """No picture is smaller than a window."""
+    x = torch.rand(1, 3, 12, 12, dtype=torch.float64)
+    by_rule = SESSWrapper(Saliency(NET), n_scales=3, scales=scales, window=window)
+    assert by_rule._scaled_sizes(x) == [(short, short) for short in shorts]
+    listed = SESSWrapper(Saliency(NET), scales=shorts, window=window)
+    assert torch.equal(by_rule.attribute(x, target=0), listed.attribute(x, target=0))
