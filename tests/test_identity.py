@@ -91,7 +91,7 @@ def test_functions_are_identified_by_name_and_version(function, fingerprint):
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "unchanged"),
+    ("original", "other", "unchanged"),
     [
         (np.float32(1), np.float32(2), 1.0),
         (torch.tensor(1), torch.tensor(2), 1),
@@ -106,12 +106,13 @@ def test_functions_are_identified_by_name_and_version(function, fingerprint):
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
-def test_arguments_of_a_partial_are_part_of_its_name(one, other, unchanged):
+def test_arguments_of_a_partial_are_part_of_its_name(original, other, unchanged):
     first, second, third = (
-        versioned_name("`f`", partial(sharpness, gain=value)) for value in (one, other, unchanged)
+        versioned_name("`f`", partial(sharpness, gain=value))
+        for value in (original, other, unchanged)
     )
     assert first == third != second
-    assert json_value("`f`", one) == json_value("`f`", unchanged) != json_value("`f`", other)
+    assert json_value("`f`", original) == json_value("`f`", unchanged) != json_value("`f`", other)
     assert " at 0x" not in first
 
 
@@ -138,25 +139,25 @@ def test_tensor_arguments_of_a_partial_are_compared_by_value():
 
 
 def test_modules_and_their_methods_are_identified_by_weights():
-    one, unchanged, other = tiny_net(), tiny_net(), tiny_net()
+    model, unchanged, other = tiny_net(), tiny_net(), tiny_net()
     with torch.no_grad():
         other[4].bias += 1
     for get in (lambda m: m, lambda m: m.forward, lambda m: partial(m.forward, 2)):
-        first, again, third = (versioned_name("`f`", get(m)) for m in (one, unchanged, other))
+        first, again, third = (versioned_name("`f`", get(m)) for m in (model, unchanged, other))
         assert first == again != third
         assert first.startswith("Sequential")
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "other"),
     [
         (torch.zeros(2, 8), torch.zeros(4, 4)),
         (torch.zeros(4, dtype=torch.float32), torch.zeros(4, dtype=torch.int32)),
     ],
 )
-def test_weights_of_the_same_bytes_differ_by_their_shape_and_dtype(one, other):
+def test_weights_of_the_same_bytes_differ_by_their_shape_and_dtype(first, other):
     models = [nn.Module(), nn.Module()]
-    for model, weight in zip(models, (one, other), strict=True):
+    for model, weight in zip(models, (first, other), strict=True):
         model.register_buffer("weight", weight)
     assert model_digest(models[0]) != model_digest(models[1])
 
@@ -192,13 +193,13 @@ def test_a_function_without_a_version_is_an_error_with_the_line_to_write(functio
         ({"methods": {"a": Saliency(function)}}, "`methods`: a: the model is "),
         ({"methods": {"a": (FixedMap(tiny_net()), {"gain": function})}}, "`methods`: a: gain is "),
     ):
-        given = {
+        arguments = {
             "methods": {"a": FixedMap(tiny_net())},
             "data": Boxes(),
             "metrics": "energy",
         } | options
         with pytest.raises(ValueError, match=f"^{where}") as caught:
-            evaluate(**given, output=tmp_path, show_progress=False)
+            evaluate(**arguments, output=tmp_path, show_progress=False)
         assert line in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -267,11 +268,11 @@ def test_captums_methods_need_no_version_and_have_no_addresses():
         NeuronGradient(model, model[0]), IntegratedGradients(model), LayerGradCam(model, model[0]),
     ):  # fmt: skip
         assert " at 0x" not in method_fingerprint(ConfiguredMethod("a", method, {}), model_digest)
-    one, other = (
+    first, other = (
         method_fingerprint(ConfiguredMethod("a", Lime(model, similarity_func=f), {}), model_digest)
         for f in (get_exp_kernel_similarity_function("cosine", w) for w in (1.0, 2.0))
     )
-    assert one != other
+    assert first != other
 
 
 def test_stored_rows_and_maps_of_another_function_are_errors(tmp_path):

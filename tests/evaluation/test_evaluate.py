@@ -443,8 +443,8 @@ def test_differences_have_an_asterisk_from_ten_images_on(n, mark):
     difference = {"energy": Estimate(0.5, 0.25, 0.75, n)}
     both = {"a": n, "b": n}
     none, nothing = dict.fromkeys("ab", 0), {"a": {}, "b": {}}
-    found = Summary(nothing, {"b": difference}, "a", both, none, {}, {}, {"energy": True}, nothing)
-    assert f"| b | 0.500 [0.250, 0.750]{mark} |" in found.markdown()
+    result = Summary(nothing, {"b": difference}, "a", both, none, {}, {}, {"energy": True}, nothing)
+    assert f"| b | 0.500 [0.250, 0.750]{mark} |" in result.markdown()
 
 
 def test_a_figure_without_a_value_has_no_asterisk(tmp_path):
@@ -468,8 +468,8 @@ def test_boxes_of_resized_pictures_are_rounded_down(tmp_path):
     data = [(torch.rand(3, 4, 4), 0, torch.tensor([[1, 1, 3, 3]]))] * 2
     metrics = {"max_box_acc": {"iou_thresholds": [0.9]}}
     methods = {"a": FixedMap(tiny_net(), block)}
-    found = evaluate(methods, data, metrics, output=tmp_path, size=6, **QUIET)
-    assert found.figures["a"]["max_box_acc"].value == 1
+    result = evaluate(methods, data, metrics, output=tmp_path, size=6, **QUIET)
+    assert result.figures["a"]["max_box_acc"].value == 1
 
 
 class Slope(Attribution):
@@ -482,8 +482,8 @@ class Slope(Attribution):
 
 def test_methods_have_gradients_also_inside_no_grad(tmp_path):
     with torch.no_grad():
-        found = evaluate({"a": Slope(tiny_net())}, Boxes(), "energy", output=tmp_path, **QUIET)
-    assert found.failures == {"a": 0}
+        result = evaluate({"a": Slope(tiny_net())}, Boxes(), "energy", output=tmp_path, **QUIET)
+    assert result.failures == {"a": 0}
 
 
 # --- settings -------------------------------------------------------------------------------------

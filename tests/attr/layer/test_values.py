@@ -154,15 +154,15 @@ def test_group_cam_by_hand() -> None:
     assert sum(gain > 0 for gain in gains) >= 2, "one group alone would hide the weights"
     result = LayerGroupCam(net, "relu1", groups=3).attribute(x, target=2)
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-14)
-    given = LayerGroupCam(net, "relu1", groups=torch.tensor([0, 0, 1, 1, 2, 2]))
-    torch.testing.assert_close(given.attribute(x, target=2), result, rtol=1e-12, atol=0)
+    by_tensor = LayerGroupCam(net, "relu1", groups=torch.tensor([0, 0, 1, 1, 2, 2]))
+    torch.testing.assert_close(by_tensor.attribute(x, target=2), result, rtol=1e-12, atol=0)
 
 
 def test_group_cam_of_one_group_is_grad_cam() -> None:
     net, x = small_net(dtype=D), torch.randn(2, 3, 10, 10, dtype=D)
-    one = LayerGroupCam(net, "relu2", groups=1, score=lambda y: y.softmax(1) + 1.0)
+    single_group = LayerGroupCam(net, "relu2", groups=1, score=lambda y: y.softmax(1) + 1.0)
     grad_cam = F.relu(LayerGradCam(net, net.relu2).attribute(x, 1)).detach()
-    result = one.attribute(x, baselines=0, target=1)
+    result = single_group.attribute(x, baselines=0, target=1)
     scale = result.amax((2, 3), keepdim=True) / grad_cam.amax((2, 3), keepdim=True)
     torch.testing.assert_close(result, grad_cam * scale)
 
@@ -204,10 +204,10 @@ def test_ablation_cam_with_baselines_by_hand(baseline: Any) -> None:
         ablated[:, k] = value[:, k]
         weights.append((score - tail(ablated)[:, 1]) / score)
     expected = (torch.stack(weights, 1)[:, :, None, None] * act).sum(1, keepdim=True).detach()
-    given = value if baseline == "tensor" else baseline
+    layer_baselines = value if baseline == "tensor" else baseline
     for per_eval in (1, 4, 99):
         result = LayerAblationCam(net, "conv2").attribute(
-            x, given, target=1, perturbations_per_eval=per_eval
+            x, layer_baselines, target=1, perturbations_per_eval=per_eval
         )
         torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-12)
 
