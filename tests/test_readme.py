@@ -1,6 +1,6 @@
 """Tests of the README: its example, its table of methods and its links.
 
-`python -m tests.test_readme` writes the table anew.
+`python -m tests.test_readme` writes the tables of methods and of nestings anew.
 """
 
 import inspect
@@ -55,4 +55,9 @@ def test_linked_files_exist() -> None:
 
 
 if __name__ == "__main__":
-    FILE.write_text(TABLE.sub(lambda _: methods_table(), README))
+    from tests.attr.wrappers.test_matrix import matrix_table
+
+    text = TABLE.sub(lambda _: methods_table(), README)
+    start, mark, rest = text.partition("<!-- matrix -->\n")
+    end = rest.partition("<!-- end of matrix -->")[2]
+    FILE.write_text(f"{start}{mark}{matrix_table()}\n<!-- end of matrix -->{end}")

@@ -4,7 +4,7 @@ The usual run has every pair of the base, the outer and the inner wrapper; the n
 combinations (the marker `slow`).
 """
 
-import re
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -32,10 +32,9 @@ from captum.attr import (
 )
 from torch import Tensor, nn
 
-import captum_ext.attr
 from captum_ext.attr import FCAM, FIDO, RISE, AugmentedSR, SESSWrapper, UpsampleWrapper
 from captum_ext.fcam import FCAMDecoder
-from tests.methods import METHODS
+from tests.methods import CLASSES, METHODS
 from tests.networks import named_net
 from tests.sampling import cover_pairs
 
@@ -94,7 +93,7 @@ LAYER = {"LayerGradCam": Base(lambda net: LayerGradCam(net, net.relu2))} | {
         lambda net, method=method, name=name: method(
             net, "relu2", **({"head": "fc"} if name == "CAM" else {})
         ),
-        is_random=name.startswith("Smooth"),
+        is_random="generator" in inspect.signature(CLASSES[name]).parameters,
     )
     for name, method in METHODS.items()
 }
@@ -193,20 +192,22 @@ def test_upsampling_inside_or_outside_changes_nothing(name: str, wrapper: str) -
         assert torch.equal(run(name, wrapping, x, TARGETS), bare)
 
 
-def test_the_matrix_is_that_of_the_readme() -> None:
-    """The README's table has a row for each base and a column for each nesting."""
+def matrix_table() -> str:
+    """README's matrix: a row for bases with the same mark, and a column for each nesting."""
+    is_random = {name: base.is_random for name, base in INPUT.items()} | {"LayerGradCam": False}
+    for cls in sorted(CLASSES.values(), key=lambda cls: cls.__name__):
+        is_random[cls.__name__] = "generator" in inspect.signature(cls).parameters
+    inputs = [name for name in is_random if not is_random[name] and name in INPUT]
+    layers = [name for name in is_random if not is_random[name] and name not in INPUT]
+    drawing = [name for name in is_random if is_random[name]]
+    lines = [["x", *(f"`{wrapping}`" for wrapping in WRAPPED)], ["---", *[":-:"] * len(WRAPPED)]]
+    for names, mark in ((inputs, "✓"), (layers, "✓"), (drawing, "~")):
+        lines.append([", ".join(f"`{name}`" for name in names), *[mark] * len(WRAPPED)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def test_the_matrix_of_the_readme_is_made_from_the_classes() -> None:
     readme = (Path(__file__).parents[3] / "README.md").read_text()
     table = readme.partition("<!-- matrix -->")[2].partition("<!-- end of matrix -->")[0]
-    header, _, *rows = [line.strip("| \n").split("|") for line in table.strip().splitlines()]
-    assert [cell.strip().strip("`") for cell in header[1:]] == list(WRAPPED)
-    named: dict[str, str] = {}
-    for first, *marks in rows:
-        (mark,) = {cell.strip() for cell in marks}
-        assert len(marks) == len(WRAPPED)
-        named |= dict.fromkeys(re.findall(r"`(\w+)`", first), mark)
-    ours = {name for name in captum_ext.attr.__all__ if name.startswith("Layer")} - {"BaseLayerCam"}
-    assert named.keys() == set(INPUT) | {"LayerGradCam"} | ours
-    for name, base in INPUT.items():
-        assert named[name] == ("~" if base.is_random else "✓")
-    drawing = {name for name in ours if named[name] == "~"}
-    assert drawing == {"LayerSmoothGradCamPlusPlus"}
+    assert table.strip() == matrix_table(), "run `python -m tests.test_readme`"
+    assert len(BASES) == len(INPUT) + len(METHODS) + 1
