@@ -201,7 +201,7 @@ def check_same_run(
         problem: the beginning of the error, such as "`cache` maps has the maps of another run".
         saved: the settings of the stored work.
         current: the settings of this run.
-        container: "folder" or "file": what the error advises to rename or delete.
+        container: "folder" or "file", which the error advises to rename or delete.
         argument: the argument that names the stored work.
     """
     changed = describe_changes(saved, current)

@@ -390,7 +390,7 @@ def _loss_and_gradient(
 def _make_masks(
     logits: Tensor, losses: Tensor, rows: tuple[int, ...], size: tuple[int, int]
 ) -> FIDOMasks:
-    """The maps of the logits: the region that SSR keeps, the one that SDR replaces, and both."""
+    """The maps of the logits: the region that SSR keeps, the region that SDR hides, and both."""
     maps = {
         row: resize(
             torch.sigmoid(-logits[:, i : i + 1] if row == SSR else logits[:, i : i + 1]), size

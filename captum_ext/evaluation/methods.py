@@ -116,7 +116,7 @@ def move_to_device(device: torch.device, method: ConfiguredMethod) -> Configured
 def _moved(device: torch.device, value: Any) -> Any:
     """A value on the device; a module stays the same object.
 
-    A generator cannot move between GPUs. A new one replaces it, which `seed_generators` seeds.
+    A generator cannot move between GPUs. A new one replaces it; `seed_generators` seeds it.
     """
     if isinstance(value, Generator):
         is_other_gpu = value.device.type == device.type and value.device != device

@@ -400,7 +400,7 @@ def _named_errors(file: Path) -> Iterator[None]:
 
 @contextmanager
 def _csv_writer(file: Path) -> Iterator[Any]:
-    """A CSV writer whose file replaces an older one as a whole."""
+    """A CSV writer. Its file replaces the older one at the end, and not if writing fails."""
     errors = "backslashreplace"  # the name of a picture's file need not be text
     with (
         atomic_write(file) as unfinished,
