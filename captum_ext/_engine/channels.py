@@ -10,6 +10,7 @@ dimensions of each result, computed by `_result_dims`. `LayerChannelTracer` ente
 part of a pass that leads to given layers, and records the dimensions there.
 """
 
+import re
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -132,6 +133,12 @@ def check_channels_first(tensor: Tensor, dims: Dims | None, layer: Module) -> No
             f"(B, T, C), `channels_last_to_first` for (B, h, w, C), or your own callable.",
             "layer",
         )
+    if dims == frozenset({0}):
+        raise ArgumentError(
+            f"`layer` {name} gives a tensor without a batch, of shape {shape}: a map needs "
+            f"examples in dimension 0 and channels in dimension 1.",
+            "layer",
+        )
     raise ArgumentError(
         f"`layer` {name} gives tokens or channels last, of shape {shape}. A map needs channels in "
         f"dimension 1. Pass `reshape_transform=tokens_to_grid` for (B, T, C), "
@@ -166,7 +173,7 @@ def _result_dims(
     n = len(shape)
     before, old = traced[0] if traced else (None, shape)
     if name.startswith(_CHANNELS_FIRST) or name.endswith(("pool1d", "pool2d", "pool3d")):
-        return frozenset({1})
+        return _channels_before_space(name, n)
     if name in _CHANNELS_LAST:
         return frozenset({n - 1})
     if name == "linear":  # on a last dimension without channels, it mixes positions
@@ -197,6 +204,17 @@ def _result_dims(
     return candidates.pop() if len(candidates) == 1 else None
 
 
+def _channels_before_space(name: str, n: int) -> Dims:
+    """The channels of a convolution or pooling: dimension 1, or 0 without a batch.
+
+    Args:
+        name: of the function or class, like "conv2d".
+        n: the number of dimensions of its result.
+    """
+    space = re.search(r"(?:conv|conv_transpose|convtranspose|pool)(\d)d", name.lower())
+    return frozenset({1 if space is None else n - 1 - int(space[1])})
+
+
 def call_argument(args: Any, kwargs: dict[str, Any], position: int, key: str, default: Any) -> Any:
     """Get an argument of a call, by its position or by its name `key`."""
     return args[position] if len(args) > position else kwargs.get(key, default)
@@ -217,9 +235,24 @@ def permutation(name: str, args: Any, kwargs: dict[str, Any], n: int) -> list[in
         numbered = torch.empty(tuple(range(1, n + 1)), device="meta")
         ends = {key: value for key, value in kwargs.items() if key != "input"}
         return [size - 1 for size in numbered.movedim(*args[1:], **ends).shape]
+    if name == "rot90":
+        first, second = (dim % n for dim in call_argument(args, kwargs, 2, "dims", (0, 1)))
+        order = list(range(n))
+        if call_argument(args, kwargs, 1, "k", 1) % 2:
+            order[first], order[second] = second, first
+        return order
     if name in ("mT", "mH", "adjoint"):
         return [*range(n - 2), n - 1, n - 2]
     return None
+
+
+def dim_after_reshape(dim: int, old: torch.Size, new: torch.Size) -> int | None:
+    """The dimension that holds dimension `dim` after a reshape, unmixed and unsplit; else None."""
+    from_end = len(old) - dim
+    if old[dim:] == new[-from_end:]:
+        return len(new) - from_end
+    (new_dim, *others) = _dims_after_reshape(frozenset({dim}), old, new) or (None,)
+    return new_dim if not others and new_dim is not None and new[new_dim] == old[dim] else None
 
 
 def _dims_after_reshape(dims: Dims, old: torch.Size, new: torch.Size) -> Dims | None:
@@ -323,7 +356,9 @@ class LayerChannelTracer:
     def record(self, index: int, tensors: Tensors) -> None:
         """Record the channels' dimensions of the tensors of layer `index`."""
         if index in self.untraced:
-            self.dims[index] = [frozenset({1}) for _ in tensors]
+            # A subclass of a convolution may have any name.
+            names = "".join(base.__name__ for base in type(self.layers[index]).__mro__)
+            self.dims[index] = [_channels_before_space(names, x.dim()) for x in tensors]
         elif getattr(self.local, "depth", 0):
             self.dims[index] = [self.local.tracer.dims_of(x) for x in tensors]
             self.local.n_layers_left -= 1

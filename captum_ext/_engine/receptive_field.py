@@ -23,7 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from captum_ext._compat import _run_forward
-from captum_ext._engine.channels import call_argument, permutation, torch_function_name
+from captum_ext._engine.channels import (
+    call_argument,
+    dim_after_reshape,
+    permutation,
+    torch_function_name,
+)
 from captum_ext._engine.hooks import LockedFunctionMode, enter_mode, hooked
 from captum_ext._engine.modules import Forward, module_name
 from captum_ext._errors import ArgumentError
@@ -32,7 +37,7 @@ from captum_ext._errors import ArgumentError
 class FieldAxis(NamedTuple):
     """The receptive fields of the units along one axis, in pixels.
 
-    Unit i sees `size` pixels, centred at `start` + i `stride`.
+    Unit i sees `size` pixels, centred at `start` + i `stride`. After a flip, `stride` is negative.
     """
 
     size: float
@@ -41,10 +46,15 @@ class FieldAxis(NamedTuple):
 
 
 class ReceptiveField(NamedTuple):
-    """The receptive fields of the units of a layer, along both axes."""
+    """The receptive fields of the units of a layer, along the rows and columns of the image.
+
+    With `is_transposed`, `rows` is for the column of a unit in the layer's map, and `columns` for
+    its row.
+    """
 
     rows: FieldAxis
     columns: FieldAxis
+    is_transposed: bool = False
 
 
 class _TracedTensor(NamedTuple):
@@ -119,7 +129,7 @@ def receptive_field(
             f"is not known to work unit by unit.",
             "layer",
         )
-    return traced.field
+    return traced.field._replace(is_transposed=traced.dims[0] > traced.dims[1])
 
 
 def unit_offset(
@@ -134,10 +144,19 @@ def unit_offset(
         field: the receptive fields.
         size: (H, W) of the image.
         cells: (h, w) of the map.
+
+    Raises:
+        ValueError: the map is transposed or flipped.
     """
+    if field.is_transposed or min(axis.stride for axis in field[:2]) < 0:
+        raise ArgumentError(
+            "`layer` has a map that is transposed or flipped, so it cannot be laid over the image. "
+            "Pass a `reshape_transform` that turns it back, or another layer.",
+            "layer",
+        )
     y, x = (
         axis.start + axis.stride * (n - 1) / 2 - (side - 1) / 2
-        for axis, side, n in zip(field, size, cells, strict=True)
+        for axis, side, n in zip(field[:2], size, cells, strict=True)
     )
     return y, x
 
@@ -219,32 +238,38 @@ def _output_field(call: _Call) -> tuple[ReceptiveField, tuple[int, int]] | None:
     name, args, kwargs, shape = call.name, call.args, call.kwargs, call.output_shape
     _, field, dims = call.inputs[0]
     if name in _WINDOW_OPTIONS:
-        if dims != (2, 3) or len(shape) != 4:
+        if sorted(dims) != [2, 3] or len(shape) != 4:
             return None
-        return _slide_window(field, *_WINDOW_OPTIONS[name](args, kwargs)), dims
+        return _slide_window(field, dims, *_WINDOW_OPTIONS[name](args, kwargs)), dims
     if name == "pad":
         sides = args[1] if len(args) > 1 else kwargs["pad"]
         left = {len(shape) - 1 - i: sides[2 * i] for i in range(len(sides) // 2)}
         rows, columns = (
             axis._replace(start=axis.start - left.get(dim, 0) * axis.stride)
-            for axis, dim in zip(field, dims, strict=True)
+            for axis, dim in zip(field[:2], dims, strict=True)
         )
         return ReceptiveField(rows, columns), dims
     order = permutation(name, args, kwargs, len(shape))
     if order is not None:
-        return field, (order.index(dims[0]), order.index(dims[1]))
+        dims = (order.index(dims[0]), order.index(dims[1]))
+    if order is not None or name in _FLIPS:
+        flipped = _flipped_dims(name, args, kwargs, len(shape))
+        rows, columns = (
+            _flip(axis, shape[dim]) if dim in flipped else axis
+            for axis, dim in zip(field[:2], dims, strict=True)
+        )
+        return ReceptiveField(rows, columns), dims
     if name in ("view", "reshape") and len(shape) > 3:
-        # Height and width stay if they are the last two dimensions before and after.
-        n = len(call.input_shapes[0])
-        if dims == (n - 2, n - 1) and call.input_shapes[0][-2:] == shape[-2:]:
-            return field, (len(shape) - 2, len(shape) - 1)
+        old = call.input_shapes[0]
+        new_dims = [dim_after_reshape(dim, old, shape) for dim in dims]
+        return None if None in new_dims else (field, (new_dims[0], new_dims[1]))
     if name in _MOVING:
         return None
     # Assumption: any other function that keeps height and width works unit by unit.
     fields = _aligned_fields(call)
     if not fields:
         return None
-    rows, columns = (_union(list(axes)) for axes in zip(*fields, strict=True))
+    rows, columns = (_union([field[i] for field in fields]) for i in (0, 1))
     return ReceptiveField(rows, columns), dims
 
 
@@ -271,6 +296,8 @@ def _is_local(call: _Call) -> bool:
         return len(call.inputs) == 1
     if name == "pad":  # other modes repeat pixels from elsewhere
         return bool(call_argument(args, kwargs, 2, "mode", "constant") == "constant")
+    if name == "local_response_norm":
+        return 1 not in dims
     if name == "batch_norm":
         return not call_argument(args, kwargs, 5, "training", False)
     if name == "layer_norm":
@@ -290,23 +317,24 @@ def _is_local(call: _Call) -> bool:
     return len(_aligned_fields(call)) == len(call.inputs)
 
 
-_REARRANGING = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "mT", "view",
-                "reshape"}  # fmt: skip
+_FLIPS = ("flip", "fliplr", "flipud", "rot90")
+_REARRANGING = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "mT", "mH",
+                "adjoint", "view", "reshape", *_FLIPS}  # fmt: skip
 # `_aligned_fields` checks shapes: reductions over height or width do not pass.
 _UNIT_BY_UNIT = {
     "abs", "adaptive_avg_pool2d", "adaptive_max_pool2d", "add", "alpha_dropout", "amax", "amin",
     "bfloat16", "cat", "ceil", "celu", "chunk", "clamp", "clip", "clone", "concat", "contiguous",
     "detach", "div", "double", "dropout", "dropout1d", "dropout2d", "elu", "exp", "expm1",
     "feature_alpha_dropout", "feature_dropout", "float", "floor", "gelu", "glu", "half",
-    "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "local_response_norm", "log", "log1p",
-    "logsigmoid", "max", "maximum", "mean", "min", "minimum", "mish", "mul", "multiply", "neg",
-    "pow", "prelu", "reciprocal", "relu", "relu6", "round", "rrelu", "rsqrt", "rsub", "selu",
-    "sigmoid", "sign", "silu", "softplus", "softsign", "split", "sqrt", "square", "sub",
-    "subtract", "sum", "tanh", "threshold", "to", "truediv", "type", "type_as", "where",
+    "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log", "log1p", "logsigmoid", "max",
+    "maximum", "mean", "min", "minimum", "mish", "mul", "multiply", "neg", "pow", "prelu",
+    "reciprocal", "relu", "relu6", "round", "rrelu", "rsqrt", "rsub", "selu", "sigmoid", "sign",
+    "silu", "softplus", "softsign", "split", "sqrt", "square", "sub", "subtract", "sum", "tanh",
+    "threshold", "to", "truediv", "type", "type_as", "where",
 }  # fmt: skip
 _READING = {"allclose", "bool", "equal", "index", "int", "is_nonzero", "item", "tolist"}
-_MOVING = {"reshape", "view", "matmul", "bmm", "einsum", "roll", "flip", "interpolate",
-           "grid_sample", "scaled_dot_product_attention"}  # fmt: skip
+_MOVING = {"reshape", "view", "matmul", "bmm", "einsum", "roll", "interpolate", "grid_sample",
+           "T", "H", "t", "scaled_dot_product_attention"}  # fmt: skip
 
 
 def _convolution(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -350,20 +378,42 @@ _WINDOW_OPTIONS: dict[str, Callable[[Any, dict[str, Any]], tuple[Any, ...]]] = {
 }
 
 
-def _slide_window(
-    field: ReceptiveField, kernel: Any, stride: Any, padding: Any, dilation: Any
-) -> ReceptiveField:
-    """The receptive fields after a window slides over units with the receptive fields `field`."""
-    options = (_pair(option) for option in (kernel, stride, padding, dilation))
-    rows, columns = (
-        FieldAxis(
-            axis.size + (k - 1) * d * axis.stride,
-            axis.stride * s,
-            axis.start + ((k - 1) * d / 2 - p) * axis.stride,
+def _slide_window(field: ReceptiveField, dims: tuple[int, int], *options: Any) -> ReceptiveField:
+    """The receptive fields after a window slides over units with the receptive fields `field`.
+
+    Args:
+        field: the receptive fields before.
+        dims: the dimensions of the image's height and width, 2 and 3 in either order.
+        *options: kernel, stride, padding and dilation of dimensions 2 and 3.
+    """
+    axes = []
+    for axis, dim in zip(field[:2], dims, strict=True):
+        k, s, p, d = (_pair(option)[dim - 2] for option in options)
+        axes.append(
+            FieldAxis(
+                axis.size + (k - 1) * d * abs(axis.stride),
+                axis.stride * s,
+                axis.start + ((k - 1) * d / 2 - p) * axis.stride,
+            )
         )
-        for axis, k, s, p, d in zip(field, *options, strict=True)
-    )
-    return ReceptiveField(rows, columns)
+    return ReceptiveField(*axes)
+
+
+def _flipped_dims(name: str, args: Any, kwargs: dict[str, Any], n: int) -> set[int]:
+    """The dimensions of the result that a function flips, in addition to any permutation."""
+    if name == "flip":
+        dims = args[1:] if len(args) > 2 else call_argument(args, kwargs, 1, "dims", ())
+        return {dim % n for dim in ((dims,) if isinstance(dims, int) else dims)}
+    if name == "rot90":
+        quarters = call_argument(args, kwargs, 1, "k", 1) % 4
+        first, second = (dim % n for dim in call_argument(args, kwargs, 2, "dims", (0, 1)))
+        return [set(), {first}, {first, second}, {second}][quarters]
+    return {"fliplr": {1}, "flipud": {0}}.get(name, set())
+
+
+def _flip(axis: FieldAxis, n: int) -> FieldAxis:
+    """The fields of `n` units in reverse order."""
+    return axis._replace(stride=-axis.stride, start=axis.start + (n - 1) * axis.stride)
 
 
 def _pair(option: Any) -> Any:

@@ -30,7 +30,8 @@ def field_boxes(field: ReceptiveField, positions: Tensor) -> Tensor:
         [5, -1, 10, 4]
     """
     lows, highs = [], []
-    for axis, position in zip(field, positions.double().unbind(-1), strict=True):
+    by_axis = positions.flip(-1) if field.is_transposed else positions
+    for axis, position in zip(field[:2], by_axis.double().unbind(-1), strict=True):
         low = axis.start + axis.stride * position - (axis.size - 1) / 2
         lows.append(low.floor())
         highs.append((low + axis.size).ceil())

@@ -47,6 +47,13 @@ over_rows = nn.Linear(4, 4)
 OPERATIONS: dict[str, tuple[Any, set[int] | None]] = {
     "element by element": (lambda x: (x.relu_() + 1) * torch.rand(6, 1, 1), {1}),
     "convolution": (nn.Conv2d(6, 3, 3), {1}),
+    "convolution without a batch": (lambda x: nn.Conv2d(6, 3, 3)(x[0]), {0}),
+    "transposed convolution": (nn.ConvTranspose2d(6, 3, 3), {1}),
+    "pooling without a batch": (lambda x: nn.functional.max_pool2d(x[0], 2), {0}),
+    "rot90": (lambda x: x.rot90(1, (1, 2)), {2}),
+    "rot90, of rows and columns": (lambda x: torch.rot90(x, k=3, dims=(2, 3)), {1}),
+    "rot180": (lambda x: x.rot90(2, (1, 2)), {1}),
+    "flip": (lambda x: x.flip(1, 2), {1}),
     "pooling": (lambda x: nn.functional.adaptive_avg_pool2d(x, 1), {1}),
     "permute": (lambda x: x.permute(0, 2, 3, 1), {3}),
     "permute, dimensions by keyword": (lambda x: x.permute(dims=(0, -2, -1, 1)), {3}),
@@ -88,6 +95,20 @@ OPERATIONS: dict[str, tuple[Any, set[int] | None]] = {
 def test_each_operation_moves_the_channels_as_expected(name: str) -> None:
     function, expected = OPERATIONS[name]
     assert traced(function, torch.rand(2, 6, 4, 4)) == expected
+
+
+@pytest.mark.parametrize("at_input", [False, True])
+def test_a_layer_without_a_batch_is_an_error_that_says_so(at_input: bool) -> None:
+    class Conv(nn.Conv2d):
+        """A convolution under another name."""
+
+    net = nn.Sequential(
+        Lambda(lambda x: x[0]), Conv(3, 4, 3), Lambda(lambda x: x.mean((1, 2))[None])
+    )
+    with pytest.raises(ValueError, match="`layer` Conv gives a tensor without a batch"):
+        LayerHiResCam(net, "1").attribute(
+            torch.rand(1, 3, 6, 6), target=0, attribute_to_layer_input=at_input
+        )
 
 
 MODELS = (mobilenet_v3_small, shufflenet_v2_x0_5, small_swin)

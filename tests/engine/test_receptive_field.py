@@ -1,5 +1,7 @@
 """Receptive fields equal published ones, and the regions in which gradients are not zero."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +9,8 @@ from torch.nn import functional as F
 
 from captum_ext._engine.receptive_field import ReceptiveField, receptive_field, unit_offset
 from captum_ext._engine.state import preserve_state
-from captum_ext.attr import channels_last_to_first
+from captum_ext.attr import AugmentedSR, LayerHiResCam, channels_last_to_first
+from captum_ext.features import maximally_activating_patches
 from tests.networks import (
     VIT_LAYER,
     BranchedNet,
@@ -101,7 +104,7 @@ def gradient_box(
 def field_box(field: ReceptiveField, unit: tuple[int, int]) -> list:
     """The first and last row and column of the receptive field of one unit."""
     ends = []
-    for axis, i in zip(field, unit, strict=True):
+    for axis, i in zip(field[:2], unit[::-1] if field.is_transposed else unit, strict=True):
         centre = axis.start + i * axis.stride
         ends += [centre - (axis.size - 1) / 2, centre + (axis.size - 1) / 2]
     return ends
@@ -128,6 +131,100 @@ def test_fields_of_even_kernels_with_same_padding_equal_those_of_gradients(
     net, size = nn.Sequential(conv), (20, 24)
     field = receptive_field(net, conv, torch.rand(1, 3, *size, dtype=torch.float64))
     assert gradient_box(net, conv, size, (9, 12)) == field_box(field, (9, 12))
+
+
+MOVES = {
+    "transpose": lambda x: x.transpose(2, 3),
+    "swapaxes": lambda x: x.swapaxes(-1, axis1=2),
+    "mT": lambda x: x.mT,
+    "permute": lambda x: x.permute(0, 1, 3, 2),
+    "channels last and back": lambda x: x.permute(0, 2, 3, 1).relu().movedim(-1, 1),
+    "movedim": lambda x: x.movedim(3, 2),
+    "moveaxis": lambda x: torch.moveaxis(x, (2, 3), (3, 2)),
+    "flip": lambda x: x.flip(2),
+    "flip both": lambda x: torch.flip(x, dims=(2, 3)),
+    "rot90": lambda x: torch.rot90(x, 1, (2, 3)),
+    "rot270": lambda x: x.rot90(3, [2, 3]),
+    "rot180": lambda x: x.rot90(k=2, dims=(3, 2)),
+    "reshape there and back": lambda x: x.reshape(1, 2, 1, *x.shape[2:]).view(x.shape),
+    "reshape of channels last": lambda x: (
+        x.movedim(1, -1).reshape(*x.shape[2:], 2, 1).reshape(1, *x.shape[2:], 2).movedim(3, 1)
+    ),
+    "pad": lambda x: F.pad(x, (1, 0, -1, 2)),
+}
+
+
+class MovesAndConvs(nn.Module):
+    """Convolutions and poolings, different along both axes, with the named moves in between."""
+
+    def __init__(self, moves: tuple[str, ...]) -> None:
+        super().__init__()
+        windows = (
+            nn.Conv2d(3, 2, (2, 3), stride=(1, 2), padding=(1, 0)),
+            nn.AvgPool2d((3, 1), stride=(2, 1)),
+            nn.Conv2d(2, 2, (1, 2), padding=(0, 1), dilation=(1, 3), bias=False),
+        )
+        self.moves, self.windows, self.layer = moves, nn.ModuleList(windows), nn.Identity()
+        self.double()
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, 0.1, 1.0)  # no gradient cancels
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, window in enumerate(self.windows):
+            x = window(x)
+            x = MOVES[self.moves[i]](x) if i < len(self.moves) else x
+        return self.layer(x)
+
+
+def check_fields_by_gradients(net: nn.Module, size: tuple[int, int]) -> None:
+    """Compare the field of each unit with the pixels that it has a gradient for."""
+    x = torch.rand(1, 3, *size, dtype=torch.float64)
+    field = receptive_field(net, net.layer, x, exact=True)
+    n_inside = 0
+    for unit in itertools.product(*map(range, net(x).shape[2:])):
+        top, bottom, left, right = field_box(field, unit)
+        if top >= 0 and left >= 0 and bottom < size[0] and right < size[1]:
+            assert gradient_box(net, net.layer, size, unit) == [top, bottom, left, right], unit
+            n_inside += 1
+    assert n_inside > 1
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_fields_follow_functions_that_move_or_turn_the_map(name: str) -> None:
+    for moves in ((name,), ("pad", name), ("transpose", name), (name, "flip", name)):
+        check_fields_by_gradients(MovesAndConvs(moves), (24, 28))
+
+
+@pytest.mark.slow
+def test_fields_follow_all_pairs_of_moves() -> None:
+    for moves in itertools.product(MOVES, repeat=2):
+        check_fields_by_gradients(MovesAndConvs((*moves, "flip")), (24, 28))
+
+
+def test_the_box_of_a_transposed_map_is_that_of_the_bright_pixel() -> None:
+    image = torch.zeros(3, 4, 4)
+    image[:, 0, 3] = 1
+    conv = nn.Conv2d(3, 1, 1, bias=False)
+    nn.init.ones_(conv.weight)
+    net = nn.Sequential(conv, Lambda(lambda x: x.transpose(2, 3)), nn.Flatten(), nn.Linear(16, 2))
+    options = {"n": 1, "size": 4, "normalize": ((0.0,) * 3, (1.0,) * 3)}
+    patches = maximally_activating_patches(net.eval(), "1", [(image, 0)], **options)
+    assert patches.positions[0, 0].tolist() == [3, 0]
+    assert patches.boxes[0, 0].tolist() == [3, 0, 4, 1]
+    assert patches.unclipped_boxes[0, 0].tolist() == [3, 0, 4, 1]
+    assert patches.crops([(image, 0)], 0)[0].tolist() == [[[255]]] * 3
+
+
+@pytest.mark.parametrize("name", ["transpose", "flip", "rot90"])
+def test_a_map_that_cannot_be_laid_over_the_image_has_no_offset(name: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), Lambda(MOVES[name]), nn.Flatten(), nn.Linear(72, 2))
+    x = torch.rand(1, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"transposed or flipped.*reshape_transform"):
+        unit_offset(receptive_field(net, net[1], x), (8, 8), (6, 6))
+    back = {"transpose": MOVES["transpose"], "flip": MOVES["flip"], "rot90": MOVES["rot270"]}[name]
+    cam = LayerHiResCam(net.eval(), "1", reshape_transform=back)
+    sr = AugmentedSR(cam, n_augmentations=2, align="rf")
+    assert sr.attribute(x, target=0).shape == x.shape
 
 
 def linear_copy(net: nn.Module) -> nn.Module:
@@ -215,6 +312,7 @@ LOCAL = {
     "part of the channels": lambda x: torch.cat([x[:, :3], x[:, 3:].relu()], 1),
     "identity by pooling": lambda x: F.adaptive_avg_pool2d(x, x.shape[2:]),
     "padding": lambda x: F.pad(x, (1, 1))[:, :, :, :],
+    "local response norm": lambda x: F.local_response_norm(x, 2),
     "there and back": lambda x: x.transpose(2, 3).transpose(2, 3),
 }
 MIXING = {
@@ -231,6 +329,7 @@ MIXING = {
     "global pooling": lambda x: x - F.avg_pool2d(x, x.shape[2:]),
     "setitem": gated_in_place,
     "roll": lambda x: x + x.roll(1, 2),
+    "local_response_norm": lambda x: F.local_response_norm(x.transpose(1, 2), 3).transpose(1, 2),
     "gate": lambda x: x.mul_(x.mean((2, 3), keepdim=True)),
 }
 
@@ -294,7 +393,7 @@ def test_reshape_transform_is_traced() -> None:
     field = receptive_field(
         net, net[1], torch.rand(1, 3, 9, 9), exact=True, reshape_transform=channels_last_to_first
     )
-    assert field == ((3, 1, 1), (5, 1, 2))
+    assert field == ((3, 1, 1), (5, 1, 2), False)
 
 
 def test_layers_that_cannot_be_traced_are_errors() -> None:

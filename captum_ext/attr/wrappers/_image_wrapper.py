@@ -310,7 +310,10 @@ class ImageWrapper(BaseWrapper):
             )
         (method,) = (m for m in chain(self._method) if isinstance(m, LayerAttribution))
         extra = arguments.get("additional_forward_args")
-        field = receptive_field(method.forward_func, method.layer, picture, extra)
+        transform = getattr(method, "reshape_transform", None)
+        field = receptive_field(
+            method.forward_func, method.layer, picture, extra, reshape_transform=transform
+        )
         height, width = picture.shape[2:]
         return unit_offset(field, (height, width), (cells[0], cells[1]))
 
