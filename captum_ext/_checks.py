@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import Module
 
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 
@@ -22,13 +23,13 @@ def is_finite(value: Any) -> bool:
 def check_count(name: str, value: int) -> None:
     """Raise a ValueError unless argument `name` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(f"`{name}` must be an integer of at least 1, got {value!r}.", name)
+        raise ArgumentError(f"`{name}` must be an integer of at least 1, got {brief(value)}.", name)
 
 
 def check_seed(value: Any) -> None:
     """Raise a TypeError unless the argument `seed` is an integer."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"`seed` must be an integer, got {value!r}.", "seed")
+        raise ArgumentTypeError(f"`seed` must be an integer, got {brief(value)}.", "seed")
 
 
 def check_range(name: str, value: Any, low: float, high: float, *, below: bool = False) -> None:
@@ -44,26 +45,35 @@ def check_range(name: str, value: Any, low: float, high: float, *, below: bool =
     if not is_finite(value) or not low <= value <= high or (below and value == high):
         end = "below" if below else "at most"
         raise ArgumentError(
-            f"`{name}` must be a number, at least {low:g} and {end} {high:g}, got {value!r}.", name
+            f"`{name}` must be a number, at least {low:g} and {end} {high:g}, got {brief(value)}.",
+            name,
         )
 
 
 def check_positive(name: str, value: Any) -> None:
     """Raise a ValueError unless argument `name` is a number greater than 0."""
     if isinstance(value, bool) or not is_finite(value) or value <= 0:
-        raise ArgumentError(f"`{name}` must be a number, greater than 0, got {value!r}.", name)
+        raise ArgumentError(f"`{name}` must be a number, greater than 0, got {brief(value)}.", name)
 
 
 def check_non_negative(name: str, value: Any) -> None:
     """Raise a ValueError unless argument `name` is a number of 0 or more."""
     if isinstance(value, bool) or not is_finite(value) or value < 0:
-        raise ArgumentError(f"`{name}` must be a number, 0 or more, got {value!r}.", name)
+        raise ArgumentError(f"`{name}` must be a number, 0 or more, got {brief(value)}.", name)
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """Raise a ValueError unless argument `name` is one of the choices."""
     if not isinstance(value, str | None) or value not in tuple(choices):
-        raise ArgumentError(f"`{name}` must be one of {list(choices)}, got {value!r}.", name)
+        raise ArgumentError(f"`{name}` must be one of {list(choices)}, got {brief(value)}.", name)
+
+
+def brief(value: Any) -> str:
+    """The repr of a value in one line, or only its type where that is long: a network, an array."""
+    if isinstance(value, Module):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def closest(name: str, names: Sequence[str], count: int = 3) -> str:
@@ -86,22 +96,95 @@ def check_generator(generator: Any, device: torch.device) -> None:
         )
 
 
+def check_inputs(inputs: Any) -> None:
+    """Raise an error unless `inputs` is a tensor, or a tuple of tensors, with finite values.
+
+    Warn of images with values far from those of normalised ones.
+
+    Raises:
+        TypeError: a value that is no tensor; the message says how to make one of it.
+        ValueError: no examples, or values that are not finite.
+    """
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            raise ArgumentTypeError(
+                f"`inputs` must be a tensor or a tuple of tensors, got {type(x)}{_as_tensor(x)}.",
+                "inputs",
+            )
+    if not tensors or tensors[0].dim() == 0 or tensors[0].numel() == 0:
+        shapes = [tuple(x.shape) for x in tensors]
+        raise ArgumentError(
+            f"`inputs` must have at least one example, in dimension 0, got {shapes}.", "inputs"
+        )
+    for x in tensors:
+        low, high = _value_range(x.detach())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ArgumentError(
+                "`inputs` has values that are not finite. (A mask with infinite values is one of "
+                "the `additional_forward_args`.)",
+                "inputs",
+            )
+        if x.dim() == 4 and x.shape[1] in (1, 3) and (low < -10 or high > 10):
+            warn(
+                f"`inputs` are images with values from {low:g} to {high:g}. Most models take "
+                f"normalised ones, with values near 0: (pixels / 255 - mean) / std."
+            )
+
+
+def _as_tensor(value: Any) -> str:
+    """Advice that turns an input of another type into a tensor."""
+    module = type(value).__module__.partition(".")[0]
+    if module == "numpy":
+        return ": pass `torch.from_numpy(inputs)`, in the shape and dtype that the model takes"
+    if module == "PIL":
+        return (
+            ": pass the tensor that the model's transform makes of it, such as "
+            "`torchvision.models.ResNet50_Weights.DEFAULT.transforms()(image)[None]`"
+        )
+    if isinstance(value, list):
+        return ": pass `torch.stack(inputs)` for a batch, or a tuple for a model of several inputs"
+    return ""
+
+
+def _value_range(x: Tensor) -> tuple[float, float]:
+    """The smallest and the largest value, NaN if there is one; zeros for integers."""
+    if x.is_complex():
+        x = torch.view_as_real(x)
+    if not x.is_floating_point() or not x.numel():
+        return 0.0, 0.0
+    x = x.float() if x.dtype.itemsize == 1 else x
+    low, high = torch.stack(torch.aminmax(x)).tolist()  # one copy to the host
+    return low, high
+
+
 def check_images(inputs: Any) -> Tensor:
     """Check that `inputs` is one float tensor (B, C, H, W), perhaps in a tuple, and return it."""
+    check_inputs(inputs)
+    return image_tensor(inputs)
+
+
+def image_tensor(inputs: Any) -> Tensor:
+    """The one float tensor (B, C, H, W) in `inputs`, whose values were checked before."""
     if isinstance(inputs, tuple) and len(inputs) != 1:
         raise ArgumentError(
             f"`inputs` must be one tensor of images, got a tuple of {len(inputs)}: pass the "
             f"model's other arguments as `additional_forward_args`.",
             "inputs",
         )
-    x = inputs[0] if isinstance(inputs, tuple) else inputs
-    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point() or not x.numel():
-        description = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else repr(type(x))
+    x: Tensor = inputs[0] if isinstance(inputs, tuple) else inputs
+    if x.dim() != 4 or not x.is_floating_point():
+        if x.dim() == 3 and x.is_floating_point():
+            advice = " One image is `inputs[None]`."
+        elif x.dim() == 4:
+            advice = " Convert pixels by `inputs.float() / 255`, and normalise them."
+        else:
+            advice = ""
         raise ArgumentError(
-            f"`inputs` must be images (B, C, H, W) of floats, got {description}.", "inputs"
+            f"`inputs` must be images (B, C, H, W) of floats, got {tuple(x.shape)}, {x.dtype}."
+            f"{advice}",
+            "inputs",
         )
-    if not bool(torch.isfinite(x).all()):
-        raise ArgumentError("`inputs` has values that are not finite.", "inputs")
     return x.detach()
 
 

@@ -5,6 +5,7 @@ supported range.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from types import CodeType
 from typing import Any, TypeVar, cast
 
 from captum._utils.common import (
@@ -19,6 +20,7 @@ from captum._utils.common import (
     _select_targets,
     _sort_key_list,
     _validate_input,
+    _verify_select_column,
 )
 from captum._utils.progress import progress
 from captum._utils.typing import BaselineType, TargetType
@@ -67,6 +69,7 @@ __all__ = [
     "_select_targets",
     "_sort_key_list",
     "_validate_input",
+    "is_target_selection",
     "log_usage",
     "with_progress",
 ]
@@ -90,3 +93,8 @@ def log_usage() -> Callable[[_Method], _Method]:
     The decorated method has the attribute `__wrapped__`, which NoiseTunnel calls.
     """
     return cast(Callable[[_Method], _Method], _log_usage())
+
+
+def is_target_selection(code: CodeType) -> bool:
+    """Return whether this is the code by which Captum selects a target from an output."""
+    return code in (_select_targets.__code__, _verify_select_column.__code__)

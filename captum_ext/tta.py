@@ -294,7 +294,7 @@ def _predictions(scorer: Scorer, pictures: Tensor, examples: list[int]) -> Tenso
     """A row of scores for each of the pictures, which show the images `examples`."""
     output = scorer.outputs((pictures,), torch.tensor(examples, device=pictures.device))
     _check_rows("`model` must give", output, len(pictures))
-    scores = compute_scores(output, scorer.score)
+    scores = compute_scores(output, scorer.score, pictures.dim())
     _check_rows("`score` must return", scores, len(pictures))
     if not bool(torch.isfinite(scores).all()):
         raise ArgumentError("`model` gives predictions that are not finite.")

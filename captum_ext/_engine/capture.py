@@ -17,13 +17,14 @@ from captum_ext._compat import (
     TargetType,
     _format_tensor_into_tuples,
     _reduce_list,
-    _run_forward,
     _sort_key_list,
 )
 from captum_ext._engine.channels import Dims, LayerChannelTracer, check_channels_first
+from captum_ext._engine.faults import explain_missing_gradient
 from captum_ext._engine.hooks import LayerEdit, edit_layers
 from captum_ext._engine.modules import Forward, Tensors, module_name, owner_module, root_module
 from captum_ext._engine.outputs import check_one_score_per_example
+from captum_ext._engine.targets import run_forward
 from captum_ext._errors import ArgumentError
 
 
@@ -146,13 +147,23 @@ class LayerCapture:
             activations = [tensors_on[device] for tensors_on, (device,) in pairs]
         else:
             activations = self.gather()
-        self._differentiate(score, grad_kwargs)
+        if unreached := self._differentiate(score, grad_kwargs):
+            name = module_name(self.forward_func, self.layers[unreached[0]])
+            cause = explain_missing_gradient(self.forward_func, inputs, additional_forward_args)
+            raise ArgumentError(
+                f"The target does not depend on `layer` {name}: it has no gradient there. {cause}",
+                "layer",
+            )
         if not keeps_graph:
             activations = [tuple(t.detach() for t in tensors) for tensors in activations]
         return activations, self.gather()
 
-    def _differentiate(self, score: Tensor, grad_kwargs: dict[str, Any]) -> None:
-        """Replace the captured activations by the gradients of the score."""
+    def _differentiate(self, score: Tensor, grad_kwargs: dict[str, Any]) -> list[int]:
+        """Replace the captured activations by the gradients of the score.
+
+        Returns:
+            The indices of the layers without a gradient.
+        """
         keys = [(i, device) for i, devices in enumerate(self.devices()) for device in devices]
         leaves = [self.captured[index][device] for index, device in keys]
         flat = [tensor for tensors in leaves for tensor in tensors]
@@ -161,19 +172,16 @@ class LayerCapture:
             options = {"allow_unused": True, **grad_kwargs}
             with torch.enable_grad():
                 gradients = torch.autograd.grad(torch.unbind(score.flatten()), flat, **options)
-        remaining = iter(gradients)
+        remaining, unreached = iter(gradients), []
         for (index, device), tensors in zip(keys, leaves, strict=True):
             own_gradients = [next(remaining) for _ in tensors]
             if all(gradient is None for gradient in own_gradients):
-                name = module_name(self.forward_func, self.layers[index])
-                raise ArgumentError(
-                    f"The target does not depend on `layer` {name}: it has no gradient there.",
-                    "layer",
-                )
+                unreached.append(index)
             self.captured[index][device] = tuple(
                 torch.zeros_like(t) if g is None else g
                 for t, g in zip(tensors, own_gradients, strict=True)
             )
+        return unreached
 
     def run(
         self, edit: LayerEdit, inputs: Tensors, target: TargetType, additional_forward_args: Any
@@ -185,7 +193,7 @@ class LayerCapture:
         options: Any = {"at_input": self.at_input, "every_thread": self.is_parallel}
         try:
             with edit_layers(self.layers, edit, **options) as lock, lock:
-                score: Tensor = _run_forward(
+                score: Tensor = run_forward(
                     self.forward_func, inputs, target, additional_forward_args
                 )
         except LayerReachedError:

@@ -132,8 +132,8 @@ def hooked(
 
 
 @contextmanager
-def hooked_globally(before: Callable[[Module], None]) -> Iterator[threading.Lock]:
-    """Call `before(module)` before any module in this process runs, while the lock is held.
+def hooked_globally(before: Callable[[Module, Any], None]) -> Iterator[threading.Lock]:
+    """Call `before(module, args)` before any module in this process runs, while the lock is held.
 
     Like `hooked`, for functions whose modules are unknown. It acts in this thread only.
     """
@@ -141,7 +141,7 @@ def hooked_globally(before: Callable[[Module], None]) -> Iterator[threading.Lock
 
     def call_before(module: Module, args: Any) -> None:
         if scope.is_active():
-            before(module)
+            before(module, args)
 
     with ExitStack() as handles:
         handles.callback(register_module_forward_pre_hook(call_before).remove)
@@ -188,7 +188,9 @@ def edit_layers(
             raise ArgumentError(
                 f"`layer` {type(layers[index]).__name__} runs more than once in one forward pass, "
                 f"so it has no single activation: choose a module that runs once, or give each use "
-                f"a module of its own.",
+                f"a module of its own. Where a model compares two inputs (a Siamese net), embed "
+                f"the second one before, and pass its embedding as `additional_forward_args` of a "
+                f"function that embeds the first.",
                 "layer",
             )
         ran.add(key)

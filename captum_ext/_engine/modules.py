@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 
 from captum_ext._checks import closest
@@ -66,7 +67,7 @@ def find_module(forward_func: Forward, module: Module | str, argument: str = "la
 
     Raises:
         ValueError: an unknown name (the error lists the three closest); a name, but `forward_func`
-            is a plain function; a compiled model.
+            is a plain function; a compiled or a scripted model.
         TypeError: neither a module nor a name.
     """
     root = root_module(forward_func)
@@ -74,6 +75,12 @@ def find_module(forward_func: Forward, module: Module | str, argument: str = "la
         raise ArgumentError(
             "`forward_func` is a compiled module, and compiled graphs ignore hooks: pass the eager "
             "module (`model._orig_mod`).",
+            "forward_func",
+        )
+    if isinstance(root, ScriptModule):
+        raise ArgumentError(
+            "`forward_func` is a ScriptModule, whose layers run without hooks: pass the module "
+            "that it was made from. RISE, FIDO and the metrics take it as it is.",
             "forward_func",
         )
     if isinstance(module, Module):

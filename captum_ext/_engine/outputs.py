@@ -6,16 +6,18 @@ each input is made from, runs the model, and turns its output into one score for
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_ext._compat import TargetType, _format_additional_forward_args, _select_targets
+from captum_ext._compat import TargetType, _format_additional_forward_args
+from captum_ext._engine.faults import explained_faults
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
+from captum_ext._engine.targets import check_on_host, check_target, select_entries
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 
 Score = str | Callable[[Tensor], Tensor]
@@ -33,17 +35,18 @@ def check_score(score: Score) -> None:
         )
 
 
-def compute_scores(output: Tensor, score: Score) -> Tensor:
+def compute_scores(output: Tensor, score: Score, n_dims: int) -> Tensor:
     """Compute scores from a model's output, in float32 or better.
 
     Args:
         output: logits, with classes in dimension 1.
         score: "logit" (the unchanged output), "softmax" or "sigmoid" (probabilities), or a callable
             that takes the output and returns a tensor of scores.
+        n_dims: the number of dimensions of the model's input.
 
     Raises:
-        ValueError: the softmax of a single logit, which is always 1; a callable that does not
-            return a tensor.
+        ValueError: the softmax of a single logit, which is always 1, or of outputs whose dimension
+            of the classes is not known; a callable that does not return a tensor.
     """
     if callable(score):
         scores = score(output)
@@ -54,7 +57,7 @@ def compute_scores(output: Tensor, score: Score) -> Tensor:
         return full_precision(scores)
     output = full_precision(output)
     if score == "softmax":
-        _check_several_classes(output)
+        _check_softmax(output, n_dims)
         return output.softmax(1)
     return output.sigmoid() if score == "sigmoid" else output
 
@@ -64,26 +67,56 @@ def scoring_forward(forward_func: Forward, score: Score) -> Forward:
     check_score(score)
 
     def forward(*args: Any) -> Tensor:
-        return compute_scores(forward_func(*args), score)
+        return compute_scores(forward_func(*args), score, count_dims(args))
 
     forward.__wrapped__ = forward_func  # type: ignore[attr-defined]
     return forward
 
 
-def _check_several_classes(output: Tensor) -> None:
+def count_dims(inputs: Sequence[Any]) -> int:
+    """The most dimensions of the tensors among a model's inputs."""
+    return max((x.dim() for x in inputs if isinstance(x, Tensor)), default=0)
+
+
+def check_classes_first(output: Tensor, n_dims: int, option: str) -> None:
+    """Raise a ValueError unless the output is known to have its classes in dimension 1.
+
+    Outputs are (B, K), or have as many dimensions as the inputs: the segmentation (B, K, H, W) of
+    images. A detector's (B, boxes, 5 + K) has other numbers in dimension 1.
+
+    Args:
+        output: of the model.
+        n_dims: the number of dimensions of the model's input.
+        option: the argument and its value, for the error.
+    """
+    if output.dim() not in (2, n_dims) and output.shape[2:].numel() > 1:
+        raise ArgumentError(
+            f"{option} needs classes in dimension 1, which is not known of outputs of shape "
+            f"{tuple(output.shape)}: classes may be last, as a detector's are. Pass a "
+            f"`forward_func` that returns (B, K), the classes of one box, such as "
+            f"`lambda x: model(x)[:, box]`; or, for a score, "
+            f"score=lambda output: output.softmax(-1)."
+        )
+
+
+def _check_softmax(output: Tensor, n_dims: int) -> None:
     if output.dim() < 2 or output.shape[1] < 2:
         raise ArgumentError(
             f"`score` 'softmax' needs two classes or more in dimension 1, got outputs of shape "
             f"{tuple(output.shape)}. For a single logit, use 'sigmoid' or 'logit'.",
             "score",
         )
+    check_classes_first(output, n_dims, "`score` 'softmax'")
 
 
 def check_one_score_per_example(score: Tensor) -> None:
     """Raise Captum's AssertionError if `score` has several numbers for one example."""
-    assert score.dim() == 0 or score[0].numel() == 1, (
-        "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
-    )
+    if score.dim() and score[0].numel() != 1:
+        raise AssertionError(
+            f"Target not provided when necessary: there are several scores for each example, of "
+            f"shape {tuple(score.shape[1:])}. `target` must select one: an int, or a tuple of ints "
+            f"for outputs with more than one dimension."
+        )
 
 
 def check_model_output(output: Any, n: int, argument: str = "forward_func") -> None:
@@ -106,14 +139,14 @@ def check_model_output(output: Any, n: int, argument: str = "forward_func") -> N
         )
 
 
-def compute_log_scores(output: Tensor, score: Score) -> Tensor:
+def compute_log_scores(output: Tensor, score: Score, n_dims: int) -> Tensor:
     """The logarithms of `compute_scores`, in float32 or better; -inf for scores of 0 and less."""
     if score == "sigmoid":
         return F.logsigmoid(full_precision(output))
     if score == "softmax":
-        _check_several_classes(output)
+        _check_softmax(output, n_dims)
         return full_precision(output).log_softmax(1)
-    return compute_scores(output, score).clamp(min=0).log()
+    return compute_scores(output, score, n_dims).clamp(min=0).log()
 
 
 # --- targets and arguments of examples -----------------------------------------------------------
@@ -193,8 +226,10 @@ class Scorer(ExampleArguments):
         argument: str = "forward_func",
     ) -> None:
         check_score(score)
+        check_target(target)
         super().__init__(n_examples, target, additional_forward_args, device)
         self.forward_func, self.score, self.argument = forward_func, score, argument
+        self.has_selected = False
 
     def outputs(self, inputs: Tensors, examples: Tensor) -> Tensor:
         """Run the model on m inputs, and check its output.
@@ -203,7 +238,8 @@ class Scorer(ExampleArguments):
             inputs: the model's inputs, each (m, ...).
             examples: (m,), int64: the index of the example that each input is made from.
         """
-        output = self.forward_func(*inputs, *self.extra_args_for(examples))
+        with explained_faults(self.forward_func, inputs):
+            output = self.forward_func(*inputs, *self.extra_args_for(examples))
         check_model_output(output, len(examples), self.argument)
         checked: Tensor = output
         return checked
@@ -211,14 +247,22 @@ class Scorer(ExampleArguments):
     def __call__(self, inputs: Tensors, examples: Tensor) -> Tensor:
         """The scores (m,) of m inputs, in float32 or better; arguments as in `outputs`."""
         output = self.outputs(inputs, examples)
-        return select_target(compute_scores(output, self.score), self.targets_for(examples))
+        return self.select(compute_scores(output, self.score, count_dims(inputs)), examples)
+
+    def select(self, scores: Tensor, examples: Tensor) -> Tensor:
+        """The targets' scores (m,) of scores (m, ...) of inputs that are made from `examples`."""
+        if not self.has_selected:  # once, because it may synchronise with the device
+            if not scores.is_cpu:
+                check_on_host((self.n_examples, *scores.shape[1:]), self.target)
+            self.has_selected = True
+        return select_target(scores, self.targets_for(examples), is_checked=True)
 
 
-def select_target(scores: Tensor, target: TargetType) -> Tensor:
-    """Select the scores of the target, (m,), from scores (m, ...)."""
+def select_target(scores: Tensor, target: TargetType, *, is_checked: bool = False) -> Tensor:
+    """Select the scores of the target, (m,), from scores (m, ...); see `select_entries`."""
     if isinstance(target, Tensor):
         target = target.to(scores.device)
-    selected: Tensor = _select_targets(scores, target)
+    selected: Tensor = select_entries(scores, target, is_checked=is_checked)
     check_one_score_per_example(selected)
     return selected.reshape(-1)
 
@@ -229,13 +273,20 @@ def target_per_example(target: TargetType, n: int, device: torch.device | None =
     A tensor is moved to `device`.
     """
     if isinstance(target, list):
-        assert len(target) == n, f"Target list length {len(target)} is not that of inputs, {n}."
+        if len(target) != n:
+            raise AssertionError(
+                f"`target` has {len(target)} entries for {n} examples, not one for each."
+            )
         if all(isinstance(t, int) for t in target):
             return torch.tensor(target, dtype=torch.int64, device=device)
     if isinstance(target, Tensor):
         if target.numel() == 1 and not target.is_floating_point():
             return int(target.item())
-        assert target.shape == (n,), f"Tensor target dimension {tuple(target.shape)} is not valid."
+        if target.shape != (n,):
+            raise AssertionError(
+                f"`target` must be one number, or one for each of {n} examples, got a tensor of "
+                f"shape {tuple(target.shape)}."
+            )
         return target.to(device)
     return target
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -67,7 +68,7 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
     snapshots: dict[int, _BufferSnapshot | None] = {}
     warned = False
 
-    def snapshot(module: Module) -> None:
+    def snapshot(module: Module, args: Any = ()) -> None:
         nonlocal warned
         if id(module) in snapshots:
             return

@@ -62,13 +62,14 @@ def check_keywords(method: Attribution, names: Iterable[str]) -> None:
         TypeError: an unexpected name; the message has the closest known ones.
     """
     known = keywords_of(method)
+    names_of_chain = " of ".join(type(m).__name__ for m in chain(method))
     if known is None:
         return
     for name in names:
         if name not in known:
             raise TypeError(
-                f"{type(innermost(method)).__name__}.attribute() got an unexpected keyword "
-                f"argument {name!r}. Closest: {closest(name, sorted(known - {'inputs'}))}."
+                f"{names_of_chain}.attribute() got an unexpected keyword argument {name!r}. "
+                f"Closest: {closest(name, sorted(known - {'inputs'}))}."
             )
 
 

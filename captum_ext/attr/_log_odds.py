@@ -3,14 +3,16 @@
 import torch
 from torch import Tensor
 
-from captum_ext._compat import TargetType, _select_targets
-from captum_ext._engine.outputs import check_one_score_per_example
+from captum_ext._compat import TargetType
+from captum_ext._engine.outputs import check_one_score_per_example, select_target
 from captum_ext._engine.precision import full_precision
 
 OUTPUTS = ("logits", "probabilities")
 
 
-def log_odds(output: Tensor, target: TargetType, outputs: str = "logits") -> Tensor:
+def log_odds(
+    output: Tensor, target: TargetType, outputs: str = "logits", *, is_checked: bool = False
+) -> Tensor:
     r"""Log-odds of the target for each example, (B,), in float32 or better.
 
     .. math::
@@ -25,21 +27,22 @@ def log_odds(output: Tensor, target: TargetType, outputs: str = "logits") -> Ten
             target 1 or None is its class, with s = l, and target 0 is the other one, with s = -l.
         target: in any of Captum's forms.
         outputs: "logits" (also shifted ones, like log-probabilities) or "probabilities".
+        is_checked: see `select_target`.
 
     Raises:
         AssertionError: a target that does not select one class for each example.
     """
     values = full_precision(output)
     if values.dim() == 1 or values.shape[1] == 1:
-        return _single_log_odds(values, target, outputs)
+        return _single_log_odds(values, target, outputs, is_checked)
     if outputs == "probabilities":
         values = values.clamp(min=torch.finfo(values.dtype).tiny).log()
     n, n_classes, n_cells = len(values), values.shape[1], values[0, 0].numel()
     # Captum's selection from the indices of the values tells the class and cell of each target.
     indices = torch.arange(n_classes * n_cells, device=values.device)
-    selected = _select_targets(indices.reshape(1, *values.shape[1:]).expand_as(values), target)
-    check_one_score_per_example(selected)
-    target_class, cell = selected.reshape(-1) // n_cells, selected.reshape(-1) % n_cells
+    numbers = indices.reshape(1, *values.shape[1:]).expand_as(values)
+    selected = select_target(numbers, target, is_checked=is_checked)
+    target_class, cell = selected // n_cells, selected % n_cells
     rows = torch.arange(n, device=values.device)
     logits = values.reshape(n, n_classes, n_cells)[rows, :, cell]
     is_target = torch.arange(n_classes, device=values.device) == target_class[:, None]
@@ -48,7 +51,7 @@ def log_odds(output: Tensor, target: TargetType, outputs: str = "logits") -> Ten
     return odds
 
 
-def _single_log_odds(values: Tensor, target: TargetType, outputs: str) -> Tensor:
+def _single_log_odds(values: Tensor, target: TargetType, outputs: str, is_checked: bool) -> Tensor:
     """The log-odds of a single output, which stands for class 1 of two."""
     if values.dim() == 1:
         values = values[:, None]
@@ -59,6 +62,4 @@ def _single_log_odds(values: Tensor, target: TargetType, outputs: str) -> Tensor
         check_one_score_per_example(values)
         return values.reshape(-1)
     both = torch.cat((-values, values), 1)  # class 0 is the other one
-    selected: Tensor = _select_targets(both, target)
-    check_one_score_per_example(selected)
-    return selected.reshape(-1)
+    return select_target(both, target, is_checked=is_checked)

@@ -10,8 +10,9 @@ from torch import Generator, Tensor
 from captum_ext._checks import warn
 from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward
-from captum_ext._engine.outputs import Scorer, even_chunk_size
+from captum_ext._engine.outputs import Scorer, check_classes_first, even_chunk_size
 from captum_ext._engine.precision import full_precision, gradient_of_sum, without_autocast
+from captum_ext._engine.targets import check_on_host
 from captum_ext._errors import ArgumentError
 from captum_ext.attr._concrete_dropout import draw_uniform_noise
 from captum_ext.attr._log_odds import log_odds
@@ -52,7 +53,7 @@ class LogOddsScorer:
         self.channels_last = not images.is_contiguous() and images.is_contiguous(
             memory_format=torch.channels_last
         )
-        self.is_checked = False
+        self.image_dims, self.is_checked = images.dim(), False
 
     def __call__(self, composites: Tensor, examples: slice) -> Tensor:
         """The log-odds (n, p) of n images under p masks each, (n, p, C, H, W)."""
@@ -62,11 +63,22 @@ class LogOddsScorer:
         if self.channels_last:
             flat = flat.contiguous(memory_format=torch.channels_last)
         output = self.scorer.outputs((flat,), indices)
+        if not self.is_checked:
+            self._check_target(output)
         with without_autocast(output):
-            odds = log_odds(output, self.scorer.targets_for(indices), self.outputs)
+            targets = self.scorer.targets_for(indices)
+            odds = log_odds(output, targets, self.outputs, is_checked=True)
         if not self.is_checked:
             self._check(output.detach(), odds.detach())
         return odds.reshape(n, p)
+
+    def _check_target(self, output: Tensor) -> None:
+        """Check once that the output has the targets of all images."""
+        check_classes_first(output, self.image_dims, f"`outputs` {self.outputs!r}")
+        if not output.is_cpu:
+            n_classes = max(2, *output.shape[1:2])  # a single logit stands for two classes
+            shape = (self.scorer.n_examples, n_classes, *output.shape[2:])
+            check_on_host(shape, self.scorer.target)
 
     def _check(self, output: Tensor, odds: Tensor) -> None:
         """Check the first values only, because each check synchronises with the device."""

@@ -1,9 +1,10 @@
 """Facts about a method, from which the command line and the tables are made."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from captum_ext._repr import options_repr
+from captum_ext.attr._arguments import refuse_constructor_habits
 
 Family = Literal["activation", "gradient", "masking", "learned"]
 
@@ -38,6 +39,12 @@ class MethodInfo:
     passes: ClassVar[str] = "1"
     needs_gradients: ClassVar[bool] = False
     zero_is_neutral: ClassVar[bool] = True
+
+    if not TYPE_CHECKING:  # it would hide the constructors' arguments
+
+        def __new__(cls, *args, **kwargs):
+            refuse_constructor_habits(cls, kwargs)
+            return super().__new__(cls)
 
     def __repr__(self) -> str:
         return options_repr(self)

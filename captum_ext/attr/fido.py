@@ -14,9 +14,9 @@ from captum_ext._checks import (
     check_choice,
     check_count,
     check_generator,
-    check_images,
     check_non_negative,
     check_positive,
+    image_tensor,
 )
 from captum_ext._compat import (
     TargetType,
@@ -32,6 +32,7 @@ from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import fields_repr
+from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._concrete_dropout import DROPOUTS
 from captum_ext.attr._log_odds import OUTPUTS
 from captum_ext.attr._masked_scores import SDR, SSR, LogOddsScorer, MaskedScores, regulariser
@@ -229,6 +230,7 @@ class FIDO(AttributionMixin, PerturbationAttribution):
         **options: Unpack[FIDOOptions],
     ) -> tuple[TensorOrTupleOfTensors, FIDOMasks]: ...
     @log_usage()
+    @checks_arguments
     def attribute(
         self,
         inputs: Tensor | Tensors,
@@ -304,7 +306,7 @@ class FIDO(AttributionMixin, PerturbationAttribution):
             TypeError: an infill, a generator or a callback of another type.
             AssertionError: a target that does not select one class for each image, as in Captum.
         """
-        images = check_images(inputs)
+        images = image_tensor(inputs)
         _check_choices(objective=objective, dropout=dropout, tv_norm=tv_norm)
         _check_numbers(
             counts={"n_steps": n_steps, "n_masks": n_masks},

@@ -21,10 +21,11 @@ from captum_ext._compat import (
     with_progress,
 )
 from captum_ext._engine.modules import Forward, Tensors
-from captum_ext._engine.outputs import Score, Scorer, check_score, compute_scores, select_target
+from captum_ext._engine.outputs import Score, Scorer, check_score, compute_scores, count_dims
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError
 from captum_ext._repr import fields_repr
+from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._grid_masks import BLOCK, GridMasks, chunk_bounds
 from captum_ext.attr._masked_means import MaskedMeans
 from captum_ext.attr._method_info import Paper
@@ -145,6 +146,7 @@ class RISE(AttributionMixin, PerturbationAttribution):
         return False
 
     @log_usage()
+    @checks_arguments
     def attribute(
         self,
         inputs: TensorOrTupleOfTensors,
@@ -210,6 +212,7 @@ class RISE(AttributionMixin, PerturbationAttribution):
         output: TensorOrTupleOfTensors = _format_output(_is_tuple(inputs), attributions)
         return output
 
+    @checks_arguments
     def estimate(
         self,
         inputs: Tensor | Tensors,
@@ -332,8 +335,8 @@ class _TargetScores:
             for x, b, is_masked in self.parts
         )
         examples, first = self.indices.repeat(n), self.scorers[0]
-        scores = compute_scores(first.outputs(masked, examples), first.score)
-        selected = [select_target(scores, s.targets_for(examples)) for s in self.scorers]
+        scores = compute_scores(first.outputs(masked, examples), first.score, count_dims(masked))
+        selected = [scorer.select(scores, examples) for scorer in self.scorers]
         return torch.stack([s.reshape(n, len(self.indices)) for s in selected], 1).flatten(1)
 
 
@@ -371,11 +374,7 @@ def _masked_inputs(inputs: Tensors) -> list[bool]:
             f"dimensions, got {[(tuple(x.shape), x.dtype) for x in inputs]}."
         )
     size = inputs[can_mask.index(True)].shape[2:]
-    is_masked = [can and x.shape[2:] == size for x, can in zip(inputs, can_mask, strict=True)]
-    for x, masked in zip(inputs, is_masked, strict=True):
-        if masked and not bool(torch.isfinite(x).all()):
-            raise ArgumentError("`inputs` has values that are not finite.")
-    return is_masked
+    return [can and x.shape[2:] == size for x, can in zip(inputs, can_mask, strict=True)]
 
 
 def _checked_baselines(baselines: Any, inputs: Tensors) -> Any:

@@ -9,7 +9,7 @@ from captum.attr import Attribution
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._checks import check_images
+from captum_ext._checks import image_tensor
 from captum_ext._compat import TargetType, TensorOrTupleOfTensors, _format_output, log_usage
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import Forward, find_module, module_name, require_module
@@ -18,6 +18,7 @@ from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import SavedDecoder
 from captum_ext._repr import options_repr
+from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._method_info import Paper
 from captum_ext.attr._mixin import AttributionMixin
 from captum_ext.fcam.decoder import FCAMDecoder
@@ -95,6 +96,7 @@ class FCAM(AttributionMixin, Attribution):
         return options_repr(self, layers=None if names == self.decoder.layers else names)
 
     @log_usage()
+    @checks_arguments
     def attribute(
         self,
         inputs: TensorOrTupleOfTensors,
@@ -116,7 +118,7 @@ class FCAM(AttributionMixin, Attribution):
             ValueError: `inputs` are not images, not floats or not finite.
             AssertionError: `target` does not select one class for each image.
         """
-        images = check_images(inputs)
+        images = image_tensor(inputs)
         maps = self.foreground(images, target, additional_forward_args).to(images.dtype)
         repeated = maps.repeat(1, images.shape[1], 1, 1)
         formatted: TensorOrTupleOfTensors = _format_output(isinstance(inputs, tuple), (repeated,))

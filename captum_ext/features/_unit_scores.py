@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from captum_ext._compat import _run_forward, _select_targets
 from captum_ext._engine.capture import LayerCapture
+from captum_ext._engine.faults import explained_faults
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import (
     ExampleArguments,
@@ -18,6 +18,7 @@ from captum_ext._engine.outputs import (
 )
 from captum_ext._engine.precision import full_precision, gradient_of_sum, without_autocast
 from captum_ext._engine.replay import run_to_layer
+from captum_ext._engine.targets import run_forward, select_entries
 from captum_ext._errors import ArgumentError
 
 
@@ -64,7 +65,7 @@ class UnitScores(ExampleArguments):
         Raises:
             ValueError: the layer does not run, or runs twice.
         """
-        with torch.no_grad():
+        with torch.no_grad(), explained_faults(self.forward_func, images, "start"):
             if self.layer is None:
                 return self(images)
             inputs = (images.to(self.dtype),)
@@ -81,7 +82,7 @@ class UnitScores(ExampleArguments):
             )
         x = images.to(self.dtype, copy=True)  # the model's first step may work in place
         forward = scoring_forward(self.forward_func, "logit")
-        output = _run_forward(forward, (x,), self.target, self.extra_args)
+        output = run_forward(forward, (x,), self.target, self.extra_args)
         check_one_score_per_example(output)
         return self._check_count(output.flatten())
 
@@ -108,7 +109,7 @@ class UnitScores(ExampleArguments):
             else:
                 if target is None:  # valid for a layer with one channel
                     check_one_score_per_example(a.flatten(2)[..., 0] if a.dim() > 2 else a)
-                scores = full_precision(_select_targets(a, target)).reshape(len(a), -1).mean(1)
+                scores = full_precision(select_entries(a, target)).reshape(len(a), -1).mean(1)
         return self._check_count(scores)
 
     def _check_count(self, scores: Tensor) -> Tensor:

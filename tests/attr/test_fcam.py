@@ -168,7 +168,7 @@ def test_it_leaves_no_trace(error, trace_free):
         if part == error:
             module.register_forward_pre_hook(stop)
     inputs = x[:, :2] if error == "channels" else x
-    expected = {"target": AssertionError, "channels": RuntimeError}.get(error, ZeroDivisionError)
+    expected = {"target": AssertionError, "channels": ValueError}.get(error, ZeroDivisionError)
     raises = pytest.raises(expected) if error else nullcontext()
     with trace_free(method.forward_func, x), trace_free(method.decoder), raises:
         result = method.attribute(inputs, target=[0, 1] if error == "target" else 1)

@@ -631,7 +631,9 @@ def test_wrong_inputs_and_scores_raise() -> None:
     net = small_net()
     with pytest.raises(ValueError, match="`score` must be one of"):
         RISE(net, "probability")
-    for x in (torch.rand(2, 5), torch.zeros(2, 3, 8, 8, dtype=torch.int64), torch.rand(0, 3, 8, 8)):
+    with pytest.raises(ValueError, match="`inputs` must have at least one example"):
+        rise(torch.rand(0, 3, 8, 8), net)
+    for x in (torch.rand(2, 5), torch.zeros(2, 3, 8, 8, dtype=torch.int64)):
         with pytest.raises(ValueError, match="`inputs` must have a tensor of floats"):
             rise(x, net)
     with pytest.raises(ValueError, match="not finite"):

@@ -40,7 +40,7 @@ def test_hooks_act_while_their_lock_is_held() -> None:
     assert seen == [(1, 2.0), (0, 21.0)]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net)
     modules: list[nn.Module] = []
-    with hooked_globally(modules.append) as lock:
+    with hooked_globally(lambda module, args: modules.append(module)) as lock:
         net(x)
         with lock:
             net(x)

@@ -19,6 +19,7 @@ from captum_ext._engine.outputs import Score, check_score, scoring_forward
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.replay import LayerReplay
 from captum_ext._engine.state import preserve_state
+from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
 from captum_ext.attr.layer.base import BaseLayerCam, divide, weighted_sum
@@ -76,6 +77,7 @@ class LayerAblationCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
 
     @maps_by_layer
     @log_usage()
+    @checks_arguments
     def attribute(
         self,
         inputs: Tensor | Tensors,
@@ -124,7 +126,7 @@ class LayerAblationCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
                     **self._capture_options(attribute_to_layer_input),
                 )
                 replay.capture.check_channels(inputs, additional_forward_args)
-                activations += self._channels_first([replay.activations])
+                activations += self._as_maps([replay.activations], inputs, [layer])
                 weights.append(
                     tuple(
                         self._weights(

@@ -18,13 +18,16 @@ from typing import Any, Generic
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.nn import functional as F
 
+from captum_ext._checks import warn
 from captum_ext._compat import (
     GradientAttribution,
     LayerAttribution,
     TargetType,
     _format_outputs,
+    _format_tensor_into_tuples,
     log_usage,
 )
 from captum_ext._engine.capture import LayerCapture
@@ -34,6 +37,7 @@ from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import options_repr
+from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._method_info import MethodInfo
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
 
@@ -116,13 +120,15 @@ class BaseLayerCam(MethodInfo, LayerAttribution, Generic[LayerOrList]):
         target: TargetType,
         additional_forward_args: Any,
         at_input: bool,
+        needs_score: bool = True,
     ) -> tuple[list[Tensors], Tensor]:
         """The layers' activations as maps, and the target's scores (so every target is checked)."""
         capture = LayerCapture(self.forward_func, self.layers, **self._capture_options(at_input))
         activations, score = capture.activations(inputs, target, additional_forward_args)
         capture.check_channels(inputs, additional_forward_args)
-        check_one_score_per_example(score)
-        return self._channels_first(activations), score
+        if needs_score:
+            check_one_score_per_example(score)
+        return self._as_maps(activations, inputs), score
 
     def _activations_and_gradients(
         self,
@@ -138,7 +144,7 @@ class BaseLayerCam(MethodInfo, LayerAttribution, Generic[LayerOrList]):
             inputs, target, additional_forward_args, grad_kwargs
         )
         capture.check_channels(inputs, additional_forward_args)
-        return self._channels_first(activations), self._channels_first(gradients)
+        return self._as_maps(activations, inputs), self._channels_first(gradients)
 
     def _capture_options(self, at_input: bool) -> dict[str, Any]:
         return {
@@ -146,6 +152,32 @@ class BaseLayerCam(MethodInfo, LayerAttribution, Generic[LayerOrList]):
             "device_ids": self.device_ids,
             "traces_channels": self.reshape_transform is None,
         }
+
+    def _as_maps(
+        self,
+        per_layer: list[Tensors],
+        inputs: Tensor | Tensors,
+        layers: Sequence[Module] | None = None,
+    ) -> list[Tensors]:
+        """The layers' activations as (B, C, *spatial).
+
+        Raises:
+            ValueError: a layer has no spatial dimensions, but an input has.
+        """
+        maps = self._channels_first(per_layer)
+        images = [x for x in _format_tensor_into_tuples(inputs) if x.shape[2:].numel() > 1]
+        for layer, tensors in zip(layers or self.layers, maps, strict=True):
+            if images and all(t.shape[2:].numel() == 1 for t in tensors):
+                message = (
+                    f"`layer` {module_name(self.forward_func, layer)} has the shape "
+                    f"{tuple(tensors[0].shape)}, so its map is one number for an input of "
+                    f"{tuple(images[0].shape)}: choose a layer in front of the pooling, such as "
+                    f"`suggest_layer(model)`."
+                )
+                if all(t.dim() <= 2 for t in tensors):
+                    raise ArgumentError(message, "layer")
+                warn(message)  # not certain: the image may be as small as a cell
+        return maps
 
     def _channels_first(self, per_layer: list[Tensors]) -> list[Tensors]:
         """The layers' tensors as (B, C, *spatial)."""
@@ -196,6 +228,7 @@ class BaseGradientCam(BaseLayerCam[LayerOrList], GradientAttribution, ABC):
 
     @maps_by_layer
     @log_usage()
+    @checks_arguments
     def attribute(
         self,
         inputs: Tensor | Tensors,

@@ -9,12 +9,13 @@ from torch.nn import Conv1d, Conv2d, Conv3d, Linear, Module
 
 from captum_ext._compat import (
     TargetType,
-    _select_targets,
     log_usage,
 )
 from captum_ext._engine.modules import Forward, Tensors, find_module, module_name, root_module
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext._engine.targets import select_entries
+from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import Layer, LayerOrList, Maps, maps_by_layer
 from captum_ext.attr.layer.base import BaseLayerCam, spatial_mean, weighted_sum
@@ -77,6 +78,7 @@ class LayerClassActivationMap(BaseLayerCam[LayerOrList]):
 
     @maps_by_layer
     @log_usage()
+    @checks_arguments
     def attribute(
         self,
         inputs: Tensor | Tensors,
@@ -130,7 +132,7 @@ def _classes(n_classes: int, target: TargetType, score: Tensor) -> Tensor:
     """The class that `target` selects for each example, by selecting from the class numbers."""
     numbers = torch.arange(n_classes, device=score.device).expand(len(score), n_classes)
     assert target is not None or n_classes == 1, "Target not provided when necessary."
-    selected: Tensor = _select_targets(numbers, target)
+    selected: Tensor = select_entries(numbers, target)
     return selected.reshape(-1)
 
 

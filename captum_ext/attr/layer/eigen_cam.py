@@ -14,6 +14,7 @@ from captum_ext._compat import (
 from captum_ext._engine.modules import Tensors
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
 from captum_ext.attr.layer.base import BaseLayerCam
@@ -61,6 +62,7 @@ class LayerEigenCam(BaseLayerCam[LayerOrList]):
 
     @maps_by_layer
     @log_usage()
+    @checks_arguments
     def attribute(
         self,
         inputs: Tensor | Tensors,
@@ -71,12 +73,19 @@ class LayerEigenCam(BaseLayerCam[LayerOrList]):
     ) -> Maps[LayerOrList]:
         """The map of each example. Arguments as in `BaseGradientCam.attribute`.
 
+        The map does not depend on `target`. It is checked if it is passed; None serves models
+        without a single score, too.
+
         Raises:
             ValueError: activations that are not finite, which have no singular vectors.
         """
         with preserve_state(self.forward_func), torch.no_grad():
             per_layer, _ = self._activations(
-                inputs, target, additional_forward_args, attribute_to_layer_input
+                inputs,
+                target,
+                additional_forward_args,
+                attribute_to_layer_input,
+                needs_score=target is not None,
             )
             return self._maps(lambda a: self._project(a, relu_attributions), per_layer)
 

@@ -17,6 +17,7 @@ from captum_ext._engine.modules import Tensors
 from captum_ext._engine.outputs import Score
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
+from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
 from captum_ext.attr.layer.base import weighted_sum
@@ -85,6 +86,7 @@ class LayerScoreCam(BaseMaskingCam[LayerOrList]):
 
     @maps_by_layer
     @log_usage()
+    @checks_arguments
     def attribute(
         self,
         inputs: Tensor | Tensors,

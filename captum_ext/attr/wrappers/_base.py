@@ -2,6 +2,7 @@
 
 from captum.attr import Attribution
 
+from captum_ext._checks import brief
 from captum_ext._errors import ArgumentTypeError
 from captum_ext.attr._mixin import AttributionMixin
 
@@ -20,7 +21,8 @@ class BaseWrapper(AttributionMixin, Attribution):
         if not isinstance(attribution_method, Attribution):
             raise ArgumentTypeError(
                 f"`attribution_method` must be an instance of a Captum attribution class, got "
-                f"{attribution_method!r}."
+                f"{brief(attribution_method)}: such as "
+                f"{type(self).__name__}(LayerGradCam(model, model.layer4))."
             )
         super().__init__(attribution_method.forward_func)
         self.attribution_method = attribution_method

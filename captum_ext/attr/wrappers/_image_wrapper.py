@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from captum_ext._checks import check_choice, check_images, is_finite
+from captum_ext._checks import check_choice, image_tensor, is_finite
 from captum_ext._compat import with_progress
 from captum_ext._engine.capture import check_gradients_exist
 from captum_ext._engine.modules import Tensors
@@ -108,13 +108,13 @@ class ImageWrapper(BaseWrapper):
 
     def _checked_images(self, inputs: Tensor | Tensors, arguments: Arguments) -> Tensor:
         """The images (B, C, H, W), once they and the names of the arguments are checked."""
-        x = check_images(inputs)
+        x = image_tensor(inputs)
         for flag in _FLAGS:
             if arguments.get(flag):
                 raise ArgumentError(f"`{flag}`: {self.get_name()} has none to return.")
         # `_complete_arguments` leaves out the target where the wrapped method takes none.
         names = [name for name in arguments if name != "target"]
-        check_keywords(self.attribution_method, names)
+        check_keywords(self, names)
         if self._needs_gradients:
             check_gradients_exist()
         return x

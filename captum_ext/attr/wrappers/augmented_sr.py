@@ -18,6 +18,7 @@ from captum_ext._engine.precision import without_autocast
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import options_repr
+from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._chain import UNSET, drop_unset, with_forward_func
 from captum_ext.attr.wrappers._image_wrapper import SIGNS, ImageWrapper, Offset
 from captum_ext.attr.wrappers._routing import ArgumentRouter, Arguments
@@ -271,6 +272,7 @@ class AugmentedSR(ImageWrapper):
         self, inputs: TensorOrTupleOfTensors, *, return_history: Literal[True], **kwargs: Any
     ) -> tuple[TensorOrTupleOfTensors, Tensor | None]: ...
     @log_usage()
+    @checks_arguments
     def attribute(
         self,
         inputs: Tensor | Tensors,

@@ -31,6 +31,7 @@ from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError
 from captum_ext._repr import options_repr
+from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._chain import UNSET, drop_unset
 from captum_ext.attr.wrappers._fusion import WindowFusion, canvas_key
 from captum_ext.attr.wrappers._image_wrapper import SIGNS, ImageWrapper, Offset
@@ -232,6 +233,7 @@ class SESSWrapper(ImageWrapper):
         self, inputs: TensorOrTupleOfTensors, *, return_coverage: Literal[True], **kwargs: Any
     ) -> tuple[TensorOrTupleOfTensors, Tensor]: ...
     @log_usage()
+    @checks_arguments
     def attribute(
         self,
         inputs: Tensor | Tensors,
@@ -417,7 +419,7 @@ class SESSWrapper(ImageWrapper):
                     self._check_input_size(pictures, images, arguments, error)
                     raise
             check_model_output(output, len(windows))
-            all_scores = compute_log_scores(output, self.score)
+            all_scores = compute_log_scores(output, self.score, images.dim())
             if self.score == "softmax":
                 detector.add(full_precision(output))
             scores = select_target(all_scores, arguments.get("target"))

@@ -17,6 +17,7 @@ from captum_ext._compat import (
     log_usage,
 )
 from captum_ext._engine.modules import Tensors
+from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._chain import UNSET, check_keywords, drop_unset
 from captum_ext.attr.wrappers._base import BaseWrapper
 from captum_ext.imaging import MODES, min_max, resize
@@ -112,6 +113,7 @@ class UpsampleWrapper(BaseWrapper):
         **kwargs: Any,
     ) -> tuple[TensorOrTupleOfTensors, Tensor]: ...
     @log_usage()
+    @checks_arguments
     def attribute(
         self,
         inputs: Tensor | Tensors,
@@ -140,7 +142,7 @@ class UpsampleWrapper(BaseWrapper):
         arguments = drop_unset(
             target=target, additional_forward_args=additional_forward_args, **kwargs
         )
-        check_keywords(self.attribution_method, arguments)
+        check_keywords(self, arguments)
         result = self.attribution_method.attribute(inputs, **arguments)
         delta = None
         if kwargs.get("return_convergence_delta"):

@@ -848,7 +848,7 @@ def test_wrong_options_raise(options: dict[str, Any], message: str) -> None:
         (torch.randn(2, 3, 20), "`inputs` must be images"),
         (torch.randn(2, 3, 20, 20, 20), "`inputs` must be images"),
         (torch.zeros(2, 3, 20, 20, dtype=torch.long), "`inputs` must be images"),
-        (torch.zeros(0, 3, 20, 20), "`inputs` must be images"),
+        (torch.zeros(0, 3, 20, 20), "`inputs` must have at least one example"),
         ((torch.zeros(1, 3, 9, 9), torch.zeros(1, 3, 9, 9)), "`inputs` must be one tensor"),
         (torch.full((1, 3, 20, 20), math.nan), "`inputs` has values that are not finite"),
     ],

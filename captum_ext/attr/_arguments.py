@@ -1,0 +1,70 @@
+"""Checks that every attribution makes of its arguments before and while the model runs."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+from captum_ext._checks import check_inputs
+from captum_ext._engine.faults import explained_faults, refuse_unbatched
+from captum_ext._engine.targets import check_target
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+# Names in other packages, and the lines that do the same here.
+_CONSTRUCTOR_HABITS = ("model", "target_layer", "target_layers", "use_cuda")
+_ATTRIBUTE_HABITS = ("input_tensor", "targets")
+
+
+def refuse_constructor_habits(cls: type, names: Mapping[str, Any]) -> None:
+    """Raise a TypeError for a keyword that other packages have in their constructors."""
+    name = next((name for name in names if name in _CONSTRUCTOR_HABITS), None)
+    if name is None:
+        return
+    parameters = list(inspect.signature(cls).parameters)
+    if name in parameters:
+        return
+    arguments = {"forward_func": "model", "layer": "model.layer4", "attribution_method": "method"}
+    call = ", ".join(arguments[p] for p in parameters if p in arguments)
+    raise TypeError(
+        f"{cls.__name__}() has no argument {name!r}; its arguments have Captum's names: "
+        f"{cls.__name__}({call}).attribute(x, target=3)."
+    )
+
+
+def checks_arguments(attribute: Method) -> Method:
+    """Check the inputs and the target of a method that explains a model.
+
+    The errors of the model that come from its inputs are raised again with their cause. Write it
+    under `@log_usage()`: Captum's NoiseTunnel calls what lies under that decorator.
+    """
+    parameters = list(inspect.signature(attribute).parameters)
+    has_targets = "targets" in parameters
+    position = parameters.index("target") - 1 if "target" in parameters else None
+
+    @wraps(attribute)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for habit in _ATTRIBUTE_HABITS:
+            if habit in kwargs and not has_targets:
+                raise TypeError(
+                    f"{type(self).__name__}.{attribute.__name__}() has no argument {habit!r}; its "
+                    f"arguments have Captum's names: "
+                    f".{attribute.__name__}(x, target=3) for one class, target=[3, 5] for one of "
+                    f"each example."
+                )
+        if not args and "inputs" not in kwargs:
+            return attribute(self, **kwargs)  # Python's own error
+        inputs = args[0] if args else kwargs["inputs"]
+        check_inputs(inputs)
+        target = kwargs.get("target")
+        if position is not None and position < len(args):
+            target = args[position]
+        if target is not ...:  # the wrappers' word for a target that was not passed
+            check_target(target)
+        with (
+            explained_faults(self.forward_func, inputs),
+            refuse_unbatched(self.forward_func, inputs),
+        ):
+            return attribute(self, *args, **kwargs)
+
+    return cast(Method, checked)
