@@ -22,7 +22,15 @@ from captum_ext._compat import (
 from captum_ext._engine.channels import Dims, LayerChannelTracer, check_channels_first
 from captum_ext._engine.faults import explain_missing_gradient
 from captum_ext._engine.hooks import LayerEdit, edit_layers
-from captum_ext._engine.modules import Forward, Tensors, module_name, owner_module, root_module
+from captum_ext._engine.modules import (
+    EAGER_ADVICE,
+    Forward,
+    Tensors,
+    check_eager,
+    module_name,
+    owner_module,
+    root_module,
+)
 from captum_ext._engine.outputs import check_one_score_per_example
 from captum_ext._engine.targets import run_forward
 from captum_ext._errors import ArgumentError
@@ -59,6 +67,8 @@ class LayerCapture:
         device_ids: list[int] | None = None,
         traces_channels: bool = False,
     ) -> None:
+        for layer in layers:
+            check_eager(forward_func, layer)
         owner = owner_module(forward_func)
         self.is_parallel = device_ids is not None or isinstance(owner, DataParallel)
         self.device_ids: Any = device_ids or getattr(owner, "device_ids", None)
@@ -189,15 +199,32 @@ class LayerCapture:
         """Run the model with `edit` at the layers (see `edit_layers`); return the target's score.
 
         The score is an empty tensor if `edit` raises `LayerReachedError`.
+
+        Raises:
+            ValueError: a layer does not run.
         """
         options: Any = {"at_input": self.at_input, "every_thread": self.is_parallel}
+        ran: set[int] = set()
+
+        def note_and_edit(index: int, tensors: Tensors) -> Tensors:
+            ran.add(index)
+            return edit(index, tensors)
+
         try:
-            with edit_layers(self.layers, edit, **options) as lock, lock:
+            with edit_layers(self.layers, note_and_edit, **options) as lock, lock:
                 score: Tensor = run_forward(
                     self.forward_func, inputs, target, additional_forward_args
                 )
         except LayerReachedError:
             return torch.empty(0)
+        for index, layer in enumerate(self.layers):
+            if index not in ran:
+                name = module_name(self.forward_func, layer)
+                raise ArgumentError(
+                    f"`layer` {name} did not run in the forward pass. Is it part of this model? If "
+                    f"`forward_func` calls a compiled module, {EAGER_ADVICE}.",
+                    "layer",
+                )
         return score
 
     def run_traced(
@@ -247,13 +274,6 @@ class LayerCapture:
 
     def devices(self) -> list[list[torch.device]]:
         """The devices of each layer's tensors, in the order of the batch's chunks."""
-        for layer, tensors_on in zip(self.layers, self.captured, strict=True):
-            if not tensors_on:
-                raise ArgumentError(
-                    f"`layer` {module_name(self.forward_func, layer)} did not run in the forward "
-                    f"pass. Is it part of this model, eager and not compiled?",
-                    "layer",
-                )
         return [_sort_key_list(list(on), self.device_ids) for on in self.captured]
 
     def gather(self) -> list[Tensors]:

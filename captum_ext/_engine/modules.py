@@ -1,5 +1,6 @@
 """Find the module behind a forward function, and its layers."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -84,6 +85,7 @@ def find_module(forward_func: Forward, module: Module | str, argument: str = "la
             "forward_func",
         )
     if isinstance(module, Module):
+        check_eager(forward_func, module)
         return module
     if not isinstance(module, str):
         raise ArgumentTypeError(
@@ -103,7 +105,38 @@ def find_module(forward_func: Forward, module: Module | str, argument: str = "la
             f"`{argument}` {module!r} is not in the model. Closest: {closest(module, known)}.",
             argument,
         )
+    check_eager(forward_func, names[module])
     return names[module]
+
+
+EAGER_ADVICE = (
+    'run it without its compiled graphs, inside `with torch.compiler.set_stance("force_eager"):`'
+)
+
+
+def check_eager(forward_func: Forward, layer: Module, argument: str = "forward_func") -> None:
+    """Raise a ValueError if `layer` is in a compiled part of the model, which ignores hooks.
+
+    `torch.compile(part)` and `part.compile()` are allowed where torch runs no compiled graphs.
+
+    Args:
+        forward_func: the model.
+        layer: the layer.
+        argument: the name of `forward_func` in the error.
+    """
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
+    if getattr(getattr(eval_frame, "_stance", None), "stance", None) == "force_eager":
+        return
+    root = root_module(forward_func)
+    for name, part in () if root is None else root.named_modules():
+        compiled = getattr(part, "_orig_mod", None)
+        if part._compiled_call_impl is not None:
+            compiled = part
+        if compiled is not None and any(inner is layer for inner in compiled.modules()):
+            label = f"`layer` is in `{name}`," if name else f"`{argument}` is"
+            raise ArgumentError(
+                f"{label} a compiled module, and compiled graphs ignore hooks: {EAGER_ADVICE}."
+            )
 
 
 def module_name(forward_func: Forward, module: Module) -> str:

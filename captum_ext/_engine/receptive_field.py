@@ -30,7 +30,7 @@ from captum_ext._engine.channels import (
     torch_function_name,
 )
 from captum_ext._engine.hooks import LockedFunctionMode, enter_mode, hooked
-from captum_ext._engine.modules import Forward, module_name
+from captum_ext._engine.modules import Forward, check_eager, module_name
 from captum_ext._errors import ArgumentError
 
 
@@ -95,6 +95,7 @@ def receptive_field(
         ValueError: the layer's output cannot be traced back to the image; with `exact`, a function
             on the way may make units depend on more than their field.
     """
+    check_eager(forward_func, layer)
     tracer = _FieldTracer(image)
     results: list[tuple[_TracedTensor | None, str | None]] = []
 

@@ -13,7 +13,7 @@ from captum_ext._checks import check_count
 from captum_ext._compat import _run_forward
 from captum_ext._engine.capture import LayerCapture, clone_tensors
 from captum_ext._engine.hooks import hooked
-from captum_ext._engine.modules import Forward, find_module, require_module
+from captum_ext._engine.modules import Forward, check_eager, find_module, require_module
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError
 
@@ -207,6 +207,7 @@ def find_feature_layers(classifier: Forward, images: Tensor) -> list[str]:
     """
     root = require_module(classifier, "classifier", ": name the `layers`")
     names, modules = zip(*root.named_modules(), strict=True)
+    check_eager(classifier, modules[-1], "classifier")
     runs: Counter[str] = Counter()
     ran: list[tuple[str, tuple[int, int]]] = []
     sizes: dict[str, tuple[int, int] | None] = {}
