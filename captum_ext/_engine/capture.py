@@ -189,7 +189,7 @@ class LayerCapture:
                     self.forward_func, inputs, target, additional_forward_args
                 )
         except LayerReachedError:
-            return torch.empty(0)
+            return torch.empty(0, device="cpu")
         return score
 
     def run_traced(
