@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
-from captum_ext._engine.modules import Forward, require_module
+from captum_ext._engine.modules import Forward, module_device, require_module
 from captum_ext._errors import ArgumentError
 
 # Functions of these packages need no version: users do not edit them.
@@ -299,8 +299,7 @@ class SavedDecoder:
                 f"{str(error).splitlines()[1].strip()}",
                 "path",
             ) from error
-        device = next(root.parameters(), torch.empty(0)).device
-        return decoder.to(device).eval()
+        return decoder.to(module_device(root)).eval()
 
 
 def _dtypes(root: Module) -> dict[str, str]:

@@ -13,6 +13,7 @@ from captum_ext._engine.modules import (
     Forward,
     Tensors,
     find_module,
+    module_device,
     module_name,
     parameter_dtype,
     root_module,
@@ -63,7 +64,7 @@ class LayerMaps:
     @property
     def device(self) -> torch.device:
         """The device of the model's parameters."""
-        return next(self._owner.parameters(), torch.empty(0)).device
+        return module_device(self._owner)
 
     @property
     def _owner(self) -> Module:

@@ -14,10 +14,12 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Generator, Tensor
 from torch.nn import Module
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from captum_ext._checks import check_count, check_seed
+from captum_ext._data.loading import CpuLoader
 from captum_ext._data.pictures import PictureDataset
+from captum_ext._engine.modules import module_device
 from captum_ext._engine.state import eval_mode, preserve_state, seeded_random
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import check_same_run, derive_seed
@@ -144,12 +146,13 @@ class TrainingRun:
         Yields:
             The classifier's device.
         """
-        device = _device_of(classifier)
+        device = module_device(classifier)
         with ExitStack() as stack:
+            # First, so that trainings in several threads run one after another.
+            stack.enter_context(seeded_random(device, derive_seed(self.seed)))
             stack.enter_context(eval_mode(classifier))
             stack.enter_context(preserve_state(classifier))
             stack.enter_context(torch.enable_grad())  # Lightning would leave gradients on
-            stack.enter_context(seeded_random(device, derive_seed(self.seed)))
             stack.callback(classifier.to, device)
             yield device
 
@@ -165,7 +168,7 @@ class TrainingRun:
             ValueError: no picture can be read, or the checkpoint is of another run.
         """
         module.order = SeededShuffle(len(pictures), self.seed)
-        loader = DataLoader(
+        loader = CpuLoader(
             pictures,
             self.batch_size,
             sampler=module.order,
@@ -174,7 +177,7 @@ class TrainingRun:
         )
         with keyboard_interrupt(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You defined a `validation_step`")
-            trainer, checkpoint = self._trainer(_device_of(module.classifier))
+            trainer, checkpoint = self._trainer(module_device(module.classifier))
             trainer.fit(module, loader, validation, ckpt_path=checkpoint)
         if len(module.unread) == len(pictures):
             raise ArgumentError(
@@ -206,10 +209,6 @@ class TrainingRun:
         settings["callbacks"] = [*callbacks, saver]
         file = Path(self.checkpoints) / "last.ckpt"
         return Trainer(**settings), file if file.is_file() else None
-
-
-def _device_of(classifier: Module) -> torch.device:
-    return next(classifier.parameters(), torch.empty(0)).device
 
 
 @contextmanager
@@ -250,4 +249,4 @@ class SeededShuffle(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        return iter(torch.randperm(self.n, generator=generator).tolist())
+        return iter(torch.randperm(self.n, generator=generator, device="cpu").tolist())

@@ -3,5 +3,6 @@
 - `files`: opens picture files, upright and in RGB.
 - `pictures`: turns any data set of pictures into tensors of one size; boxes.
 - `pixels`: tensors of bytes, resizing, and the normalisation of a model's inputs.
+- `loading`: batches on the CPU.
 - `sizes`: parses arguments that are a height and a width.
 """

@@ -66,7 +66,9 @@ class PictureDataset(Dataset[PictureItem]):
     def __getitem__(self, index: int) -> PictureItem:
         entry_and_pixels = self.read(index)
         if entry_and_pixels is None:
-            return PictureItem(torch.zeros(3, *self.size, dtype=torch.uint8), 0, index, False)
+            return PictureItem(
+                torch.zeros(3, *self.size, dtype=torch.uint8, device="cpu"), 0, index, False
+            )
         entry, pixels = entry_and_pixels
         label = self._label(entry, index) if self.has_labels else 0
         if label < 0 or (self.n_classes is not None and label >= self.n_classes):
@@ -187,7 +189,7 @@ def box_tensor(boxes: Any) -> Tensor:
     Raises:
         ValueError: another shape, or no box.
     """
-    tensor = torch.as_tensor(boxes, dtype=torch.float64)
+    tensor = torch.as_tensor(boxes, dtype=torch.float64, device="cpu")
     tensor = tensor[None] if tensor.dim() == 1 else tensor
     if tensor.dim() != 2 or tensor.shape[1] != 4 or not len(tensor):
         raise ValueError(f"boxes must be (n, 4), n at least 1, got {tuple(tensor.shape)}.")

@@ -58,7 +58,9 @@ def mean_and_std(normalize: Any, dtype: torch.dtype = torch.float32) -> tuple[Te
     if not isinstance(normalize, Iterable) and hasattr(normalize, "mean"):
         normalize = (normalize.mean, getattr(normalize, "std", None))
     try:
-        mean, std = (torch.as_tensor(values, dtype=dtype).clone() for values in normalize)
+        mean, std = (
+            torch.as_tensor(values, dtype=dtype, device="cpu").clone() for values in normalize
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(
             f"`normalize` must be (mean, std), got {normalize!r}.", "normalize"

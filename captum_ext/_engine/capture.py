@@ -216,7 +216,7 @@ class LayerCapture:
                     self.forward_func, inputs, target, additional_forward_args
                 )
         except LayerReachedError:
-            return torch.empty(0)
+            return torch.empty(0, device="cpu")
         for index, layer in enumerate(self.layers):
             if index not in ran:
                 name = module_name(self.forward_func, layer)

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_ext._engine.modules import Tensors
+from captum_ext._engine.sharing import thread_token
 from captum_ext._errors import ArgumentError
 
 LayerEdit = Callable[[int, Tensors], Tensors]  # the layer's index, its tensors -> new tensors
@@ -35,12 +36,12 @@ class _HookScope:
     """The thread and the block of code in which hooks act."""
 
     def __init__(self, every_thread: bool) -> None:
-        self.thread = None if every_thread else threading.get_ident()
+        self.thread = None if every_thread else thread_token()
         self.lock = threading.Lock()
 
     def is_active(self) -> bool:
         """Return whether the lock is held, and this is the scope's thread."""
-        return self.lock.locked() and self.thread in (None, threading.get_ident())
+        return self.lock.locked() and (self.thread is None or self.thread is thread_token())
 
 
 class LockedFunctionMode(TorchFunctionMode):

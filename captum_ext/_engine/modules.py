@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -144,6 +145,12 @@ def module_name(forward_func: Forward, module: Module) -> str:
     root = root_module(forward_func)
     names = {} if root is None else {id(m): name for name, m in root.named_modules()}
     return f"`{names.get(id(module)) or type(module).__name__}`"
+
+
+def module_device(module: Module) -> torch.device:
+    """The device of the module's first parameter or buffer; the CPU without one."""
+    tensors = chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def parameter_dtype(module: Module) -> torch.dtype:

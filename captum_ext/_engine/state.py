@@ -1,10 +1,10 @@
 """Context managers that restore buffers, random states and train/eval modes at their end."""
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -14,6 +14,13 @@ from torch.nn import Module
 from captum_ext._checks import warn
 from captum_ext._engine.hooks import hooked_globally
 from captum_ext._engine.modules import Forward, root_module
+from captum_ext._engine.sharing import (
+    ModelUse,
+    active_uses,
+    thread_token,
+    use_model,
+    use_random_states_alone,
+)
 
 
 class _BufferSnapshot:
@@ -40,17 +47,25 @@ class _BufferSnapshot:
                         raise
 
 
-class _PreservingCall:
-    """A call of `preserve_state` that has not ended, and its thread."""
-
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
-
-
 _buffers_lock = threading.Lock()
-# By the module's id: its buffers before the first of the calls in progress, and these calls. The
-# set is weak, because an interrupt may keep a call from removing itself.
-_buffers_of_modules: dict[int, tuple[_BufferSnapshot, WeakSet[_PreservingCall]]] = {}
+# By the module's id: its buffers before the first of the calls in progress, and the uses of the
+# model by these calls.
+_buffers_of_modules: dict[int, tuple[_BufferSnapshot, list[ModelUse]]] = {}
+
+
+def _reset_in_child() -> None:
+    """End the calls of the other threads, which a fork does not copy. One may hold the lock."""
+    global _buffers_lock
+    _buffers_lock = threading.Lock()
+    for key, (first, uses) in list(_buffers_of_modules.items()):
+        uses[:] = [use for use in uses if use.thread is thread_token()]
+        if not uses:
+            del _buffers_of_modules[key]
+            first.restore()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_in_child)
 
 
 @contextmanager
@@ -61,9 +76,10 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
     function, the modules are unknown until they run: a hook snapshots each one just before.
 
     If several threads use one model at once, the last call to end restores the buffers of before
-    the first call. Each thread's nested calls restore their own.
+    the first call. Each thread's nested calls restore their own. The call waits while another
+    thread has the model alone.
     """
-    call, had_gradients = _PreservingCall(), torch.is_grad_enabled()
+    had_gradients = torch.is_grad_enabled()
     # This call's snapshots. None: another thread had started before, and has the snapshot.
     snapshots: dict[int, _BufferSnapshot | None] = {}
     warned = False
@@ -81,36 +97,37 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
             )
         if module.training or not type(module).__module__.startswith("torch.nn."):
             with _buffers_lock:
-                first, calls = _buffers_of_modules.get(id(module), (None, WeakSet()))
+                first, uses = _buffers_of_modules.get(id(module), (None, []))
+                uses = active_uses(uses)
                 own_snapshot = None
-                if all(other.thread == call.thread for other in calls):
+                if all(other.thread is use.thread for other in uses):
                     own_snapshot = _BufferSnapshot(module)
                 # Before `_buffers_of_modules`: an interrupt may come in between, and `_release`
                 # must know of every module that is in there.
                 snapshots[id(module)] = own_snapshot
-                if first is None or not calls:
+                if first is None or not uses:
                     first = own_snapshot or _BufferSnapshot(module)
-                _buffers_of_modules[id(module)] = (first, calls)
-                calls.add(call)
+                _buffers_of_modules[id(module)] = (first, [*uses, use])
 
     root = root_module(forward_func)
-    try:
-        if root is None:
-            with hooked_globally(snapshot) as lock, lock:
+    with use_model(None if root is None else (root,), alone=False) as use:
+        try:
+            if root is None:
+                with hooked_globally(snapshot) as lock, lock:
+                    yield
+            else:
+                for module in root.modules():
+                    snapshot(module)
                 yield
-        else:
-            for module in root.modules():
-                snapshot(module)
-            yield
-    finally:
-        with ExitStack() as stack:  # runs all of them, even if one raises
-            # An interrupt can keep torch.no_grad from ending: restore the grad mode, too.
-            stack.callback(torch._C._set_grad_enabled, had_gradients)
-            for key, own_snapshot in snapshots.items():
-                stack.callback(_release, key, call, own_snapshot)
+        finally:
+            with ExitStack() as stack:  # runs all of them, even if one raises
+                # An interrupt can keep torch.no_grad from ending: restore the grad mode, too.
+                stack.callback(torch._C._set_grad_enabled, had_gradients)
+                for key, own_snapshot in snapshots.items():
+                    stack.callback(_release, key, use, own_snapshot)
 
 
-def _release(key: int, call: _PreservingCall, own_snapshot: _BufferSnapshot | None) -> None:
+def _release(key: int, use: ModelUse, own_snapshot: _BufferSnapshot | None) -> None:
     """Remove a call from those that use the module with id `key`, and restore the buffers.
 
     They are restored by the last call, and by a nested call of the only thread in progress.
@@ -118,10 +135,11 @@ def _release(key: int, call: _PreservingCall, own_snapshot: _BufferSnapshot | No
     with _buffers_lock:
         if key not in _buffers_of_modules:
             return
-        first, calls = _buffers_of_modules[key]
-        calls.discard(call)
-        if calls:
-            if own_snapshot is not None and all(other.thread == call.thread for other in calls):
+        first, uses = _buffers_of_modules[key]
+        uses = [other for other in active_uses(uses) if other is not use]
+        if uses:
+            _buffers_of_modules[key] = (first, uses)
+            if own_snapshot is not None and all(other.thread is use.thread for other in uses):
                 own_snapshot.restore()
         else:
             del _buffers_of_modules[key]
@@ -138,11 +156,11 @@ def _depends_on_mode(module: Module) -> bool:
 def seeded_random(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the global random states of torch (CPU and `device`) and NumPy; restore them at the end.
 
-    Captum's GradientShap draws from NumPy.
+    Captum's GradientShap draws from NumPy. Blocks of several threads run one after another.
     """
     devices = [device] if device.type == "cuda" else []
-    numpy_state = np.random.get_state()
-    with torch.random.fork_rng(devices):
+    with use_random_states_alone(), torch.random.fork_rng(devices):
+        numpy_state = np.random.get_state()
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` seeds all devices
         for cuda_device in devices:
             with torch.cuda.device(cuda_device):

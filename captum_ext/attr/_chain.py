@@ -5,15 +5,31 @@ import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import captum.attr
 from captum.attr import Attribution, GuidedGradCam, LayerAttribution, NeuronAttribution
+from torch import Tensor
+from torch.nn import Module
+from torch.utils._pytree import tree_leaves
 
 from captum_ext._checks import closest
-from captum_ext._engine.modules import Forward
+from captum_ext._engine.modules import Forward, Tensors, root_module
+from captum_ext._engine.sharing import use_model
 from captum_ext._errors import ArgumentError
+from captum_ext.attr._method_info import MethodInfo
 
 # The default of a wrapper's argument that is passed on only where the caller passed it: some
 # methods take no `target`, and each of the others has its own default.
 UNSET: Any = ...
+
+# Captum's methods that set no hooks, so that threads may run them at once.
+_WITHOUT_HOOKS = {
+    getattr(captum.attr, name)
+    for name in (
+        "FeatureAblation", "FeaturePermutation", "GradientShap", "InputXGradient",
+        "IntegratedGradients", "KernelShap", "Lime", "NoiseTunnel", "Occlusion", "Saliency",
+        "ShapleyValueSampling", "ShapleyValues",
+    )
+}  # fmt: skip
 
 
 def drop_unset(**arguments: Any) -> dict[str, Any]:
@@ -39,6 +55,46 @@ def innermost(method: Attribution) -> Attribution:
     """The last method of the chain."""
     *_, last = chain(method)
     return last
+
+
+def call_attribute(method: Attribution, inputs: Tensor | Tensors, **arguments: Any) -> Any:
+    """The result of `method.attribute`, also while other threads explain the model.
+
+    Captum's hooks act in all threads, so a method that sets hooks has the model alone meanwhile.
+    Captum's gradient methods switch `requires_grad` of their inputs on and off, and inputs may be
+    shared by threads: the method gets other tensors with the same memory.
+    """
+    if isinstance(method, MethodInfo):
+        return method.attribute(inputs, **arguments)
+    if isinstance(inputs, tuple):
+        inputs = tuple(_without_flag(x) for x in inputs)
+    else:
+        inputs = _without_flag(inputs)
+    with use_model(_explained_modules(innermost(method)), alone=_sets_hooks(method)):
+        return method.attribute(inputs, **arguments)
+
+
+def _without_flag(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) and not x.requires_grad else x
+
+
+def _sets_hooks(method: Attribution) -> bool:
+    """Return whether `method` sets hooks of Captum, or of a library that we do not know."""
+    for inner in chain(method):
+        if isinstance(inner, MethodInfo):
+            return False
+        if type(inner) not in _WITHOUT_HOOKS:
+            return True
+    return False
+
+
+def _explained_modules(method: Attribution) -> list[Module] | None:
+    """The model, or its layers if it is a plain function; None if the modules are unknown."""
+    root = root_module(method.forward_func)
+    if root is not None:
+        return [root]
+    layers = [x for x in tree_leaves(vars(method).get("layer")) if isinstance(x, Module)]
+    return layers or None
 
 
 def keywords_of(method: Attribution) -> set[str] | None:

@@ -128,8 +128,8 @@ class MaskedScores:
         self.images_at_once = even_chunk_size(len(images), internal_batch_size)
         self.masks_at_once = even_chunk_size(n_all_masks, internal_batch_size // len(images))
         dtype = full_precision(images).dtype
-        signs = torch.tensor([-1.0 if row == SSR else 1.0 for row in rows], dtype=dtype)
-        self.signs = signs.repeat(n_masks).to(images.device)
+        signs = [-1.0 if row == SSR else 1.0 for row in rows]
+        self.signs = torch.tensor(signs * n_masks, dtype=dtype, device=images.device)
 
     def __call__(self, logits: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         """The term of each image (N,), and its gradient, (N, rows, h, w), for the logits."""

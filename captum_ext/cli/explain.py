@@ -173,6 +173,7 @@ def run_methods(
 def _run(method: Method, cam: "Attribution", x: "Tensor", target: int) -> Explanation:
     import torch
 
+    from captum_ext._engine.state import seeded_random
     from captum_ext.attr import UpsampleWrapper
     from captum_ext.imaging import one_channel
 
@@ -182,9 +183,7 @@ def _run(method: Method, cam: "Attribution", x: "Tensor", target: int) -> Explan
     if "generator" in method.arguments:
         arguments["generator"] = torch.Generator(x.device).manual_seed(0)
     start = time.perf_counter()
-    # Captum's random methods have no generator.
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with seeded_random(x.device, 0):  # Captum's random methods have no generator
         maps = UpsampleWrapper(cam).attribute(x, target=target, **arguments)
     cam_map = one_channel(maps.detach())[0, 0].cpu()
     seconds = time.perf_counter() - start

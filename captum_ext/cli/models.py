@@ -59,7 +59,8 @@ def random_input(size: int) -> "Tensor":
     """An input (1, 3, size, size) on which models and methods are tried."""
     import torch
 
-    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(1, 3, size, size, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def check_input_size(loaded: "LoadedModel", x: "Tensor") -> None:

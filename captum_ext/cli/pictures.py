@@ -36,7 +36,9 @@ class PictureFolder:
         except FileNotFoundError as error:
             raise class_folders_error(root, error) from error
         self.root, self.classes, self.samples = root, self._folders.classes, self._folders.samples
-        self.is_unreadable = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
+        self.is_unreadable = torch.zeros(
+            len(self.samples), dtype=torch.bool, device="cpu"
+        ).share_memory_()
 
     def __len__(self) -> int:
         return len(self.samples)

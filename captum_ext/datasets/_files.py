@@ -218,8 +218,8 @@ def clip_boxes(boxes: Sequence[Box], size: tuple[int, int], name: str) -> Tensor
     Raises:
         ValueError: a box that is empty or outside the image.
     """
-    corners = torch.tensor(boxes, dtype=torch.int64).reshape(-1, 4)
-    inside = corners.clamp(min=torch.tensor(0), max=torch.tensor(size).repeat(2))
+    corners = torch.tensor(boxes, dtype=torch.int64, device="cpu").reshape(-1, 4)
+    inside = corners.clamp(min=0).minimum(corners.new_tensor([*size, *size]))
     if not bool((inside[:, :2] < inside[:, 2:]).all()):
         raise ValueError(
             f"a box of {name} is empty or outside the image of {size[0]} x {size[1]} pixels: "

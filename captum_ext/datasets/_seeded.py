@@ -71,4 +71,4 @@ class SeededDataset(Dataset[_ExampleT]):
 def box_around(mask: Array) -> Tensor:
     """The smallest box around the pixels of a mask (H, W): (1, 4), half-open."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return torch.tensor([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]])
+    return torch.tensor([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]], device="cpu")

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from captum_ext._checks import check_count
+from captum_ext._engine.state import seeded_random
 from captum_ext.datasets.fine_grained import PATTERNS, FineGrainedParts, normalized, stacked
 from captum_ext.datasets.textured_ellipses import TEXTURES, TexturedEllipses
 
@@ -154,13 +155,12 @@ def train_classifier(
         raise ValueError(
             f"`batch_size` must be in [2, {len(data)}], the number of pictures, got {batch_size}."
         )
-    pixels = torch.empty((len(data), 3, *data.size), dtype=torch.uint8)
-    targets = torch.empty(len(data), dtype=torch.int64)
+    pixels = torch.empty((len(data), 3, *data.size), dtype=torch.uint8, device="cpu")
+    targets = torch.empty(len(data), dtype=torch.int64, device="cpu")
     for i, example in enumerate(tqdm(data, desc="drawing", disable=not show_progress)):
         pixels[i], targets[i] = stacked([example.image])[0], example.target
     generator = Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded_random(torch.device("cpu"), seed):
         network: SmallCNN | TinyCNN = (
             TinyCNN(len(TEXTURES)) if ellipses else SmallCNN(len(PATTERNS))
         )
@@ -169,7 +169,7 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=n_steps)
     with tqdm(total=n_steps, desc="training", disable=not show_progress) as bar:
         for _ in range(n_epochs):
-            order = torch.randperm(len(data), generator=generator)
+            order = torch.randperm(len(data), generator=generator, device="cpu")
             for batch in order.split(batch_size):
                 if len(batch) < batch_size:
                     continue
@@ -188,6 +188,11 @@ def train_classifier(
 
 def _mirror_at_random(pictures: Tensor, generator: Generator) -> Tensor:
     for dim in (2, 3):
-        coins = torch.rand((len(pictures), 1, 1, 1), generator=generator) < 0.5
+        coins = (
+            torch.rand(
+                (len(pictures), 1, 1, 1), generator=generator, dtype=torch.float32, device="cpu"
+            )
+            < 0.5
+        )
         pictures = torch.where(coins, pictures.flip(dim), pictures)
     return pictures

@@ -163,7 +163,7 @@ class FineGrainedParts(SeededDataset[BeetleExample]):
         beetles = [self[i] for i in (range(self.n) if indices is None else indices)]
         return BeetleBatch(
             normalized(stacked([beetle.image for beetle in beetles])),
-            torch.tensor([beetle.target for beetle in beetles]),
+            torch.tensor([beetle.target for beetle in beetles], device="cpu"),
             torch.stack([beetle.part for beetle in beetles]),
         )
 

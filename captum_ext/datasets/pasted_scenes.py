@@ -165,11 +165,13 @@ def _compose(random: Random, kind: str, turn: int, size: tuple[int, int], name: 
         image=image,
         target=target.target,
         name=name,
-        boxes=torch.tensor(boxes[:n_objects]),
+        boxes=torch.tensor(boxes[:n_objects], device="cpu"),
         mask=torch.from_numpy(mask),
         kind=kind,
         distractor_targets=tuple(cutout.target for cutout in cutouts[n_objects:]),
-        distractor_boxes=torch.tensor(boxes[n_objects:], dtype=torch.int64).reshape(-1, 4),
+        distractor_boxes=torch.tensor(boxes[n_objects:], dtype=torch.int64, device="cpu").reshape(
+            -1, 4
+        ),
     )
 
 

@@ -149,7 +149,7 @@ class TexturedEllipses(SeededDataset[EllipseScene]):
         pixels = np.stack([np.asarray(scene.image) for scene in scenes])
         return EllipseBatch(
             torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
-            torch.tensor([scene.target for scene in scenes]),
+            torch.tensor([scene.target for scene in scenes], device="cpu"),
             torch.stack([scene.mask for scene in scenes]),
             torch.stack([scene.box for scene in scenes]),
         )

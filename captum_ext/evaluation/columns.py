@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from captum_ext._compat import _run_forward
 from captum_ext._engine.modules import Forward
 from captum_ext._repr import fields_repr
+from captum_ext.attr._chain import call_attribute
 from captum_ext.evaluation.examples import PreparedExample
 from captum_ext.imaging import min_max
 from captum_ext.metrics import Curve, box_ious, in_top_k, pixel_counts
@@ -107,7 +108,7 @@ class NumberColumn(Columns):
         return self.ground_truth is None or self.ground_truth(example) is not None
 
     def cells(self, batch: ExplainedBatch) -> Sequence[tuple[str, ...]]:
-        values = torch.as_tensor(self.function(batch))
+        values = torch.as_tensor(self.function(batch), device="cpu")
         if values.shape != (len(batch.examples),) or not bool(torch.isfinite(values).all()):
             raise ValueError(
                 f"`metrics`: {self.names[0]} must give a finite number for each of "
@@ -248,7 +249,7 @@ def sensitivity_to_noise(
 
     def explain(images: Any, **kwargs: Any) -> Any:
         # Captum takes views of them, which channels last and expanded maps do not have.
-        return tree_map(Tensor.contiguous, batch.attribution.attribute(images, **kwargs))
+        return tree_map(Tensor.contiguous, call_attribute(batch.attribution, images, **kwargs))
 
     def add_noise(images: Tensor) -> Tensor:  # Captum's own is float32
         return images + torch.empty_like(images).uniform_(-perturb_radius, perturb_radius)

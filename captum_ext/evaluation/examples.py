@@ -149,7 +149,7 @@ class ExampleBatches(Dataset[list[PreparedExample | FailedExample]]):
     def _pixels(self, picture: Any) -> Tensor:
         """(C, H, W), float32, in [0, 1]. Without `normalize`, tensors of floats are not changed."""
         if not isinstance(picture, Tensor) or not picture.is_floating_point():
-            pixels = to_byte_tensor(picture) / 255
+            pixels = to_byte_tensor(picture).float() / 255
         elif picture.dim() != 3 or 0 in picture.shape:
             raise ValueError(f"tensors must be (C, H, W), got {tuple(picture.shape)}.")
         else:
@@ -220,7 +220,7 @@ def _resize_mask(
     """The mask (H, W), bool, of a resized picture."""
     if mask is None:
         return None
-    values = torch.as_tensor(mask)
+    values = torch.as_tensor(mask, device="cpu")
     if values.dtype != torch.bool or tuple(values.shape) != old_size:
         raise ValueError(
             f"`{name}` must be bool and of the picture's size, {old_size}, got {values.dtype}, "

@@ -289,7 +289,7 @@ class _PxIoU(_PixelMeasure):
 
 
 def _tensor(values: Array) -> Tensor:
-    return torch.tensor(values)
+    return torch.tensor(values, device="cpu")
 
 
 # --- by name -------------------------------------------------------------------------------------

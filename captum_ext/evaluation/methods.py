@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
 
-from captum_ext._engine.modules import Forward, parameter_dtype, root_module
+from captum_ext._engine.modules import Forward, module_device, parameter_dtype, root_module
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import json_value, versioned_name
 from captum_ext.attr import UpsampleWrapper
@@ -41,7 +41,7 @@ class ConfiguredMethod(NamedTuple):
             root = next((leaf for leaf in leaves if isinstance(leaf, Module)), None)
         if root is None:
             return torch.device("cpu"), torch.float32
-        return next(root.parameters(), torch.empty(0)).device, parameter_dtype(root)
+        return module_device(root), parameter_dtype(root)
 
 
 def configured_methods(methods: Any) -> list[ConfiguredMethod]:

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captum_ext._data.files import is_resource_error
+from captum_ext._data.loading import CpuLoader
 from captum_ext._engine.state import preserve_state, seeded_random
 from captum_ext._identity import derive_seed, digest
+from captum_ext.attr._chain import call_attribute
 from captum_ext.evaluation.columns import Columns, ExplainedBatch, model_scores
 from captum_ext.evaluation.examples import (
     ExampleBatches,
@@ -60,7 +61,7 @@ def run_share(
     """Explain and measure a process's share of the remaining batches: every n-th one."""
     batches = list(remaining)[rank::n_processes]
     methods = {method.name: method for method in evaluation.methods}
-    loader = DataLoader(
+    loader = CpuLoader(
         evaluation.batches,
         batch_size=None,
         sampler=batches,
@@ -144,13 +145,13 @@ def _explain_images(
     seed = derive_seed(evaluation.seed, examples[0].index, int(digest(method.name), 16))
     with (
         torch.enable_grad(),
-        preserve_state(method.forward_func),
         seeded_random(device, seed),
+        preserve_state(method.forward_func),
         seed_generators(method, seed),
     ):
         start = _now(device)
         target = _target_tensor(evaluation.target, method, images, examples)
-        maps = method.attribution.attribute(images.clone(), target=target, **method.kwargs)
+        maps = call_attribute(method.attribution, images.clone(), target=target, **method.kwargs)
         explained = _now(device)
         seconds[0] += explained - start
         maps = maps[0] if isinstance(maps, tuple) else maps

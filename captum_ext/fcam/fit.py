@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from captum.attr import Attribution
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from captum_ext._checks import warn
+from captum_ext._data.loading import CpuLoader
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._data.sizes import height_width
@@ -161,7 +161,7 @@ def fit_fcam(
         if checkpoints is not None:
             module.fingerprint = fingerprint | run_fingerprint(module, batch_size)
             module.fingerprint["validation"] = 0 if boxed is None else len(boxed)
-        validation_loader = boxed and DataLoader(
+        validation_loader = boxed and CpuLoader(
             boxed, batch_size, collate_fn=collate_boxed, num_workers=num_workers
         )
         run.fit(module, pictures, validation_loader)

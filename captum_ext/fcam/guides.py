@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from captum_ext._engine.modules import Forward, root_module
 from captum_ext._errors import ArgumentError, ArgumentTypeError
-from captum_ext.attr._chain import wrapped_method
+from captum_ext.attr._chain import call_attribute, wrapped_method
 from captum_ext.imaging import min_max, one_channel, resize
 
 
@@ -42,7 +42,7 @@ def guide_maps(
     Raises:
         ValueError: the guide's maps do not have two spatial dimensions, or are a single pixel.
     """
-    maps = guide.attribute(images, target=target, **kwargs)
+    maps = call_attribute(guide, images, target=target, **kwargs)
     maps = maps[0] if isinstance(maps, tuple) else maps
     if not isinstance(maps, Tensor) or maps.dim() != 4 or len(maps) != len(images):
         result = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps)

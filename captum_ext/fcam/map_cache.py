@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
+from captum_ext._data.loading import CpuLoader
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._identity import (
     atomic_write,
@@ -66,7 +67,7 @@ def cached_maps(
         else:
             part = Subset(pictures, range(start, min(start + MAPS_IN_FILE, len(pictures))))
             batches = []
-            for pixels, labels, _, is_read in DataLoader(part, batch_size, num_workers=num_workers):
+            for pixels, labels, _, is_read in CpuLoader(part, batch_size, num_workers=num_workers):
                 images = module.images(pixels.to(module.device))
                 maps = guide_maps(
                     module.guide,

@@ -135,7 +135,8 @@ class SeedSampler:
                 "maps",
             )
         check_generator(generator, maps.device)
-        noise = torch.rand((3, len(maps), maps[0].numel()), generator=generator, device=maps.device)
+        shape = (3, len(maps), maps[0].numel())
+        noise = torch.rand(shape, generator=generator, dtype=torch.float32, device=maps.device)
         foreground, background = self.regions(maps, noise[0])
         is_object = self._dilate(_draw(foreground, self.n_foreground, noise[1]), maps)
         is_background = self._dilate(_draw(background, self.n_background, noise[2]), maps)

@@ -143,7 +143,7 @@ class FCAMModule(DecoderModule):
 
     def images(self, pixels: Tensor) -> Tensor:
         """Images as the classifier takes them, of pictures (N, 3, H, W) in bytes."""
-        return self.normalize(pixels / 255).to(parameter_dtype(self.classifier))
+        return self.normalize(pixels.float() / 255).to(parameter_dtype(self.classifier))
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of pictures: pixels, labels, indices, and which could be read."""

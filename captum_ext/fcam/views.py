@@ -37,7 +37,8 @@ class BoxedPictures(Dataset[tuple[Tensor, Tensor]]):
         height, width = self.pictures.size
         entry_and_pixels = self.pictures.read(index)
         if entry_and_pixels is None:
-            return torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4)
+            blank = torch.zeros(3, height, width, dtype=torch.uint8, device="cpu")
+            return blank, torch.zeros(0, 4, dtype=torch.float32, device="cpu")
         entry, pixels = entry_and_pixels
         name = f"`validation`: {self.pictures.name(index)}"
         boxes = entry_field(entry, "boxes", index=2)
@@ -89,7 +90,8 @@ def draw_crops(
     for side, part in zip(picture_size, crop_size, strict=True):
         first = torch.randint(side - part + 1, (n, 1), generator=generator, device=generator.device)
         lines.append(first + torch.arange(part, device=generator.device))
-    is_mirrored = torch.rand((n, 1), generator=generator, device=generator.device) < 0.5
+    options: Any = {"generator": generator, "dtype": torch.float32, "device": generator.device}
+    is_mirrored = torch.rand((n, 1), **options) < 0.5
     if flip:
         lines[1] = torch.where(is_mirrored, lines[1].flip(1), lines[1])
     return Crops(*lines)

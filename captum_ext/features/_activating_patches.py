@@ -101,11 +101,11 @@ class ActivatingPatches:
             torch.cat([getattr(part, name) for part in parts], 1)
             for name in ("values", "indices", "positions", "boxes")
         )
-        order = torch.arange(indices.shape[1]).expand(indices.shape)
+        order = torch.arange(indices.shape[1], device=indices.device).expand(indices.shape)
         for key in (positions[..., 1], positions[..., 0], indices, -values):  # the last comes first
             order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
         order = order[:, : self.n]
-        rows = torch.arange(len(indices))[:, None]
+        rows = torch.arange(len(indices), device=indices.device)[:, None]
         return replace(
             self,
             values=values[rows, order],
@@ -198,7 +198,7 @@ class ActivatingPatches:
             if entry_and_pixels is None:
                 raise ArgumentError(f"`data`: picture {index} cannot be read any more.", "data")
             pixels = entry_and_pixels[1]
-            new = torch.tensor([pixels.shape[2], pixels.shape[1]])
-            old = torch.tensor([width, height])
+            new = box.new_tensor([pixels.shape[2], pixels.shape[1]])
+            old = box.new_tensor([width, height])
             low, high = box[:2] * new // old, -(-box[2:] * new // old)
             yield pixels, torch.cat([low, high])

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
+from captum_ext._data.loading import CpuLoader
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._engine.receptive_field import ReceptiveField
 from captum_ext._errors import ArgumentError
@@ -110,9 +111,9 @@ def effective_boxes(
         ValueError: the activations do not depend on the images, or a picture can no longer be read.
     """
     device = maps.device
-    units = torch.tensor(channels).repeat_interleave(indices.shape[1]).to(device)
+    units = torch.tensor(channels, device=device).repeat_interleave(indices.shape[1])
     rows, columns = positions.flatten(0, 1).to(device).unbind(1)
-    loader = DataLoader(
+    loader = CpuLoader(
         Subset(pictures, indices.flatten().tolist()),
         batch_size,
         num_workers=num_workers,
@@ -125,7 +126,7 @@ def effective_boxes(
             raise ArgumentError(
                 f"`data`: picture {int(batch[~is_read][0])} cannot be read any more.", "data"
             )
-        images = maps.images(pixels.to(device) / 255).requires_grad_()
+        images = maps.images(pixels.to(device).float() / 255).requires_grad_()
         part = slice(n_done, n_done + len(pixels))
         n_done += len(pixels)
         with torch.enable_grad():

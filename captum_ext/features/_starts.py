@@ -94,7 +94,7 @@ def broadcast_mean_std(
     Raises:
         ValueError: the images have another number of channels.
     """
-    values = torch.tensor([[0.0], [1.0]]) if normalize is None else torch.stack(normalize)
+    values = images.new_tensor([[0.0], [1.0]]) if normalize is None else torch.stack(normalize)
     if values.shape[1] not in (1, images.shape[1]):
         raise ArgumentError(
             f"`normalize` is of {values.shape[1]} channels, and the images have {images.shape[1]}.",

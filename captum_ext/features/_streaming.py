@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
+from captum_ext._data.loading import CpuLoader
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._errors import ArgumentError
 from captum_ext._identity import atomic_write, check_same_run
@@ -87,7 +88,7 @@ def stream_pictures(
         n_done, unread = checkpoint.saved["n_done"], checkpoint.saved["unread"]
         top = TopActivations.from_state_dict(checkpoint.saved["top"])
     n_written = n_done
-    loader = DataLoader(
+    loader = CpuLoader(
         Subset(pictures, shard[n_done:]),
         batch_size,
         num_workers=num_workers,
@@ -97,7 +98,7 @@ def stream_pictures(
         n_done += len(indices)
         unread += indices[~is_read].tolist()
         if bool(is_read.any()):
-            images = maps.images(pixels[is_read].to(maps.device) / 255)
+            images = maps.images(pixels[is_read].to(maps.device).float() / 255)
             activations = maps.run_full_pass(images)
             if units is not None:
                 channels = torch.tensor(units, device=activations.device)

@@ -45,7 +45,8 @@ class TopActivations:
         self.grid: tuple[int, int] | None = None
         # Rows are sorted by value, then by key, which is (index of the image x cells + cell). Both
         # tensors are replaced and never written to, so that states may share them.
-        self._values, self._keys = torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64)
+        self._values = torch.zeros(0, 0, dtype=torch.float32, device="cpu")
+        self._keys = torch.zeros(0, 0, dtype=torch.int64, device="cpu")
 
     def __repr__(self) -> str:
         return options_repr(self)
@@ -177,7 +178,7 @@ class TopActivations:
     def positions(self) -> Tensor:
         """(C, m, 2), int64: row and column in the layer's map."""
         if self.grid is None:
-            return torch.zeros(0, 0, 2, dtype=torch.int64)
+            return self._keys.new_zeros(0, 0, 2)
         cells = self._without_missing(self._keys) % self._n_cells
         return torch.stack([cells // self.grid[1], cells % self.grid[1]], 2)
 

@@ -185,7 +185,7 @@ def _boxes(field: ReceptiveField | None, positions: Tensor, size: tuple[int, int
     """The receptive fields at these positions, clipped to the image; the whole image for None."""
     if field is not None:
         return clip_boxes(field_boxes(field, positions), size)
-    return torch.tensor([0, 0, size[1], size[0]]).expand(*positions.shape[:-1], 4).clone()
+    return positions.new_tensor([0, 0, size[1], size[0]]).expand(*positions.shape[:-1], 4).clone()
 
 
 def _field(maps: LayerMaps, image: Tensor) -> tuple[ReceptiveField | None, str | None]:

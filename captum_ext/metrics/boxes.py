@@ -125,7 +125,7 @@ def best_box_iou(predicted: Tensor, true: Sequence[Tensor]) -> Tensor:
     check_boxes(true, len(predicted), "true")
     device = predicted.device
     if not len(true):
-        return torch.zeros(0, device=device)
+        return torch.zeros(0, dtype=torch.float32, device=device)
     counts = torch.tensor([len(boxes) for boxes in true], device=device)
     image = torch.arange(len(true), device=device).repeat_interleave(counts)
     # In float64, since float32 holds the sides of pictures exactly, but not all of their products.
@@ -217,9 +217,11 @@ def center_gaussian(
         check_count("size", side)
     check_positive("sigma", sigma)
     y, x = (
-        torch.exp(-(((torch.arange(n, dtype=torch.float64) + 0.5) / n - 0.5) ** 2) / (2 * sigma**2))
+        torch.exp(-(((pixel + 0.5) / n - 0.5) ** 2) / (2 * sigma**2))
         for n in size
+        for pixel in [torch.arange(n, dtype=torch.float64, device="cpu")]
     )
+    device = torch.get_default_device() if device is None else device
     return torch.outer(y, x).to(device, dtype)
 
 

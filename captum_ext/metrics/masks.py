@@ -50,7 +50,7 @@ def mask_iou(predicted: Tensor, true: Tensor) -> Tensor:
         )
     intersection = (predicted & true).flatten(1).sum(1)
     union = (predicted | true).flatten(1).sum(1)
-    return intersection / union.clamp(min=1)
+    return intersection.float() / union.clamp(min=1)
 
 
 def total_variation(maps: Tensor, norm: str = "squared") -> Tensor:

@@ -49,7 +49,8 @@ def pixel_counts(
             f"`maps` {tuple(values.shape)}, `masks` {tuple(masks.shape)} and `ignored` must agree."
         )
     # On the CPU, since a GPU multiplies by 1 / 1000, which puts half of the edges off by a bit.
-    edges = (torch.arange(N_STEPS + 1, dtype=values.dtype) / N_STEPS).to(values.device)
+    steps = torch.arange(N_STEPS + 1, dtype=values.dtype, device="cpu")
+    edges = (steps / N_STEPS).to(values.device)
     n, n_bins = len(values), N_STEPS + 1
     row = 2 * torch.arange(n, device=values.device)[:, None, None] + (~masks).long()
     bins = row * n_bins + torch.bucketize(values.contiguous(), edges, right=True) - 1

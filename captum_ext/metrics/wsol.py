@@ -174,10 +174,10 @@ def box_hits(ious: Tensor, options: BoxOptions, counted: Tensor | None = None) -
 
 def box_acc(hits: Tensor, count: Tensor) -> Tensor:
     """BoxAcc (..., IoUs, 1000), from the numbers of hits (..., IoUs, 1000) and of images (...)."""
-    return hits / count[..., None, None]
+    return hits.float() / count[..., None, None]
 
 
 def max_box_acc(hits: Tensor, count: Tensor) -> Tensor:
     """MaxBoxAcc (...), from the same; NaN without an image."""
-    best: Tensor = hits.amax(-1) / count[..., None]
+    best: Tensor = hits.amax(-1).float() / count[..., None]
     return best.mean(-1)

@@ -79,7 +79,7 @@ class PerceptionModule(DecoderModule):
         self.unread.update(indices[~is_read].tolist())
         if not bool(is_read.any()):  # other processes wait for a gradient
             return 0 * torch.stack([weight.sum() for weight in self.decoder.parameters()]).sum()
-        pictures = self.pictures(pixels[is_read] / 255)
+        pictures = self.pictures(pixels[is_read].float() / 255)
         with eval_mode(self.encoder.root):
             images = self.encoder.images(pictures)
             with torch.no_grad():

@@ -12,6 +12,7 @@ from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import fields_repr, options_repr
+from captum_ext.attr._chain import call_attribute
 from captum_ext.imaging import min_max, one_channel, resize
 from captum_ext.perception.decoder import PerceptionDecoder
 from captum_ext.perception.encoder import LayerEncoder
@@ -181,7 +182,7 @@ class PerceptionVisualization:
         Raises:
             ValueError: the attribution gives no map, or a map that is not finite.
         """
-        maps = self.attribution.attribute(inputs, **kwargs)
+        maps = call_attribute(self.attribution, inputs, **kwargs)
         maps = maps[0] if isinstance(maps, tuple) else maps
         if not isinstance(maps, Tensor) or maps.dim() != 4 or len(maps) != len(inputs):
             result = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps)

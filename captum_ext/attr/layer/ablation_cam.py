@@ -196,10 +196,10 @@ class LayerAblationCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
             shape = (1, -1) + (1,) * (activation.dim() - 2)
             return torch.arange(k, device=activation.device).reshape(shape), k
         with torch.inference_mode(False):
-            like = torch.zeros(activation.shape, device=activation.device)
+            like = torch.zeros_like(activation, dtype=torch.float32)
             transpose: Callable[[Tensor], tuple[Tensor]]
             grid, transpose = torch.func.vjp(self.reshape_transform, like)  # type: ignore[misc]
             k = grid.shape[1]
-            numbers = torch.arange(1.0, k + 1, device=grid.device)
+            numbers = torch.arange(1, k + 1, dtype=grid.dtype, device=grid.device)
             numbers = numbers.reshape((1, -1) + (1,) * (grid.dim() - 2)).expand_as(grid)
             return transpose(numbers.contiguous())[0].long() - 1, k

@@ -125,7 +125,8 @@ class LayerSmoothGradCamPlusPlus(BaseGradientCam[LayerOrList]):
         copies = x.expand(n, *x.shape)
         if x.is_floating_point():
             device = x.device if self.generator is None else self.generator.device
-            noise = torch.randn(n, 1, *x.shape[1:], generator=self.generator, device=device)
+            options: Any = {"generator": self.generator, "dtype": torch.float32, "device": device}
+            noise = torch.randn(n, 1, *x.shape[1:], **options)
             flat = x.reshape(len(x), -1)
             spread = self.stdev_spread * (flat.amax(1) - flat.amin(1))
             stdev = spread.reshape(-1, *[1] * (x.dim() - 1))

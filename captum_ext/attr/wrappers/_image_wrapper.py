@@ -30,7 +30,7 @@ from captum_ext._engine.modules import Tensors
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.receptive_field import receptive_field, unit_offset
 from captum_ext._errors import ArgumentError
-from captum_ext.attr._chain import chain, check_keywords, innermost
+from captum_ext.attr._chain import call_attribute, chain, check_keywords, innermost
 from captum_ext.attr.wrappers._base import BaseWrapper
 from captum_ext.attr.wrappers._routing import Arguments, View
 from captum_ext.attr.wrappers.upsample import UpsampleWrapper
@@ -191,7 +191,7 @@ class ImageWrapper(BaseWrapper):
             pictures = pictures.requires_grad_()
         completed = self._complete_arguments(arguments, max(batch_size, len(pictures)))
         try:
-            result = self._method.attribute(pictures, **completed)
+            result = call_attribute(self._method, pictures, **completed)
         except Exception as error:
             self._check_input_size(pictures.detach(), images, arguments, error)
             raise

@@ -56,7 +56,7 @@ class MeanOverCopies:
         for step in steps[1:]:
             matrices = step @ matrices
         self.inverse, self.offset, self.is_max = torch.linalg.inv(matrices), offset, is_max
-        self.images, self.total = images, torch.zeros(())
+        self.images, self.total = images, images.new_zeros(())
 
     def add(self, maps: Tensor, examples: Sequence[int], copies: Sequence[int]) -> None:
         size = (self.images.shape[2], self.images.shape[3])

@@ -19,7 +19,7 @@ from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import options_repr
 from captum_ext.attr._arguments import checks_arguments
-from captum_ext.attr._chain import UNSET, drop_unset, with_forward_func
+from captum_ext.attr._chain import UNSET, call_attribute, drop_unset, with_forward_func
 from captum_ext.attr.wrappers._image_wrapper import SIGNS, ImageWrapper, Offset
 from captum_ext.attr.wrappers._routing import ArgumentRouter, Arguments
 from captum_ext.attr.wrappers._warped_copies import Fill, MeanOverCopies, SuperResolution, WarpViews
@@ -208,7 +208,7 @@ class AugmentedSR(ImageWrapper):
             with_forward_func(attribution_method, attribution_method.forward_func)  # or raise
         if not isinstance(generator, torch.Generator | None):
             raise ArgumentTypeError(f"`generator` must be a torch.Generator, got {generator!r}.")
-        device = None if generator is None else generator.device
+        device = torch.device("cpu") if generator is None else generator.device
         draws = torch.rand(
             self.n_augmentations, 3, generator=generator, device=device, dtype=torch.float64
         )
@@ -481,7 +481,7 @@ class AugmentedSR(ImageWrapper):
         x = images.clone().requires_grad_(self._needs_gradients)
         batch_size = self._batch_size(images, arguments, self.internal_batch_size)
         completed = self._complete_arguments(arguments, max(batch_size, len(images)))
-        result = mean.attribute(x, **completed)
+        result = call_attribute(mean, x, **completed)
         while isinstance(result, tuple) and len(result) == 1:
             result = result[0]
         name = type(self.attribution_method).__name__

@@ -84,8 +84,8 @@ def cell_weights(
     Raises:
         ValueError: an unknown `downsample`.
     """
-    pixel = torch.arange(size, dtype=torch.float64)
-    cell = torch.arange(cells, dtype=torch.float64)[:, None]
+    pixel = torch.arange(size, dtype=torch.float64, device="cpu")
+    cell = torch.arange(cells, dtype=torch.float64, device="cpu")[:, None]
     s = size / cells
     if downsample == "area":
         low, high = cell * s + offset, (cell + 1) * s + offset
@@ -136,7 +136,7 @@ class Observation:
         mask: bool = True,
         like: Tensor | None = None,
     ) -> None:
-        like = torch.zeros(()) if like is None else like
+        like = torch.zeros((), device="cpu") if like is None else like
         steps = [matrices] if isinstance(matrices, Tensor) else list(matrices)
         pixels = size[0] * size[1]
         chunk = max(1, (_CPU_CHUNK if like.device.type == "cpu" else _CHUNK) // pixels)

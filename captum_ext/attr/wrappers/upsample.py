@@ -18,7 +18,7 @@ from captum_ext._compat import (
 )
 from captum_ext._engine.modules import Tensors
 from captum_ext.attr._arguments import checks_arguments
-from captum_ext.attr._chain import UNSET, check_keywords, drop_unset
+from captum_ext.attr._chain import UNSET, call_attribute, check_keywords, drop_unset
 from captum_ext.attr.wrappers._base import BaseWrapper
 from captum_ext.imaging import MODES, min_max, resize
 
@@ -143,7 +143,7 @@ class UpsampleWrapper(BaseWrapper):
             target=target, additional_forward_args=additional_forward_args, **kwargs
         )
         check_keywords(self, arguments)
-        result = self.attribution_method.attribute(inputs, **arguments)
+        result = call_attribute(self.attribution_method, inputs, **arguments)
         delta = None
         if kwargs.get("return_convergence_delta"):
             result, delta = result

@@ -115,4 +115,4 @@ class PxIoU(SummedPixelCounts):
     def threshold(self) -> Tensor:
         """The smallest of the best thresholds; NaN if no pixel was in a mask."""
         curve = self.curve()
-        return torch.where(curve[0].isnan(), torch.nan, curve.argmax() / pixels.N_STEPS)
+        return torch.where(curve[0].isnan(), torch.nan, curve.argmax().float() / pixels.N_STEPS)

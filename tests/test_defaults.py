@@ -1,0 +1,65 @@
+"""Everything gives the same under other defaults of torch: a device without the data, a dtype."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from tests.calls import CALLS, Subjects, are_equal, run
+
+
+@contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def another_device_and_dtype() -> Iterator[None]:
+    with torch.device("meta"), default_dtype(torch.float64):
+        yield
+
+
+# "meta" stands for a GPU: it is another device than the data's.
+DEFAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "device and dtype": another_device_and_dtype,
+    "with torch.device": lambda: torch.device("meta"),
+    "set_default_device": lambda: default_device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+}
+subjects = cache(Subjects)
+
+
+@cache
+def expected(name: str) -> list[Any]:
+    return run(name, subjects())
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "defaults",
+    [pytest.param(d, marks=pytest.mark.slow if i else ()) for i, d in enumerate(DEFAULTS)],
+)
+def test_results_do_not_depend_on_torchs_defaults(name: str, defaults: str) -> None:
+    usual = expected(name)
+    with DEFAULTS[defaults]():
+        result = run(name, subjects())
+    assert result
+    assert are_equal(result, usual)
