@@ -47,8 +47,10 @@ _OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 def load_image(path: str | Path | None = None) -> "Image":
     """The image at `path`, upright and in RGB; None is scikit-image's cup of coffee.
 
-    Every mode that Pillow reads is converted: transparency is laid on white, 16 bits become 8, and
-    other integers and floats are stretched from their smallest to their largest value.
+    Every mode is converted: transparency is laid on white, 16 bits become 8, and floats in [0, 1]
+    are shares of white. Other integers and floats are stretched from their smallest to their
+    largest value, with a warning. Formats are PNG, JPEG, BMP, GIF, TIFF, WebP, PPM, JPEG 2000 and
+    AVIF.
 
     Raises:
         InputError: a file that is missing, no image, or of more than 50 megapixels (checked before
@@ -95,10 +97,11 @@ class Preprocess:
         from torchvision.transforms.functional import center_crop
         from torchvision.transforms.functional import resize as resize_image
 
+        from captum_ext._data.modes import to_rgb
+
         mode = InterpolationMode(self.interpolation)
-        view: Image = center_crop(
-            resize_image(_without_ends(image), [self.resize], mode), [self.crop]
-        )
+        image = _without_ends(to_rgb(image))
+        view: Image = center_crop(resize_image(image, [self.resize], mode), [self.crop])
         return view
 
     def __call__(self, image: "Image") -> Tensor:
