@@ -12,6 +12,9 @@ from torch.nn import Module
 
 _REPR = reprlib.Repr()
 _REPR.maxstring, _REPR.maxother = 260, 80  # the path of a file is shown as a whole
+_BOUNDED = reprlib.Repr()
+_BOUNDED.maxlevel, _BOUNDED.maxstring, _BOUNDED.maxother = 3, 1000, 1000
+_BOUNDED.maxlist = _BOUNDED.maxtuple = _BOUNDED.maxdict = 20
 
 
 def options_repr(instance: object, **replaced: Any) -> str:
@@ -69,6 +72,11 @@ def short_repr(value: Any) -> str:
     if type(value).__repr__ is default:  # Captum's attributions are of this kind
         return _attribution_repr(value)
     return repr(value) if type(value).__module__.startswith("captum_ext") else _REPR.repr(value)
+
+
+def bounded_repr(value: Any) -> str:
+    """The `repr` of a value from a file, cut where it is long or deep, as it may be anything."""
+    return short_repr(value) if isinstance(value, Tensor) else _BOUNDED.repr(value)
 
 
 def _attribution_repr(value: Any) -> str:
