@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import reprlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -110,21 +109,6 @@ def first_line(message: BaseException | str, length: int = 120) -> str:
     """The first line of an error's text, at most `length` characters; its type if it has none."""
     line = (str(message).splitlines() or [type(message).__name__])[0]
     return line if len(line) <= length else f"{line[: length - 3]}..."
-
-
-def short_repr(value: Any, length: int = 60) -> str:
-    """The `repr` of a value from a file, cut to `length` characters.
-
-    Of nested values only a part is looked at, so that this is quick for a value of any size.
-    """
-    shortener = reprlib.Repr()
-    shortener.maxlevel, shortener.maxlist, shortener.maxtuple, shortener.maxdict = 4, 12, 12, 12
-    shortener.maxstring = shortener.maxother = length
-    try:
-        text = shortener.repr(value)
-    except ValueError:  # Python refuses to print integers of thousands of digits
-        text = f"an {type(value).__name__}"
-    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def warn(message: str) -> None:

@@ -12,9 +12,6 @@ from torch.nn import Module
 
 _REPR = reprlib.Repr()
 _REPR.maxstring, _REPR.maxother = 260, 80  # the path of a file is shown as a whole
-_BOUNDED = reprlib.Repr()
-_BOUNDED.maxlevel, _BOUNDED.maxstring, _BOUNDED.maxother = 3, 1000, 1000
-_BOUNDED.maxlist = _BOUNDED.maxtuple = _BOUNDED.maxdict = 20
 
 
 def options_repr(instance: object, **replaced: Any) -> str:
@@ -74,9 +71,18 @@ def short_repr(value: Any) -> str:
     return repr(value) if type(value).__module__.startswith("captum_ext") else _REPR.repr(value)
 
 
-def bounded_repr(value: Any) -> str:
+def bounded_repr(value: Any, length: int = 200) -> str:
     """The `repr` of a value from a file, cut where it is long or deep, as it may be anything."""
-    return short_repr(value) if isinstance(value, Tensor) else _BOUNDED.repr(value)
+    if isinstance(value, Tensor):
+        return short_repr(value)
+    shortener = reprlib.Repr()
+    shortener.maxlevel, shortener.maxstring, shortener.maxother = 3, length, length
+    shortener.maxlist = shortener.maxtuple = shortener.maxdict = 20
+    try:
+        text = shortener.repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        text = f"a large {type(value).__name__}"
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _attribution_repr(value: Any) -> str:

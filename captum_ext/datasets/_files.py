@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from captum_ext._checks import first_line, short_repr
+from captum_ext._checks import first_line
 from captum_ext._errors import ArgumentError
-from captum_ext._repr import options_repr
+from captum_ext._repr import bounded_repr, options_repr
 from captum_ext.datasets.examples import Example
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def finite_number(text: str) -> float:
     """Read a finite number, or raise a ValueError."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"expected a number, got {short_repr(text)}")
+        raise ValueError(f"expected a number, got {bounded_repr(text)}")
     return value
 
 
@@ -130,7 +130,9 @@ def read_rows(path: Path, split: Callable[[str], list[str]], n: int) -> list[lis
             continue
         fields = split(line)
         if len(fields) != n:
-            raise ValueError(f"{path}, line {number}: expected {n} fields, got {short_repr(line)}.")
+            raise ValueError(
+                f"{path}, line {number}: expected {n} fields, got {bounded_repr(line)}."
+            )
         rows.append(fields)
     return rows
 
@@ -196,8 +198,8 @@ def check_inside(path: Path, names: Iterable[str]) -> None:
         is_inside = parts[0] and ".." not in parts and not Path(name).drive
         if not is_inside or "\0" in name or len(name) > _LONGEST_PATH:
             raise ArgumentError(
-                f"{path} names {short_repr(name)}, which is outside of the data set's folder or no "
-                f"path: names must be relative, without '..'.",
+                f"{path} names {bounded_repr(name)}, which is outside of the data set's folder or "
+                f"no path: names must be relative, without '..'.",
                 "root",
             )
 
@@ -209,14 +211,14 @@ def check_targets(path: Path, table: dict[str, list[int]], first: int, n: int | 
     if wrong:
         allowed = f"from {first} on" if n is None else f"from {first} to {first + n - 1}"
         raise ValueError(
-            f"{path}: the class of {first_line(wrong[0])} is {short_repr(table[wrong[0]][0])}; "
+            f"{path}: the class of {first_line(wrong[0])} is {bounded_repr(table[wrong[0]][0])}; "
             f"classes must be {allowed}."
         )
 
 
 def first_of(keys: Sequence[str]) -> str:
     """The first three of the keys and the number of the others, for an error message."""
-    listed = ", ".join(map(short_repr, keys[:3]))
+    listed = ", ".join(bounded_repr(key) for key in keys[:3])
     return listed if len(keys) <= 3 else f"{listed} and {len(keys) - 3} more"
 
 
@@ -244,7 +246,7 @@ def clip_boxes(boxes: Sequence[Box], size: tuple[int, int], name: str) -> Tensor
     if not bool((inside[:, :2] < inside[:, 2:]).all()):
         raise ValueError(
             f"a box of {name} is empty or outside the image of {size[0]} x {size[1]} pixels: "
-            f"{short_repr(boxes, 200)}."
+            f"{bounded_repr(boxes)}."
         )
     return inside
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_ext._checks import first_line, is_finite, short_repr
+from captum_ext._checks import first_line, is_finite
 from captum_ext._errors import ArgumentError
+from captum_ext._repr import bounded_repr
 from captum_ext.datasets._files import (
     AnyPath,
     Box,
@@ -89,7 +90,7 @@ class Coco(LayoutDataset):
         try:
             content = json.loads(path.read_bytes())
             if not isinstance(content, Mapping):
-                raise ValueError(f"expected an object, got {short_repr(content)}")
+                raise ValueError(f"expected an object, got {bounded_repr(content)}")
             categories = {
                 c["id"]: str(c["name"]) for c in _checked_entries(content, "categories", "id")
             }
@@ -138,7 +139,7 @@ def _check_classes(classes: Any) -> None:
     names = list(classes) if isinstance(classes, Sequence) else []
     if isinstance(classes, str) or not all(isinstance(name, str) for name in names) or not names:
         raise ArgumentError(
-            f"`classes` must be a list of names, got {short_repr(classes)}.", "classes"
+            f"`classes` must be a list of names, got {bounded_repr(classes)}.", "classes"
         )
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -151,16 +152,16 @@ def _checked_entries(content: Mapping[str, Any], key: str, *ids: str) -> list[Ma
     """The list `key` of a file; its entries are objects with numbers or texts as `ids`."""
     entries = content[key]
     if not isinstance(entries, list):
-        raise ValueError(f"{key!r} must be a list of objects, got {short_repr(entries)}")
+        raise ValueError(f"{key!r} must be a list of objects, got {bounded_repr(entries)}")
     for entry in entries:
         if not isinstance(entry, Mapping):
             raise ValueError(
-                f"{key!r} must be a list of objects, got the entry {short_repr(entry)}"
+                f"{key!r} must be a list of objects, got the entry {bounded_repr(entry)}"
             )
         for name in ids:
             if not isinstance(entry[name], int | float | str):
                 raise ValueError(
-                    f"{name!r} in {key!r} must be a number, got {short_repr(entry[name])}"
+                    f"{name!r} in {key!r} must be a number, got {bounded_repr(entry[name])}"
                 )
     return entries
 
@@ -176,10 +177,10 @@ def _group_objects(
         name = categories.get(category)
         if name is None or image not in images:
             raise ValueError(
-                f"an object is of picture {short_repr(image)}, category {short_repr(category)}"
+                f"an object is of picture {bounded_repr(image)}, category {bounded_repr(category)}"
             )
         if name not in names:
-            raise ArgumentError(f"the class {short_repr(name)} is not in `classes`", "classes")
+            raise ArgumentError(f"the class {bounded_repr(name)} is not in `classes`", "classes")
         if width > 0 and height > 0:
             box = round_outwards(x, y, x + width, y + height)
             segmentation = annotation.get("segmentation") or None
@@ -192,7 +193,7 @@ def _checked_box(box: Any) -> list[float]:
     """The x, y, width and height of a box, all finite."""
     if not isinstance(box, list) or len(box) != 4 or not all(is_finite(value) for value in box):
         raise ValueError(
-            f"a box must be four finite numbers, [x, y, width, height], got {short_repr(box)}"
+            f"a box must be four finite numbers, [x, y, width, height], got {bounded_repr(box)}"
         )
     return [float(value) for value in box]
 
@@ -218,7 +219,7 @@ def _decode_mask(segmentation: Any, height: int, width: int) -> Array:
     if isinstance(segmentation, Mapping):
         return _decode_runs(segmentation["counts"], segmentation["size"], height, width)
     if not isinstance(segmentation, list):
-        raise ValueError(f"expected polygons or run lengths, got {short_repr(segmentation)}")
+        raise ValueError(f"expected polygons or run lengths, got {bounded_repr(segmentation)}")
     for polygon in segmentation:
         if (
             not isinstance(polygon, list)
@@ -228,7 +229,7 @@ def _decode_mask(segmentation: Any, height: int, width: int) -> Array:
         ):
             raise ValueError(
                 f"a polygon must be finite numbers, [x1, y1, x2, y2, ...], of at least three "
-                f"corners, got {short_repr(polygon)}"
+                f"corners, got {bounded_repr(polygon)}"
             )
     union = np.zeros((height, width), dtype=bool)
     for polygon in segmentation:
@@ -263,7 +264,7 @@ def _decode_runs(counts: Any, size: Sequence[int], height: int, width: int) -> A
     is_valid = list(size) == [height, width] and ((runs >= 0) & (runs <= pixels)).all()
     if not is_valid or runs.ndim != 1 or runs.sum() != pixels:
         raise ValueError(
-            f"runs of {runs.sum()} pixels in a mask of size {short_repr(list(size))} do not fit a "
+            f"runs of {runs.sum()} pixels in a mask of size {bounded_repr(list(size))} do not fit a "
             f"picture of {[height, width]}"
         )
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T

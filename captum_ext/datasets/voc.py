@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 
 from torch import Tensor
 
-from captum_ext._checks import first_line, short_repr
+from captum_ext._checks import first_line
 from captum_ext._errors import ArgumentError
+from captum_ext._repr import bounded_repr
 from captum_ext.datasets._files import (
     AnyPath,
     Box,
@@ -146,7 +147,9 @@ def _voc_objects(path: Path, classes: Sequence[str]) -> list[tuple[int, Box, boo
         for element in ElementTree.parse(path, parser).getroot().findall("object"):
             name = str(element.findtext("name")).strip()
             if name not in classes:
-                raise ArgumentError(f"the class {short_repr(name)} is not in `classes`", "classes")
+                raise ArgumentError(
+                    f"the class {bounded_repr(name)} is not in `classes`", "classes"
+                )
             x1, y1, x2, y2 = (
                 finite_number(str(element.findtext(f"bndbox/{end}")))
                 for end in ("xmin", "ymin", "xmax", "ymax")

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from captum_ext._checks import first_line, short_repr
+from captum_ext._checks import first_line
+from captum_ext._repr import bounded_repr
 from captum_ext.datasets._files import (
     AnyPath,
     LayoutDataset,
@@ -165,5 +166,5 @@ def _is_box(line: str) -> bool:
 def _side_length(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise ValueError(f"expected a number of pixels, got {short_repr(text)}")
+        raise ValueError(f"expected a number of pixels, got {bounded_repr(text)}")
     return value
