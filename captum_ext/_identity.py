@@ -9,9 +9,8 @@
 
 import glob
 import hashlib
-import os
+import secrets
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -25,7 +24,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_map
 
 from captum_ext._engine.modules import Forward, require_module
-from captum_ext._errors import ArgumentError
+from captum_ext._errors import ArgumentError, InputError
 from captum_ext._repr import bounded_repr
 
 try:
@@ -38,6 +37,7 @@ LIBRARIES = sys.stdlib_module_names | {
     *("captum", "captum_ext", "kornia", "lightning", "numpy", "PIL", "scipy", "skimage", "timm"),
     *("torch", "torchmetrics", "torchvision", "transformers"),
 }
+_LISTED_CHANGES = 20  # in an error
 
 
 def digest(values: Any) -> str:
@@ -190,10 +190,14 @@ def _json_leaf(where: str, value: Any) -> Any:
 def describe_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """List the entries that differ, for an error message; an empty string if none does."""
     changed = [name for name in current if saved.get(name) != current[name]]
-    return "; ".join(
-        f"{name} was {bounded_repr(saved.get(name))} and is {bounded_repr(current[name])}"
-        for name in changed
-    )
+    parts = [
+        f"{name} was {bounded_repr(saved.get(name), 1000)} and is "
+        f"{bounded_repr(current[name], 1000)}"
+        for name in changed[:_LISTED_CHANGES]
+    ]
+    if len(changed) > len(parts):
+        parts.append(f"{len(changed) - len(parts)} more")
+    return "; ".join(parts)
 
 
 def check_same_run(
@@ -221,6 +225,15 @@ def check_same_run(
 # --- files ---------------------------------------------------------------------------------------
 
 
+def check_no_link(path: Path) -> None:
+    """Raise an InputError if a file that will be written is a symbolic link to another one."""
+    if path.is_symlink():
+        raise InputError(
+            f"{str(path)!r} is a symbolic link, through which nothing is written: remove it, or "
+            f"name another file"
+        )
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; at the end, rename the file there to `path`.
@@ -228,11 +241,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     So `path` never holds a part of a file. If the block raises, nothing is written to `path`, and
     the temporary file is removed. A process that is killed leaves its temporary file behind; the
     next `atomic_write` of the same `path` removes it.
+
+    Raises:
+        InputError: `path` is a symbolic link.
     """
     path = Path(path)
+    check_no_link(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    # Others who may write to the folder cannot put a link at a name that they do not know.
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         with _locked(unfinished):
             yield unfinished

@@ -264,8 +264,8 @@ def _decode_runs(counts: Any, size: Sequence[int], height: int, width: int) -> A
     is_valid = list(size) == [height, width] and ((runs >= 0) & (runs <= pixels)).all()
     if not is_valid or runs.ndim != 1 or runs.sum() != pixels:
         raise ValueError(
-            f"runs of {runs.sum()} pixels in a mask of size {bounded_repr(list(size))} do not fit a "
-            f"picture of {[height, width]}"
+            f"runs of {runs.sum()} pixels in a mask of size {bounded_repr(list(size))} do not fit "
+            f"a picture of {[height, width]}"
         )
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
