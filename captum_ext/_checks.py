@@ -188,10 +188,10 @@ def image_tensor(inputs: Any) -> Tensor:
     return x.detach()
 
 
-def first_line(message: BaseException | str) -> str:
-    """The first line of an error's text, at most 120 characters; its type if it has no text."""
+def first_line(message: BaseException | str, length: int = 120) -> str:
+    """The first line of an error's text, at most `length` characters; its type if it has none."""
     line = (str(message).splitlines() or [type(message).__name__])[0]
-    return line if len(line) <= 120 else f"{line[:117]}..."
+    return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
 def warn(message: str) -> None:

@@ -7,16 +7,15 @@
 - `derive_seed` mixes numbers to a seed. It is not a fingerprint.
 """
 
+import glob
 import hashlib
-import io
-import os
+import secrets
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,15 +23,21 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
-from captum_ext._engine.modules import Forward, module_device, require_module
-from captum_ext._errors import ArgumentError
+from captum_ext._engine.modules import Forward, require_module
+from captum_ext._errors import ArgumentError, InputError
+from captum_ext._repr import bounded_repr
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: partial files of killed processes stay there
+    fcntl = None  # type: ignore[assignment]
 
 # Functions of these packages need no version: users do not edit them.
 LIBRARIES = sys.stdlib_module_names | {
     *("captum", "captum_ext", "kornia", "lightning", "numpy", "PIL", "scipy", "skimage", "timm"),
     *("torch", "torchmetrics", "torchvision", "transformers"),
 }
-_Decoder = TypeVar("_Decoder", bound=Module)
+_LISTED_CHANGES = 20  # in an error
 
 
 def digest(values: Any) -> str:
@@ -185,7 +190,14 @@ def _json_leaf(where: str, value: Any) -> Any:
 def describe_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """List the entries that differ, for an error message; an empty string if none does."""
     changed = [name for name in current if saved.get(name) != current[name]]
-    return "; ".join(f"{name} was {saved.get(name)!r} and is {current[name]!r}" for name in changed)
+    parts = [
+        f"{name} was {bounded_repr(saved.get(name), 1000)} and is "
+        f"{bounded_repr(current[name], 1000)}"
+        for name in changed[:_LISTED_CHANGES]
+    ]
+    if len(changed) > len(parts):
+        parts.append(f"{len(changed) - len(parts)} more")
+    return "; ".join(parts)
 
 
 def check_same_run(
@@ -210,131 +222,63 @@ def check_same_run(
         raise ArgumentError(message, argument, "another_run")
 
 
+# --- files ---------------------------------------------------------------------------------------
+
+
+def check_no_link(path: Path) -> None:
+    """Raise an InputError if a file that will be written is a symbolic link to another one."""
+    if path.is_symlink():
+        raise InputError(
+            f"{str(path)!r} is a symbolic link, through which nothing is written: remove it, or "
+            f"name another file"
+        )
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; at the end, rename the file there to `path`.
 
-    So `path` never holds a part of a file. If the block raises, nothing is written to `path`.
+    So `path` never holds a part of a file. If the block raises, nothing is written to `path`, and
+    the temporary file is removed. A process that is killed leaves its temporary file behind; the
+    next `atomic_write` of the same `path` removes it.
+
+    Raises:
+        InputError: `path` is a symbolic link.
     """
     path = Path(path)
+    check_no_link(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    _remove_abandoned(path)
+    # Others who may write to the folder cannot put a link at a name that they do not know.
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        yield unfinished
-        unfinished.replace(path)
+        with _locked(unfinished):
+            yield unfinished
+            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-# --- decoders ------------------------------------------------------------------------------------
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """A block with a new, empty file that is locked, so that `_remove_abandoned` leaves it."""
+    if fcntl is None:
+        yield
+        return
+    while True:
+        with file.open("wb") as stream:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            if file.exists():  # it was not removed before it was locked
+                yield
+                return
 
 
-class SavedDecoder:
-    """Format of decoder files: the weights, the options, and the fingerprint of the classifier.
-
-    Args:
-        name: the decoder's class or method, for errors.
-        options: the names of the decoder's options.
-    """
-
-    def __init__(self, name: str, options: Sequence[str]) -> None:
-        self.name, self.options = name, tuple(options)
-
-    def save(self, path: str | Path, decoder: Module, classifier: Forward, **options: Any) -> None:
-        """Write a decoder to a file. Missing folders are made.
-
-        Args:
-            path: the file.
-            decoder: the decoder.
-            classifier: the classifier that it was trained with.
-            **options: the decoder's options, as plain values.
-
-        Raises:
-            ValueError: the classifier is a plain function.
-        """
-        root = require_module(classifier)
-        content = {"decoder": decoder.state_dict(), **options}
-        content |= {"classifier": tensor_digests(root), "dtypes": _dtypes(root)}
-        with atomic_write(path) as unfinished:
-            torch.save(content, unfinished)
-
-    def load(
-        self,
-        path: str | Path,
-        classifier: Forward,
-        make: Callable[[dict[str, Any]], _Decoder],
-    ) -> _Decoder:
-        """Load a decoder to its classifier's device, in eval mode.
-
-        Only tensors and plain values are read (`weights_only`).
-
-        Args:
-            path: the file.
-            classifier: the classifier that the decoder was trained with.
-            make: makes a decoder with random weights from a dict with the options.
-
-        Raises:
-            ValueError: the file has no such decoder; the classifier is not the one of the file, or
-                has other weights, or weights of another dtype.
-            FileNotFoundError: there is no such file.
-        """
-        content = io.BytesIO(Path(path).read_bytes())
-        try:
-            saved = torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many types for files of other formats
-            raise ArgumentError(
-                f"`path` {path} has no decoder of {self.name} in it.", "path"
-            ) from error
-        needed = {"decoder", "classifier", *self.options}
-        if not isinstance(saved, dict) or not needed <= saved.keys():
-            raise ArgumentError(f"`path` {path} has no decoder of {self.name} in it.", "path")
-        root = require_module(classifier)
-        _check_classifier(saved, root, path)
-        decoder = make(saved)
-        try:
-            decoder.load_state_dict(saved["decoder"])
-        except RuntimeError as error:
-            raise ArgumentError(
-                f"`path` {path}: its weights are of another architecture than its options: "
-                f"{str(error).splitlines()[1].strip()}",
-                "path",
-            ) from error
-        return decoder.to(module_device(root)).eval()
-
-
-def _dtypes(root: Module) -> dict[str, str]:
-    """The dtypes of the parameters and buffers, by name."""
-    return {k: str(v.dtype) for k, v in root.state_dict().items() if isinstance(v, Tensor)}
-
-
-def _check_classifier(file: Mapping[str, Any], root: Module, path: str | Path) -> None:
-    """Raise a ValueError unless a decoder's classifier is the one in its file."""
-    current, dtypes = tensor_digests(root), _dtypes(root)
-    saved, saved_dtypes = file["classifier"], file.get("dtypes", dtypes)
-    missing, added = sorted(saved.keys() - current), sorted(current.keys() - saved)
-    changed = sorted(name for name in saved.keys() & current if saved[name] != current[name])
-    cast = [name for name in changed if saved_dtypes.get(name) != dtypes[name]]
-    if cast and cast == changed and not missing and not added:
-        example = cast[0]
-        raise ArgumentError(
-            f"`forward_func` has {len(cast)} tensors in another dtype than when the decoder in "
-            f"{path} was saved ({example} is {dtypes[example]} and was {saved_dtypes[example]}, "
-            f"...), so they cannot be compared. Load the decoder first, and convert the classifier "
-            f"after that.",
-            "forward_func",
-        )
-    differences = [
-        f"{len(names)} tensors {difference} ({', '.join(names[:3])}, ...)"
-        for names, difference in (
-            (missing, "are not in this one"),
-            (added, "are not in that one"),
-            (changed, "have other values here"),
-        )
-        if names
-    ]
-    if differences:
-        raise ArgumentError(
-            f"`forward_func` is not the classifier that the decoder in {path} was trained with: "
-            f"{'; '.join(differences)}. Load its weights first, or train a new decoder.",
-            "forward_func",
-        )
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files of `path` whose processes were killed: nobody locks them."""
+    if fcntl is None:
+        return
+    for file in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError), file.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()

@@ -71,6 +71,20 @@ def short_repr(value: Any) -> str:
     return repr(value) if type(value).__module__.startswith("captum_ext") else _REPR.repr(value)
 
 
+def bounded_repr(value: Any, length: int = 200) -> str:
+    """The `repr` of a value from a file, cut where it is long or deep, as it may be anything."""
+    if isinstance(value, Tensor):
+        return short_repr(value)
+    shortener = reprlib.Repr()
+    shortener.maxlevel, shortener.maxstring, shortener.maxother = 3, length, length
+    shortener.maxlist = shortener.maxtuple = shortener.maxdict = 20
+    try:
+        text = shortener.repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        text = f"a large {type(value).__name__}"
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def _attribution_repr(value: Any) -> str:
     """An attribution of Captum: its model or wrapped method, and its layer."""
     inner = getattr(value, "attribution_method", None) or getattr(value, "forward_func", None)

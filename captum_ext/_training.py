@@ -1,9 +1,10 @@
 """Training of decoders by Lightning: one `fit`, and checkpoints that resume."""
 
 import signal
+import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,45 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Generator, Tensor
 from torch.nn import Module
 from torch.utils.data import Sampler
 
-from captum_ext._checks import check_count, check_seed
+from captum_ext._checks import check_count, check_seed, first_line
 from captum_ext._data.loading import CpuLoader
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._engine.modules import module_device
 from captum_ext._engine.state import eval_mode, preserve_state, seeded_random
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import check_same_run, derive_seed
+from captum_ext._repr import bounded_repr
+from captum_ext._tensor_files import misfit, read_tensors, write_tensors
+
+# What Lightning and torch raise for a checkpoint whose content is not what they expect.
+_OF_DAMAGE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+class _CheckpointFiles(TorchCheckpointIO):
+    """Lightning's checkpoints, whose checksums are compared, and which are written atomically.
+
+    Lightning itself writes them in the folder of temporary files, which may be on another disk.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if storage_options is not None or "://" in str(path):  # another computer's
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            write_tensors(path, checkpoint)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        problem = f"`checkpoints`: {path} is no checkpoint, delete it"
+        checkpoint: dict[str, Any] = read_tensors(
+            path, "checkpoints", problem, ("state_dict", "optimizer_states", "epoch")
+        )
+        return checkpoint
 
 
 class DecoderModule(LightningModule):
@@ -40,6 +69,7 @@ class DecoderModule(LightningModule):
             ahead, that comes too late for the first epoch of a resumed run, so
             `on_load_checkpoint` sets it, too.
         unread: indices of the pictures that could not be read.
+        has_started: whether the training has started or resumed.
     """
 
     def __init__(self, classifier: Module, decoder: Module) -> None:
@@ -49,6 +79,7 @@ class DecoderModule(LightningModule):
         self.fingerprint: dict[str, Any] = {}
         self.order: SeededShuffle | None = None
         self.unread: set[int] = set()
+        self.has_started = False
 
     @property
     def classifier(self) -> Module:
@@ -82,6 +113,9 @@ class DecoderModule(LightningModule):
         """Move the classifier to the device. Lightning moves submodules only."""
         self.classifier.to(self.device)
 
+    def on_train_start(self) -> None:
+        self.has_started = True
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fingerprint"] = self.fingerprint
         checkpoint["unread"] = sorted(self.unread)
@@ -90,12 +124,22 @@ class DecoderModule(LightningModule):
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: the checkpoint is of a run with other settings, or of a longer run.
+            ValueError: the checkpoint is of a run with other settings, or of a longer run, or it is
+                damaged.
         """
         saved = checkpoint.get("fingerprint", {})
         check_same_run(
-            "`checkpoints` has another run's", saved, self.fingerprint, argument="checkpoints"
+            "`checkpoints` has another run's",
+            saved if isinstance(saved, dict) else {},
+            self.fingerprint,
+            argument="checkpoints",
         )
+        wrong = self.damage(checkpoint)
+        if wrong:
+            file = self.trainer.ckpt_path
+            raise ArgumentError(
+                f"`checkpoints`: {file} is damaged, delete it: {wrong}.", "checkpoints"
+            )
         done = checkpoint["epoch"] + 1
         if self.trainer.max_epochs is not None and done > self.trainer.max_epochs >= 0:
             raise ArgumentError(
@@ -106,6 +150,35 @@ class DecoderModule(LightningModule):
         self.unread.update(checkpoint.get("unread", ()))
         if self.order is not None:
             self.order.set_epoch(done)
+
+    def damage(self, checkpoint: Mapping[str, Any]) -> str:
+        """Why the values of a checkpoint cannot be those of this run; an empty text if they can."""
+        epoch, unread = checkpoint["epoch"], checkpoint.get("unread", [])
+        if type(epoch) is not int or epoch < 0:
+            return f"its epoch is {bounded_repr(epoch)}"
+        n = sys.maxsize if self.order is None else len(self.order)
+        if not isinstance(unread, list) or not all(
+            type(index) is int and 0 <= index < n for index in unread
+        ):
+            return f"pictures that cannot be read are {bounded_repr(unread)}"
+        if "state_dict" not in checkpoint:  # a strategy of Lightning has loaded it itself
+            return ""
+        weights = {f"decoder.{name}" for name, _ in self.decoder.named_parameters()}
+        wrong = misfit(checkpoint["state_dict"], self.state_dict(), weights.__contains__)
+        shapes = [weight.shape for weight in self.decoder.parameters()]
+        return wrong or _optimizer_damage(checkpoint["optimizer_states"], shapes)
+
+
+def _optimizer_damage(states: Any, shapes: Sequence[torch.Size]) -> str:
+    """Why tensors of optimizers are not those of weights with these shapes, or an empty text."""
+    entries = [entry for state in states for entry in state["state"].items()]
+    for index, values in entries:
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != shapes[index]:
+                return f"its {name!r} of weight {index} has the shape {tuple(value.shape)}"
+            if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+                return f"its {name!r} of weight {index} is not finite"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -165,7 +238,7 @@ class TrainingRun:
             validation: a loader of validation batches, or None.
 
         Raises:
-            ValueError: no picture can be read, or the checkpoint is of another run.
+            ValueError: no picture can be read, or the checkpoint is damaged or of another run.
         """
         module.order = SeededShuffle(len(pictures), self.seed)
         loader = CpuLoader(
@@ -178,7 +251,17 @@ class TrainingRun:
         with keyboard_interrupt(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You defined a `validation_step`")
             trainer, checkpoint = self._trainer(module_device(module.classifier))
-            trainer.fit(module, loader, validation, ckpt_path=checkpoint)
+            try:
+                trainer.fit(module, loader, validation, ckpt_path=checkpoint, weights_only=True)
+            except _OF_DAMAGE as error:
+                is_known = isinstance(error, ArgumentError | torch.OutOfMemoryError)
+                if checkpoint is None or module.has_started or is_known:
+                    raise
+                raise ArgumentError(
+                    f"`checkpoints`: the run cannot go on from {checkpoint} ({first_line(error)}). "
+                    f"Name another folder, or delete it.",
+                    "checkpoints",
+                ) from error
         if len(module.unread) == len(pictures):
             raise ArgumentError(
                 f"`data`: none of its {len(pictures)} pictures can be read.", "data", "unreadable"
@@ -207,8 +290,10 @@ class TrainingRun:
         callbacks = settings.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         settings["callbacks"] = [*callbacks, saver]
-        file = Path(self.checkpoints) / "last.ckpt"
-        return Trainer(**settings), file if file.is_file() else None
+        trainer, file = Trainer(**settings), Path(self.checkpoints) / "last.ckpt"
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's default
+            trainer.strategy.checkpoint_io = _CheckpointFiles()
+        return trainer, file if file.exists() else None
 
 
 @contextmanager

@@ -52,7 +52,9 @@ def gallery(
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-    view = np.asarray(image.convert("RGB")) / 255
+    from captum_ext._data.modes import to_rgb
+
+    view = np.asarray(to_rgb(image)) / 255
     panels = {"Image": view, **{name: overlay(view, m) for name, m in maps.items()}}
     columns = _columns(len(panels))
     side, gap, caption, head = 2.0, 0.1, 0.28, 0.72  # inches

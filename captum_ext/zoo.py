@@ -8,6 +8,7 @@ import io
 import re
 import sys
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stdout
@@ -24,6 +25,7 @@ from captum_ext._checks import closest, first_line
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module
 from captum_ext._errors import InputError as InputError
+from captum_ext._tensor_files import find_damage, is_complete
 from captum_ext.attr import (
     channels_last_to_first,
     suggest_layer,
@@ -47,8 +49,10 @@ _OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 def load_image(path: str | Path | None = None) -> "Image":
     """The image at `path`, upright and in RGB; None is scikit-image's cup of coffee.
 
-    Every mode that Pillow reads is converted: transparency is laid on white, 16 bits become 8, and
-    other integers and floats are stretched from their smallest to their largest value.
+    Every mode is converted: transparency is laid on white, 16 bits become 8, and floats in [0, 1]
+    are shares of white. Other integers and floats are stretched from their smallest to their
+    largest value, with a warning. Formats are PNG, JPEG, BMP, GIF, TIFF, WebP, PPM, JPEG 2000 and
+    AVIF.
 
     Raises:
         InputError: a file that is missing, no image, or of more than 50 megapixels (checked before
@@ -95,10 +99,11 @@ class Preprocess:
         from torchvision.transforms.functional import center_crop
         from torchvision.transforms.functional import resize as resize_image
 
+        from captum_ext._data.modes import to_rgb
+
         mode = InterpolationMode(self.interpolation)
-        view: Image = center_crop(
-            resize_image(_without_ends(image), [self.resize], mode), [self.crop]
-        )
+        image = _without_ends(to_rgb(image))
+        view: Image = center_crop(resize_image(image, [self.resize], mode), [self.crop])
         return view
 
     def __call__(self, image: "Image") -> Tensor:
@@ -272,16 +277,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file or in the checkpoint there, without DataParallel's prefix.
 
     Raises:
-        InputError: no file, or no state dict in it; code in the file is never run.
+        InputError: no file, a damaged one, or no state dict in it; code in the file is never run.
     """
     if not Path(path).is_file():
         raise InputError(f"the weights file {str(path)!r} does not exist or is not a file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types for files of other formats
-        raise _no_weights(path) from error
+    with Path(path).open("rb") as file:
+        damage = find_damage(file) if zipfile.is_zipfile(file) else ""
+        if damage:
+            raise InputError(f"the weights file {str(path)!r} is damaged: {damage}")
+        file.seek(0)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises many types for files of other formats
+            raise _no_weights(path) from error
     for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -289,6 +299,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise _no_weights(path)
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         raise _no_weights(path)
+    strange = [key for key, value in content.items() if not is_complete(value)]
+    if strange:
+        raise InputError(f"{strange[0]!r} in {str(path)!r} is not a dense tensor of real numbers")
     prefix = "module." if all(key.startswith("module.") for key in content) else ""
     state = OrderedDict((key.removeprefix(prefix), value) for key, value in content.items())
     # The versions of the modules, without which torchvision refuses MNASNet's weights.
@@ -310,7 +323,7 @@ def _download(name: str, published: Any) -> dict[str, Tensor]:
     try:
         with nullcontext() if progress else redirect_stdout(io.StringIO()):
             state: dict[str, Tensor] = published.get_state_dict(
-                progress=progress, check_hash=True, map_location="cpu"
+                progress=progress, check_hash=True, map_location="cpu", weights_only=True
             )
     except Exception as error:  # the network, the disk, a broken file in the cache
         raise InputError(
@@ -327,9 +340,14 @@ def _with_weights(
     net = build(1000)
     head = list(net.state_dict())[-1]
     n = len(state[head]) if head in state and state[head].dim() else 1000
-    if n != 1000:
-        net = build(n)
     try:
+        if n != 1000:
+            with torch.device("meta"):  # a wrong number of classes may need any memory
+                net = build(n)
+            expected = net.state_dict()
+            if any(state[key].shape != expected[key].shape for key in expected.keys() & state):
+                raise ValueError("other shapes")
+            net = build(n)
         net.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         raise InputError(

@@ -9,13 +9,17 @@ from kornia.color import rgb_to_grayscale
 from PIL import Image
 from torch import Tensor
 
+from captum_ext._data.modes import to_rgb
 from captum_ext._errors import ArgumentError
 
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def to_byte_tensor(picture: Any) -> Tensor:
-    """Convert a PIL image, or a tensor of bytes or of floats in [0, 1], to bytes (3, H, W)."""
+    """Convert a PIL image, or a tensor of bytes or of floats in [0, 1], to bytes (3, H, W).
+
+    PIL images may have any mode; see `to_rgb`.
+    """
     if isinstance(picture, Tensor):
         if picture.dim() != 3 or picture.shape[0] not in (1, 3):
             raise ValueError(f"tensors must be (3, H, W) or (1, H, W), got {tuple(picture.shape)}.")
@@ -29,9 +33,7 @@ def to_byte_tensor(picture: Any) -> Tensor:
         return expanded
     if not isinstance(picture, Image.Image):
         raise TypeError(f"pictures must be PIL images or tensors, got {type(picture)}.")
-    if picture.mode.startswith("I;16"):  # `convert` would clip the values at 255
-        picture = Image.fromarray((np.array(picture) / 257).round().astype(np.uint8))
-    pixels: Tensor = torch.from_numpy(np.array(picture.convert("RGB")))
+    pixels: Tensor = torch.from_numpy(np.array(to_rgb(picture)))
     return pixels.permute(2, 0, 1)
 
 

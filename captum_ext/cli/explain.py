@@ -80,7 +80,8 @@ def explain(arguments: argparse.Namespace) -> None:
     from captum_ext import zoo
     from captum_ext._identity import atomic_write
 
-    image = zoo.load_image(arguments.image)
+    with collected_warnings() as warned:
+        image = zoo.load_image(arguments.image)
     device = find_device(arguments.device)
     loaded = zoo.load_model(arguments.model, arguments.weights)
     loaded.module.to(device)
@@ -95,7 +96,7 @@ def explain(arguments: argparse.Namespace) -> None:
     explanations, notes = run_methods(
         loaded, x, target, methods, layer, reshape_transform, keep_going=not arguments.method
     )
-    for note in notes:
+    for note in (*warned, *notes):
         say("note", note)
     figure = draw(loaded, image, explanations, probabilities, target, layer)
     with atomic_write(output) as unfinished:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from captum_ext._repr import options_repr
+from captum_ext._checks import first_line
+from captum_ext._errors import ArgumentError
+from captum_ext._repr import bounded_repr, options_repr
 from captum_ext.datasets.examples import Example
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 AnyPath = str | Path
 Box = tuple[int, int, int, int]
+_LONGEST_PATH = 4096  # characters
 _T = TypeVar("_T")
 
 
@@ -94,7 +97,7 @@ class LayoutDataset(Dataset[Example]):
     def _read_image(self, path: str) -> "Image":
         from captum_ext._data.files import read_stored
 
-        return read_stored(path, "RGB")
+        return read_stored(path)
 
     def _make_example(self, index: int, image: "Image", target: int, name: str) -> Example:
         """Make an example with the boxes and masks that the layout has."""
@@ -108,7 +111,7 @@ def finite_number(text: str) -> float:
     """Read a finite number, or raise a ValueError."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"expected a number, got {text!r}")
+        raise ValueError(f"expected a number, got {bounded_repr(text)}")
     return value
 
 
@@ -127,7 +130,9 @@ def read_rows(path: Path, split: Callable[[str], list[str]], n: int) -> list[lis
             continue
         fields = split(line)
         if len(fields) != n:
-            raise ValueError(f"{path}, line {number}: expected {n} fields, got {line!r}.")
+            raise ValueError(
+                f"{path}, line {number}: expected {n} fields, got {bounded_repr(line)}."
+            )
         rows.append(fields)
     return rows
 
@@ -161,7 +166,7 @@ def read_table(
     try:
         table = {key: [parse(value.strip()) for value in values] for key, *values in rows}
     except ValueError as error:
-        raise ValueError(f"{path}: {error}.") from error
+        raise ValueError(f"{path}: {first_line(error)}.") from error
     if keys is not None:
         check_keys(path, table, keys)
     return table
@@ -186,6 +191,19 @@ def check_unique(path: Path, keys: Iterable[str]) -> None:
         raise ValueError(f"{path} has {first_of(repeated)} more than once.")
 
 
+def check_inside(path: Path, names: Iterable[str]) -> None:
+    """Raise an ArgumentError unless the names in a file stay inside the data set's folder."""
+    for name in names:
+        parts = name.replace("\\", "/").split("/")
+        is_inside = parts[0] and ".." not in parts and not Path(name).drive
+        if not is_inside or "\0" in name or len(name) > _LONGEST_PATH:
+            raise ArgumentError(
+                f"{path} names {bounded_repr(name)}, which is outside of the data set's folder or "
+                f"no path: names must be relative, without '..'.",
+                "root",
+            )
+
+
 def check_targets(path: Path, table: dict[str, list[int]], first: int, n: int | None) -> None:
     """Raise a ValueError unless the classes in a file are n numbers from `first` on."""
     end = math.inf if n is None else first + n
@@ -193,13 +211,14 @@ def check_targets(path: Path, table: dict[str, list[int]], first: int, n: int | 
     if wrong:
         allowed = f"from {first} on" if n is None else f"from {first} to {first + n - 1}"
         raise ValueError(
-            f"{path}: the class of {wrong[0]} is {table[wrong[0]][0]}; classes must be {allowed}."
+            f"{path}: the class of {first_line(wrong[0])} is {bounded_repr(table[wrong[0]][0])}; "
+            f"classes must be {allowed}."
         )
 
 
 def first_of(keys: Sequence[str]) -> str:
     """The first three of the keys and the number of the others, for an error message."""
-    listed = ", ".join(map(repr, keys[:3]))
+    listed = ", ".join(bounded_repr(key) for key in keys[:3])
     return listed if len(keys) <= 3 else f"{listed} and {len(keys) - 3} more"
 
 
@@ -218,23 +237,28 @@ def clip_boxes(boxes: Sequence[Box], size: tuple[int, int], name: str) -> Tensor
     Raises:
         ValueError: a box that is empty or outside the image.
     """
-    corners = torch.tensor(boxes, dtype=torch.int64, device="cpu").reshape(-1, 4)
-    inside = corners.clamp(min=0).minimum(corners.new_tensor([*size, *size]))
+    # Clipped as Python's integers: those of a file may have more than 64 bits.
+    clipped = [
+        [min(max(corner, 0), side) for corner, side in zip(box, size * 2, strict=True)]
+        for box in boxes
+    ]
+    inside = torch.tensor(clipped, dtype=torch.int64, device="cpu").reshape(-1, 4)
     if not bool((inside[:, :2] < inside[:, 2:]).all()):
         raise ValueError(
             f"a box of {name} is empty or outside the image of {size[0]} x {size[1]} pixels: "
-            f"{corners.tolist()}."
+            f"{bounded_repr(boxes)}."
         )
     return inside
 
 
-def read_mask(path: Path, size: tuple[int, int], above: int = 0) -> Tensor:
-    """Read a grey picture, resize it to (width, height), and mark its pixels above a value."""
+def read_mask(path: Path, size: tuple[int, int], above: float = 0.0) -> Tensor:
+    """Read a mask, mark its values above a share of white, and resize it to (width, height)."""
     from PIL import Image
 
-    from captum_ext._data.files import read_stored
+    from captum_ext._data.files import read_picture
+    from captum_ext._data.modes import to_mask
 
-    image = read_stored(path, "L")
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.NEAREST)
-    return torch.from_numpy(np.asarray(image) > above)
+    marked = Image.fromarray(read_picture(path, lambda image: to_mask(image, above)))
+    if marked.size != size:
+        marked = marked.resize(size, Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(marked))

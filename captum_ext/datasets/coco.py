@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_ext._checks import is_finite
+from captum_ext._checks import first_line, is_finite
 from captum_ext._errors import ArgumentError
+from captum_ext._repr import bounded_repr
 from captum_ext.datasets._files import (
     AnyPath,
     Box,
     LayoutDataset,
+    check_inside,
     check_unique,
     clip_boxes,
     first_of,
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Array = np.ndarray[Any, Any]
+# Errors of invalid values, of numbers beyond 64 bits, and of values nested thousands deep.
+_INVALID = (ValueError, OverflowError, RecursionError)
+_FAR = 1e9  # pixels; corners of polygons farther away are moved there
+_LONGEST_RUN = 60  # bits
+_CHUNK = 2**22  # pairs of edges and rows that are compared at once
 
 
 class _Object(NamedTuple):
@@ -83,7 +90,7 @@ class Coco(LayoutDataset):
         try:
             content = json.loads(path.read_bytes())
             if not isinstance(content, Mapping):
-                raise ValueError(f"expected an object, got {_short_repr(content)}")
+                raise ValueError(f"expected an object, got {bounded_repr(content)}")
             categories = {
                 c["id"]: str(c["name"]) for c in _checked_entries(content, "categories", "id")
             }
@@ -95,9 +102,10 @@ class Coco(LayoutDataset):
             files = {key: str(image["file_name"]) for key, image in images.items()}
         except KeyError as error:
             raise ValueError(f"{path}: there is no {error}.") from error
-        except (TypeError, ValueError) as error:
-            message = f"{path}: {str(error).rstrip('.')}."
+        except (TypeError, *_INVALID) as error:
+            message = f"{path}: {first_line(error, 500).rstrip('.')}."
             raise ArgumentError(message, getattr(error, "argument", "root")) from error
+        check_inside(path, files.values())
         kept = [
             (image, target, objects)
             for (image, target), objects in sorted(by_picture.items())
@@ -131,7 +139,7 @@ def _check_classes(classes: Any) -> None:
     names = list(classes) if isinstance(classes, Sequence) else []
     if isinstance(classes, str) or not all(isinstance(name, str) for name in names) or not names:
         raise ArgumentError(
-            f"`classes` must be a list of names, got {_short_repr(classes)}.", "classes"
+            f"`classes` must be a list of names, got {bounded_repr(classes)}.", "classes"
         )
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -144,23 +152,18 @@ def _checked_entries(content: Mapping[str, Any], key: str, *ids: str) -> list[Ma
     """The list `key` of a file; its entries are objects with numbers or texts as `ids`."""
     entries = content[key]
     if not isinstance(entries, list):
-        raise ValueError(f"{key!r} must be a list of objects, got {_short_repr(entries)}")
+        raise ValueError(f"{key!r} must be a list of objects, got {bounded_repr(entries)}")
     for entry in entries:
         if not isinstance(entry, Mapping):
             raise ValueError(
-                f"{key!r} must be a list of objects, got the entry {_short_repr(entry)}"
+                f"{key!r} must be a list of objects, got the entry {bounded_repr(entry)}"
             )
         for name in ids:
             if not isinstance(entry[name], int | float | str):
                 raise ValueError(
-                    f"{name!r} in {key!r} must be a number, got {_short_repr(entry[name])}"
+                    f"{name!r} in {key!r} must be a number, got {bounded_repr(entry[name])}"
                 )
     return entries
-
-
-def _short_repr(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _group_objects(
@@ -173,9 +176,11 @@ def _group_objects(
         category, image = annotation["category_id"], annotation["image_id"]
         name = categories.get(category)
         if name is None or image not in images:
-            raise ValueError(f"an object is of picture {image}, category {category}")
+            raise ValueError(
+                f"an object is of picture {bounded_repr(image)}, category {bounded_repr(category)}"
+            )
         if name not in names:
-            raise ArgumentError(f"the class {name!r} is not in `classes`", "classes")
+            raise ArgumentError(f"the class {bounded_repr(name)} is not in `classes`", "classes")
         if width > 0 and height > 0:
             box = round_outwards(x, y, x + width, y + height)
             segmentation = annotation.get("segmentation") or None
@@ -188,7 +193,7 @@ def _checked_box(box: Any) -> list[float]:
     """The x, y, width and height of a box, all finite."""
     if not isinstance(box, list) or len(box) != 4 or not all(is_finite(value) for value in box):
         raise ValueError(
-            f"a box must be four finite numbers, [x, y, width, height], got {_short_repr(box)}"
+            f"a box must be four finite numbers, [x, y, width, height], got {bounded_repr(box)}"
         )
     return [float(value) for value in box]
 
@@ -200,11 +205,13 @@ def _union_mask(objects: Sequence[_Object], size: tuple[int, int], title: str) -
     """The pixels of objects in a picture of (width, height); None if one has no segmentation."""
     if not objects or any(object_.segmentation is None for object_ in objects):
         return None
+    mask = np.zeros((size[1], size[0]), dtype=bool)
     try:
-        masks = [_decode_mask(object_.segmentation, size[1], size[0]) for object_ in objects]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{title} cannot be understood: {error}.") from error
-    return torch.from_numpy(np.logical_or.reduce(masks))
+        for object_ in objects:
+            mask |= _decode_mask(object_.segmentation, size[1], size[0])
+    except (KeyError, TypeError, *_INVALID) as error:
+        raise ValueError(f"{title} cannot be understood: {first_line(error, 500)}.") from error
+    return torch.from_numpy(mask)
 
 
 def _decode_mask(segmentation: Any, height: int, width: int) -> Array:
@@ -212,7 +219,7 @@ def _decode_mask(segmentation: Any, height: int, width: int) -> Array:
     if isinstance(segmentation, Mapping):
         return _decode_runs(segmentation["counts"], segmentation["size"], height, width)
     if not isinstance(segmentation, list):
-        raise ValueError(f"expected polygons or run lengths, got {_short_repr(segmentation)}")
+        raise ValueError(f"expected polygons or run lengths, got {bounded_repr(segmentation)}")
     for polygon in segmentation:
         if (
             not isinstance(polygon, list)
@@ -222,35 +229,43 @@ def _decode_mask(segmentation: Any, height: int, width: int) -> Array:
         ):
             raise ValueError(
                 f"a polygon must be finite numbers, [x1, y1, x2, y2, ...], of at least three "
-                f"corners, got {_short_repr(polygon)}"
+                f"corners, got {bounded_repr(polygon)}"
             )
-    masks = [_fill_polygon(polygon, height, width) for polygon in segmentation]
-    union: Array = np.logical_or.reduce(masks)
+    union = np.zeros((height, width), dtype=bool)
+    for polygon in segmentation:
+        union |= _fill_polygon(polygon, height, width)
     return union
 
 
 def _fill_polygon(polygon: Sequence[float], height: int, width: int) -> Array:
     """Mark pixels whose centre is inside a polygon (x1, y1, x2, y2, ...), by the even-odd rule."""
-    x, y = np.asarray(polygon, dtype=np.float64).reshape(-1, 2).T
+    x, y = np.asarray(polygon, dtype=np.float64).clip(-_FAR, _FAR).reshape(-1, 2).T
     next_x, next_y = np.roll(x, -1), np.roll(y, -1)
     rows = np.arange(height) + 0.5
-    edge, row = np.nonzero((y[:, None] <= rows) != (next_y[:, None] <= rows))
-    slope = (next_x - x)[edge] / (next_y - y)[edge]
-    crossing = x[edge] + (rows[row] - y[edge]) * slope
-    first = np.ceil(crossing - 0.5).clip(0, width).astype(np.int64)  # the pixel after it
-    flips = np.zeros((height, width + 1), dtype=np.int64)
-    np.add.at(flips, (row, first), 1)
-    inside: Array = flips.cumsum(1)[:, :width] % 2 == 1
+    flips = np.zeros((height, width + 1), dtype=np.uint8)  # sums modulo 256 stay odd or even
+    edges_at_once = max(_CHUNK // height, 1)
+    for first_edge in range(0, len(x), edges_at_once):
+        chunk = slice(first_edge, first_edge + edges_at_once)
+        edge, row = np.nonzero((y[chunk, None] <= rows) != (next_y[chunk, None] <= rows))
+        edge += first_edge
+        slope = (next_x - x)[edge] / (next_y - y)[edge]
+        crossing = x[edge] + (rows[row] - y[edge]) * slope
+        first = np.ceil(crossing - 0.5).clip(0, width).astype(np.int64)  # the pixel after it
+        np.add.at(flips, (row, first), 1)
+    inside: Array = flips.cumsum(1, dtype=np.uint8)[:, :width] % 2 == 1
     return inside
 
 
 def _decode_runs(counts: Any, size: Sequence[int], height: int, width: int) -> Array:
     """Decode run lengths, of pixels outside and inside in turn, down the columns."""
     runs = np.asarray(_decode_text(counts) if isinstance(counts, str) else counts, dtype=np.int64)
-    if list(size) != [height, width] or runs.sum() != height * width or (runs < 0).any():
+    pixels = height * width
+    # No run is longer than the picture, so that the sum of a hostile file does not overflow.
+    is_valid = list(size) == [height, width] and ((runs >= 0) & (runs <= pixels)).all()
+    if not is_valid or runs.ndim != 1 or runs.sum() != pixels:
         raise ValueError(
-            f"runs of {runs.sum()} pixels in a mask of size {list(size)} do not fit a picture of "
-            f"{[height, width]}"
+            f"runs of {runs.sum()} pixels in a mask of size {bounded_repr(list(size))} do not fit "
+            f"a picture of {[height, width]}"
         )
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
@@ -265,6 +280,8 @@ def _decode_text(text: str) -> list[int]:
     runs: list[int] = []
     value = shift = 0
     for character in text:
+        if shift >= _LONGEST_RUN:
+            raise ValueError(f"a run of more than {_LONGEST_RUN} bits")
         bits = ord(character) - 48
         value |= (bits & 31) << shift
         shift += 5

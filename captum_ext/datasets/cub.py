@@ -7,6 +7,7 @@ from captum_ext._checks import check_choice
 from captum_ext.datasets._files import (
     AnyPath,
     LayoutDataset,
+    check_inside,
     check_targets,
     clip_boxes,
     finite_number,
@@ -54,6 +55,7 @@ class Cub(LayoutDataset):
         check_choice("split", split, ("test", "train", "all"))
         root = Path(root)
         listed = read_table(root / "images.txt", 1, str)
+        check_inside(root / "images.txt", (name for (name,) in listed.values()))
         targets = read_table(root / "image_class_labels.txt", 1, int, listed)
         in_train = read_table(root / "train_test_split.txt", 1, int, listed)
         edges = read_table(root / "bounding_boxes.txt", 4, finite_number, listed)
@@ -91,7 +93,7 @@ class Cub(LayoutDataset):
         mask = None
         if self.masks:
             path = (Path(self.root) / "segmentations" / name).with_suffix(".png")
-            mask = read_mask(path, image.size, above=127)
+            mask = read_mask(path, image.size, above=0.5)
         boxes = clip_boxes([self._boxes[index]], image.size, name)
         return Example(image, target, name, boxes, mask)
 

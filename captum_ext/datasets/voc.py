@@ -8,11 +8,14 @@ from xml.etree import ElementTree
 
 from torch import Tensor
 
+from captum_ext._checks import first_line
 from captum_ext._errors import ArgumentError
+from captum_ext._repr import bounded_repr
 from captum_ext.datasets._files import (
     AnyPath,
     Box,
     LayoutDataset,
+    check_inside,
     check_unique,
     clip_boxes,
     finite_number,
@@ -98,7 +101,10 @@ class Voc(LayoutDataset):
         root = Path(root)
         self._objects: list[tuple[list[Box], list[Box], tuple[int, ...]]] = []
         samples, names = [], []
-        for (key,) in read_rows(root / "ImageSets" / "Main" / f"{split}.txt", str.split, 1):
+        listed = root / "ImageSets" / "Main" / f"{split}.txt"
+        keys = [key for (key,) in read_rows(listed, str.split, 1)]
+        check_inside(listed, keys)
+        for key in keys:
             objects = _voc_objects(root / "Annotations" / f"{key}.xml", classes)
             present = sorted({target for target, _, _ in objects})
             for target in present:
@@ -111,7 +117,7 @@ class Voc(LayoutDataset):
                     names.append(f"{key}-{classes[target]}")
         if not samples:
             raise ValueError(f"{root}: the pictures of {split!r} have no object.")
-        check_unique(root / "ImageSets" / "Main" / f"{split}.txt", names)
+        check_unique(listed, names)
         super().__init__(samples, names, classes)
         self.root, self.split, self.use_flagged = root, split, use_flagged
 
@@ -137,10 +143,13 @@ def _voc_objects(path: Path, classes: Sequence[str]) -> list[tuple[int, Box, boo
         raise FileNotFoundError(f"{path} is missing.")
     objects = []
     try:
-        for element in ElementTree.parse(path).getroot().findall("object"):
+        parser = ElementTree.XMLParser(target=_TreeWithoutEntities())
+        for element in ElementTree.parse(path, parser).getroot().findall("object"):
             name = str(element.findtext("name")).strip()
             if name not in classes:
-                raise ArgumentError(f"the class {name!r} is not in `classes`", "classes")
+                raise ArgumentError(
+                    f"the class {bounded_repr(name)} is not in `classes`", "classes"
+                )
             x1, y1, x2, y2 = (
                 finite_number(str(element.findtext(f"bndbox/{end}")))
                 for end in ("xmin", "ymin", "xmax", "ymax")
@@ -148,5 +157,13 @@ def _voc_objects(path: Path, classes: Sequence[str]) -> list[tuple[int, Box, boo
             flagged = int(element.findtext("difficult") or 0) != 0
             objects.append((classes.index(name), round_outwards(x1 - 1, y1 - 1, x2, y2), flagged))
     except (ElementTree.ParseError, ValueError) as error:
-        raise ArgumentError(f"{path}: {error}.", getattr(error, "argument", "root")) from error
+        message = f"{path}: {first_line(error, 500)}."
+        raise ArgumentError(message, getattr(error, "argument", "root")) from error
     return objects
+
+
+class _TreeWithoutEntities(ElementTree.TreeBuilder):
+    """Refuses a document type: entities in it can make a small file a large text."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise ValueError("a document type is not allowed")

@@ -1,13 +1,17 @@
 """The layout of wsolevaluation, as used by published figures on CUB, ImageNet and OpenImages30k."""
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
 
+from captum_ext._checks import first_line
+from captum_ext._repr import bounded_repr
 from captum_ext.datasets._files import (
     AnyPath,
     LayoutDataset,
+    check_inside,
     check_keys,
     check_targets,
     check_unique,
@@ -78,6 +82,7 @@ class WsolFolder(LayoutDataset):
         if not names:
             raise ValueError(f"{folder / 'image_ids.txt'} has no picture.")
         check_unique(folder / "image_ids.txt", names)
+        check_inside(folder / "image_ids.txt", names)
         path = folder / "class_labels.txt"
         targets = read_table(path, 1, int, names, ",")
         check_targets(path, targets, 0, n_classes)
@@ -116,6 +121,8 @@ class WsolFolder(LayoutDataset):
             by_name.setdefault(key, []).append(values)
         check_keys(path, by_name, self.names)
         if n_values == 2:
+            paths = itertools.chain.from_iterable(itertools.chain(*by_name.values()))
+            check_inside(path, filter(None, paths))
             self._masks = by_name
             return
         try:
@@ -124,7 +131,7 @@ class WsolFolder(LayoutDataset):
                 for name, boxes in by_name.items()
             }
         except ValueError as error:
-            raise ValueError(f"{path}: {error}.") from error
+            raise ValueError(f"{path}: {first_line(error, 500)}.") from error
         self._sizes = read_table(folder / "image_sizes.txt", 2, _side_length, self.names, ",")
 
     def _make_example(self, index: int, image: "Image", target: int, name: str) -> Example:
@@ -159,5 +166,5 @@ def _is_box(line: str) -> bool:
 def _side_length(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise ValueError(f"expected a number of pixels, got {text!r}")
+        raise ValueError(f"expected a number of pixels, got {bounded_repr(text)}")
     return value

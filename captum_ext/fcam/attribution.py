@@ -16,14 +16,14 @@ from captum_ext._engine.modules import Forward, find_module, module_name, requir
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
-from captum_ext._identity import SavedDecoder
 from captum_ext._repr import options_repr
+from captum_ext._tensor_files import SavedDecoder
 from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._method_info import Paper
 from captum_ext.attr._mixin import AttributionMixin
 from captum_ext.fcam.decoder import FCAMDecoder
 
-_DECODER_FILE = SavedDecoder("F-CAM", ("channels", "widths", "center", "layers"))
+_DECODER_FILE = SavedDecoder("F-CAM", sizes=("channels", "widths"), options=("center", "layers"))
 
 
 class FCAM(AttributionMixin, Attribution):
@@ -163,20 +163,23 @@ class FCAM(AttributionMixin, Attribution):
     def load(cls, path: str | Path, forward_func: Forward) -> Self:
         """Load a file of `save`, for the classifier that the decoder was trained with.
 
-        Only tensors and plain values are read (`weights_only`).
+        Only tensors and plain values are read (`weights_only`), and checksums are compared.
 
         Args:
             path: the file.
             forward_func: the classifier. The decoder is moved to its device.
 
         Raises:
-            ValueError: the file does not contain such a decoder; or the classifier is another one,
+            ValueError: the file does not contain such a decoder, or a damaged one, or weights that
+                are not finite; or the classifier is another one,
                 has other weights, or has them in another dtype (convert it after loading).
             FileNotFoundError: the file does not exist.
         """
 
         def make(saved: dict[str, Any]) -> FCAMDecoder:
             sizes = (saved[name] for name in ("channels", "widths", "center"))
+            for layer in saved["layers"]:
+                find_module(forward_func, layer)
             return FCAMDecoder(*sizes, layers=saved["layers"])
 
         return cls(forward_func, _DECODER_FILE.load(path, forward_func, make))

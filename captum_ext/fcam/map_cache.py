@@ -11,13 +11,14 @@ from tqdm import tqdm
 
 from captum_ext._data.loading import CpuLoader
 from captum_ext._data.pictures import PictureDataset
+from captum_ext._errors import ArgumentError
 from captum_ext._identity import (
-    atomic_write,
     check_same_run,
     json_value,
     model_digest,
     versioned_name,
 )
+from captum_ext._tensor_files import is_complete, read_tensors, write_tensors
 from captum_ext.attr._fingerprint import attribution_fingerprint
 from captum_ext.fcam.guides import guide_maps
 
@@ -51,37 +52,59 @@ def cached_maps(
         show_progress: whether to draw a progress bar.
 
     Raises:
-        ValueError: the folder has maps of another run.
+        ValueError: the folder has maps of another run, or a file that is damaged.
     """
     # Names and labels are not enough here: maps depend on the pixels.
     of_pictures = f"{pictures.fingerprint()}, {pictures.pixel_fingerprint()}"
     fingerprint = fingerprint | {"pictures": of_pictures}
-    parts = []
+    parts: list[Tensor] = []
     starts = range(0, len(pictures), MAPS_IN_FILE)
     for start in tqdm(starts, desc="maps", disable=not show_progress):
         file = folder / f"maps-{start:08d}.pt"
-        if file.is_file():
-            saved = torch.load(file, weights_only=True)
-            message = f"`cache` {folder} has the maps of another run"
-            check_same_run(message, saved["fingerprint"], fingerprint, argument="cache")
-        else:
-            part = Subset(pictures, range(start, min(start + MAPS_IN_FILE, len(pictures))))
-            batches = []
-            for pixels, labels, _, is_read in CpuLoader(part, batch_size, num_workers=num_workers):
-                images = module.images(pixels.to(module.device))
-                maps = guide_maps(
-                    module.guide,
-                    images,
-                    labels.to(module.device),
-                    rectify=module.rectify,
-                    **module.guide_kwargs,
-                )
-                batches.append(torch.where(is_read[:, None, None, None], maps.cpu(), 0).half())
-            saved = {"fingerprint": fingerprint, "maps": torch.cat(batches)}
-            with atomic_write(file) as unfinished:
-                torch.save(saved, unfinished)
-        parts.append(saved["maps"])
+        indices = range(start, min(start + MAPS_IN_FILE, len(pictures)))
+        if file.exists():
+            parts.append(_read_maps(file, fingerprint, len(indices), parts[:1]))
+            continue
+        batches = []
+        loader = CpuLoader(Subset(pictures, indices), batch_size, num_workers=num_workers)
+        for pixels, labels, _, is_read in loader:
+            maps = guide_maps(
+                module.guide,
+                module.images(pixels.to(module.device)),
+                labels.to(module.device),
+                rectify=module.rectify,
+                **module.guide_kwargs,
+            )
+            batches.append(torch.where(is_read[:, None, None, None], maps.cpu(), 0).half())
+        parts.append(torch.cat(batches))
+        write_tensors(file, {"fingerprint": fingerprint, "maps": parts[-1]})
     return torch.cat(parts)
+
+
+def _read_maps(file: Path, fingerprint: dict[str, Any], n: int, earlier: list[Tensor]) -> Tensor:
+    """The `n` maps in a file, if they have the fingerprint and the shape of `earlier` ones.
+
+    Raises:
+        ValueError: the file is damaged, or has the maps of another run.
+    """
+    problem = f"`cache`: delete {file}, as its maps cannot be read"
+    saved = read_tensors(file, "cache", problem, ("fingerprint", "maps"))
+    maps: Tensor = saved["maps"]
+    stored = saved["fingerprint"]
+    if isinstance(stored, dict):
+        message = f"`cache` {file.parent} has the maps of another run"
+        check_same_run(message, stored, fingerprint, argument="cache")
+    if (
+        not isinstance(stored, dict)
+        or not is_complete(maps)
+        or maps.dtype != torch.float16
+        or maps.dim() != 4
+        or maps.shape[:2] != (n, 1)
+        or any(maps.shape[2:] != part.shape[2:] for part in earlier)
+        or not bool(((maps >= 0) & (maps <= 1)).all())
+    ):
+        raise ArgumentError(f"{problem}: they are not {n} x 1 x h x w, from 0 to 1.", "cache")
+    return maps
 
 
 def maps_fingerprint(module: "FCAMModule", pictures: PictureDataset) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from captum.attr import Attribution
 from torch import Generator, Tensor
 from torch.nn import Module
 
-from captum_ext._checks import check_non_negative, check_positive
+from captum_ext._checks import check_non_negative, check_positive, is_finite
 from captum_ext._data.pixels import IMAGENET_MEAN_STD, Normalize
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import find_module, parameter_dtype
 from captum_ext._engine.state import eval_mode, seeded_random
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import derive_seed
+from captum_ext._repr import bounded_repr
+from captum_ext._tensor_files import misfit
 from captum_ext._training import DecoderModule
 from captum_ext.fcam.decoder import FCAMDecoder
 from captum_ext.fcam.guides import check_guide, guide_maps
@@ -266,6 +268,13 @@ class FCAMModule(DecoderModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.best = checkpoint["best"]
+
+    def damage(self, checkpoint: Mapping[str, Any]) -> str:
+        best = checkpoint.get("best")
+        if not isinstance(best, dict) or (best and not is_finite(best.get("score"))):
+            return f"its best epoch is {bounded_repr(best)}"
+        wrong = misfit(best["decoder"], self.decoder.state_dict()) if best else ""
+        return wrong or super().damage(checkpoint)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(

@@ -1,18 +1,32 @@
 """One pass over the pictures of a data set, which resumes from a file after it was killed."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 from captum_ext._data.loading import CpuLoader
 from captum_ext._data.pictures import PictureDataset
 from captum_ext._errors import ArgumentError
-from captum_ext._identity import atomic_write, check_same_run
+from captum_ext._identity import check_same_run
 from captum_ext._layer_maps import LayerMaps
+from captum_ext._repr import bounded_repr
+from captum_ext._tensor_files import read_tensors, write_tensors
 from captum_ext.features._top_activations import TopActivations
+
+
+class PassState(NamedTuple):
+    """What a pass has collected: the top activations of the first `n_done` pictures of a shard.
+
+    `unread` are the indices of those among them that cannot be read.
+    """
+
+    top: TopActivations
+    n_done: int
+    unread: list[int]
 
 
 class PassCheckpoint:
@@ -27,7 +41,7 @@ class PassCheckpoint:
         saved: the content of the file; None if there is no file yet.
 
     Raises:
-        ValueError: the file is no such checkpoint, or that of another run.
+        ValueError: the file is no such checkpoint, or a damaged one, or that of another run.
     """
 
     def __init__(self, path: Path, fingerprint: dict[str, Any], interval: int) -> None:
@@ -35,22 +49,64 @@ class PassCheckpoint:
         self.saved: dict[str, Any] | None = None
         if not path.exists():
             return
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            stored_fingerprint = saved["fingerprint"]
-        except Exception as error:  # torch raises many types for files of others
-            raise ArgumentError(
-                f"`checkpoint` {path} is no checkpoint of patches.", "checkpoint"
-            ) from error
+        problem = f"`checkpoint` {path} is no checkpoint of patches"
+        keys = ("fingerprint", "top", "n_done", "unread")
+        self.saved = read_tensors(path, "checkpoint", problem, keys)
+        if not isinstance(self.saved["fingerprint"], dict):
+            raise ArgumentError(f"{problem}: it has no fingerprint.", "checkpoint")
         message = f"`checkpoint` {path} is of another run"
-        check_same_run(message, stored_fingerprint, fingerprint, "file", "checkpoint")
-        self.saved = saved
+        check_same_run(message, self.saved["fingerprint"], fingerprint, "file", "checkpoint")
+
+    def read(self, empty: TopActivations, maps: Tensor, shard: range) -> "PassState":
+        """The stored state of the pass, or that of its start.
+
+        Args:
+            empty: the collector at the start.
+            maps: the maps (1, C, h, w) of one picture, with the channels that are collected.
+            shard: indices of the pictures.
+
+        Raises:
+            ValueError: the state is not that of such a pass.
+        """
+        if self.saved is None:
+            return PassState(empty, 0, [])
+        n_done, unread = self.saved["n_done"], self.saved["unread"]
+        reason = ""
+        if type(n_done) is not int or not 0 <= n_done <= len(shard):
+            reason = f"{bounded_repr(n_done)} of {len(shard)} pictures are done"
+        elif not isinstance(unread, list) or not all(
+            type(index) is int and index in shard[:n_done] for index in unread
+        ):
+            reason = f"pictures that cannot be read are {bounded_repr(unread)}"
+        else:
+            try:
+                top = TopActivations.from_state_dict(self.saved["top"])
+            except (TypeError, ValueError) as error:
+                reason = str(error)
+            else:
+                reason = _misfit(top, empty, maps, shard[:n_done])
+        if reason:
+            raise ArgumentError(
+                f"`checkpoint` {self.path} is damaged, delete it: {reason}.", "checkpoint"
+            )
+        return PassState(top, n_done, unread)
 
     def write(self, top: TopActivations, n_done: int, unread: list[int]) -> None:
         """Write the state after `n_done` pictures."""
         content = {"top": top.state_dict(), "n_done": n_done, "unread": unread}
-        with atomic_write(self.path) as unfinished:
-            torch.save({"fingerprint": self.fingerprint, **content}, unfinished)
+        write_tensors(self.path, {"fingerprint": self.fingerprint, **content})
+
+
+def _misfit(top: TopActivations, empty: TopActivations, maps: Tensor, done: range) -> str:
+    """Why a stored collector is not one of the pictures `done`, or an empty text."""
+    if (top.n, top.per_image) != (empty.n, empty.per_image):
+        return f"it collects {top.n} activations, {top.per_image} of an image"
+    if top.grid is None:
+        return "" if not len(top.values) else "it has no grid"
+    if (len(top.values), *top.grid) != (maps.shape[1], *maps.shape[2:]):
+        return f"its maps have {len(top.values)} channels of {top.grid}"
+    strange = set(top.indices.unique().tolist()) - set(done)
+    return f"picture {min(strange)} was not done" if strange else ""
 
 
 def stream_pictures(
@@ -58,7 +114,7 @@ def stream_pictures(
     pictures: PictureDataset,
     shard: range,
     units: tuple[int, ...] | None,
-    top: TopActivations,
+    state: PassState,
     checkpoint: PassCheckpoint | None,
     batch_size: int,
     num_workers: int,
@@ -71,8 +127,8 @@ def stream_pictures(
         pictures: the data set.
         shard: indices of the pictures.
         units: channels of the layer. None takes all.
-        top: the collector, which is still empty.
-        checkpoint: the file to go on from and to write to, or None.
+        state: the state to go on from.
+        checkpoint: the file to write to, or None.
         batch_size: pictures in a forward pass.
         num_workers: processes that read pictures.
         show_progress: whether to draw a progress bar.
@@ -83,10 +139,7 @@ def stream_pictures(
     Raises:
         ValueError: no picture can be read.
     """
-    n_done, unread = 0, []
-    if checkpoint is not None and checkpoint.saved is not None:
-        n_done, unread = checkpoint.saved["n_done"], checkpoint.saved["unread"]
-        top = TopActivations.from_state_dict(checkpoint.saved["top"])
+    top, n_done, unread = state
     n_written = n_done
     loader = CpuLoader(
         Subset(pictures, shard[n_done:]),

@@ -11,6 +11,7 @@ from captum_ext._deprecation import warn_renamed
 from captum_ext._engine.precision import full_precision
 from captum_ext._errors import ArgumentError
 from captum_ext._repr import options_repr, short_repr
+from captum_ext._tensor_files import is_complete
 
 _MISSING = torch.iinfo(torch.int64).max  # the key of an empty entry
 
@@ -194,8 +195,38 @@ class TopActivations:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "TopActivations":
-        """A collector with the state of another one's `state_dict`."""
+        """A collector with the state of another one's `state_dict`.
+
+        Raises:
+            ValueError: `state` is not one of `state_dict`.
+        """
+        names = {"n", "per_image", "grid", "values", "keys"}
+        if not isinstance(state, Mapping) or not names <= state.keys():
+            raise ArgumentError(f"`state` must have {', '.join(sorted(names))}.", "state")
         top = cls(state["n"], state["per_image"])
-        top.grid = None if state["grid"] is None else (state["grid"][0], state["grid"][1])
-        top._values, top._keys = state["values"], state["keys"]
+        grid, values, keys = state["grid"], state["values"], state["keys"]
+        is_grid = isinstance(grid, tuple | list) and len(grid) == 2
+        for side in grid if is_grid else ():
+            check_count("grid", side)
+        if not is_complete(values) or not is_complete(keys):
+            raise ArgumentError("`state` must have dense tensors `values` and `keys`.", "state")
+        is_missing = keys == _MISSING
+        if (
+            not (is_grid or (grid is None and not values.numel()))
+            or not values.is_floating_point()
+            or keys.dtype != torch.int64
+            or values.dim() != 2
+            or values.shape != keys.shape
+            or values.shape[1] > top.n
+            or bool((keys < 0).any())
+            or not torch.equal(torch.isfinite(values), ~is_missing)
+            or bool((values[:, 1:] > values[:, :-1]).any())
+        ):
+            raise ArgumentError(
+                "`state` must have finite `values` (C, m) in descending order, with int64 `keys` "
+                "of 0 or more.",
+                "state",
+            )
+        top.grid = None if grid is None else (grid[0], grid[1])
+        top._values, top._keys = values, keys
         return top

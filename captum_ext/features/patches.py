@@ -20,7 +20,7 @@ from captum_ext._identity import model_digest
 from captum_ext._layer_maps import LayerMaps, ReshapeTransform
 from captum_ext.features._activating_patches import ActivatingPatches
 from captum_ext.features._fields import clip_boxes, effective_boxes, field_boxes
-from captum_ext.features._streaming import PassCheckpoint, stream_pictures
+from captum_ext.features._streaming import PassCheckpoint, PassState, stream_pictures
 from captum_ext.features._top_activations import TopActivations
 
 RECEPTIVE_FIELDS = ("analytic", "effective", "image")
@@ -156,12 +156,15 @@ def maximally_activating_patches(
     loading = (batch_size, num_workers, show_progress)
     with preserve_state(forward_func):
         blank = maps.images(torch.zeros(1, 3, *pictures.size, device=maps.device))
-        n_channels = maps.run_full_pass(blank).shape[1]
-        channels_of_rows = _channels_of_rows(channels, n_channels, maps.name)
+        example = maps.run_full_pass(blank)
+        channels_of_rows = _channels_of_rows(channels, example.shape[1], maps.name)
+        state = PassState(TopActivations(n, per_image), 0, [])
+        if pass_checkpoint is not None:
+            example = example[:, : len(channels_of_rows)]
+            state = pass_checkpoint.read(state.top, example, shard_indices)
         field, reason = (None, None) if receptive_field == "image" else _field(maps, blank)
         top, unread = stream_pictures(
-            maps, pictures, shard_indices, channels, TopActivations(n, per_image),
-            pass_checkpoint, *loading,
+            maps, pictures, shard_indices, channels, state, pass_checkpoint, *loading
         )  # fmt: skip
         indices, positions = top.indices.cpu(), top.positions.cpu()
         boxes = _boxes(field, positions, pictures.size)

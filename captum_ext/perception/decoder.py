@@ -1,7 +1,6 @@
 """The decoder of Perception Visualization, from the latents of a layer back to pictures."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +11,8 @@ from torch.nn import Module
 from captum_ext._checks import check_count
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
-from captum_ext._identity import SavedDecoder, describe_changes
+from captum_ext._identity import describe_changes
+from captum_ext._tensor_files import SavedDecoder
 from captum_ext.imaging import resize
 from captum_ext.perception.encoder import LayerEncoder, channels_and_stride, stride_fits
 
@@ -20,7 +20,8 @@ WIDTHS = (512, 512, 256, 128, 64)  # of the paper's blocks, from the latents on
 CONVOLUTIONS = (2, 2, 2, 1, 1)
 _DECODER_FILE = SavedDecoder(
     "Perception Visualization",
-    ("channels", "stride", "widths", "convolutions", "colors", "encoder"),
+    sizes=("channels", "widths", "convolutions", "colors"),
+    options=("stride", "encoder"),
 )
 
 
@@ -191,25 +192,26 @@ class PerceptionDecoder(nn.Module):
     def load(cls, path: str | Path, encoder: LayerEncoder) -> Self:
         """Load a file of `save`, for the same layer of the same classifier.
 
-        Only tensors and plain values are read (`weights_only`).
+        Only tensors and plain values are read (`weights_only`), and checksums are compared.
 
         Args:
             path: the file.
             encoder: the encoder. The decoder is moved to the classifier's device.
 
         Raises:
-            ValueError: the file does not contain such a decoder; the classifier is another one, or
-                has other weights; or the layer or the normalisation is another one.
+            ValueError: the file does not contain such a decoder, or a damaged one, or weights that
+                are not finite; the classifier is another one, or has other weights; or the layer or
+                the normalisation is another one.
             FileNotFoundError: the file does not exist.
         """
-        make = partial(cls._without_weights, encoder)
-        return _DECODER_FILE.load(path, encoder.root, make)
 
-    @classmethod
-    def _without_weights(cls, encoder: LayerEncoder, saved: Mapping[str, Any]) -> Self:
-        sizes = (saved[name] for name in ("channels", "stride", "widths", "convolutions"))
-        decoder = cls(*sizes, colors=saved["colors"])
-        decoder.encoder_fingerprint = saved["encoder"]
+        def make(saved: dict[str, Any]) -> Any:
+            sizes = (saved[name] for name in ("channels", "stride", "widths", "convolutions"))
+            decoder = cls(*sizes, colors=saved["colors"])
+            decoder.encoder_fingerprint = dict(saved["encoder"])
+            return decoder
+
+        decoder: Self = _DECODER_FILE.load(path, encoder.root, make)
         decoder.check_encoder(encoder)
         return decoder
 
