@@ -49,7 +49,7 @@ class _CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         problem = f"`checkpoints`: {path} is no checkpoint, delete it"
         checkpoint: dict[str, Any] = read_tensors(
-            path, "checkpoints", problem, ("state_dict", "optimizer_states", "epoch")
+            path, "checkpoints", problem, ("state_dict", "optimizer_states", "epoch", "loops")
         )
         return checkpoint
 
@@ -171,6 +171,8 @@ class DecoderModule(LightningModule):
 
 def _optimizer_damage(states: Any, shapes: Sequence[torch.Size]) -> str:
     """Why tensors of optimizers are not those of weights with these shapes, or an empty text."""
+    if not states:
+        return "it has no states of optimizers"
     entries = [entry for state in states for entry in state["state"].items()]
     for index, values in entries:
         for name, value in values.items():

@@ -84,7 +84,7 @@ class PassCheckpoint:
             except (TypeError, ValueError) as error:
                 reason = str(error)
             else:
-                reason = _misfit(top, empty, maps, shard[:n_done])
+                reason = _misfit(top, empty, maps, set(shard[:n_done]) - set(unread))
         if reason:
             raise ArgumentError(
                 f"`checkpoint` {self.path} is damaged, delete it: {reason}.", "checkpoint"
@@ -97,15 +97,15 @@ class PassCheckpoint:
         write_tensors(self.path, {"fingerprint": self.fingerprint, **content})
 
 
-def _misfit(top: TopActivations, empty: TopActivations, maps: Tensor, done: range) -> str:
+def _misfit(top: TopActivations, empty: TopActivations, maps: Tensor, done: set[int]) -> str:
     """Why a stored collector is not one of the pictures `done`, or an empty text."""
     if (top.n, top.per_image) != (empty.n, empty.per_image):
         return f"it collects {top.n} activations, {top.per_image} of an image"
     if top.grid is None:
-        return "" if not len(top.values) else "it has no grid"
+        return f"it has nothing of {len(done)} pictures" if done else ""
     if (len(top.values), *top.grid) != (maps.shape[1], *maps.shape[2:]):
         return f"its maps have {len(top.values)} channels of {top.grid}"
-    strange = set(top.indices.unique().tolist()) - set(done)
+    strange = set(top.indices.unique().tolist()) - done
     return f"picture {min(strange)} was not done" if strange else ""
 
 
