@@ -47,9 +47,8 @@ def digest(values: Any) -> str:
 
 def derive_seed(*numbers: int) -> int:
     """Mix several numbers into a seed. The result is the same on every machine."""
-    return int(
-        np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(2, np.uint64)[0] >> 1
-    )
+    sequence = np.random.SeedSequence([n % 2**32 for n in numbers])
+    return int(sequence.generate_state(2, np.uint64)[0]) >> 1
 
 
 # --- models --------------------------------------------------------------------------------------
