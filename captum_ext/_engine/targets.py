@@ -17,7 +17,7 @@ from captum_ext._errors import ArgumentTypeError
 
 _FORMS = (
     "a target is the index of a class (an int, or a tuple of ints for outputs with more than one "
-    "dimension), a list of these or a tensor of integers with one for each example, or None if the "
+    "dimension), a list of these or a tensor of int64 with one for each example, or None if the "
     "model gives a single score"
 )
 
@@ -28,7 +28,9 @@ def check_target(target: Any) -> None:
         return
     if isinstance(target, Tensor):
         is_integer = not (target.is_floating_point() or target.is_complex())
-        if is_integer and target.dtype != torch.bool and (target.dim() == 1 or target.numel() == 1):
+        if target.numel() == 1 and is_integer and target.dtype != torch.bool:
+            return
+        if target.dim() == 1 and target.dtype in (torch.int32, torch.int64):
             return
         received = f"a tensor of {target.dtype} and shape {tuple(target.shape)}"
     elif isinstance(target, list):
