@@ -148,10 +148,12 @@ def _as_tensor(value: Any) -> str:
 
 
 def _value_range(x: Tensor) -> tuple[float, float]:
-    """The smallest and the largest value, NaN if there is one; zeros for integers."""
+    """The smallest and the largest value, NaN if there is one; zeros where it is not known."""
+    if x.is_meta or x.is_nested or x.layout != torch.strided or not x.numel():
+        return 0.0, 0.0  # they have no values, or not in one block
     if x.is_complex():
         x = torch.view_as_real(x)
-    if not x.is_floating_point() or not x.numel():
+    if not x.is_floating_point():
         return 0.0, 0.0
     x = x.float() if x.dtype.itemsize == 1 else x
     low, high = torch.stack(torch.aminmax(x)).tolist()  # one copy to the host

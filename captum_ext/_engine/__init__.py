@@ -3,6 +3,8 @@
 - `modules`: finds the module behind a forward function, and its layers.
 - `hooks`: registers hooks that act in one thread and inside one block.
 - `state`: restores the model, the random numbers and the modes after a call.
+- `targets`: selects the entries of an output to explain.
+- `faults`: says why a model cannot take its inputs.
 - `outputs`: turns model outputs into scores; targets and arguments follow their examples.
 - `precision`: sums and gradients in half precision.
 - `capture`: records activations and gradients at layers, in one forward pass.

@@ -1,8 +1,8 @@
 """Causes of the errors that a model raises about its inputs.
 
 A model that gets an input of another dtype, rank or number of channels than it was made for fails
-at its first layer with weights. `explain_fault` finds that layer in the traceback, and says which
-input the layer takes. Models that convert their inputs themselves do not fail, and are never
+at its first layer with weights. `explained_faults` finds that layer in the traceback, and says
+which input the layer takes. Models that convert their inputs themselves do not fail, and are never
 refused. Convolutions alone take one example without a batch in silence; `refuse_unbatched` looks
 at what they get.
 """
@@ -23,6 +23,7 @@ from captum_ext._engine.modules import Forward, module_name, root_module
 from captum_ext._engine.targets import check_selection
 from captum_ext._errors import ArgumentError
 
+_LAYERS = (_ConvNd, nn.Linear, nn.Embedding)
 _SPATIAL = {1: "L", 2: "H, W", 3: "D, H, W"}
 
 
@@ -56,7 +57,10 @@ def _check_layer_input(error: Exception, forward_func: Forward, inputs: Any, arg
     layer, x = _failing_layer(error)
     if layer is None or x is None:
         return
-    cause = _cause(layer, x, inputs if isinstance(inputs, tuple) else (inputs,))
+    root = root_module(forward_func)
+    modules = () if root is None else root.modules()
+    first = next((m for m in modules if isinstance(m, _LAYERS)), layer)
+    cause = _cause(layer, x, inputs if isinstance(inputs, tuple) else (inputs,), first is layer)
     if cause:
         raise ArgumentError(_message(forward_func, layer, cause, argument), argument) from error
 
@@ -68,14 +72,28 @@ def _failing_layer(error: BaseException) -> tuple[Any, Tensor | None]:
         frame = traceback.tb_frame
         if frame.f_code.co_argcount > 1:
             values = [frame.f_locals.get(name) for name in frame.f_code.co_varnames[:2]]
-            if isinstance(values[0], _ConvNd | nn.Linear | nn.Embedding):
+            if isinstance(values[0], _LAYERS):
                 layer, x = values[0], values[1] if isinstance(values[1], Tensor) else x
         traceback = traceback.tb_next
     return layer, x
 
 
-def _cause(layer: Any, x: Tensor, inputs: Sequence[Tensor]) -> str:
-    """The reason why a layer cannot take x, in so far as x is like the inputs; "" if unknown."""
+def _cause(layer: Any, x: Tensor, inputs: Sequence[Tensor], is_first: bool) -> str:
+    """The reason why a layer cannot take x, which is like the inputs; "" if unknown.
+
+    Args:
+        layer: with weights.
+        x: its input.
+        inputs: of the model.
+        is_first: the layer is the first one with weights, as far as known.
+    """
+    if isinstance(layer, nn.Linear) and x.dim() and x.shape[-1] != layer.in_features:
+        return (
+            f"takes {layer.in_features} features, and gets {x.shape[-1]} of inputs of shape "
+            f"{', '.join(_shape_of_batch(t) for t in inputs)}: the model needs another size"
+        )
+    if not is_first:
+        return ""
     device, dtype = layer.weight.device, layer.weight.dtype
     if x.device != device and x.device in [t.device for t in inputs]:
         return f"is on {device}, and they are on {x.device}: pass `inputs.to({str(device)!r})`"
@@ -83,17 +101,11 @@ def _cause(layer: Any, x: Tensor, inputs: Sequence[Tensor]) -> str:
         is_float = x.is_floating_point() and x.dtype in [t.dtype for t in inputs]
         return is_float * f"takes integers, and they are {x.dtype}: pass `inputs.long()`"
     if x.dtype != dtype and x.dtype in [t.dtype for t in inputs]:
-        pixels = "inputs.float() / 255`, normalised as in its training"
-        convert = f"inputs.to({dtype})`" if x.is_floating_point() else pixels
+        pixels = "inputs.float() / 255` for pixels, normalised as in its training"
+        is_pixels = not (x.is_floating_point() or x.is_complex())
+        convert = pixels if is_pixels else f"inputs.to({dtype})`"
         return f"has weights of {dtype}, and they are {x.dtype}: pass `{convert}"
-    if isinstance(layer, _ConvNd):
-        return _cause_of_shape(layer, x, inputs)
-    if x.dim() and x.shape[-1] != layer.in_features:
-        return (
-            f"takes {layer.in_features} features, and gets {x.shape[-1]} of inputs of shape "
-            f"{', '.join(_shape_of_batch(t) for t in inputs)}: it needs inputs of another size"
-        )
-    return ""
+    return _cause_of_shape(layer, x, inputs) if isinstance(layer, _ConvNd) else ""
 
 
 def _cause_of_shape(layer: _ConvNd, x: Tensor, inputs: Sequence[Tensor]) -> str:
@@ -180,7 +192,7 @@ def explain_missing_gradient(
     with torch.enable_grad():
         leaves = tuple(x.detach().requires_grad_(x.is_floating_point()).clone() for x in tensors)
         output = _run_forward(forward_func, leaves, None, additional_forward_args)
-    nodes = {x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor)}
+    nodes: set[Any] = {x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor)}
     seen: set[Any] = {None}
     while nodes - seen:
         seen |= nodes

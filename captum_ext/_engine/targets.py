@@ -17,7 +17,7 @@ from captum_ext._errors import ArgumentTypeError
 
 _FORMS = (
     "a target is the index of a class (an int, or a tuple of ints for outputs with more than one "
-    "dimension), a list of these or a tensor of integers with one for each example, or None if the "
+    "dimension), a list of these or a tensor of int64 with one for each example, or None if the "
     "model gives a single score"
 )
 
@@ -28,7 +28,9 @@ def check_target(target: Any) -> None:
         return
     if isinstance(target, Tensor):
         is_integer = not (target.is_floating_point() or target.is_complex())
-        if is_integer and target.dtype != torch.bool and (target.dim() == 1 or target.numel() == 1):
+        if target.numel() == 1 and is_integer and target.dtype != torch.bool:
+            return
+        if target.dim() == 1 and target.dtype in (torch.int32, torch.int64):
             return
         received = f"a tensor of {target.dtype} and shape {tuple(target.shape)}"
     elif isinstance(target, list):
@@ -113,10 +115,14 @@ def check_selection(error: BaseException) -> None:
         raise AssertionError(_misfit(values["output"].shape, values.get("target"))) from error
 
 
-def _fits(index: tuple[Any, ...], sizes: Sequence[int]) -> bool:
-    """Return whether these indices of a list's entry are among an example's scores."""
-    pairs = zip(index, sizes, strict=False)
-    return len(index) <= len(sizes) and all(isinstance(i, slice) or 0 <= i < n for i, n in pairs)
+def _fits(entry: Any, sizes: Sequence[int]) -> bool:
+    """Return whether a list's entry is among an example's scores, of these sizes."""
+    if not isinstance(entry, tuple):
+        return isinstance(entry, int) and 0 <= entry < sizes[0]
+    pairs = zip(entry, sizes, strict=False)
+    return len(entry) <= len(sizes) and all(
+        isinstance(i, slice) or (isinstance(i, int) and -n <= i < n) for i, n in pairs
+    )
 
 
 def _misfit(shape: Sequence[int], target: TargetType) -> str:
@@ -125,12 +131,10 @@ def _misfit(shape: Sequence[int], target: TargetType) -> str:
     outputs = f"({', '.join(['B', *map(str, sizes)])})" if sizes else "(B,)"
     if isinstance(target, Tensor):
         target = target.tolist()
-    if isinstance(target, list):
-        if len(target) != shape[0]:
-            return f"`target` has {len(target)} entries for {shape[0]} examples, not one for each."
-        indices = [t if isinstance(t, tuple) else (t,) for t in target]
-        misfits = (t for t, index in zip(target, indices, strict=True) if not _fits(index, sizes))
-        target = next(misfits, target)
+    if isinstance(target, list) and len(target) != shape[0]:
+        return f"`target` has {len(target)} entries for {shape[0]} examples, not one for each."
+    if isinstance(target, list) and sizes:
+        target = next((entry for entry in target if not _fits(entry, sizes)), target)
     start = f"`target` {brief(target)} is out of range for outputs of shape {outputs}"
     if not sizes:
         return f"{start}: the model gives one score for each example, so pass target=None."

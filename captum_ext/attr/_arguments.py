@@ -38,7 +38,9 @@ def checks_arguments(attribute: Method) -> Method:
     The errors of the model that come from its inputs are raised again with their cause. Write it
     under `@log_usage()`: Captum's NoiseTunnel calls what lies under that decorator.
     """
-    parameters = list(inspect.signature(attribute).parameters)
+    signature = inspect.signature(attribute)
+    parameters = list(signature.parameters)
+    default = signature.parameters["target"].default if "target" in parameters else None
     has_targets = "targets" in parameters
     position = parameters.index("target") - 1 if "target" in parameters else None
 
@@ -59,7 +61,7 @@ def checks_arguments(attribute: Method) -> Method:
         target = kwargs.get("target")
         if position is not None and position < len(args):
             target = args[position]
-        if target is not ...:  # the wrappers' word for a target that was not passed
+        if target is not default:
             check_target(target)
         with (
             explained_faults(self.forward_func, inputs),

@@ -18,7 +18,7 @@ from captum_ext._engine.outputs import (
 )
 from captum_ext._engine.precision import full_precision, gradient_of_sum, without_autocast
 from captum_ext._engine.replay import run_to_layer
-from captum_ext._engine.targets import run_forward, select_entries
+from captum_ext._engine.targets import check_target, run_forward, select_entries
 from captum_ext._errors import ArgumentError
 
 
@@ -48,6 +48,8 @@ class UnitScores(ExampleArguments):
         images: Tensor,
         dtype: torch.dtype,
     ) -> None:
+        if not callable(target):
+            check_target(target)
         super().__init__(len(images), target, additional_forward_args, images.device)
         self.target = as_normal_tensor(self.target)
         self.forward_func, self.layer, self.dtype = forward_func, layer, dtype

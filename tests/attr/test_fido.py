@@ -382,7 +382,9 @@ def test_classes_out_of_range_raise(target: Any) -> None:
 )
 def test_a_wrong_number_of_targets_raises(target: Any, size: int) -> None:
     """That also holds if a chunk of the batch has as many images."""
-    with pytest.raises(AssertionError, match=r"`target` (has \d entries|must be one number|is a tensor of)"):
+    with pytest.raises(
+        AssertionError, match=r"`target` (has \d entries|must be one number|is a tensor of)"
+    ):
         fido(images(4), target=target, internal_batch_size=size)
 
 

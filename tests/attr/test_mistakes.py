@@ -199,6 +199,31 @@ def test_images_of_another_size_than_a_linear_layer_takes_are_named() -> None:
         LayerCam(nn.Sequential(net[0], Lambda(_raise)), "0").attribute(X, target=1)
 
 
+def test_a_fault_of_the_model_itself_is_raised_as_it_is() -> None:
+    """The second layer gets as many channels as the inputs have, and needs others."""
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(4, 4, 1), nn.Flatten()).eval()
+    for explain in (LayerCam(net, "0").attribute, rise(net), sess(Saliency)(net)):
+        with pytest.raises(RuntimeError, match="to have 4 channels, but got 3 channels instead"):
+            explain(X, target=1)
+
+
+def test_tensors_of_other_kinds_reach_the_model_as_before() -> None:
+    for inputs in (X.to_sparse(), X.to("meta")):
+        with pytest.raises(RuntimeError):
+            LayerCam(small_net(), "conv2").attribute(inputs, target=1)
+    expected = LayerCam(small_net(), "conv2").attribute(X, target=1)
+    for same in (nn.Parameter(X), X.clone(memory_format=torch.channels_last)):
+        maps = LayerCam(small_net(), "conv2").attribute(same, target=1)
+        torch.testing.assert_close(maps, expected)
+
+
+def test_upsample_restores_the_flags_of_inputs_where_captums_method_fails() -> None:
+    x = X.clone()
+    with pytest.raises(AssertionError):
+        UpsampleWrapper(Saliency(small_net())).attribute(x)
+    assert not x.requires_grad
+
+
 def _raise(x: Tensor) -> Tensor:
     raise RuntimeError("in the middle")
 
@@ -243,6 +268,7 @@ NO_TARGETS = [
     torch.tensor([True, False]),
     torch.tensor(1.0),
     torch.ones(2, 2, dtype=torch.long),
+    torch.tensor([1, 2], dtype=torch.uint8),
 ]
 OUT_OF_RANGE = [
     4,

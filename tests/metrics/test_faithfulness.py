@@ -649,7 +649,7 @@ NAN = torch.full((3, 9, 9), torch.nan)
         ({"score": "odds"}, ValueError, "`score`"),
         ({"generator": 3}, TypeError, "`generator`"),
         ({"internal_batch_size": 0}, ValueError, "`internal_batch_size`"),
-        ({"target": [1, 2]}, AssertionError, "Target"),
+        ({"target": [1, 2]}, AssertionError, "`target` has 2 entries"),
     ],
 )
 def test_wrong_arguments_are_named(name: str, change: Any, error: Any, named: str) -> None:

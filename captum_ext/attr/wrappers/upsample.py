@@ -1,6 +1,7 @@
 """Layer maps at the size of the input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import torch
@@ -143,11 +144,12 @@ class UpsampleWrapper(BaseWrapper):
             target=target, additional_forward_args=additional_forward_args, **kwargs
         )
         check_keywords(self, arguments)
-        result = call_attribute(self.attribution_method, inputs, **arguments)
+        examples: Tensors = _format_tensor_into_tuples(inputs)
+        with _preserve_flags(examples):
+            result = call_attribute(self.attribution_method, inputs, **arguments)
         delta = None
         if kwargs.get("return_convergence_delta"):
             result, delta = result
-        examples: Tensors = _format_tensor_into_tuples(inputs)
         if self._has_input_shapes(result, is_tuple, examples):
             output: Any = result
         else:
@@ -195,6 +197,18 @@ class UpsampleWrapper(BaseWrapper):
         if x.dim() < 3:
             return m
         return resize(m, x.shape[2:], self.mode, self.align_corners)
+
+
+@contextmanager
+def _preserve_flags(inputs: Tensors) -> Iterator[None]:
+    """Restore `requires_grad`, which Captum's methods leave switched on if they raise an error."""
+    flags = [x.requires_grad for x in inputs]
+    try:
+        yield
+    finally:
+        for x, flag in zip(inputs, flags, strict=True):
+            if x.is_leaf and x.requires_grad != flag:
+                x.requires_grad_(flag)
 
 
 def _flatten(maps: Any) -> list[Tensor]:
