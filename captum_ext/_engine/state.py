@@ -56,6 +56,8 @@ _buffers_of_modules: dict[int, tuple[_BufferSnapshot, WeakSet[_PreservingCall]]]
 def preserve_state(forward_func: Forward) -> Iterator[None]:
     """Restore the model's buffers at the end, and warn once if the model is in train mode.
 
+    Nested calls of a thread do not warn again.
+
     This covers modules in train mode, and modules of classes outside torch.nn. For a plain
     function, the modules are unknown until they run: a hook snapshots each one just before.
 
@@ -71,16 +73,11 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
         nonlocal warned
         if id(module) in snapshots:
             return
-        if _depends_on_mode(module) and not warned:
-            warned = True
-            warn(
-                f"The model is in train mode (its {type(module).__name__} is), so it is explained "
-                f"with batch statistics and dropout. Call .eval() to explain the model as it "
-                f"predicts."
-            )
+        is_nested = False
         if module.training or not type(module).__module__.startswith("torch.nn."):
             with _buffers_lock:
                 first, calls = _buffers_of_modules.get(id(module), (None, WeakSet()))
+                is_nested = any(other.thread == call.thread for other in calls)
                 own_snapshot = None
                 if all(other.thread == call.thread for other in calls):
                     own_snapshot = _BufferSnapshot(module)
@@ -91,6 +88,13 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
                     first = own_snapshot or _BufferSnapshot(module)
                 _buffers_of_modules[id(module)] = (first, calls)
                 calls.add(call)
+        if _depends_on_mode(module) and not warned and not is_nested:
+            warned = True
+            warn(
+                f"The model is in train mode (its {type(module).__name__} is), so it is explained "
+                f"with batch statistics and dropout. Call .eval() to explain the model as it "
+                f"predicts."
+            )
 
     root = root_module(forward_func)
     try:

@@ -17,6 +17,7 @@ from captum_ext._compat import (
     log_usage,
 )
 from captum_ext._engine.modules import Tensors
+from captum_ext._engine.state import preserve_state
 from captum_ext.attr._chain import UNSET, check_keywords, drop_unset
 from captum_ext.attr.wrappers._base import BaseWrapper
 from captum_ext.imaging import MODES, min_max, resize
@@ -141,7 +142,8 @@ class UpsampleWrapper(BaseWrapper):
             target=target, additional_forward_args=additional_forward_args, **kwargs
         )
         check_keywords(self.attribution_method, arguments)
-        result = self.attribution_method.attribute(inputs, **arguments)
+        with preserve_state(self.forward_func):
+            result = self.attribution_method.attribute(inputs, **arguments)
         delta = None
         if kwargs.get("return_convergence_delta"):
             result, delta = result
