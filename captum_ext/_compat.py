@@ -24,6 +24,7 @@ from captum._utils.common import (
 )
 from captum._utils.progress import progress
 from captum._utils.typing import BaselineType, TargetType
+from captum.attr._core.deep_lift import SUPPORTED_NON_LINEAR
 from captum.attr._utils.common import _format_callable_baseline
 from captum.log import log_usage as _log_usage
 from torch import Tensor
@@ -50,6 +51,7 @@ else:
     )
 
 __all__ = [
+    "SUPPORTED_NON_LINEAR",
     "Attribution",
     "BaselineType",
     "GradientAttribution",

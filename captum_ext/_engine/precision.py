@@ -15,6 +15,23 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def divide_by_power(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide each example by a power of two, so that its squares are in the range of floats.
+
+    The division is exact, unless values vanish beside the largest one.
+
+    Args:
+        x: (B, ...), float32 or better.
+
+    Returns:
+        The example divided by its power, with a largest value between 1/2 and 1 (if it is no
+        denormal number), and the powers, (B, 1, ...). Examples of zeros stay as they are.
+    """
+    largest = x.detach().abs().flatten(1).amax(1).reshape(-1, *[1] * (x.dim() - 1))
+    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
+    return torch.ldexp(x, -exponent), torch.ldexp(torch.ones_like(largest), exponent)
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     """A context manager that switches autocast off on the device of `tensor`."""
     device = tensor.device.type

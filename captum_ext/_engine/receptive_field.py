@@ -11,7 +11,7 @@ receptive field r, jump j and first centre c, along each axis, into
 the way from the image to the layer, and computes the field of its results from those of its inputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -262,15 +262,15 @@ def _output_field(call: _Call) -> tuple[ReceptiveField, tuple[int, int]] | None:
         return ReceptiveField(rows, columns), dims
     if name in ("view", "reshape") and len(shape) > 3:
         old = call.input_shapes[0]
-        new_dims = [dim_after_reshape(dim, old, shape) for dim in dims]
-        return None if None in new_dims else (field, (new_dims[0], new_dims[1]))
+        height, width = (dim_after_reshape(dim, old, shape) for dim in dims)
+        return None if height is None or width is None else (field, (height, width))
     if name in _MOVING:
         return None
     # Assumption: any other function that keeps height and width works unit by unit.
     fields = _aligned_fields(call)
     if not fields:
         return None
-    rows, columns = (_union([field[i] for field in fields]) for i in (0, 1))
+    rows, columns = (_union(list(axes)) for axes in zip(*(f[:2] for f in fields), strict=True))
     return ReceptiveField(rows, columns), dims
 
 
@@ -397,19 +397,19 @@ def _slide_window(field: ReceptiveField, dims: tuple[int, int], *options: Any) -
                 axis.start + ((k - 1) * d / 2 - p) * axis.stride,
             )
         )
-    return ReceptiveField(*axes)
+    return ReceptiveField(axes[0], axes[1])
 
 
-def _flipped_dims(name: str, args: Any, kwargs: dict[str, Any], n: int) -> set[int]:
+def _flipped_dims(name: str, args: Any, kwargs: dict[str, Any], n: int) -> Sequence[int]:
     """The dimensions of the result that a function flips, in addition to any permutation."""
     if name == "flip":
         dims = args[1:] if len(args) > 2 else call_argument(args, kwargs, 1, "dims", ())
-        return {dim % n for dim in ((dims,) if isinstance(dims, int) else dims)}
+        return [dim % n for dim in ((dims,) if isinstance(dims, int) else dims)]
     if name == "rot90":
-        quarters = call_argument(args, kwargs, 1, "k", 1) % 4
+        quarters: int = call_argument(args, kwargs, 1, "k", 1) % 4
         first, second = (dim % n for dim in call_argument(args, kwargs, 2, "dims", (0, 1)))
-        return [set(), {first}, {first, second}, {second}][quarters]
-    return {"fliplr": {1}, "flipud": {0}}.get(name, set())
+        return ([], [first], [first, second], [second])[quarters]
+    return {"fliplr": [1], "flipud": [0]}.get(name, [])
 
 
 def _flip(axis: FieldAxis, n: int) -> FieldAxis:

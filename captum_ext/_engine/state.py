@@ -72,6 +72,8 @@ if hasattr(os, "register_at_fork"):
 def preserve_state(forward_func: Forward) -> Iterator[None]:
     """Restore the model's buffers at the end, and warn once if the model is in train mode.
 
+    Nested calls of a thread do not warn again.
+
     This covers modules in train mode, and modules of classes outside torch.nn. For a plain
     function, the modules are unknown until they run: a hook snapshots each one just before.
 
@@ -88,17 +90,12 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
         nonlocal warned
         if id(module) in snapshots:
             return
-        if _depends_on_mode(module) and not warned:
-            warned = True
-            warn(
-                f"The model is in train mode (its {type(module).__name__} is), so it is explained "
-                f"with batch statistics and dropout. Call .eval() to explain the model as it "
-                f"predicts."
-            )
+        is_nested = False
         if module.training or not type(module).__module__.startswith("torch.nn."):
             with _buffers_lock:
                 first, uses = _buffers_of_modules.get(id(module), (None, []))
                 uses = active_uses(uses)
+                is_nested = any(other.thread is use.thread for other in uses)
                 own_snapshot = None
                 if all(other.thread is use.thread for other in uses):
                     own_snapshot = _BufferSnapshot(module)
@@ -108,6 +105,13 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
                 if first is None or not uses:
                     first = own_snapshot or _BufferSnapshot(module)
                 _buffers_of_modules[id(module)] = (first, [*uses, use])
+        if _depends_on_mode(module) and not warned and not is_nested:
+            warned = True
+            warn(
+                f"The model is in train mode (its {type(module).__name__} is), so it is explained "
+                f"with batch statistics and dropout. Call .eval() to explain the model as it "
+                f"predicts."
+            )
 
     root = root_module(forward_func)
     with use_model(None if root is None else (root,), alone=False) as use:

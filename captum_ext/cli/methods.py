@@ -130,12 +130,15 @@ class Method:
         import torch
 
         from captum_ext.attr import UpsampleWrapper
+        from captum_ext.attr._plain_gradients import warn_of_plain_gradients
 
         options: dict[str, Any] = {}
         if "generator" in self.options:
             options["generator"] = torch.Generator().manual_seed(0)
         if not self.at_layer:
-            return self.cls(loaded.module, **options)
+            attribution: Attribution = self.cls(loaded.module, **options)
+            warn_of_plain_gradients(attribution)
+            return attribution
         module = loaded.module.get_submodule(layer)
         if "reshape_transform" in self.options:
             options["reshape_transform"] = reshape_transform

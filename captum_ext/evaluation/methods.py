@@ -17,6 +17,7 @@ from captum_ext._identity import json_value, versioned_name
 from captum_ext.attr import UpsampleWrapper
 from captum_ext.attr._chain import chain, innermost, keywords_of
 from captum_ext.attr._fingerprint import attribution_fingerprint
+from captum_ext.attr._plain_gradients import warn_of_plain_gradients
 
 
 class ConfiguredMethod(NamedTuple):
@@ -74,6 +75,7 @@ def _configured_method(name: str, value: Any) -> ConfiguredMethod:
         raise ArgumentError(f"`methods`: {name}: {sorted(reserved)} cannot be given.")
     if isinstance(attribution, LayerAttribution):
         attribution = UpsampleWrapper(attribution)
+    warn_of_plain_gradients(attribution)
     keywords = keywords_of(attribution)
     if keywords is not None and (unknown := sorted(kwargs.keys() - keywords)):
         raise ArgumentError(

@@ -74,7 +74,12 @@ class LayerClassActivationMap(BaseLayerCam[LayerOrList]):
             else find_module(self.forward_func, self.head, "head")
         )
         self.head_name = module_name(self.forward_func, self.linear)
-        _rows(self.linear, self.head_name)
+        linear = self.linear
+        is_pointwise = isinstance(linear, _CONVS) and set(linear.kernel_size) == {1}
+        if not isinstance(linear, Linear) and not is_pointwise:
+            raise ValueError(
+                f"`head` {self.head_name} must be linear or a 1 x 1 convolution, got {linear}."
+            )
 
     @maps_by_layer
     @log_usage()
@@ -90,10 +95,13 @@ class LayerClassActivationMap(BaseLayerCam[LayerOrList]):
     ) -> Maps[LayerOrList]:
         """The map of each example, raw and signed. Arguments as in `BaseGradientCam.attribute`."""
         with preserve_state(self.forward_func), torch.no_grad():
-            per_layer, score = self._activations(
-                inputs, target, additional_forward_args, attribute_to_layer_input
-            )
-            rows = _rows(self.linear, self.head_name)
+            # A spectral norm in train mode moves with each reading of the weight. The nested block
+            # undoes the reading by the pass, so that the next one gives the same weight.
+            with preserve_state(self.linear):
+                per_layer, score = self._activations(
+                    inputs, target, additional_forward_args, attribute_to_layer_input
+                )
+            rows = cast(Tensor, self.linear.weight).detach().flatten(1)
             classes = _classes(len(rows), target, score)
 
             def cam(a: Tensor) -> Tensor:
@@ -144,11 +152,3 @@ def _last_linear(forward_func: Forward) -> Module:
     if not linears:
         raise ValueError("`head` is None, and the model has no linear layer or convolution.")
     return linears[-1]
-
-
-def _rows(head: Module, name: str) -> Tensor:
-    """The weights of a linear layer or 1 x 1 convolution, (classes, channels)."""
-    weight = cast(Tensor, getattr(head, "weight", None))
-    if not isinstance(head, (Linear, *_CONVS)) or weight[0].numel() != weight.shape[1]:
-        raise ValueError(f"`head` {name} must be linear or a 1 x 1 convolution, got {head}.")
-    return weight.detach().flatten(1)

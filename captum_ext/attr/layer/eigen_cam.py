@@ -12,7 +12,7 @@ from captum_ext._compat import (
     log_usage,
 )
 from captum_ext._engine.modules import Tensors
-from captum_ext._engine.precision import full_precision
+from captum_ext._engine.precision import divide_by_power, full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._method_info import Paper
@@ -30,7 +30,8 @@ class LayerEigenCam(BaseLayerCam[LayerOrList]):
 
     The map does not depend on the class. A classifier still needs a `target`, which is checked as
     in every method. The sign of a singular vector is arbitrary. Here it is chosen so that the map
-    correlates with the mean activation; non-negative activations then give a non-negative map.
+    correlates with the mean activation; non-negative activations then give a non-negative map. If
+    the mean is zero but for rounding (after a layer norm), the value farthest from 0 is positive.
 
     Args:
         forward_func: the model.
@@ -94,13 +95,31 @@ class LayerEigenCam(BaseLayerCam[LayerOrList]):
         a = a.reshape(*a.shape[:2], -1).transpose(1, 2)  # (B, cells, channels)
         if not bool(torch.isfinite(a).all()):
             raise ValueError("The activations of `layer` are not finite: they have no Eigen-CAM.")
-        mean_activation = a.mean(2, keepdim=True)
+        a, power = divide_by_power(a)
+        mean, mean_size = a.mean(2), a.abs().mean(2)
         if self.center:
             a = a - a.mean(1, keepdim=True)
         cam = _project_on_first_component(a)
-        sign = torch.where((cam * mean_activation).sum(1, keepdim=True) < 0, -1, 1)
-        cam = torch.mul(sign, cam).reshape(len(a), 1, *activation.shape[2:])
+        sign = projection_sign(cam[:, :, 0], mean, mean_size, activation.dtype)
+        cam = torch.mul(sign[:, None, None] * power, cam).reshape(len(a), 1, *activation.shape[2:])
         return (F.relu(cam) if relu else cam).to(activation.dtype)
+
+
+def projection_sign(cam: Tensor, mean: Tensor, mean_size: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sign with which projections correlate with a mean, (B,).
+
+    If the mean is zero but for rounding, the sign makes the value farthest from 0 positive.
+
+    Args:
+        cam: the projections, (B, cells).
+        mean: the mean over the channels, (B, cells).
+        mean_size: the mean of absolute values.
+        dtype: the dtype that the activations were rounded to.
+    """
+    correlation, bound = (cam * mean).sum(1), (cam.abs() * mean_size).sum(1)
+    is_noise = correlation.abs() <= max(1e-4, torch.finfo(dtype).eps / 4) * bound
+    farthest = cam.gather(1, cam.abs().argmax(1, keepdim=True))[:, 0]
+    return torch.where(torch.where(is_noise, farthest, correlation) < 0, -1, 1)
 
 
 def _project_on_first_component(a: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from captum_ext._checks import check_count, check_non_negative
 from captum_ext._compat import TargetType, _format_tensor_into_tuples
 from captum_ext._engine.modules import Tensors
 from captum_ext._engine.outputs import ExampleArguments
-from captum_ext._engine.precision import full_precision
+from captum_ext._engine.precision import divide_by_power, full_precision
 from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList
 from captum_ext.attr.layer.base import BaseGradientCam, divide, spatial_sum
@@ -77,7 +77,10 @@ class LayerSmoothGradCamPlusPlus(BaseGradientCam[LayerOrList]):
         check_non_negative("stdev_spread", self.stdev_spread)
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        """The weights. `gradients` are the three moments of the gradient, (3, B, C, *spatial)."""
+        """The weights. `gradients` are the three moments of the gradient, (3, B, C, *spatial).
+
+        The second and the third one may have a common factor, which the fraction cancels.
+        """
         d1, d2, d3 = gradients
         alpha = divide(d2, 2 * d2 + d3 * spatial_sum(activations))
         return spatial_sum(alpha * F.relu(d1))
@@ -101,6 +104,7 @@ class LayerSmoothGradCamPlusPlus(BaseGradientCam[LayerOrList]):
             tuple(full_precision(t).new_zeros(3, *t.shape) for t in tensors)
             for tensors in activations
         ]
+        powers: list[Tensors] = []
         examples: Tensors = _format_tensor_into_tuples(inputs)
         batch = torch.arange(len(examples[0]), device=examples[0].device)
         arguments = ExampleArguments(len(batch), target, additional_forward_args, batch.device)
@@ -114,10 +118,13 @@ class LayerSmoothGradCamPlusPlus(BaseGradientCam[LayerOrList]):
                 at_input,
                 grad_kwargs,
             )
-            for sums, tensors in zip(moments, gradients, strict=True):
-                for total, gradient in zip(sums, tensors, strict=True):
+            if not powers:  # those of the first gradients do for all
+                powers = [tuple(_power(t, n) for t in tensors) for tensors in gradients]
+            for sums, tensors, units in zip(moments, gradients, powers, strict=True):
+                for total, gradient, power in zip(sums, tensors, units, strict=True):
                     g = full_precision(gradient).unflatten(0, (n, -1))
-                    total += torch.stack([g, g**2, g**3]).sum(1) / self.n_samples
+                    square = (g / power) ** 2
+                    total += torch.stack([g, square, square * g]).sum(1) / self.n_samples
         return activations, moments
 
     def _noisy(self, x: Tensor, n: int) -> Tensor:
@@ -132,3 +139,9 @@ class LayerSmoothGradCamPlusPlus(BaseGradientCam[LayerOrList]):
             stdev = spread.reshape(-1, *[1] * (x.dim() - 1))
             copies = copies + noise.to(x) * stdev
         return copies.flatten(0, 1)
+
+
+def _power(gradients: Tensor, n: int) -> Tensor:
+    """The power of two of each example's `n` gradients (n * B, ...), in (B, 1, ...)."""
+    by_example = full_precision(gradients.detach()).unflatten(0, (n, -1)).transpose(0, 1)
+    return divide_by_power(by_example)[1][:, 0]

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from captum_ext._engine.precision import divide_by_power
 from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList
 from captum_ext.attr.layer.base import BaseGradientCam, divide, spatial_sum
@@ -35,4 +36,5 @@ class LayerXGradCam(BaseGradientCam[LayerOrList]):
     paper = Paper("Fu et al.", 2020, "https://arxiv.org/abs/2008.02312")
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        return divide(spatial_sum(gradients * activations), spatial_sum(activations))
+        a, _ = divide_by_power(activations)
+        return divide(spatial_sum(gradients * a), spatial_sum(a))

@@ -5,6 +5,7 @@ from captum.attr import Attribution
 from captum_ext._checks import brief
 from captum_ext._errors import ArgumentTypeError
 from captum_ext.attr._mixin import AttributionMixin
+from captum_ext.attr._plain_gradients import warn_of_plain_gradients
 
 
 class BaseWrapper(AttributionMixin, Attribution):
@@ -26,6 +27,7 @@ class BaseWrapper(AttributionMixin, Attribution):
             )
         super().__init__(attribution_method.forward_func)
         self.attribution_method = attribution_method
+        warn_of_plain_gradients(attribution_method)
 
     @property
     def multiplies_by_inputs(self) -> bool:

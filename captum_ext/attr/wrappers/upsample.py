@@ -1,7 +1,6 @@
 """Layer maps at the size of the input."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -18,6 +17,7 @@ from captum_ext._compat import (
     log_usage,
 )
 from captum_ext._engine.modules import Tensors
+from captum_ext._engine.state import preserve_state
 from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._chain import UNSET, call_attribute, check_keywords, drop_unset
 from captum_ext.attr.wrappers._base import BaseWrapper
@@ -145,7 +145,7 @@ class UpsampleWrapper(BaseWrapper):
         )
         check_keywords(self, arguments)
         examples: Tensors = _format_tensor_into_tuples(inputs)
-        with _preserve_flags(examples):
+        with preserve_state(self.forward_func):
             result = call_attribute(self.attribution_method, inputs, **arguments)
         delta = None
         if kwargs.get("return_convergence_delta"):
@@ -197,18 +197,6 @@ class UpsampleWrapper(BaseWrapper):
         if x.dim() < 3:
             return m
         return resize(m, x.shape[2:], self.mode, self.align_corners)
-
-
-@contextmanager
-def _preserve_flags(inputs: Tensors) -> Iterator[None]:
-    """Restore `requires_grad`, which Captum's methods leave switched on if they raise an error."""
-    flags = [x.requires_grad for x in inputs]
-    try:
-        yield
-    finally:
-        for x, flag in zip(inputs, flags, strict=True):
-            if x.is_leaf and x.requires_grad != flag:
-                x.requires_grad_(flag)
 
 
 def _flatten(maps: Any) -> list[Tensor]:
