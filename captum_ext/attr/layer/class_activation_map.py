@@ -12,7 +12,14 @@ from captum_ext._compat import (
     _select_targets,
     log_usage,
 )
-from captum_ext._engine.modules import Forward, Tensors, find_module, module_name, root_module
+from captum_ext._engine.modules import (
+    Forward,
+    Tensors,
+    find_module,
+    gather_shards,
+    module_name,
+    root_module,
+)
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext.attr._method_info import Paper
@@ -113,7 +120,7 @@ class LayerClassActivationMap(BaseLayerCam[LayerOrList]):
             return
         terms = full_precision(rows[classes]) * spatial_mean(full_precision(activation)).flatten(1)
         bias = cast(Tensor | None, self.linear.bias)
-        bias_of_class = 0 if bias is None else full_precision(bias)[classes]
+        bias_of_class = 0 if bias is None else full_precision(gather_shards(bias))[classes]
         off = (terms.sum(1) + bias_of_class - full_precision(score).reshape(-1)).abs()
         half = {torch.float16, torch.bfloat16} & {activation.dtype, score.dtype, rows.dtype}
         tolerance = 5e-2 if half else 1e-3
@@ -149,4 +156,4 @@ def _rows(head: Module, name: str) -> Tensor:
     weight = cast(Tensor, getattr(head, "weight", None))
     if not isinstance(head, (Linear, *_CONVS)) or weight[0].numel() != weight.shape[1]:
         raise ValueError(f"`head` {name} must be linear or a 1 x 1 convolution, got {head}.")
-    return weight.detach().flatten(1)
+    return gather_shards(weight).flatten(1)
