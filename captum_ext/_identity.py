@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
-from captum_ext._engine.modules import Forward, require_module
+from captum_ext._engine.modules import Forward, gather_shards, require_module
 from captum_ext._errors import ArgumentError, InputError
 from captum_ext._repr import bounded_repr
 
@@ -63,7 +63,7 @@ def tensor_digests(forward_func: Forward) -> dict[str, str]:
     digests = {}
     for name, value in require_module(forward_func).state_dict().items():
         if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            flat = gather_shards(value).cpu().contiguous().flatten().view(torch.uint8)
             head = f"{value.dtype}{tuple(value.shape)}".encode()
             digests[name] = hashlib.sha256(head + flat.numpy().tobytes()).hexdigest()[:16]
     return digests

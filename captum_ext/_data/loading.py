@@ -12,15 +12,9 @@ from captum_ext._engine.hooks import preserve_modes
 class CpuLoader(DataLoader[Any]):
     """A DataLoader whose tensors are on the CPU, whatever torch's default device is.
 
-    torch makes the numbers of a batch, and the workers' seed, on the default device.
-
-    Args:
-        *args: as in DataLoader.
-        **kwargs: as in DataLoader.
+    torch makes the numbers of a batch, and the workers' seed, on the default device. Workers start
+    with the CPU as theirs.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"worker_init_fn": _use_cpu, **kwargs})
 
     def __iter__(self) -> Any:
         with preserve_modes(), torch.device("cpu"):
@@ -37,6 +31,3 @@ def _on_cpu(iterator: Iterator[Any]) -> Iterator[Any]:
             return
         yield batch
 
-
-def _use_cpu(worker: int) -> None:
-    torch.set_default_device("cpu")

@@ -153,6 +153,16 @@ def module_device(module: Module) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
+def gather_shards(weights: Tensor) -> Tensor:
+    """The whole of weights that `fully_shard` split between processes, without a graph.
+
+    All processes must call this. Other tensors are returned as they are.
+    """
+    weights = weights.detach()
+    gather = getattr(weights, "full_tensor", None)  # of torch's DTensor
+    return weights if gather is None else gather()
+
+
 def parameter_dtype(module: Module) -> torch.dtype:
     """The dtype of the module's first floating-point parameter; float32 without one."""
     dtypes = (weight.dtype for weight in module.parameters() if weight.is_floating_point())

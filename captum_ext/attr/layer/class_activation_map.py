@@ -11,7 +11,14 @@ from captum_ext._compat import (
     TargetType,
     log_usage,
 )
-from captum_ext._engine.modules import Forward, Tensors, find_module, module_name, root_module
+from captum_ext._engine.modules import (
+    Forward,
+    Tensors,
+    find_module,
+    gather_shards,
+    module_name,
+    root_module,
+)
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext._engine.targets import select_entries
@@ -101,7 +108,7 @@ class LayerClassActivationMap(BaseLayerCam[LayerOrList]):
                 per_layer, score = self._activations(
                     inputs, target, additional_forward_args, attribute_to_layer_input
                 )
-            rows = cast(Tensor, self.linear.weight).detach().flatten(1)
+            rows = gather_shards(cast(Tensor, self.linear.weight)).flatten(1)
             classes = _classes(len(rows), target, score)
 
             def cam(a: Tensor) -> Tensor:
@@ -123,7 +130,7 @@ class LayerClassActivationMap(BaseLayerCam[LayerOrList]):
             return
         terms = full_precision(rows[classes]) * spatial_mean(full_precision(activation)).flatten(1)
         bias = cast(Tensor | None, self.linear.bias)
-        bias_of_class = 0 if bias is None else full_precision(bias)[classes]
+        bias_of_class = 0 if bias is None else full_precision(gather_shards(bias))[classes]
         off = (terms.sum(1) + bias_of_class - full_precision(score).reshape(-1)).abs()
         half = {torch.float16, torch.bfloat16} & {activation.dtype, score.dtype, rows.dtype}
         tolerance = 5e-2 if half else 1e-3
