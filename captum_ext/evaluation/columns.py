@@ -23,8 +23,8 @@ from captum_ext.metrics._definition import MetricDefinition
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Options = Mapping[str, Any]
-# Bounds of the bytes in a packed curve. Its x values alone need a sixth of their bytes.
-_SMALLEST_LIMIT, _LARGEST_RATIO = 2**20, 64
+# Bounds of the bytes in a packed curve. Real ones have at most four times those of their text.
+_SMALLEST_LIMIT, _LARGEST_RATIO = 2**20, 16
 
 
 class ExplainedBatch(NamedTuple):

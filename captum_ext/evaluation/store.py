@@ -47,7 +47,6 @@ from captum_ext.evaluation.stored import (
     check_no_links,
     check_result,
     check_schema,
-    limit_cells,
     read_rows,
     read_settings,
 )
@@ -60,12 +59,11 @@ PATIENCE = 600.0  # seconds in which a reader or a writer of the same file finis
 START = 10.0  # seconds in which another process writes the settings
 
 # `number` orders the tasks: the batch times the number of methods, plus the method's index.
-_TABLE = """CREATE TABLE IF NOT EXISTS results (
+_TABLE = """CREATE TABLE results (
     number INTEGER PRIMARY KEY, images INTEGER, failures INTEGER, attribution_s REAL,
     metrics_s REAL, device TEXT, rows TEXT, checksum TEXT)"""
 _INSERT = "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-_NEXT = """SELECT number, images, failures, attribution_s, metrics_s, device, rows, checksum
-    FROM results WHERE number > ? ORDER BY number LIMIT 1"""
+_NEXT = "SELECT * FROM results WHERE number > ? ORDER BY number LIMIT 1"
 
 Row = dict[str, str]
 
@@ -304,8 +302,8 @@ class ResultWriter:
                 raise FolderInUseError(message)
             with _named_errors(self.file):
                 self.connection = sqlite3.connect(self.file, timeout=PATIENCE)
-                check_schema(self.connection)
-                self.connection.execute(_TABLE)
+                check_schema(self.connection, _TABLE)
+                self.connection.execute(_TABLE.replace("TABLE", "TABLE IF NOT EXISTS"))
         except BaseException:
             self.lock.close()
             raise
@@ -371,10 +369,9 @@ def _lines(file: Path) -> Iterator[tuple[Any, ...]]:
     with closing(connection):
         connection.text_factory = lambda text: text.decode(errors="replace")
         with _named_errors(file):
-            check_schema(connection)
+            check_schema(connection, _TABLE)
         while True:
             with _named_errors(file):
-                limit_cells(connection, file)
                 lines = connection.execute(_NEXT, (number,)).fetchall()
                 if lines and lines[0][0] <= number:
                     raise sqlite3.DatabaseError("numbers out of order")

@@ -13,7 +13,6 @@ from captum_ext._repr import bounded_repr
 
 _MAX_BYTES = 2**24  # of the settings
 _MAX_EXAMPLES = 10**8
-_SMALLEST_LIMIT = 10**6  # bytes of a cell in SQLite
 
 # The settings that results are read by, and what they must be.
 _NEEDED: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -108,23 +107,22 @@ def read_rows(text: str, columns: Sequence[str], method: str, n_examples: int) -
     return rows
 
 
-def check_schema(connection: sqlite3.Connection) -> None:
-    """Raise an error if a file of results has more than its table.
+def check_schema(connection: sqlite3.Connection, table: str) -> None:
+    """Raise an error if a file of results has another table than ours, or more than it.
 
-    Views and triggers would run code of the file, which may need any time and memory.
+    Views, triggers and computed columns would run code of the file, which may need any time and
+    memory.
+
+    Args:
+        connection: to the file.
+        table: the statement that made our table.
 
     Raises:
-        sqlite3.DatabaseError: there is another object.
+        sqlite3.DatabaseError: there is anything else.
     """
-    objects = connection.execute("SELECT type, name FROM sqlite_master LIMIT 2").fetchall()
-    if objects not in ([], [("table", "results")]):
-        raise sqlite3.DatabaseError(f"expected the table of results, got {bounded_repr(objects)}")
-
-
-def limit_cells(connection: sqlite3.Connection, file: Path) -> None:
-    """Refuse values that are larger than the file, which only computed ones are."""
-    largest = max(file.stat().st_size, _SMALLEST_LIMIT)
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(largest, 10**9))
+    objects = connection.execute("SELECT type, name, sql FROM sqlite_master LIMIT 2").fetchall()
+    if objects not in ([], [("table", "results", table)]):
+        raise sqlite3.DatabaseError(f"expected our table, got {bounded_repr(objects)}")
 
 
 def check_no_links(folder: Path) -> None:
