@@ -14,6 +14,8 @@ from torch.nn import Module
 
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 
+_LONGEST_NAME = 100  # characters that are compared with names
+
 
 def is_finite(value: Any) -> bool:
     """Return whether `value` is an int or a float, and neither infinite nor NaN."""
@@ -78,7 +80,7 @@ def brief(value: Any) -> str:
 
 def closest(name: str, names: Sequence[str], count: int = 3) -> str:
     """The `count` names most similar to `name`, separated by commas, for an error message."""
-    return ", ".join(difflib.get_close_matches(name, names, n=count, cutoff=0.0))
+    return ", ".join(difflib.get_close_matches(name[:_LONGEST_NAME], names, n=count, cutoff=0.0))
 
 
 def check_generator(generator: Any, device: torch.device) -> None:

@@ -83,25 +83,31 @@ def _with_options(name: str, options: Any) -> Request:
     """
     from captum_ext._checks import closest
     from captum_ext._errors import InputError
+    from captum_ext._repr import bounded_repr
 
     if name.splitlines() != [name]:
-        raise InputError(f"method: expected names of one line, got {name!r}")
+        raise InputError(f"method: expected names of one line, got {bounded_repr(name)}")
     options = {} if options is None else options
     options = {"method": options} if isinstance(options, str) else options
     wrappers = wrapper_classes()
     keys = ("method", "layer", "arguments", *wrappers)
     if not isinstance(options, Mapping):
-        raise InputError(f"method: {name}: expected options of {', '.join(keys)}, got {options!r}")
+        raise InputError(
+            f"method: {name}: expected options of {', '.join(keys)}, got {bounded_repr(options)}"
+        )
     for key, value in options.items():
         if key not in keys:
             raise InputError(
-                f"method: {name}: unknown key {key!r}. Closest: {closest(str(key), keys)}"
+                f"method: {name}: unknown key {bounded_repr(key)}. Closest: "
+                f"{closest(str(key), keys)}"
             )
         if key in ("method", "layer"):
             if not isinstance(value, str):
-                raise InputError(f"method: {name}: {key}: expected text, got {value!r}")
+                raise InputError(f"method: {name}: {key}: expected text, got {bounded_repr(value)}")
         elif not isinstance(value, Mapping | None):
-            raise InputError(f"method: {name}: {key}: expected a mapping, got {value!r}")
+            raise InputError(
+                f"method: {name}: {key}: expected a mapping, got {bounded_repr(value)}"
+            )
     (method,) = find_methods([options.get("method", name)], image="")
     if "layer" in options and not method.at_layer:
         raise InputError(f"method: {name}: {method.cls.__name__} takes no layer")

@@ -7,10 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+_LONGEST_LINE = 4000  # characters
+
 
 def say(level: str, text: str) -> None:
-    """Print one line on stderr; the level is "note", "error" or "stopped"."""
-    print(f"captum-ext: {level}: {' '.join(text.split())}", file=sys.stderr)
+    """Print one line on stderr; the level is "note", "error" or "stopped".
+
+    A line that quotes a large file is cut.
+    """
+    line = " ".join(text.split())
+    line = line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."
+    print(f"captum-ext: {level}: {line}", file=sys.stderr)
 
 
 @contextmanager
@@ -59,7 +66,8 @@ def check_output_file(
     """Raise an error, before anything is computed, unless the output file can be written.
 
     Raises:
-        InputError: another ending, no folder, a folder that is not writable, or the image itself.
+        InputError: another ending, no folder, a folder that is not writable, the image itself, or
+            a symbolic link.
     """
     from captum_ext._errors import InputError
 
@@ -69,6 +77,10 @@ def check_output_file(
             f"the output {str(output)!r} must have a name that ends in {' or '.join(endings)}"
         )
     _check_writable(folder)
+    if output.is_symlink():
+        from captum_ext._identity import check_no_link  # with torch
+
+        check_no_link(output)
     if output.is_dir():
         raise InputError(f"the output {str(output)!r} is a folder: give the name of a file")
     if image is not None and output.exists() and Path(image).exists() and output.samefile(image):

@@ -24,6 +24,8 @@ from captum_ext.metrics._definition import MetricDefinition
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Options = Mapping[str, Any]
+# Bounds of the bytes in a packed curve. Real ones have at most four times those of their text.
+_SMALLEST_LIMIT, _LARGEST_RATIO = 2**20, 16
 
 
 class ExplainedBatch(NamedTuple):
@@ -274,9 +276,30 @@ def pack(values: Array) -> str:
     return base64.b64encode(zlib.compress(values.tobytes(), 9)).decode()
 
 
-def unpack(text: str, dtype: str) -> Array:
-    """The numbers of a packed cell, of a NumPy dtype such as "<f4"."""
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
+def unpack(text: str, dtype: str, count: int | None = None) -> Array:
+    """The numbers of a packed cell.
+
+    Args:
+        text: the cell.
+        dtype: of NumPy, such as "<f4".
+        count: how many numbers there must be. None allows any number that is usual for a text of
+            this length: a small text of a stranger may unpack to a gigabyte.
+
+    Raises:
+        ValueError: the text is no packed cell, or has another number of values.
+    """
+    size = np.dtype(dtype).itemsize
+    largest = max(_SMALLEST_LIMIT, _LARGEST_RATIO * len(text)) if count is None else count * size
+    stream = zlib.decompressobj()
+    try:
+        content = stream.decompress(base64.b64decode(text, validate=True), largest + 1)
+    except zlib.error as error:
+        raise ValueError(f"a packed cell is damaged ({error})") from error
+    if len(content) > largest or not stream.eof:
+        raise ValueError(f"a packed cell has more than {largest} bytes, or is cut off")
+    if count is not None and len(content) != largest:
+        raise ValueError(f"a packed cell has {len(content)} bytes, and not {largest}")
+    return np.frombuffer(content, dtype)
 
 
 def _exact_texts(values: Tensor) -> list[str]:

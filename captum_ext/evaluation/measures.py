@@ -17,6 +17,7 @@ from torch import Tensor
 
 from captum_ext._checks import closest
 from captum_ext._errors import ArgumentError
+from captum_ext._repr import bounded_repr
 from captum_ext.evaluation.columns import (
     Array,
     BoxIouColumn,
@@ -41,6 +42,7 @@ SHARES = np.linspace(0, 1, 101)  # where the curves of all images are averaged
 # Arguments of metrics that `evaluate` passes, and not the user.
 _RESERVED = ("target", "additional_forward_args", "show_progress", "generator")
 _THRESHOLDS = np.arange(1000) / 1000
+_MOST_IOUS = 1000  # in the settings of a stored run
 _LEVELS = np.arange(1001) / 1000
 
 
@@ -200,7 +202,7 @@ class _MaxBoxAcc(Measure):
         self.columns = [self.iou_column]
 
     def vector(self, row: Row) -> Array:
-        ious = _tensor(unpack(row[self.iou_column.names[0]], "<f4"))
+        ious = _tensor(unpack(row[self.iou_column.names[0]], "<f4", len(_THRESHOLDS)))
         hits: Array = wsol.box_hits(ious[None], self.box_options).flatten().numpy()
         return hits
 
@@ -253,7 +255,7 @@ class _PixelMeasure(Measure):
         return "pixel_counts"
 
     def vector(self, row: Row) -> Array:
-        return unpack(row["pixel_counts"], "<i4")
+        return unpack(row["pixel_counts"], "<i4", 2 * len(_LEVELS))
 
     def pixel_counts(self, sums: Array) -> tuple[Tensor, Tensor]:
         """The numbers of pixels with each of 1001 values, inside and outside of the masks."""
@@ -354,8 +356,8 @@ def _named_measures(name: Any, value: Any, examples: Sequence[PreparedExample]) 
     names = ["localization", *MEASURES]
     raise ArgumentError(
         f"`metrics` must be names of {names}, with options where they are a mapping (of single "
-        f"metrics, not of 'localization'), or other names with functions, got {name!r}: {value!r}. "
-        f"Closest: {closest(str(name), names)}"
+        f"metrics, not of 'localization'), or other names with functions, got "
+        f"{bounded_repr(name)}: {bounded_repr(value)}. Closest: {closest(str(name), names)}"
     )
 
 
@@ -363,11 +365,21 @@ def stored_measure(name: str, options: Mapping[str, Any]) -> Measure:
     """The measure of a stored run, to read its rows.
 
     Only the options of boxes matter here: rows contain the values of the other metrics.
+
+    Raises:
+        ValueError: options that `evaluate` does not store.
     """
     if name not in MEASURES:
-        return _CustomMean(name, lambda batch: None, options.get("higher_is_better", True))
+        return _CustomMean(name, lambda batch: None, bool(options.get("higher_is_better", True)))
     measure = MEASURES[name]()
-    return MEASURES[name](**options) if isinstance(measure, _MaxBoxAcc) else measure
+    if not isinstance(measure, _MaxBoxAcc):
+        return measure
+    thresholds = options.get("iou_thresholds")
+    if {*options} != {*measure.options} or not isinstance(thresholds, list):
+        raise ValueError(f"`metrics`: {name} has the options {bounded_repr(options)}")
+    if len(thresholds) > _MOST_IOUS:
+        raise ValueError(f"`metrics`: {name} has more than {_MOST_IOUS} IoUs")
+    return MEASURES[name](**options)
 
 
 def _region_to_point_at(example: PreparedExample) -> Tensor | None:

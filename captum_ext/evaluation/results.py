@@ -1,6 +1,7 @@
 """The summary of a run: figures with intervals, paired differences, failures, tables and plots."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -9,14 +10,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from captum_ext._checks import check_choice, check_count
+from captum_ext._checks import check_choice, check_count, first_line
+from captum_ext._errors import ArgumentError
+from captum_ext._repr import bounded_repr
 from captum_ext.evaluation.columns import Array
 from captum_ext.evaluation.measures import Measure, stored_measure
-from captum_ext.evaluation.store import ResultStore, Row
+from captum_ext.evaluation.store import SETTINGS, ResultStore, Row
+from captum_ext.evaluation.stored import damage_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MAX_BYTES = 2**36  # of the resamples' weights
+_PLAIN = {"fontsize": "small", "parse_math": False}  # names may have dollar signs
 _CHUNK = 512  # rows that are summed at once
 _MIN_IMAGES = 10  # for an asterisk
 _LEGEND = (
@@ -128,7 +134,7 @@ class Summary:
     def markdown(self) -> str:
         """The tables of figures and differences, how to read them, and the failures."""
         metrics = list(self.higher_is_better)
-        heads = [f"{m} {'↑' if self.higher_is_better[m] else '↓'}" for m in metrics]
+        heads = [f"{_escaped(m)} {'↑' if self.higher_is_better[m] else '↓'}" for m in metrics]
 
         def cells(name: str, estimates: Mapping[str, Estimate], star: bool = False) -> list[Any]:
             return [name, *(_cell(estimates.get(m), self.images[name], star) for m in metrics)]
@@ -140,7 +146,7 @@ class Summary:
             parts.append(_table([f"less {_escaped(self.against)}", *heads], rows))
         parts.append(_LEGEND + (_STAR if self.differences else ""))
         failed = [
-            f"- {name}: {n} failed, the first for: {self.reasons[name]}"
+            f"- {_escaped(name)}: {n} failed, the first for: {_escaped(self.reasons[name])}"
             for name, n in self.failures.items()
             if n
         ]
@@ -157,9 +163,9 @@ class Summary:
                     axis.plot([estimate.low, estimate.high], [i] * 2, color=f"C{i % 10}")
                     axis.plot(estimate.value, i, "o", color=f"C{i % 10}")
             better = "higher" if self.higher_is_better[metric] else "lower"
-            axis.set_title(f"{metric} ({better} is better)", fontsize="small")
+            axis.set_title(f"{metric} ({better} is better)", **_PLAIN)
         first = next(iter(axes.values()))
-        first.set_yticks(range(len(names)), names)
+        first.set_yticks(range(len(names)), names, parse_math=False)
         first.set_ylim(len(names) - 0.5, -0.5)
         return figure
 
@@ -182,13 +188,17 @@ class Summary:
                     axis.plot(x, value, style, color=f"C{i % 10}", label=name)
                     axis.fill_between(x, low, high, color=f"C{i % 10}", alpha=0.12, lw=0)
                     axis.set_xlabel(over, fontsize="small")
-            axis.set_title(metric, fontsize="small")
+            axis.set_title(metric, **_PLAIN)
         handles = {
             label: handle
             for axis in axes.values()
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
+        legend = figure.legend(
+            handles.values(), handles.keys(), loc="outside right upper", fontsize="small"
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
         return figure
 
 
@@ -222,10 +232,14 @@ def summary(
     names = list(store.settings["methods"])
     against = names[0] if against is None else against
     check_choice("against", against, names)
-    metrics = store.settings["metrics"].items()
-    measures = [stored_measure(name, options) for name, options in metrics]
-
+    measures = _stored_measures(store)
     n = store.settings["examples"]
+    if n * (resamples + 1) > _MAX_BYTES:
+        raise ArgumentError(
+            f"`resamples` {resamples} of {n} images in {output} need more than "
+            f"{_MAX_BYTES // 2**30} GB of memory: give fewer.",
+            "resamples",
+        )
     images, failures, reasons, has = _count_rows(store.rows(), names, measures, n)
     weights = _resample_weights(n, resamples, seed)
     sums: dict[tuple[str, str, str], _WeightedSums] = {}
@@ -244,7 +258,14 @@ def summary(
     for row in store.rows():
         if not row["failure"]:
             for total in of_method[row["method"]]:
-                total.add(row)
+                try:
+                    total.add(row)
+                except ValueError as error:
+                    raise ArgumentError(
+                        f"`output` {output}: the row of image {row['index']} by "
+                        f"{row['method']!r} is damaged ({first_line(error, 500)}). Name another "
+                        f"folder."
+                    ) from error
 
     @cache
     def resampled(name: str, m: Measure, other: str) -> Array:
@@ -274,6 +295,27 @@ def summary(
         {m.name: m.higher_is_better for m in measures},
         curves,
     )
+
+
+def _stored_measures(store: ResultStore) -> list[Measure]:
+    """The measures of a run.
+
+    Raises:
+        ValueError: settings that `evaluate` does not write.
+    """
+    file = store.folder / SETTINGS
+    measures = []
+    for name, options in store.settings["metrics"].items():
+        try:
+            measure = stored_measure(name, options)
+        except (ValueError, TypeError) as error:
+            raise damage_error(file, first_line(error, 500)) from error
+        columns = store.settings["columns"].get(name)
+        if columns != measure.column_names():
+            reason = f"the columns of {bounded_repr(name)} are {bounded_repr(columns)}"
+            raise damage_error(file, reason)
+        measures.append(measure)
+    return measures
 
 
 def _count_rows(
@@ -396,4 +438,6 @@ def _table(head: list[str], rows: Iterable[list[Any]]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+    """A text as Markdown shows it, in one line: no HTML, link, emphasis or column begins in it."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)

@@ -5,7 +5,8 @@ A folder has
 - `settings.json`: the settings that all results share;
 - `results.0.sqlite`, `results.1.sqlite`, ...: one SQLite file for each process that writes;
 - `results.0.lock`, ...: empty files, locked while their process writes;
-- `rows.csv` and `timings.csv`: exports, written when `evaluate` ends.
+- `rows.csv` and `timings.csv`: exports, written when `evaluate` ends. An apostrophe stands in front
+  of texts that a spreadsheet would take for a formula; see `captum_ext.evaluation.export`.
 
 A task is one batch of images explained by one method. Its rows are written in one transaction, so
 that a task is stored as a whole or not at all, also when its process is killed. SQLite keeps a
@@ -14,7 +15,9 @@ rollback journal, which the next reader or writer plays back.
 **Damage.** A task is stored with a checksum of its rows and of the run's settings. One whose
 checksum does not match counts as not done: `summary` leaves it out with a warning, and `evaluate`
 computes it again. A file that SQLite cannot read is an error; without that file, the tasks in it
-count as not done.
+count as not done. The files of strangers may have checksums that match: settings and rows whose
+types or sizes are wrong are errors before anything is allocated for them, packed cells are unpacked
+only to their size, and nothing is written through symbolic links.
 
 **Locks.** Two writers are kept apart by a lock of the operating system, which ends with its
 process: by fcntl on Linux and macOS, and by LockFileEx on Windows. SQLite takes these locks, and
@@ -24,7 +27,6 @@ a file system without locks raises an error. The processes of one run do not rel
 writes its own file, and the first one reads the others when these are closed.
 """
 
-import csv
 import heapq
 import itertools
 import json
@@ -36,9 +38,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captum_ext._checks import warn
+from captum_ext._checks import first_line, warn
 from captum_ext._errors import ArgumentError, FolderInUseError
 from captum_ext._identity import atomic_write, check_same_run, describe_changes, digest
+from captum_ext._repr import bounded_repr
+from captum_ext.evaluation.export import csv_writer
+from captum_ext.evaluation.stored import (
+    check_no_links,
+    check_result,
+    check_schema,
+    read_rows,
+    read_settings,
+)
 
 FORMAT = 3  # of the files
 SETTINGS, ROWS, TIMINGS = "settings.json", "rows.csv", "timings.csv"
@@ -48,7 +59,7 @@ PATIENCE = 600.0  # seconds in which a reader or a writer of the same file finis
 START = 10.0  # seconds in which another process writes the settings
 
 # `number` orders the tasks: the batch times the number of methods, plus the method's index.
-_TABLE = """CREATE TABLE IF NOT EXISTS results (
+_TABLE = """CREATE TABLE results (
     number INTEGER PRIMARY KEY, images INTEGER, failures INTEGER, attribution_s REAL,
     metrics_s REAL, device TEXT, rows TEXT, checksum TEXT)"""
 _INSERT = "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
@@ -99,6 +110,7 @@ class ResultStore:
             ValueError: the folder has results of other settings or of another version.
             RuntimeError: the settings differ, and another process or thread is writing.
         """
+        check_no_links(Path(folder))
         store = cls(Path(folder), json.loads(json.dumps(settings)))
         deadline = time.monotonic() + START
         while (stored := store._stored()) is None:
@@ -154,18 +166,7 @@ class ResultStore:
         file = Path(folder) / SETTINGS
         if not file.is_file():
             raise FileNotFoundError(f"`output`: there is no run in {folder}.")
-        try:
-            settings = json.loads(file.read_text())
-            stored_format = settings.get("format")
-        except (ValueError, AttributeError) as error:
-            message = f"`output`: {file} is damaged ({error}). Name another folder."
-            raise ArgumentError(message) from error
-        if stored_format != FORMAT:
-            raise ArgumentError(
-                f"`output` {folder} has a run of format {stored_format}, written by another "
-                f"version; this version reads and writes format {FORMAT}. Name another folder."
-            )
-        return cls(Path(folder), settings)
+        return cls(Path(folder), read_settings(file, FORMAT))
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -188,7 +189,7 @@ class ResultStore:
         """The rows of all finished tasks, ordered by batch, method and image."""
         columns = self.columns
         for result in self._results():
-            for cells in json.loads(result.rows):
+            for cells in self._cells(result):
                 yield dict(zip(columns, cells, strict=True))
 
     def seconds_per_image(self) -> dict[str, tuple[float, float]]:
@@ -211,15 +212,37 @@ class ResultStore:
         many processes it ran.
         """
         with (
-            _csv_writer(self.folder / ROWS) as rows,
-            _csv_writer(self.folder / TIMINGS) as timings,
+            csv_writer(self.folder / ROWS) as rows,
+            csv_writer(self.folder / TIMINGS) as timings,
         ):
-            rows.writerow(self.columns)
-            timings.writerow(TIMING_COLUMNS)
+            rows.write(self.columns)
+            timings.write(TIMING_COLUMNS)
             for result in self._results():
-                rows.writerows(json.loads(result.rows))
+                for cells in self._cells(result):
+                    rows.write(cells)
                 seconds = (result.attribution_s, result.metrics_s)
-                timings.writerow((*self._task(result), result.images, *seconds, result.device))
+                timings.write((*self._task(result), result.images, *seconds, result.device))
+
+    def _cells(self, result: _Result) -> list[list[str]]:
+        """The rows of a task, without the names of their columns.
+
+        Raises:
+            ValueError: other rows than this run writes.
+        """
+        with self._naming(result):
+            method = self._task(result).method
+            return read_rows(result.rows, self.columns, method, self.settings["examples"])
+
+    @contextmanager
+    def _naming(self, result: _Result) -> Iterator[None]:
+        """Add the folder and the task to errors about a result whose checksum is right."""
+        try:
+            yield
+        except ValueError as error:
+            raise ArgumentError(
+                f"`output` {self.folder}: task {bounded_repr(result.number)} has results that no "
+                f"run writes ({first_line(error, 500)}). Name another folder."
+            ) from error
 
     def _task(self, result: _Result) -> Task:
         batch, method = divmod(result.number, len(self.settings["methods"]))
@@ -235,7 +258,11 @@ class ResultStore:
                 for *values, checksum in copies
                 if with_damaged or checksum == self.checksum(values)
             ]
-            yield from results[:1]
+            for result in results[:1]:
+                if not with_damaged:
+                    with self._naming(result):
+                        check_result(result)
+                yield result
             damaged += not results
         if damaged:
             warn(
@@ -267,6 +294,7 @@ class ResultWriter:
 
     def __init__(self, store: ResultStore, rank: int) -> None:
         self.store, self.file = store, store.folder / f"results.{rank}.sqlite"
+        check_no_links(store.folder)
         self.lock = _lock(store.folder, rank)
         try:
             if ResultStore.read(store.folder).settings != store.settings:
@@ -274,7 +302,8 @@ class ResultWriter:
                 raise FolderInUseError(message)
             with _named_errors(self.file):
                 self.connection = sqlite3.connect(self.file, timeout=PATIENCE)
-                self.connection.execute(_TABLE)
+                check_schema(self.connection, _TABLE)
+                self.connection.execute(_TABLE.replace("TABLE", "TABLE IF NOT EXISTS"))
         except BaseException:
             self.lock.close()
             raise
@@ -339,6 +368,8 @@ def _lines(file: Path) -> Iterator[tuple[Any, ...]]:
         connection = sqlite3.connect(uri, timeout=PATIENCE, uri=True)
     with closing(connection):
         connection.text_factory = lambda text: text.decode(errors="replace")
+        with _named_errors(file):
+            check_schema(connection, _TABLE)
         while True:
             with _named_errors(file):
                 lines = connection.execute(_NEXT, (number,)).fetchall()
@@ -396,17 +427,6 @@ def _named_errors(file: Path) -> Iterator[None]:
             f"`output`: {file} is damaged ({error}). Delete this file, and `evaluate` computes its "
             f"results again."
         ) from error
-
-
-@contextmanager
-def _csv_writer(file: Path) -> Iterator[Any]:
-    """A CSV writer. Its file replaces the older one at the end, and not if writing fails."""
-    errors = "backslashreplace"  # the name of a picture's file need not be text
-    with (
-        atomic_write(file) as unfinished,
-        unfinished.open("w", encoding="utf-8", errors=errors, newline="") as lines,
-    ):
-        yield csv.writer(lines, lineterminator="\n")
 
 
 def _one_line(cell: Any) -> str:

@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import json
 import multiprocessing
 import os
 import random
@@ -292,7 +291,8 @@ def test_of_two_runs_that_begin_together_one_is_refused(repeat, tmp_path):
 
 
 def test_a_run_whose_settings_another_one_replaced_is_refused(tmp_path):
-    store = ResultStore.create(tmp_path, json.loads('{"format": 3, "methods": {}, "columns": {}}'))
+    names = {"methods": {"a": "A"}, "metrics": {}, "columns": {}}
+    store = ResultStore.create(tmp_path, {"format": 3, "examples": 1, **names})
     ResultStore.create(tmp_path, store.settings | {"seed": 1})
     with pytest.raises(RuntimeError, match="another run has just begun in"):
         ResultWriter(store, 0)
