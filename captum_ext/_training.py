@@ -307,7 +307,7 @@ def keyboard_interrupt() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit as error:
+    except (SystemExit, ImportError) as error:  # the latter from a module that was being imported
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         raise

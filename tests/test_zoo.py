@@ -14,6 +14,7 @@ from captum_ext.attr import channels_last_to_first, suggest_layer, tokens_to_gri
 from tests import classifiers
 from tests.classifiers import explainable, small_vit
 from tests.networks import FunctionBetweenConvAndLinear
+from tests.stored_files import write_pickle
 
 squeezenet = classifiers.squeezenet
 
@@ -291,6 +292,18 @@ def test_published_weights_come_from_torchvision(squeezenet, monkeypatch):
     assert urls == [torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url]
     x = torch.randn(1, 3, 64, 64)
     assert torch.allclose(loaded.module(x), net(x), atol=1e-5)
+
+
+def test_a_hostile_file_in_the_cache_of_downloads_runs_no_code(tmp_path, monkeypatch):
+    """torch.hub reads a file that is there without comparing its hash."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url
+    file = tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2]
+    file.parent.mkdir(parents=True)
+    write_pickle(file, tmp_path / "touched")
+    with pytest.raises(zoo.InputError, match="squeezenet1_1 cannot be downloaded"):
+        zoo.load_model("squeezenet1_1")
+    assert not (tmp_path / "touched").exists()
 
 
 def test_weights_that_do_not_fit_name_the_first_difference(squeezenet, tmp_path):
