@@ -22,6 +22,16 @@ def _seeded() -> None:
     torch.manual_seed(1234)
 
 
+@pytest.fixture(autouse=True)
+def _exact_convolutions(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No TF32 on a GPU, whose ten bits are not enough for a comparison with a CPU."""
+    if "gpu" in request.keywords:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    else:
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

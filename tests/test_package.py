@@ -37,6 +37,16 @@ def test_public_names_exist_once_and_have_docstrings() -> None:
     assert all(getattr(captum_ext.attr, name).__doc__ for name in names)
 
 
+def test_lower_bounds_of_all_dependencies_are_constraints() -> None:
+    root = Path(captum_ext.__file__).parents[1]
+    script = [sys.executable, root / ".ci/lower_bounds.py"]
+    out = subprocess.run(script, cwd=root, capture_output=True, text=True, check=True).stdout
+    bounds = dict(line.split("==") for line in out.splitlines())
+    assert (bounds["torch"], bounds["lightning"], bounds["captum"]) == ("2.6", "2.6", "0.9")
+    assert len(bounds) > 20
+    assert "captum_ext" not in bounds
+
+
 def imports_of(file: Path) -> set[str]:
     """The parts of the package that a file imports when it runs, at its top or inside functions."""
     tree = ast.parse(file.read_text())

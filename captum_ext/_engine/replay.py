@@ -9,6 +9,7 @@ computed twice. Behind the layer, functions run as usual, for many edits at once
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -322,7 +323,7 @@ class LayerReplay:
                 except Exception as error:  # an error of the model itself is raised again below
                     self._disable_vmap(_first_sentence(error))
                 finally:  # an interrupt can keep vmap from ending
-                    torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+                    _close_levels(depth)
             return torch.stack([score_after(entry) for entry in chunk])
 
     def _replay(self, edited: Tensors) -> Tensor:
@@ -372,6 +373,17 @@ def _tensor_leaves(tree: Any) -> list[Tensor]:
 def _version(tensor: Tensor) -> int:
     """The number of writes to a tensor; 0 for inference tensors, which do not count them."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _close_levels(depth: int) -> None:
+    """Close the levels of vmap beyond `depth`, which an interrupt left open.
+
+    Torch 2.6 has the same as `pop_dynamic_layer_stack_and_undo_to_depth`, but closes one too many.
+    """
+    functorch = torch._C._functorch
+    while functorch.get_dynamic_layer_stack_depth() > depth:
+        with suppress(RuntimeError):  # another transform of the model; its level is closed, too
+            functorch._vmap_decrement_nesting()
 
 
 def _first_sentence(error: Exception) -> str:

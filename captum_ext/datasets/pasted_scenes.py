@@ -77,7 +77,8 @@ class PastedScenes(SeededDataset[Scene]):
 
     Scene i depends on `seed`, i, `kind` and `size` alone, and is the same to the bit on every
     machine: numbers come from NumPy's frozen `RandomState`, the sources are not JPEGs, and Pillow
-    composes in integers. Scene i of a single kind is scene 3 i + 0, 1 or 2 of the mixture.
+    composes in integers (before its release 13, a few pixels differ). Scene i of a single kind is
+    scene 3 i + 0, 1 or 2 of the mixture.
 
     Args:
         n: the number of scenes.
