@@ -45,7 +45,7 @@ def attempt(call: Callable[[], Any]) -> Any:
             return call()
     except IndexError as error:  # TEMP
         raise RefusedError(str(error)) from error
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, FloatingPointError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         if not frames[-1].filename.startswith(OWN) or not str(error):
             raise
