@@ -11,7 +11,7 @@ from torch import Tensor, nn
 torch.set_num_threads(1)
 
 settings.register_profile("usual", max_examples=50, deadline=None)
-settings.register_profile("nightly", max_examples=1000, deadline=None)
+settings.register_profile("nightly", max_examples=2000, deadline=None)
 settings.load_profile("usual")  # `--hypothesis-profile=nightly` goes before
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

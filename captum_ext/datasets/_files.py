@@ -120,12 +120,16 @@ def read_rows(path: Path, split: Callable[[str], list[str]], n: int) -> list[lis
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line with another number of fields.
+        ValueError: a line with another number of fields, or bytes that are no text.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}.") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         fields = split(line)
