@@ -64,7 +64,8 @@ def call_attribute(method: Attribution, inputs: Tensor | Tensors, **arguments: A
     Captum's gradient methods switch `requires_grad` of their inputs on and off, and inputs may be
     shared by threads: the method gets other tensors with the same memory.
     """
-    if isinstance(method, MethodInfo):
+    is_ours = isinstance(method, MethodInfo)
+    if is_ours:
         return method.attribute(inputs, **arguments)
     if isinstance(inputs, tuple):
         inputs = tuple(_without_flag(x) for x in inputs)
