@@ -1,5 +1,6 @@
 """Training of decoders by Lightning: one `fit`, and checkpoints that resume."""
 
+import pickle
 import signal
 import sys
 import threading
@@ -29,7 +30,10 @@ from captum_ext._repr import bounded_repr
 from captum_ext._tensor_files import misfit, read_tensors, write_tensors
 
 # What Lightning and torch raise for a checkpoint whose content is not what they expect.
-_OF_DAMAGE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+_OF_DAMAGE = (
+    *(AttributeError, EOFError, IndexError, KeyError, RuntimeError, TypeError, ValueError),
+    pickle.UnpicklingError,
+)
 
 
 class _CheckpointFiles(TorchCheckpointIO):

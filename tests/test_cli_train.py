@@ -111,6 +111,26 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def interrupt_import(*args):
+    """What extension modules raise where Ctrl-C comes during their import."""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise ImportError("initialization failed") from error
+
+
+@pytest.mark.parametrize("stop", [interrupt, interrupt_import])
+@pytest.mark.parametrize("part", ["_parser", "train_fcam._check_files", "train_fcam._fit_settings"])
+def test_ctrl_c_gives_one_line_at_any_moment(stop, part, command, workdir, capsys, monkeypatch):
+    monkeypatch.setattr(f"captum_ext.cli.{part}", stop)
+    assert run(*command) == 130
+    assert "interrupted" in one_line(capsys, "stopped")
+
+
 # --- the training --------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import io
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from captum.attr import LayerGradCam
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from captum_ext import _identity, _tensor_files
 from captum_ext._errors import ArgumentError, InputError
 from captum_ext._identity import atomic_write
 from captum_ext._tensor_files import read_tensors, write_tensors
+from captum_ext.fcam import fit_fcam
 from captum_ext.features import TopActivations
-from tests.stored_files import DAMAGES, STORED_FILES, compress
+from tests.networks import three_stage_net
+from tests.stored_files import DAMAGES, FIT, SCENES, STORED_FILES, compress
 
 HUGE = 10**9
 
@@ -275,6 +280,25 @@ def test_wrong_content_is_refused(
     if "another run" not in message:
         refused(name, tmp_path)
     assert time.monotonic() - start < 20
+
+
+class OwnCheckpointIO(TorchCheckpointIO):
+    """Lightning's way to read checkpoints, as a user may pass it."""
+
+
+@pytest.mark.parametrize("damage", ["a pickle that runs code", "an entry that runs code"])
+def test_lightning_itself_reads_no_code(damage: str, tmp_path: Path) -> None:
+    model = three_stage_net().eval()
+    guide = LayerGradCam(model, model[2])
+    trainer = {"plugins": OwnCheckpointIO()}
+    options = FIT | {"checkpoints": tmp_path / "run", "trainer": trainer}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit_fcam(model, SCENES, guide, **options)
+        DAMAGES[damage](tmp_path / "run" / "last.ckpt", tmp_path / "touched")
+        with pytest.raises(ArgumentError, match=r"cannot go on from .*last\.ckpt"):
+            fit_fcam(model, SCENES, guide, **options)
+    assert not (tmp_path / "touched").exists()
 
 
 # --- writing -------------------------------------------------------------------------------------

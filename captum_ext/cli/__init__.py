@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
-    arguments = _parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], int | None] = arguments.run
     try:
+        arguments = _parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], int | None] = arguments.run
         code = run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         from captum_ext._errors import InputError
 
+        if isinstance(error, ImportError) and isinstance(error.__context__, KeyboardInterrupt):
+            say("stopped", "interrupted")  # while a module was being imported
+            return 130
         if not isinstance(error, InputError | OSError):
             raise
         say("error", str(error))
