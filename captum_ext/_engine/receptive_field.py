@@ -11,15 +11,19 @@ receptive field r, jump j and first centre c, along each axis, into
 the way from the image to the layer, and computes the field of its results from those of its inputs.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+)
 from torch.utils._pytree import tree_leaves
 
 from captum_ext._compat import _run_forward
@@ -111,9 +115,7 @@ def receptive_field(
         stack.enter_context(torch.no_grad())
         tracer_lock = stack.enter_context(enter_mode(tracer))
         if exact:
-            unfused = torch.jit.optimized_execution  # type: ignore[attr-defined]
-            stack.enter_context(unfused(False))  # a function mode does not see into fused functions
-            stack.enter_context(_RedispatchFromPython())  # type: ignore[no-untyped-call]
+            stack.enter_context(_seeing_into_scripts())
         with lock, tracer_lock:
             _run_forward(forward_func, tracer.image, None, additional_forward_args)
     traced, leak = results[0] if results else (None, None)
@@ -224,6 +226,20 @@ class _RedispatchFromPython(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _seeing_into_scripts() -> Iterator[None]:
+    """Let function modes see the functions of scripts, which are neither fused nor hidden."""
+    was_optimized, mode = torch._C._get_graph_executor_optimize(), _RedispatchFromPython()  # type: ignore[no-untyped-call]
+    try:
+        torch._C._set_graph_executor_optimize(False)
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        torch._C._set_graph_executor_optimize(was_optimized)
+        while any(other is mode for other in _get_current_dispatch_mode_stack()):
+            _pop_mode()
 
 
 def _reads_numbers(name: str, output: Any) -> bool:

@@ -106,9 +106,10 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
                 snapshot(module)
             yield
     finally:
+        # An interrupt can keep torch.no_grad from ending: restore the grad mode, too. It comes
+        # first, because another interrupt may come after each call.
+        torch._C._set_grad_enabled(had_gradients)
         with ExitStack() as stack:  # runs all of them, even if one raises
-            # An interrupt can keep torch.no_grad from ending: restore the grad mode, too.
-            stack.callback(torch._C._set_grad_enabled, had_gradients)
             for key, own_snapshot in snapshots.items():
                 stack.callback(_release, key, call, own_snapshot)
 
