@@ -83,10 +83,22 @@ class LockedFunctionMode(TorchFunctionMode):
             torch._C._pop_torch_function_stack()
 
 
+def _remove_leftover_modes() -> None:
+    """Remove the modes that an interrupt left on top of the stack. They do not act, but cost time.
+
+    Modes of blocks in progress hold their locks.
+    """
+    while isinstance(top := _get_current_function_mode(), LockedFunctionMode):
+        if top.lock.locked():
+            break
+        torch._C._pop_torch_function_stack()
+
+
 @contextmanager
 def enter_mode(mode: LockedFunctionMode) -> Iterator[threading.Lock]:
     """Enter a mode, and yield its lock. The mode acts while the lock is held."""
     try:
+        _remove_leftover_modes()
         mode.__enter__()  # type: ignore[no-untyped-call]
         yield mode.lock
     finally:

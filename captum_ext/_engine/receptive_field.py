@@ -222,7 +222,10 @@ class _FieldTracer(LockedFunctionMode):
 
 
 class _RedispatchFromPython(TorchDispatchMode):
-    """Calls the functions of a TorchScript module from Python, where a function mode sees them."""
+    """Calls the functions of a TorchScript module from Python, where a function mode sees them.
+
+    It passes all calls on, so that it does no harm if an interrupt leaves it on the stack.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))

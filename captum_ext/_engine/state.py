@@ -2,7 +2,8 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import cast
 from weakref import WeakSet
 
 import numpy as np
@@ -13,6 +14,15 @@ from torch.nn import Module
 from captum_ext._checks import warn
 from captum_ext._engine.hooks import hooked_globally
 from captum_ext._engine.modules import Forward, root_module
+
+
+def set_inference_mode(enabled: bool) -> AbstractContextManager[None]:
+    """`torch.inference_mode(enabled)`, which ends in one step, also at an interrupt.
+
+    torch's own class can be interrupted before its end. The mode would then end with the object,
+    at any later time, and set the grad mode of its beginning.
+    """
+    return cast(AbstractContextManager[None], torch._C._InferenceMode(enabled))
 
 
 class _BufferSnapshot:
@@ -31,7 +41,7 @@ class _BufferSnapshot:
         for name, value in self.values.items():
             buffer = self.named[name]
             assert buffer is not None
-            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+            with set_inference_mode(buffer.is_inference()), torch.no_grad():
                 try:
                     buffer.copy_(value)
                 except RuntimeError:  # expanded buffers are not writable, and did not change
