@@ -11,19 +11,15 @@ receptive field r, jump j and first centre c, along each axis, into
 the way from the image to the layer, and computes the field of its results from those of its inputs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode_stack,
-    _pop_mode,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from captum_ext._compat import _run_forward
@@ -110,14 +106,19 @@ def receptive_field(
                 leak = tracer.leaks.get(id(y), (y, tracer.number_source))[1]
                 results.append((tracer.traced.get(id(y)), leak))
 
-    with ExitStack() as stack:
-        lock = stack.enter_context(hooked([layer], after=record))
-        stack.enter_context(torch.no_grad())
-        tracer_lock = stack.enter_context(enter_mode(tracer))
-        if exact:
-            stack.enter_context(_seeing_into_scripts())
-        with lock, tracer_lock:
-            _run_forward(forward_func, tracer.image, None, additional_forward_args)
+    was_optimized = torch._C._get_graph_executor_optimize()
+    try:
+        with ExitStack() as stack:
+            lock = stack.enter_context(hooked([layer], after=record))
+            stack.enter_context(torch.no_grad())
+            tracer_lock = stack.enter_context(enter_mode(tracer))
+            if exact:  # a function mode does not see into fused functions
+                torch._C._set_graph_executor_optimize(False)
+                stack.enter_context(_RedispatchFromPython())  # type: ignore[no-untyped-call]
+            with lock, tracer_lock:
+                _run_forward(forward_func, tracer.image, None, additional_forward_args)
+    finally:
+        torch._C._set_graph_executor_optimize(was_optimized)
     traced, leak = results[0] if results else (None, None)
     name = module_name(forward_func, layer)
     if traced is None:
@@ -229,20 +230,6 @@ class _RedispatchFromPython(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _seeing_into_scripts() -> Iterator[None]:
-    """Let function modes see the functions of scripts, which are neither fused nor hidden."""
-    was_optimized, mode = torch._C._get_graph_executor_optimize(), _RedispatchFromPython()  # type: ignore[no-untyped-call]
-    try:
-        torch._C._set_graph_executor_optimize(False)
-        mode.__enter__()  # type: ignore[no-untyped-call]
-        yield
-    finally:
-        torch._C._set_graph_executor_optimize(was_optimized)
-        while any(other is mode for other in _get_current_dispatch_mode_stack()):
-            _pop_mode()
 
 
 def _reads_numbers(name: str, output: Any) -> bool:
