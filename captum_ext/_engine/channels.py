@@ -24,7 +24,7 @@ from torch.nn import Module
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves
 
-from captum_ext._engine.hooks import LockedFunctionMode, hooked, preserve_modes
+from captum_ext._engine.hooks import LockedFunctionMode, hooked
 from captum_ext._engine.modules import Tensors
 from captum_ext._errors import ArgumentError
 
@@ -351,6 +351,7 @@ class LayerChannelTracer:
         if self.local.depth == 1:
             self.local.n_layers_left = len(self.layers) - len(self.untraced)
             self.local.tracer = ChannelTracer(self.lock)
+            self.local.tracers = [*getattr(self.local, "tracers", ()), self.local.tracer]
             self.local.tracer.__enter__()
 
     def record(self, index: int, tensors: Tensors) -> None:
@@ -375,8 +376,12 @@ class LayerChannelTracer:
     def tracing(self, inputs: Tensors) -> Iterator[threading.Lock]:
         """Trace the forward passes in the block, while the yielded lock is held."""
         hooks = hooked(self.starts, before=self.begin, every_thread=self.is_parallel)
-        with preserve_modes(), hooks as self.lock:
-            if self.from_input and not self.starts:
-                self.begin()
-                self.local.tracer.mark_inputs(inputs)
-            yield self.lock
+        try:
+            with hooks as self.lock:
+                if self.from_input and not self.starts:
+                    self.begin()
+                    self.local.tracer.mark_inputs(inputs)
+                yield self.lock
+        finally:
+            for tracer in getattr(self.local, "tracers", ()):
+                tracer.leave_with_inner_modes()

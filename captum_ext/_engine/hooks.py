@@ -22,7 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+)
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_ext._engine.modules import Tensors
@@ -70,24 +74,36 @@ class LockedFunctionMode(TorchFunctionMode):
         if _get_current_function_mode() is self:
             self.__exit__(None, None, None)
 
+    def leave_with_inner_modes(self) -> None:
+        """Remove the mode from the stack, and the modes above it, if it is in there.
 
-@contextmanager
-def preserve_modes() -> Iterator[None]:
-    """Remove, at the end, the function modes that the block added to the stack and left there."""
-    depth = torch._C._len_torch_function_stack()
-    try:
-        yield
-    finally:
-        while torch._C._len_torch_function_stack() > depth:
+        After an interrupt this may happen late, when the garbage collector closes a block. Then
+        the modes on the stack may be others, which stay.
+        """
+        while any(mode is self for mode in _get_current_function_mode_stack()):
             torch._C._pop_torch_function_stack()
+
+
+def _remove_leftover_modes() -> None:
+    """Remove the modes that an interrupt left on top of the stack. They do not act, but cost time.
+
+    Modes of blocks in progress hold their locks.
+    """
+    while isinstance(top := _get_current_function_mode(), LockedFunctionMode):
+        if top.lock.locked():
+            break
+        torch._C._pop_torch_function_stack()
 
 
 @contextmanager
 def enter_mode(mode: LockedFunctionMode) -> Iterator[threading.Lock]:
     """Enter a mode, and yield its lock. The mode acts while the lock is held."""
-    with preserve_modes():
+    try:
+        _remove_leftover_modes()
         mode.__enter__()  # type: ignore[no-untyped-call]
         yield mode.lock
+    finally:
+        mode.leave_with_inner_modes()
 
 
 @contextmanager

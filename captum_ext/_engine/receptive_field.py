@@ -106,16 +106,19 @@ def receptive_field(
                 leak = tracer.leaks.get(id(y), (y, tracer.number_source))[1]
                 results.append((tracer.traced.get(id(y)), leak))
 
-    with ExitStack() as stack:
-        lock = stack.enter_context(hooked([layer], after=record))
-        stack.enter_context(torch.no_grad())
-        tracer_lock = stack.enter_context(enter_mode(tracer))
-        if exact:
-            unfused = torch.jit.optimized_execution  # type: ignore[attr-defined]
-            stack.enter_context(unfused(False))  # a function mode does not see into fused functions
-            stack.enter_context(_RedispatchFromPython())  # type: ignore[no-untyped-call]
-        with lock, tracer_lock:
-            _run_forward(forward_func, tracer.image, None, additional_forward_args)
+    was_optimized = torch._C._get_graph_executor_optimize()
+    try:
+        with ExitStack() as stack:
+            lock = stack.enter_context(hooked([layer], after=record))
+            stack.enter_context(torch.no_grad())
+            tracer_lock = stack.enter_context(enter_mode(tracer))
+            if exact:  # a function mode does not see into fused functions
+                torch._C._set_graph_executor_optimize(False)
+                stack.enter_context(_RedispatchFromPython())  # type: ignore[no-untyped-call]
+            with lock, tracer_lock:
+                _run_forward(forward_func, tracer.image, None, additional_forward_args)
+    finally:
+        torch._C._set_graph_executor_optimize(was_optimized)
     traced, leak = results[0] if results else (None, None)
     name = module_name(forward_func, layer)
     if traced is None:
@@ -220,7 +223,10 @@ class _FieldTracer(LockedFunctionMode):
 
 
 class _RedispatchFromPython(TorchDispatchMode):
-    """Calls the functions of a TorchScript module from Python, where a function mode sees them."""
+    """Calls the functions of a TorchScript module from Python, where a function mode sees them.
+
+    It passes all calls on, so that it does no harm if an interrupt leaves it on the stack.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))

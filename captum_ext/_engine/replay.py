@@ -23,6 +23,7 @@ from captum_ext._engine.capture import LayerCapture, LayerReachedError, clone_te
 from captum_ext._engine.hooks import LayerEdit, LockedFunctionMode, enter_mode
 from captum_ext._engine.modules import Forward, Tensors, module_name
 from captum_ext._engine.outputs import check_one_score_per_example
+from captum_ext._engine.state import set_inference_mode
 
 # --- up to a layer -------------------------------------------------------------------------------
 
@@ -253,7 +254,7 @@ class LayerReplay:
             return clone_tensors(tensors)
 
         # Inference tensors do not count writes, which the tape must detect: leave inference mode.
-        with torch.inference_mode(False), torch.no_grad():
+        with set_inference_mode(False), torch.no_grad():
             self.inputs, self.taped_inputs = clone_tensors(inputs), clone_tensors(inputs)
             if not self.capture.is_parallel:
                 self.tape = Tape((self.taped_inputs, additional_forward_args))
@@ -311,7 +312,7 @@ class LayerReplay:
             return self._replay(tuple(edited))
 
         depth = torch._C._functorch.get_dynamic_layer_stack_depth()
-        with torch.inference_mode(False), torch.no_grad():
+        with set_inference_mode(False), torch.no_grad():
             if self.at_once:
                 try:
                     scores: Tensor = torch.vmap(score_after, randomness="different")(chunk)

@@ -3,8 +3,8 @@
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,15 @@ from captum_ext._engine.sharing import (
 )
 
 
+def set_inference_mode(enabled: bool) -> AbstractContextManager[None]:
+    """`torch.inference_mode(enabled)`, which ends in one step, also at an interrupt.
+
+    torch's own class can be interrupted before its end. The mode would then end with the object,
+    at any later time, and set the grad mode of its beginning.
+    """
+    return cast(AbstractContextManager[None], torch._C._InferenceMode(enabled))
+
+
 class _BufferSnapshot:
     """A copy of the buffers of one module, to restore them later."""
 
@@ -39,7 +48,7 @@ class _BufferSnapshot:
         for name, value in self.values.items():
             buffer = self.named[name]
             assert buffer is not None
-            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+            with set_inference_mode(buffer.is_inference()), torch.no_grad():
                 try:
                     buffer.copy_(value)
                 except RuntimeError:  # expanded buffers are not writable, and did not change
@@ -124,9 +133,10 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
                     snapshot(module)
                 yield
         finally:
+            # An interrupt can keep torch.no_grad from ending: restore the grad mode, too. It comes
+            # first, because another interrupt may come after each call.
+            torch._C._set_grad_enabled(had_gradients)
             with ExitStack() as stack:  # runs all of them, even if one raises
-                # An interrupt can keep torch.no_grad from ending: restore the grad mode, too.
-                stack.callback(torch._C._set_grad_enabled, had_gradients)
                 for key, own_snapshot in snapshots.items():
                     stack.callback(_release, key, use, own_snapshot)
 

@@ -29,7 +29,7 @@ from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.outputs import default_batch_size
 from captum_ext._engine.precision import full_precision
-from captum_ext._engine.state import preserve_state
+from captum_ext._engine.state import preserve_state, set_inference_mode
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import fields_repr
 from captum_ext.attr._arguments import checks_arguments
@@ -321,7 +321,7 @@ class FIDO(AttributionMixin, PerturbationAttribution):
         if callback is not None and not callable(callback):
             raise ArgumentTypeError(f"`callback` must be callable or None, got {type(callback)}.")
         rows = OBJECTIVES[objective]
-        with torch.inference_mode(False), preserve_state(self.forward_func), torch.enable_grad():
+        with set_inference_mode(False), preserve_state(self.forward_func), torch.enable_grad():
             scorer = LogOddsScorer(
                 self.forward_func, self.outputs, target, additional_forward_args, images
             )

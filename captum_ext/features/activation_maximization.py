@@ -21,7 +21,7 @@ from captum_ext._checks import (
 from captum_ext._compat import TargetType, with_progress
 from captum_ext._data.pixels import mean_and_std
 from captum_ext._engine.modules import Forward, find_module, module_name, root_module
-from captum_ext._engine.state import preserve_state, seeded_random
+from captum_ext._engine.state import preserve_state, seeded_random, set_inference_mode
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import fields_repr, options_repr
 from captum_ext.features._parametrizations import Fourier, Pixels
@@ -278,7 +278,7 @@ class ActivationMaximization:
 
         steps = with_progress(range(n_steps), show_progress, "Activation maximization")
         with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(set_inference_mode(False))
             stack.enter_context(preserve_state(self.forward_func))
             stack.enter_context(torch.enable_grad())
             random = SharedRandom(start, generator)

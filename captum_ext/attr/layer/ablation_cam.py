@@ -18,7 +18,7 @@ from captum_ext._engine.modules import Tensors
 from captum_ext._engine.outputs import Score, check_score, scoring_forward
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.replay import LayerReplay
-from captum_ext._engine.state import preserve_state
+from captum_ext._engine.state import preserve_state, set_inference_mode
 from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
@@ -195,7 +195,7 @@ class LayerAblationCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
             k = activation.shape[1]
             shape = (1, -1) + (1,) * (activation.dim() - 2)
             return torch.arange(k, device=activation.device).reshape(shape), k
-        with torch.inference_mode(False):
+        with set_inference_mode(False):
             like = torch.zeros_like(activation, dtype=torch.float32)
             transpose: Callable[[Tensor], tuple[Tensor]]
             grid, transpose = torch.func.vjp(self.reshape_transform, like)  # type: ignore[misc]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from captum_ext._engine.precision import without_autocast
+from captum_ext._engine.state import set_inference_mode
 from captum_ext._errors import ArgumentError
 from captum_ext._repr import fields_repr
 
@@ -142,7 +143,7 @@ class Observation:
         chunk = max(1, (_CPU_CHUNK if like.device.type == "cpu" else _CHUNK) // pixels)
         self.size, self.cells, self.downsample = size, cells, downsample
         self.copies = len(steps[0])
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(like):
+        with set_inference_mode(False), torch.no_grad(), without_autocast(like):
             thetas = (_sampling(step, frame).to(like).split(chunk) for step in steps)
             self._thetas = list(zip(*thetas, strict=True))
             self._grids: list[list[Tensor]] | None = None
@@ -192,7 +193,7 @@ class Observation:
         like = self.kept.new_zeros(batch, *self.size)
 
         def record(i: int) -> Edges:
-            with torch.inference_mode(False), torch.enable_grad():
+            with set_inference_mode(False), torch.enable_grad():
                 h = torch.zeros_like(like, requires_grad=True)
                 return h, self._observe_chunk(h, i)
 
@@ -357,7 +358,7 @@ def solve(
     if gap and solver != "mfista":
         raise ArgumentError(f"`gap` must be False for solver {solver!r}; only 'mfista' has it.")
     n = SOLVERS[solver] if max_iterations is None else max_iterations
-    with torch.inference_mode(False), torch.no_grad(), without_autocast(maps):
+    with set_inference_mode(False), torch.no_grad(), without_autocast(maps):
         problem = _Problem(observation, maps.clone(), tv, l2)
         h = maps.new_zeros(maps.shape[1], *observation.size) if start is None else start.clone()
         if solver == "mfista":
