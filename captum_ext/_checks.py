@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import Module
 
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 
@@ -72,8 +71,6 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 
 def brief(value: Any) -> str:
     """The repr of a value in one line, or only its type where that is long: a network, an array."""
-    if isinstance(value, Module):
-        return f"a {type(value).__name__}"
     text = repr(value)
     return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
 

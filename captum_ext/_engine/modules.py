@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 
-from captum_ext._checks import closest
+from captum_ext._checks import brief, closest
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 
 Tensors = tuple[Tensor, ...]
@@ -54,7 +54,7 @@ def require_module(
     root = root_module(forward_func)
     if root is None:
         raise ArgumentError(
-            f"`{argument}` must be a torch.nn.Module, got {forward_func!r}{advice}.", argument
+            f"`{argument}` must be a torch.nn.Module, got {brief(forward_func)}{advice}.", argument
         )
     return root
 

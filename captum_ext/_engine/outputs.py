@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_ext._checks import brief
 from captum_ext._compat import TargetType, _format_additional_forward_args
 from captum_ext._engine.faults import explained_faults
 from captum_ext._engine.modules import Forward, Tensors
@@ -31,7 +32,7 @@ def check_score(score: Score) -> None:
     """Raise a ValueError unless `score` is a name in `SCORES` or a callable."""
     if not callable(score) and score not in SCORES:
         raise ArgumentError(
-            f"`score` must be one of {SCORES} or a callable, got {score!r}.", "score"
+            f"`score` must be one of {SCORES} or a callable, got {brief(score)}.", "score"
         )
 
 

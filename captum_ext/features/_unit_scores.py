@@ -48,7 +48,7 @@ class UnitScores(ExampleArguments):
         images: Tensor,
         dtype: torch.dtype,
     ) -> None:
-        if not callable(target):
+        if layer is None and not callable(target):  # units of a layer have more forms
             check_target(target)
         super().__init__(len(images), target, additional_forward_args, images.device)
         self.target = as_normal_tensor(self.target)

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from captum_ext._checks import (
+    brief,
     check_choice,
     check_count,
     check_generator,
@@ -166,7 +167,7 @@ class ActivationMaximization:
         self.normalize = None if normalize is None else mean_and_std(normalize, torch.float64)
         if reshape_transform is not None and not callable(reshape_transform):
             raise ArgumentTypeError(
-                f"`reshape_transform` must be callable, got {reshape_transform!r}.",
+                f"`reshape_transform` must be callable, got {brief(reshape_transform)}.",
                 "reshape_transform",
             )
         self.reshape_transform = reshape_transform

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from captum_ext._checks import warn
+from captum_ext._checks import brief, warn
 from captum_ext._compat import (
     GradientAttribution,
     LayerAttribution,
@@ -101,7 +101,8 @@ class BaseLayerCam(MethodInfo, LayerAttribution, Generic[LayerOrList]):
         transform, layer = self.reshape_transform, self.layer
         if transform is not None and not callable(transform):
             raise ArgumentTypeError(
-                f"`reshape_transform` must be callable, got {transform!r}.", "reshape_transform"
+                f"`reshape_transform` must be callable, got {brief(transform)}.",
+                "reshape_transform",
             )
         if isinstance(layer, list) and not layer:
             raise ArgumentError("`layer` must hold at least one layer, got an empty list.", "layer")
