@@ -30,4 +30,3 @@ def _on_cpu(iterator: Iterator[Any]) -> Iterator[Any]:
         if batch is done:
             return
         yield batch
-
