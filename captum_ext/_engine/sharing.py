@@ -4,9 +4,9 @@ Our own methods share a model: their hooks act in one thread only. Captum's hook
 threads, so a method of Captum that sets hooks must have the model alone. Code that seeds the global
 random states must have these alone, too.
 
-A thread that waits runs no model, so what it shares is free for others until it goes on. For this
-reason two threads never wait for each other, in whatever order they ask for models and random
-states.
+A thread that waits runs no model, so what it shares is free for others until it goes on. Threads
+that share models and then ask to have one alone do not wait for each other, whatever the order. A
+thread that has a model alone must not ask for another one: Captum's methods do not.
 """
 
 import os
