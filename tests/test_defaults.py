@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from captum.attr import LayerGradCam
 
+from captum_ext.fcam import fit_fcam
+from captum_ext.perception import LayerEncoder, fit_perception
 from tests.calls import CALLS, Subjects, are_equal, run
+from tests.networks import three_stage_net
 
 
 @contextmanager
@@ -63,3 +67,25 @@ def test_results_do_not_depend_on_torchs_defaults(name: str, defaults: str) -> N
         result = run(name, subjects())
     assert result
     assert are_equal(result, usual)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["fit_fcam", "fit_perception"])
+def test_trainings_run_where_the_classifier_is(name: str) -> None:
+    pictures = [(picture.image, 1) for picture in subjects().pictures]
+    small: dict[str, Any] = {"size": 32, "batch_size": 2, "n_epochs": 1, "show_progress": False}
+    model = three_stage_net().eval()
+
+    def train() -> list[Any]:
+        if name == "fit_fcam":
+            guide = LayerGradCam(model, model[1])
+            fcam = fit_fcam(model, pictures, guide, widths=(4, 4, 4), **small)
+            return list(fcam.decoder.parameters())
+        encoder, options = LayerEncoder(model, "1"), {"widths": (4, 4), "convolutions": (1, 1)}
+        images = [image for image, _ in pictures]
+        return list(fit_perception(encoder, images, **options, **small).parameters())
+
+    expected = train()
+    with torch.device("meta"):
+        weights = train()
+    assert all(map(torch.equal, weights, expected))

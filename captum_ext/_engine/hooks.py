@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -40,12 +41,12 @@ class _HookScope:
     """The thread and the block of code in which hooks act."""
 
     def __init__(self, every_thread: bool) -> None:
-        self.thread = None if every_thread else thread_token()
+        self.thread = None if every_thread else ref(thread_token())
         self.lock = threading.Lock()
 
     def is_active(self) -> bool:
         """Return whether the lock is held, and this is the scope's thread."""
-        return self.lock.locked() and (self.thread is None or self.thread is thread_token())
+        return self.lock.locked() and (self.thread is None or self.thread() is thread_token())
 
 
 class LockedFunctionMode(TorchFunctionMode):

@@ -4,9 +4,9 @@ Our own methods share a model: their hooks act in one thread only. Captum's hook
 threads, so a method of Captum that sets hooks must have the model alone. Code that seeds the global
 random states must have these alone, too.
 
-A thread that waits runs no model, so what it shares is free for others until it goes on. For this
-reason two threads never wait for each other, in whatever order they ask for models and random
-states.
+A thread that waits runs no model, so what it shares is free for others until it goes on. Threads
+that share models and then ask to have one alone do not wait for each other, whatever the order. A
+thread that has a model alone must not ask for another one: Captum's methods do not.
 """
 
 import os
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from weakref import ref
 
 from torch.nn import Module
 
@@ -22,19 +23,24 @@ _PATIENCE = 10.0  # seconds that new calls let those go first that wait to have 
 _RANDOM_STATES: tuple[Module, ...] = (Module(),)  # stands for torch's and NumPy's global states
 
 
-class _Thread(threading.local):
-    """The identity of this thread. Idents are used again, in the child of a fork above all."""
+class ThreadToken:
+    """An object that stands for a thread, and ends with it.
 
+    Idents are used again, in the child of a fork above all.
+    """
+
+
+class _Local(threading.local):
     def __init__(self) -> None:
-        self.token = object()
+        self.token = ThreadToken()
 
 
-_thread = _Thread()
+_local = _Local()
 
 
-def thread_token() -> object:
-    """An object that stands for this thread."""
-    return _thread.token
+def thread_token() -> ThreadToken:
+    """The token of this thread."""
+    return _local.token
 
 
 class ModelUse:
@@ -46,9 +52,20 @@ class ModelUse:
     """
 
     def __init__(self, roots: Sequence[Module] | None, alone: bool) -> None:
-        self.thread, self.roots, self.alone = thread_token(), roots, alone
+        self.token, self.roots, self.alone = ref(thread_token()), roots, alone
         self.is_waiting = True
         self.block = threading.Lock()  # held in the block: see `hooks` for the reason
+
+    def is_active(self) -> bool:
+        """Return whether the block has not ended, nor the thread.
+
+        A block that an interrupt cut short ends when its frame goes, which a traceback may keep.
+        """
+        return self.block.locked() and self.token() is not None
+
+    def is_of_this_thread(self) -> bool:
+        """Return whether this thread is in the block."""
+        return self.token() is thread_token()
 
     @cached_property
     def parts(self) -> set[Module]:
@@ -57,7 +74,7 @@ class ModelUse:
 
     def excludes(self, other: "ModelUse") -> bool:
         """Return whether the two uses must not happen at the same time."""
-        if self.thread is other.thread or not (self.alone or other.alone):
+        if self.token() is other.token() or not (self.alone or other.alone):
             return False
         if self.roots is _RANDOM_STATES or other.roots is _RANDOM_STATES:
             return self.roots is other.roots
@@ -68,7 +85,7 @@ class ModelUse:
 
 _lock = threading.Lock()
 _changed = threading.Condition(_lock)
-_uses: list[ModelUse] = []  # an interrupt may leave a use here after its block: see `active_uses`
+_uses: list[ModelUse] = []  # an interrupt may leave a use here that has ended
 
 
 def _reset_in_child() -> None:
@@ -76,7 +93,7 @@ def _reset_in_child() -> None:
     global _lock, _changed
     _lock = threading.Lock()
     _changed = threading.Condition(_lock)
-    _uses[:] = [use for use in _uses if use.thread is thread_token()]
+    _uses[:] = [use for use in _uses if use.is_of_this_thread()]
 
 
 if hasattr(os, "register_at_fork"):
@@ -105,13 +122,13 @@ def use_model(roots: Sequence[Module] | None, *, alone: bool) -> Iterator[ModelU
 
 
 def active_uses(uses: list[ModelUse]) -> list[ModelUse]:
-    """The uses whose block has not ended."""
-    return [use for use in uses if use.block.locked()]
+    """The uses that have not ended."""
+    return [use for use in uses if use.is_active()]
 
 
 def _wait(use: ModelUse) -> None:
     """Wait until no other thread excludes `use`, or the thread's other uses. Needs the lock."""
-    own = [other for other in active_uses(_uses) if other.thread is use.thread]
+    own = [other for other in active_uses(_uses) if other.is_of_this_thread()]
     shared = [other for other in own if not other.alone or other is use]
     patience = time.monotonic() + _PATIENCE if len(own) == 1 and not use.alone else 0
 

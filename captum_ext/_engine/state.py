@@ -17,7 +17,6 @@ from captum_ext._engine.modules import Forward, root_module
 from captum_ext._engine.sharing import (
     ModelUse,
     active_uses,
-    thread_token,
     use_model,
     use_random_states_alone,
 )
@@ -67,7 +66,7 @@ def _reset_in_child() -> None:
     global _buffers_lock
     _buffers_lock = threading.Lock()
     for key, (first, uses) in list(_buffers_of_modules.items()):
-        uses[:] = [use for use in uses if use.thread is thread_token()]
+        uses[:] = [use for use in uses if use.is_of_this_thread()]
         if not uses:
             del _buffers_of_modules[key]
             first.restore()
@@ -106,7 +105,7 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
                 uses = active_uses(uses)
                 is_nested = any(other.thread is use.thread for other in uses)
                 own_snapshot = None
-                if all(other.thread is use.thread for other in uses):
+                if all(other.is_of_this_thread() for other in uses):
                     own_snapshot = _BufferSnapshot(module)
                 # Before `_buffers_of_modules`: an interrupt may come in between, and `_release`
                 # must know of every module that is in there.
@@ -153,7 +152,7 @@ def _release(key: int, use: ModelUse, own_snapshot: _BufferSnapshot | None) -> N
         uses = [other for other in active_uses(uses) if other is not use]
         if uses:
             _buffers_of_modules[key] = (first, uses)
-            if own_snapshot is not None and all(other.thread is use.thread for other in uses):
+            if own_snapshot is not None and all(other.is_of_this_thread() for other in uses):
                 own_snapshot.restore()
         else:
             del _buffers_of_modules[key]

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import captum.attr
@@ -64,15 +64,15 @@ def call_attribute(method: Attribution, inputs: Tensor | Tensors, **arguments: A
     Captum's gradient methods switch `requires_grad` of their inputs on and off, and inputs may be
     shared by threads: the method gets other tensors with the same memory.
     """
-    is_ours = isinstance(method, MethodInfo)
-    if is_ours:
-        return method.attribute(inputs, **arguments)
+    attribute: Callable[..., Any] = method.attribute
+    if isinstance(method, MethodInfo):
+        return attribute(inputs, **arguments)
     if isinstance(inputs, tuple):
         inputs = tuple(_without_flag(x) for x in inputs)
     else:
         inputs = _without_flag(inputs)
     with use_model(_explained_modules(innermost(method)), alone=_sets_hooks(method)):
-        return method.attribute(inputs, **arguments)
+        return attribute(inputs, **arguments)
 
 
 def _without_flag(x: Any) -> Any:
