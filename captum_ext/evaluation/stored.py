@@ -17,7 +17,10 @@ _MAX_EXAMPLES = 10**8
 # The settings that results are read by, and what they must be.
 _NEEDED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "examples": (f"a number from 1 to {_MAX_EXAMPLES}", lambda n: _is_count(n, _MAX_EXAMPLES)),
-    "methods": ("an object with a member for each method", lambda v: isinstance(v, dict) and v),
+    "methods": (
+        "an object with a member for each method",
+        lambda v: isinstance(v, dict) and len(v) > 0,
+    ),
     "metrics": ("an object of objects", lambda v: _maps_to(v, dict)),
     "columns": ("an object of lists of names", lambda v: _maps_to(v, list) and _all_names(v)),
 }
