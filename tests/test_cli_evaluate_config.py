@@ -158,6 +158,56 @@ def test_a_file_of_another_format_is_refused(text, message, config, capsys):
     refused(capsys, message, *argv)
 
 
+def doublings(first, following):
+    """Nine aliases, of nine aliases, and so on: eight lines that stand for 43 million values."""
+    names = list(zip("abcdefg", "bcdefgh", strict=True))
+    lines = [following.format(name=b, aliases=",".join(9 * [f"*{a}"])) for a, b in names]
+    return "\n".join([first, *lines])
+
+
+FOREIGN = {
+    "billion laughs": doublings("a: &a [x,x,x,x,x,x,x,x,x]", "{name}: &{name} [{aliases}]"),
+    "merged keys": doublings("a: &a {k: v}", "{name}: &{name} {{<<: [{aliases}]}}"),
+    "inside itself": "a: &a [*a]",
+    "3,000 deep": "[" * 3000,
+    "3,000 deep and closed": "method: " + "[" * 3000 + "]" * 3000,
+    "100 deep": "method: " + "{a: " * 100 + "1" + "}" * 100,
+    "too long": "size: 3\n" * 10_000,
+    "long value": "x" * 60_000,
+    "long key": f"? {'x' * 60_000}\n: 3",
+    "long alias": "a: *" + "b" * 60_000,
+    "long number": "size: " + "9" * 10_000,
+    "long name of a method": "method: {x: {method: [" + "y" * 60_000 + "]}}",
+    "long metric": "metrics: {insertion: [" + "y" * 60_000 + "]}",
+    "long folder": "output: " + "y" * 60_000,
+    "no date": "size: 2020-99-99",
+    "no integer": "size: !!int x",
+    "no bool": "flagged: !!bool x",
+    "code": "a: !!python/object/apply:os.system [id]",
+}
+
+
+@pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN)
+def test_files_of_any_size_and_depth_are_refused_in_few_words(text, config, capsys):
+    argv = config("method: grad-cam")
+    Path("run.yaml").write_text(text)
+    assert run("evaluate", "data", "--model", "resnet18", *argv[1:]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("captum-ext: error: ")
+    assert error.count("\n") == 1
+    assert len(error) < 4200
+
+
+def test_aliases_and_merged_keys_may_be_used(config):
+    config("method: grad-cam")
+    text = "method: {a: &a {method: cam}, b: {<<: *a, layer: layer2}}\n"
+    Path("run.yaml").write_text(text)
+    settings = read_config("run.yaml", options_of_evaluate(), ("method", "metrics"))
+    assert settings == {
+        "method": {"a": {"method": "cam"}, "b": {"method": "cam", "layer": "layer2"}}
+    }
+
+
 def test_a_missing_file_is_refused(config, capsys):
     config("")
     refused(capsys, "nowhere.yaml", "evaluate", "--config", "nowhere.yaml")

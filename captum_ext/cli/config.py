@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_MAX_BYTES = 2**20  # of a file
+_MAX_BYTES = 2**16  # of a file
 _MAX_VALUES = 10_000  # in a file; an alias counts for all that it stands for
 _MAX_DEPTH = 20
 
