@@ -4,6 +4,12 @@
 
 Each library is called as its own documentation does it; the criteria are those of `situations.py`,
 the same for all. `--why` prints what went wrong, too.
+
+Measured in November 2026 with torch 2.14.1, captum 0.9.0, torchcam 0.5.0, grad-cam 1.5.7, of 36:
+all of our methods 36, Captum's LayerGradCam 31, torchcam's 29 (GradCAM, GradCAMpp, XGradCAM), 30
+(LayerCAM), 31 (ScoreCAM) and 33 (CAM), grad-cam's 21 (GradCAM, GradCAMPlusPlus, XGradCAM), 22
+(HiResCAM, LayerCAM, EigenGradCAM), 25 (AblationCAM, ScoreCAM) and 27 (EigenCAM). Threads race: a
+peer may survive them now and then.
 """
 
 import argparse
