@@ -2,8 +2,8 @@
 
     python -m tests.parity.survival [--why]
 
-Each library is called as its own documentation does it; the criteria, the same for all, are those of
-the modules `situations_of_*`. `--why` prints what went wrong, too.
+Each library is called as its own documentation does it. The criteria, the same for all, are those
+of the modules `situations_of_*`. `--why` prints what went wrong, too.
 
 Measured in November 2026 with torch 2.14.1, captum 0.9.0, torchcam 0.5.0, grad-cam 1.5.7, of 36:
 all of our methods 36, Captum's LayerGradCam 31, torchcam's 29 (GradCAM, GradCAMpp, XGradCAM), 30
