@@ -1,12 +1,12 @@
-"""Our layer methods survive every situation of `situations.py`; how many the peers do, is printed.
+"""Our layer methods survive every situation; how many the peers do, is printed.
 
 `python -m tests.parity.survival` prints the table of all.
 """
 
 import pytest
 
-from tests.parity.situations import SITUATIONS, Method
-from tests.parity.survival import failures, our_methods, peers, survived
+from tests.parity.survival import SITUATIONS, failures, our_methods, peers, survived
+from tests.parity.survival_subjects import Method
 
 LIBRARIES = {"captum": "captum", "torchcam": "torchcam", "grad-cam": "pytorch_grad_cam"}
 
