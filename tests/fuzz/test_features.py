@@ -70,7 +70,9 @@ def test_the_largest_activations_are_the_same_in_any_parts(
     assert as_lists(merged) == as_lists(whole)
     for channel, (best, indices, positions) in enumerate(zip(*as_lists(whole), strict=True)):
         assert best == sorted(best, reverse=True)
-        picked = [maps[i, channel, y, x].item() for i, (y, x) in zip(indices, positions, strict=True)]
+        picked = [
+            maps[i, channel, y, x].item() for i, (y, x) in zip(indices, positions, strict=True)
+        ]
         assert best == picked
         assert best[0] == maps[:, channel].max().item()
 
