@@ -43,7 +43,7 @@ def attempt(call: Callable[[], Any]) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return call()
-    except IndexError as error:  # TEMP
+    except IndexError as error:  # of Captum, for wrong targets and batches without examples
         raise RefusedError(str(error)) from error
     except (ValueError, TypeError, AssertionError, FloatingPointError) as error:
         frames = traceback.extract_tb(error.__traceback__)

@@ -108,7 +108,7 @@ def test_warping_is_an_interpolation(x: Tensor, data: Any, rows: list[int]) -> N
     assert (y.shape, y.dtype) == (x.shape, x.dtype)
     assert_between(y, torch.cat([x.flatten(), x.new_tensor([0.0, 0.5])]))
     whole = imaging.warp(x, torch.eye(3)[None], mode, fill)
-    assert_close(whole, x, x.dtype)
+    assert_close(whole, x, x.dtype, scale=0.5)  # the fill, which rounding lets in
 
 
 @fuzz
