@@ -22,7 +22,6 @@ from torch.utils.data import Sampler
 from captum_ext._checks import check_count, check_seed, first_line
 from captum_ext._data.loading import CpuLoader
 from captum_ext._data.pictures import PictureDataset
-from captum_ext._engine.hooks import preserve_modes
 from captum_ext._engine.modules import module_device
 from captum_ext._engine.state import eval_mode, preserve_state, seeded_random
 from captum_ext._errors import ArgumentError, ArgumentTypeError
@@ -231,7 +230,6 @@ class TrainingRun:
             # First, so that trainings in several threads run one after another.
             stack.enter_context(seeded_random(device, derive_seed(self.seed)))
             if torch.get_default_device().type != "cpu":  # which may be another than the data's
-                stack.enter_context(preserve_modes())
                 stack.enter_context(device)
             stack.enter_context(eval_mode(classifier))
             stack.enter_context(preserve_state(classifier))

@@ -1,12 +1,11 @@
 """A loader of batches that works under any default device."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-
-from captum_ext._engine.hooks import preserve_modes
 
 
 class CpuLoader(DataLoader[Any]):
@@ -17,7 +16,7 @@ class CpuLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Any:
-        with preserve_modes(), torch.device("cpu"):
+        with _cpu_as_default():
             iterator = super().__iter__()
         return _on_cpu(iterator)
 
@@ -25,8 +24,14 @@ class CpuLoader(DataLoader[Any]):
 def _on_cpu(iterator: Iterator[Any]) -> Iterator[Any]:
     done = object()
     while True:
-        with preserve_modes(), torch.device("cpu"):
+        with _cpu_as_default():
             batch = next(iterator, done)
         if batch is done:
             return
         yield batch
+
+
+def _cpu_as_default() -> AbstractContextManager[Any]:
+    """Block with the CPU as the default device; nothing to enter where it is that already."""
+    is_default = torch.get_default_device().type == "cpu"
+    return nullcontext() if is_default else torch.device("cpu")

@@ -103,9 +103,10 @@ def preserve_state(forward_func: Forward) -> Iterator[None]:
             with _buffers_lock:
                 first, uses = _buffers_of_modules.get(id(module), (None, []))
                 uses = active_uses(uses)
-                is_nested = any(other.thread is use.thread for other in uses)
+                are_own = [other.is_of_this_thread() for other in uses]
+                is_nested = any(are_own)
                 own_snapshot = None
-                if all(other.is_of_this_thread() for other in uses):
+                if all(are_own):
                     own_snapshot = _BufferSnapshot(module)
                 # Before `_buffers_of_modules`: an interrupt may come in between, and `_release`
                 # must know of every module that is in there.
