@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
@@ -193,6 +193,7 @@ def test_boxes_of_masks_lie_inside(maps: Maps, options: dict[str, Any]) -> None:
 def test_crops_are_right_or_say_why_not(
     case: Any, maps: Maps, options: dict[str, Any], size: Any, batch: int | None, score: str
 ) -> None:
+    assume("group norm" not in case.spec.blocks)  # torch has none of a single number
     net: DrawnNet = case.network()
     (x,), extra = case.inputs(), case.extra()
     masks = maps.maps()[:1].repeat(case.n, *[1] * (maps.maps().dim() - 1))
