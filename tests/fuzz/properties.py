@@ -19,7 +19,7 @@ from tests.conftest import snapshot
 OWN = tuple(str(Path(package.__file__).parent) for package in (captum_ext, captum))
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-is_usual = settings.get_current_profile_name() == "usual"
+is_usual = settings.default.max_examples == settings.get_profile("usual").max_examples
 # A few examples in each run, always the same ones; at night all of them, new ones each time.
 fuzz = settings(
     max_examples=3 if is_usual else settings.default.max_examples,
