@@ -29,6 +29,7 @@ from captum_ext.attr import (
     RISE,
     AugmentedSR,
     LayerCam,
+    LayerGroupCam,
     SESSWrapper,
     UpsampleWrapper,
     tokens_to_grid,
@@ -414,3 +415,13 @@ def test_atomic_write_writes_a_complete_file_or_none(tmp_path):
         write_half(file)
     assert file.read_text() == "first"
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_the_groups_of_a_method_are_part_of_its_fingerprint():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def fingerprint(groups):
+        method = ConfiguredMethod("a", LayerGroupCam(model, "0", groups=torch.tensor(groups)), {})
+        return method_fingerprint(method, model_digest)
+
+    assert fingerprint([0, 0, 1, 1]) == fingerprint([0, 0, 1, 1]) != fingerprint([0, 1, 0, 1])

@@ -1,15 +1,16 @@
 """Fingerprints of attributions, to recognise stored runs."""
 
 from captum.attr import Attribution
+from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
-from captum_ext._identity import versioned_name
+from captum_ext._identity import json_value, versioned_name
 from captum_ext.attr._chain import wrapped_method
 
 
 def attribution_fingerprint(argument: str, attribution: Attribution, model: Module) -> str:
-    """The name, layers, plain options and functions of an attribution and of those it wraps.
+    """The name, layers, options and functions of an attribution and of those it wraps.
 
     Args:
         argument: the argument of the attribution, as errors name it.
@@ -33,6 +34,8 @@ def attribution_fingerprint(argument: str, attribution: Attribution, model: Modu
         for leaf in tree_leaves(value):
             if _is_function_option(name, leaf, attribution):
                 options.append(f"{name}={versioned_name(f'{argument}: {name}', leaf)}")
+            elif isinstance(leaf, Tensor) and not is_captums:  # Captum's keep tensors of a call
+                options.append(f"{name}={json_value(argument, leaf)}")
     inner = wrapped_method(attribution)
     if inner is not None:
         options.insert(0, attribution_fingerprint(argument, inner, model))
