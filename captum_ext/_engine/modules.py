@@ -126,15 +126,19 @@ def check_eager(forward_func: Forward, layer: Module, argument: str = "forward_f
         argument: the name of `forward_func` in the error.
     """
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
-    if getattr(getattr(eval_frame, "_stance", None), "stance", None) == "force_eager":
+    if eval_frame is None:  # nothing was compiled in this process
         return
-    root = root_module(forward_func)
-    for name, part in () if root is None else root.named_modules():
-        compiled = getattr(part, "_orig_mod", None)
+    root, stance = root_module(forward_func), getattr(eval_frame, "_stance", None)
+    if root is None or getattr(stance, "stance", None) == "force_eager":
+        return
+    for part in root.modules():
+        compiled = part._modules.get("_orig_mod")
         if part._compiled_call_impl is not None:
             compiled = part
         if compiled is not None and any(inner is layer for inner in compiled.modules()):
-            label = f"`layer` is in `{name}`," if name else f"`{argument}` is"
+            label = f"`{argument}` is"
+            if part is not root:
+                label = f"`layer` is in {module_name(forward_func, part)},"
             raise ArgumentError(
                 f"{label} a compiled module, and compiled graphs ignore hooks: {EAGER_ADVICE}."
             )
