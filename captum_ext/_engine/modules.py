@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 
-from captum_ext._checks import brief, closest
+from captum_ext._checks import closest
 from captum_ext._errors import ArgumentError, ArgumentTypeError
+from captum_ext._repr import bounded_repr
 
 Tensors = tuple[Tensor, ...]
 Forward = Callable[..., Any]
@@ -54,7 +55,8 @@ def require_module(
     root = root_module(forward_func)
     if root is None:
         raise ArgumentError(
-            f"`{argument}` must be a torch.nn.Module, got {brief(forward_func)}{advice}.", argument
+            f"`{argument}` must be a torch.nn.Module, got {bounded_repr(forward_func)}{advice}.",
+            argument,
         )
     return root
 
@@ -131,11 +133,13 @@ def check_eager(forward_func: Forward, layer: Module, argument: str = "forward_f
     root, stance = root_module(forward_func), getattr(eval_frame, "_stance", None)
     if root is None or getattr(stance, "stance", None) == "force_eager":
         return
+    wrapper = getattr(eval_frame, "OptimizedModule", ())
     for part in root.modules():
-        compiled = part._modules.get("_orig_mod")
-        if part._compiled_call_impl is not None:
-            compiled = part
-        if compiled is not None and any(inner is layer for inner in compiled.modules()):
+        is_wrapper = isinstance(part, wrapper)
+        if not is_wrapper and part._compiled_call_impl is None:
+            continue
+        compiled: Module = part._orig_mod if is_wrapper else part
+        if any(inner is layer for inner in compiled.modules()):
             label = f"`{argument}` is"
             if part is not root:
                 label = f"`layer` is in {module_name(forward_func, part)},"
