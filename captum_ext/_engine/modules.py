@@ -138,7 +138,7 @@ def check_eager(forward_func: Forward, layer: Module, argument: str = "forward_f
         is_wrapper = isinstance(part, wrapper)
         if not is_wrapper and part._compiled_call_impl is None:
             continue
-        compiled: Module = part._orig_mod if is_wrapper else part
+        compiled: Any = part._orig_mod if is_wrapper else part
         if any(inner is layer for inner in compiled.modules()):
             label = f"`{argument}` is"
             if part is not root:
