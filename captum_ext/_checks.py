@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from captum_ext._errors import ArgumentError, ArgumentTypeError
+from captum_ext._repr import bounded_repr
 
 _LONGEST_NAME = 100  # characters that are compared with names
 
@@ -24,13 +25,15 @@ def is_finite(value: Any) -> bool:
 def check_count(name: str, value: int) -> None:
     """Raise a ValueError unless argument `name` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(f"`{name}` must be an integer of at least 1, got {brief(value)}.", name)
+        raise ArgumentError(
+            f"`{name}` must be an integer of at least 1, got {bounded_repr(value)}.", name
+        )
 
 
 def check_seed(value: Any) -> None:
     """Raise a TypeError unless the argument `seed` is an integer."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"`seed` must be an integer, got {brief(value)}.", "seed")
+        raise ArgumentTypeError(f"`seed` must be an integer, got {bounded_repr(value)}.", "seed")
 
 
 def check_range(name: str, value: Any, low: float, high: float, *, below: bool = False) -> None:
@@ -46,7 +49,8 @@ def check_range(name: str, value: Any, low: float, high: float, *, below: bool =
     if not is_finite(value) or not low <= value <= high or (below and value == high):
         end = "below" if below else "at most"
         raise ArgumentError(
-            f"`{name}` must be a number, at least {low:g} and {end} {high:g}, got {brief(value)}.",
+            f"`{name}` must be a number, at least {low:g} and {end} {high:g}, got "
+            f"{bounded_repr(value)}.",
             name,
         )
 
@@ -54,25 +58,25 @@ def check_range(name: str, value: Any, low: float, high: float, *, below: bool =
 def check_positive(name: str, value: Any) -> None:
     """Raise a ValueError unless argument `name` is a number greater than 0."""
     if isinstance(value, bool) or not is_finite(value) or value <= 0:
-        raise ArgumentError(f"`{name}` must be a number, greater than 0, got {brief(value)}.", name)
+        raise ArgumentError(
+            f"`{name}` must be a number, greater than 0, got {bounded_repr(value)}.", name
+        )
 
 
 def check_non_negative(name: str, value: Any) -> None:
     """Raise a ValueError unless argument `name` is a number of 0 or more."""
     if isinstance(value, bool) or not is_finite(value) or value < 0:
-        raise ArgumentError(f"`{name}` must be a number, 0 or more, got {brief(value)}.", name)
+        raise ArgumentError(
+            f"`{name}` must be a number, 0 or more, got {bounded_repr(value)}.", name
+        )
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """Raise a ValueError unless argument `name` is one of the choices."""
     if not isinstance(value, str | None) or value not in tuple(choices):
-        raise ArgumentError(f"`{name}` must be one of {list(choices)}, got {brief(value)}.", name)
-
-
-def brief(value: Any) -> str:
-    """The repr of a value in one line, or only its type where that is long: a network, an array."""
-    text = repr(value)
-    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
+        raise ArgumentError(
+            f"`{name}` must be one of {list(choices)}, got {bounded_repr(value)}.", name
+        )
 
 
 def closest(name: str, names: Sequence[str], count: int = 3) -> str:

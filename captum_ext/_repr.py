@@ -72,9 +72,11 @@ def short_repr(value: Any) -> str:
 
 
 def bounded_repr(value: Any, length: int = 200) -> str:
-    """The `repr` of a value from a file, cut where it is long or deep, as it may be anything."""
+    """The `repr` of any value in one line, cut where it is long or deep; models by their class."""
     if isinstance(value, Tensor):
         return short_repr(value)
+    if isinstance(value, Module):
+        return f"a {type(value).__name__}"
     shortener = reprlib.Repr()
     shortener.maxlevel, shortener.maxstring, shortener.maxother = 3, length, length
     shortener.maxlist = shortener.maxtuple = shortener.maxdict = 20
@@ -82,6 +84,8 @@ def bounded_repr(value: Any, length: int = 200) -> str:
         text = shortener.repr(value)
     except ValueError:  # Python does not print integers of thousands of digits
         text = f"a large {type(value).__name__}"
+    if "\n" in text:  # an array
+        text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

@@ -77,7 +77,7 @@ def find_damage(file: IO[bytes], *, compressed: bool = True) -> str:
             could become a large content.
 
     Returns:
-        What is wrong, or an empty text. A file without any checksum has no known damage: after
+        The damage, or an empty text. A file without any checksum has no known damage: after
         `torch.serialization.set_crc32_options(False)`, `torch.save` writes none.
     """
     try:
@@ -213,7 +213,7 @@ class SavedDecoder:
         return decoder.to(device).eval()
 
     def _wrong_size(self, saved: Mapping[str, Any]) -> str:
-        """Why the sizes are not those of the stored tensors, as far as it is seen without them.
+        """The first option that is no size of the stored tensors, as a text, or an empty one.
 
         No list is longer than the number of tensors, and no number above their largest size.
         """

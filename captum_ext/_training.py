@@ -156,7 +156,7 @@ class DecoderModule(LightningModule):
             self.order.set_epoch(done)
 
     def damage(self, checkpoint: Mapping[str, Any]) -> str:
-        """Why the values of a checkpoint cannot be those of this run; an empty text if they can."""
+        """The first value of a checkpoint that is none of this run, or an empty text."""
         epoch, unread = checkpoint["epoch"], checkpoint.get("unread", [])
         if type(epoch) is not int or epoch < 0:
             return f"its epoch is {bounded_repr(epoch)}"
@@ -174,7 +174,7 @@ class DecoderModule(LightningModule):
 
 
 def _optimizer_damage(states: Any, shapes: Sequence[torch.Size]) -> str:
-    """Why tensors of optimizers are not those of weights with these shapes, or an empty text."""
+    """The first state of optimizers that does not fit weights of these shapes, or an empty text."""
     if not states:
         return "it has no states of optimizers"
     entries = [entry for state in states for entry in state["state"].items()]

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from captum.attr import LayerGradCam
+from torch.utils._pytree import tree_leaves
 
+from captum_ext.attr import LayerSmoothGradCamPlusPlus
 from captum_ext.fcam import fit_fcam
 from captum_ext.perception import LayerEncoder, fit_perception
-from tests.calls import CALLS, Subjects, are_equal, run
+from tests.calls import CALLS, Subjects, are_equal, augmented, cam, explain, fido, rise, run
 from tests.networks import three_stage_net
 
 
@@ -67,6 +69,27 @@ def test_results_do_not_depend_on_torchs_defaults(name: str, defaults: str) -> N
         result = run(name, subjects())
     assert result
     assert are_equal(result, usual)
+
+
+RANDOM: dict[str, Callable[[Subjects], Any]] = {
+    "RISE": lambda s: rise(s, generator=None),
+    "FIDO": lambda s: fido(s, generator=None, baselines="noise"),
+    "AugmentedSR": lambda s: explain(s, augmented(cam(s), generator=None)),
+    "Smooth Grad-CAM++": lambda s: explain(s, LayerSmoothGradCamPlusPlus(s.net, "relu2")),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_draws_without_a_generator_do_not_depend_on_torchs_defaults(name: str) -> None:
+    s = subjects()
+
+    def draw() -> list[Any]:
+        torch.default_generator.manual_seed(0)
+        return tree_leaves(RANDOM[name](s))
+
+    usual = draw()
+    with another_device_and_dtype():
+        assert are_equal(draw(), usual)
 
 
 @pytest.mark.filterwarnings("ignore")

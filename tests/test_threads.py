@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from captum.attr import (
 )
 from torch import Tensor, nn
 
-from captum_ext._engine import sharing
+from captum_ext._engine import sharing, state
 from captum_ext._engine.sharing import use_model, use_random_states_alone
 from captum_ext._engine.state import preserve_state
 from captum_ext.attr import FIDO, RISE, LayerCam, UpsampleWrapper
@@ -241,6 +242,26 @@ def test_a_new_call_lets_one_go_first_that_waits_for_the_model() -> None:
         return was_alone.is_set()
 
     assert in_threads(work, 4) == [True] * 4
+
+
+@pytest.mark.parametrize("lock", ["uses", "buffers"])
+def test_a_block_may_be_closed_while_its_thread_holds_the_lock(lock: str) -> None:
+    """The garbage collector closes blocks that interrupts cut short, at any time."""
+    net = dropout_net().train()
+
+    def close() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            block = preserve_state(net)
+            block.__enter__()
+        with sharing._lock if lock == "uses" else state._buffers_lock:
+            del block
+
+    closing = threading.Thread(target=close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert sharing._uses == []
 
 
 # --- random numbers ------------------------------------------------------------------------------

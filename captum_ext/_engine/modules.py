@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 
-from captum_ext._checks import brief, closest
+from captum_ext._checks import closest
 from captum_ext._errors import ArgumentError, ArgumentTypeError
+from captum_ext._repr import bounded_repr
 
 Tensors = tuple[Tensor, ...]
 Forward = Callable[..., Any]
@@ -54,7 +55,8 @@ def require_module(
     root = root_module(forward_func)
     if root is None:
         raise ArgumentError(
-            f"`{argument}` must be a torch.nn.Module, got {brief(forward_func)}{advice}.", argument
+            f"`{argument}` must be a torch.nn.Module, got {bounded_repr(forward_func)}{advice}.",
+            argument,
         )
     return root
 
@@ -126,15 +128,21 @@ def check_eager(forward_func: Forward, layer: Module, argument: str = "forward_f
         argument: the name of `forward_func` in the error.
     """
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
-    if getattr(getattr(eval_frame, "_stance", None), "stance", None) == "force_eager":
+    if eval_frame is None:  # nothing was compiled in this process
         return
-    root = root_module(forward_func)
-    for name, part in () if root is None else root.named_modules():
-        compiled = getattr(part, "_orig_mod", None)
-        if part._compiled_call_impl is not None:
-            compiled = part
-        if compiled is not None and any(inner is layer for inner in compiled.modules()):
-            label = f"`layer` is in `{name}`," if name else f"`{argument}` is"
+    root, stance = root_module(forward_func), getattr(eval_frame, "_stance", None)
+    if root is None or getattr(stance, "stance", None) == "force_eager":
+        return
+    wrapper = getattr(eval_frame, "OptimizedModule", ())
+    for part in root.modules():
+        is_wrapper = isinstance(part, wrapper)
+        if not is_wrapper and part._compiled_call_impl is None:
+            continue
+        compiled: Any = part._orig_mod if is_wrapper else part
+        if any(inner is layer for inner in compiled.modules()):
+            label = f"`{argument}` is"
+            if part is not root:
+                label = f"`layer` is in {module_name(forward_func, part)},"
             raise ArgumentError(
                 f"{label} a compiled module, and compiled graphs ignore hooks: {EAGER_ADVICE}."
             )

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_ext._checks import brief
 from captum_ext._compat import TargetType, _format_additional_forward_args
 from captum_ext._engine.faults import explained_faults
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.targets import check_on_host, check_target, select_entries
 from captum_ext._errors import ArgumentError, ArgumentTypeError
+from captum_ext._repr import bounded_repr
 
 Score = str | Callable[[Tensor], Tensor]
 SCORES = ("logit", "sigmoid", "softmax")
@@ -32,7 +32,7 @@ def check_score(score: Score) -> None:
     """Raise a ValueError unless `score` is a name in `SCORES` or a callable."""
     if not callable(score) and score not in SCORES:
         raise ArgumentError(
-            f"`score` must be one of {SCORES} or a callable, got {brief(score)}.", "score"
+            f"`score` must be one of {SCORES} or a callable, got {bounded_repr(score)}.", "score"
         )
 
 

@@ -83,7 +83,9 @@ class ModelUse:
         return self.roots == other.roots or not self.parts.isdisjoint(other.parts)
 
 
-_lock = threading.Lock()
+# Reentrant, because the garbage collector may run at any time, also while this thread holds it, and
+# close a block that an interrupt cut short.
+_lock = threading.RLock()
 _changed = threading.Condition(_lock)
 _uses: list[ModelUse] = []  # an interrupt may leave a use here that has ended
 
@@ -91,7 +93,7 @@ _uses: list[ModelUse] = []  # an interrupt may leave a use here that has ended
 def _reset_in_child() -> None:
     """Forget the other threads, which a fork does not copy. One of them may hold the lock."""
     global _lock, _changed
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _changed = threading.Condition(_lock)
     _uses[:] = [use for use in _uses if use.is_of_this_thread()]
 

@@ -55,7 +55,7 @@ class _BufferSnapshot:
                         raise
 
 
-_buffers_lock = threading.Lock()
+_buffers_lock = threading.RLock()  # reentrant for the reason of the lock in `sharing`
 # By the module's id: its buffers before the first of the calls in progress, and the uses of the
 # model by these calls.
 _buffers_of_modules: dict[int, tuple[_BufferSnapshot, list[ModelUse]]] = {}
@@ -64,7 +64,7 @@ _buffers_of_modules: dict[int, tuple[_BufferSnapshot, list[ModelUse]]] = {}
 def _reset_in_child() -> None:
     """End the calls of the other threads, which a fork does not copy. One may hold the lock."""
     global _buffers_lock
-    _buffers_lock = threading.Lock()
+    _buffers_lock = threading.RLock()
     for key, (first, uses) in list(_buffers_of_modules.items()):
         uses[:] = [use for use in uses if use.is_of_this_thread()]
         if not uses:

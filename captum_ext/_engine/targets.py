@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_ext._checks import brief
 from captum_ext._compat import TargetType, _run_forward, _select_targets, is_target_selection
 from captum_ext._engine.modules import Forward
 from captum_ext._errors import ArgumentTypeError
+from captum_ext._repr import bounded_repr
 
 _FORMS = (
     "a target is the index of a class (an int, or a tuple of ints for outputs with more than one "
@@ -36,9 +36,9 @@ def check_target(target: Any) -> None:
     elif isinstance(target, list):
         if target and (all(map(_is_index, target)) or all(map(_is_tuple_of_indices, target))):
             return
-        received = brief(target)
+        received = bounded_repr(target)
     else:
-        received = brief(target)
+        received = bounded_repr(target)
     raise AssertionError(f"`target` is {received}, but {_FORMS}.")
 
 
@@ -135,7 +135,7 @@ def _misfit(shape: Sequence[int], target: TargetType) -> str:
         return f"`target` has {len(target)} entries for {shape[0]} examples, not one for each."
     if isinstance(target, list) and sizes:
         target = next((entry for entry in target if not _fits(entry, sizes)), target)
-    start = f"`target` {brief(target)} is out of range for outputs of shape {outputs}"
+    start = f"`target` {bounded_repr(target)} is out of range for outputs of shape {outputs}"
     if not sizes:
         return f"{start}: the model gives one score for each example, so pass target=None."
     classes = f"a class from 0 to {sizes[0] - 1}"

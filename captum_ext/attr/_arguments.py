@@ -1,6 +1,7 @@
 """Checks that every attribution makes of its arguments before and while the model runs."""
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -14,6 +15,16 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 # Names in other packages, and the lines that do the same here.
 _CONSTRUCTOR_HABITS = ("model", "target_layer", "target_layers", "use_cuda")
 _ATTRIBUTE_HABITS = ("input_tensor", "targets")
+
+
+class _OuterCall(threading.local):
+    """The lock that a thread's outermost call of a method holds."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+_outer_call = _OuterCall()
 
 
 def refuse_constructor_habits(cls: type, names: Mapping[str, Any]) -> None:
@@ -35,8 +46,9 @@ def refuse_constructor_habits(cls: type, names: Mapping[str, Any]) -> None:
 def checks_arguments(attribute: Method) -> Method:
     """Check the inputs and the target of a method that explains a model.
 
-    The errors of the model that come from its inputs are raised again with their cause. Write it
-    under `@log_usage()`: Captum's NoiseTunnel calls what lies under that decorator.
+    The errors of the model that come from its inputs are raised again with their cause. What a
+    wrapper passes on to the methods in it is not checked again, crop by crop. Write the decorator
+    under `@log_usage()`: Captum's NoiseTunnel calls what lies under that one.
     """
     signature = inspect.signature(attribute)
     parameters = list(signature.parameters)
@@ -46,6 +58,8 @@ def checks_arguments(attribute: Method) -> Method:
 
     @wraps(attribute)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _outer_call.lock.locked():
+            return attribute(self, *args, **kwargs)
         for habit in _ATTRIBUTE_HABITS:
             if habit in kwargs and not has_targets:
                 raise TypeError(
@@ -64,6 +78,7 @@ def checks_arguments(attribute: Method) -> Method:
         if target is not default:
             check_target(target)
         with (
+            _outer_call.lock,
             explained_faults(self.forward_func, inputs),
             refuse_unbatched(self.forward_func, inputs),
         ):

@@ -255,17 +255,7 @@ def summary(
         for other in (name, against) if name != against else names:
             sums_of(name, m, other)
     of_method = {name: [s for key, s in sums.items() if key[0] == name] for name in names}
-    for row in store.rows():
-        if not row["failure"]:
-            for total in of_method[row["method"]]:
-                try:
-                    total.add(row)
-                except ValueError as error:
-                    raise ArgumentError(
-                        f"`output` {output}: the row of image {row['index']} by "
-                        f"{row['method']!r} is damaged ({first_line(error, 500)}). Name another "
-                        f"folder."
-                    ) from error
+    _add_rows(store, of_method)
 
     @cache
     def resampled(name: str, m: Measure, other: str) -> Array:
@@ -335,6 +325,23 @@ def _count_rows(
         for m in measures:
             has[name, m.name][int(row["index"])] = all(row[c] for c in m.column_names())
     return images, failures, reasons, has
+
+
+def _add_rows(store: ResultStore, sums: Mapping[str, Iterable["_WeightedSums"]]) -> None:
+    """Add the rows of a run to the sums of their methods.
+
+    Raises:
+        ValueError: a row with another content than its column has.
+    """
+    for row in store.rows():
+        for total in () if row["failure"] else sums[row["method"]]:
+            try:
+                total.add(row)
+            except ValueError as error:
+                raise ArgumentError(
+                    f"`output` {store.folder}: the row of image {row['index']} by "
+                    f"{row['method']!r} is damaged ({first_line(error, 500)}). Name another folder."
+                ) from error
 
 
 class _WeightedSums:

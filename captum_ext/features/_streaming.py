@@ -19,9 +19,9 @@ from captum_ext.features._top_activations import TopActivations
 
 
 class PassState(NamedTuple):
-    """What a pass has collected: the top activations of the first `n_done` pictures of a shard.
+    """The top activations of the first `n_done` pictures of a shard.
 
-    `unread` are the indices of those among them that cannot be read.
+    `unread` are the indices of those pictures that cannot be read.
     """
 
     top: TopActivations
@@ -98,7 +98,7 @@ class PassCheckpoint:
 
 
 def _misfit(top: TopActivations, empty: TopActivations, maps: Tensor, done: set[int]) -> str:
-    """Why a stored collector is not one of the pictures `done`, or an empty text."""
+    """The reason why a stored collector is not one of the pictures `done`, or an empty text."""
     if (top.n, top.per_image) != (empty.n, empty.per_image):
         return f"it collects {top.n} activations, {top.per_image} of an image"
     if top.grid is None:

@@ -11,7 +11,6 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from captum_ext._checks import (
-    brief,
     check_choice,
     check_count,
     check_generator,
@@ -24,7 +23,7 @@ from captum_ext._data.pixels import mean_and_std
 from captum_ext._engine.modules import Forward, find_module, module_name, root_module
 from captum_ext._engine.state import preserve_state, seeded_random, set_inference_mode
 from captum_ext._errors import ArgumentError, ArgumentTypeError
-from captum_ext._repr import fields_repr, options_repr
+from captum_ext._repr import bounded_repr, fields_repr, options_repr
 from captum_ext.features._parametrizations import Fourier, Pixels
 from captum_ext.features._starts import (
     SharedRandom,
@@ -167,7 +166,7 @@ class ActivationMaximization:
         self.normalize = None if normalize is None else mean_and_std(normalize, torch.float64)
         if reshape_transform is not None and not callable(reshape_transform):
             raise ArgumentTypeError(
-                f"`reshape_transform` must be callable, got {brief(reshape_transform)}.",
+                f"`reshape_transform` must be callable, got {bounded_repr(reshape_transform)}.",
                 "reshape_transform",
             )
         self.reshape_transform = reshape_transform

@@ -252,6 +252,16 @@ def test_the_warning_is_for_images_only_and_comes_once() -> None:
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("make", [sess, augmented, lambda base: lambda net: base(net).attribute])
+def test_wrappers_warn_of_pixel_values_once_and_not_for_each_crop(make: Any) -> None:
+    explain = make(lambda net: UpsampleWrapper(LayerCam(net, "conv2")))(small_net())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        explain(X * 255, target=1)
+    assert [w for w in caught if "values from" in str(w.message)] == caught
+    assert len(caught) == 1
+
+
 # --- targets --------------------------------------------------------------------------------------
 
 NO_TARGETS = [

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from captum_ext._checks import brief, warn
+from captum_ext._checks import warn
 from captum_ext._compat import (
     GradientAttribution,
     LayerAttribution,
@@ -36,7 +36,7 @@ from captum_ext._engine.outputs import check_one_score_per_example
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError, ArgumentTypeError
-from captum_ext._repr import options_repr
+from captum_ext._repr import bounded_repr, options_repr
 from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._method_info import MethodInfo
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
@@ -101,7 +101,7 @@ class BaseLayerCam(MethodInfo, LayerAttribution, Generic[LayerOrList]):
         transform, layer = self.reshape_transform, self.layer
         if transform is not None and not callable(transform):
             raise ArgumentTypeError(
-                f"`reshape_transform` must be callable, got {brief(transform)}.",
+                f"`reshape_transform` must be callable, got {bounded_repr(transform)}.",
                 "reshape_transform",
             )
         if isinstance(layer, list) and not layer:

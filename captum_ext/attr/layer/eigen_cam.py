@@ -28,10 +28,10 @@ class LayerEigenCam(BaseLayerCam[LayerOrList]):
 
     .. math:: L = A v_1 = \sigma_1 u_1
 
-    The map does not depend on the class. A classifier still needs a `target`, which is checked as
-    in every method. The sign of a singular vector is arbitrary. Here it is chosen so that the map
-    correlates with the mean activation; non-negative activations then give a non-negative map. If
-    the mean is zero but for rounding (after a layer norm), the value farthest from 0 is positive.
+    The map does not depend on the class, so no `target` is needed. The sign of a singular vector is
+    arbitrary. Here it is chosen so that the map correlates with the mean activation; non-negative
+    activations then give a non-negative map. If the mean is zero but for rounding (after a layer
+    norm), the value farthest from 0 is positive.
 
     Args:
         forward_func: the model.

@@ -2,8 +2,8 @@
 
 from captum.attr import Attribution
 
-from captum_ext._checks import brief
 from captum_ext._errors import ArgumentTypeError
+from captum_ext._repr import bounded_repr
 from captum_ext.attr._mixin import AttributionMixin
 from captum_ext.attr._plain_gradients import warn_of_plain_gradients
 
@@ -22,7 +22,7 @@ class BaseWrapper(AttributionMixin, Attribution):
         if not isinstance(attribution_method, Attribution):
             raise ArgumentTypeError(
                 f"`attribution_method` must be an instance of a Captum attribution class, got "
-                f"{brief(attribution_method)}: such as "
+                f"{bounded_repr(attribution_method)}: such as "
                 f"{type(self).__name__}(LayerGradCam(model, model.layer4))."
             )
         super().__init__(attribution_method.forward_func)
