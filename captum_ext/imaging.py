@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_ext._engine.precision import full_precision, without_autocast
+from captum_ext._engine.precision import full_precision, headroom, without_autocast
 from captum_ext._errors import ArgumentError
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -92,13 +92,15 @@ def lay_over(x: Tensor, size: tuple[int, int], offset: tuple[float, float] = (0.
     """
     if offset == (0.0, 0.0):
         return resize(x, size)
+    values = full_precision(x)  # halves do not tell the coordinates of neighbours apart
     coordinates = [
-        (torch.arange(n, device=x.device, dtype=x.dtype) + 0.5 - shift) * 2 / n - 1
+        (torch.arange(n, device=x.device, dtype=values.dtype) + 0.5 - shift) * 2 / n - 1
         for n, shift in zip(size, offset, strict=True)
     ]
     rows, columns = torch.meshgrid(*coordinates, indexing="ij")
     grid = torch.stack([columns, rows], -1).expand(len(x), -1, -1, -1)
-    return F.grid_sample(x, grid, "bilinear", "border", align_corners=False)
+    laid = F.grid_sample(values, grid, "bilinear", "border", align_corners=False)
+    return laid.to(x.dtype)
 
 
 def warp(
@@ -229,5 +231,7 @@ def min_max(x: Tensor) -> Tensor:
     """
     flat = full_precision(x).flatten(2)
     low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)
+    room = headroom(low, high)
+    flat, low, high = flat * room, low * room, high * room
     scaled = (flat - low) / torch.where(high == low, 1, high - low)
     return scaled.reshape(x.shape).to(x.dtype)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Generator, Tensor, nn
 
-from captum_ext._engine.precision import full_precision, without_autocast
+from captum_ext._engine.precision import full_precision, headroom, without_autocast
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import options_repr
 from captum_ext.imaging import blur
@@ -227,7 +227,9 @@ class Infill:
         images = self.images[examples]
         if self.noise is not None:
             low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
-            return (low + (high - low) * self.noise.to(images))[:, None]
+            room = headroom(low, high)
+            low, high = low * room, high * room
+            return ((low + (high - low) * self.noise.to(images)) / room)[:, None]
         assert self.of_masks is not None
         repeated = images.repeat_interleave(keep.shape[1], 0)
         filled = self.of_masks(repeated, keep.flatten(0, 1).clone())

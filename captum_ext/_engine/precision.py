@@ -1,5 +1,6 @@
-"""Half precision: accumulation in float32, and gradients too small for float16."""
+"""The range and precision of floats: halves, squares, and gradients too small for float16."""
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,21 +16,32 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def divide_by_power(x: Tensor) -> tuple[Tensor, Tensor]:
+def divide_by_power(x: Tensor, least: int = -126) -> tuple[Tensor, Tensor]:
     """Divide each example by a power of two, so that its squares are in the range of floats.
 
     The division is exact, unless values vanish beside the largest one.
 
     Args:
         x: (B, ...), float32 or better.
+        least: the least exponent. With 0, small values stay as they are.
 
     Returns:
         The example divided by its power, with a largest value between 1/2 and 1 (if it is no
         denormal number), and the powers, (B, 1, ...). Examples of zeros stay as they are.
     """
     largest = x.detach().abs().flatten(1).amax(1).reshape(-1, *[1] * (x.dim() - 1))
-    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
+    exponent = torch.frexp(largest).exponent.clamp(least, 126)
     return torch.ldexp(x, -exponent), torch.ldexp(torch.ones_like(largest), exponent)
+
+
+def headroom(low: Tensor, high: Tensor) -> Tensor:
+    """A factor with which high - low does not overflow: 1, or 1/2 where it would."""
+    return 1 - torch.isinf(high - low).to(low) / 2
+
+
+def twice_square(sigma: float) -> float:
+    """2 sigma^2, the denominator of a Gaussian: greater than 0, and infinite if it overflows."""
+    return max(2 * sigma * sigma, sys.float_info.min)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from captum_ext._engine.precision import without_autocast
+from captum_ext._engine.precision import divide_by_power, without_autocast
+
+_LEAST_POWER = 2.0**-126  # of scores that are all 0
 
 
 class MaskedMeans:
@@ -11,7 +13,8 @@ class MaskedMeans:
 
     With masks m and scores f, the sums are of g, m, m^2, g m, g m^2 and g^2 m^2, for g = f - f_0
     with the score f_0 of the first mask. So large scores that differ little lose no digits, and a
-    constant score is exact.
+    constant score is exact. Scores are divided by the power of two of the largest so far, so that
+    their squares are in the range of floats.
 
     Args:
         with_errors: whether to keep the sums for standard errors.
@@ -24,6 +27,12 @@ class MaskedMeans:
     def add(self, scores: Tensor, masks: Tensor) -> None:
         """Add masks (n, P) and their scores (n, R)."""
         f = scores.to(masks)
+        power = torch.where(f.any(0)[:, None], divide_by_power(f.T)[1], _LEAST_POWER)
+        if self.n:
+            self._grow_power(power)
+        else:
+            self.power = power
+        f = f / self.power.T
         if self.n == 0:
             self.first = f[0].clone()
             rows, pixels = f.shape[1], masks.shape[1]
@@ -46,6 +55,16 @@ class MaskedMeans:
                 self.gmm.addmm_(g.T, squares)
                 self.ggmm.addmm_(g.square().T, squares)
 
+    def _grow_power(self, power: Tensor) -> None:
+        """Divide all sums by a larger power (R, 1), where scores have grown. This is exact."""
+        larger = torch.maximum(self.power, power)
+        ratio, self.power = self.power / larger, larger
+        self.first, self.g = self.first * ratio[:, 0], self.g * ratio[:, 0]
+        self.gm *= ratio
+        if self.with_errors:
+            self.gmm *= ratio
+            self.ggmm *= ratio.square()
+
     def check(self) -> None:
         """Raise a ValueError if a score was not finite. This synchronises with the device."""
         if self.is_finite is None or not bool(self.is_finite):
@@ -53,6 +72,11 @@ class MaskedMeans:
 
     def estimates(self, p: float, estimator: str) -> tuple[Tensor, Tensor]:
         """The maps (R, P) and their standard errors."""
+        maps, errors = self._divided_estimates(p, estimator)
+        return maps * self.power, errors * self.power
+
+    def _divided_estimates(self, p: float, estimator: str) -> tuple[Tensor, Tensor]:
+        """The estimates for the scores divided by `power`."""
         first, n = self.first[:, None], self.n
         maps: Tensor
         if estimator == "standard":

@@ -11,10 +11,11 @@ import torch
 from captum.attr import Attribution
 from captum.metrics import infidelity, sensitivity_max
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from captum_ext._compat import _run_forward
 from captum_ext._engine.modules import Forward
+from captum_ext._engine.precision import divide_by_power, full_precision
 from captum_ext._repr import fields_repr
 from captum_ext.attr._chain import call_attribute
 from captum_ext.evaluation.examples import PreparedExample
@@ -224,17 +225,24 @@ def infidelity_to_noise(
     n_perturb_samples: int = 10,
     normalize: bool = True,
 ) -> Tensor:
-    """`captum.metrics.infidelity`, with Gaussian noise unless there is a `perturb_func`."""
+    """`captum.metrics.infidelity`, with Gaussian noise unless there is a `perturb_func`.
+
+    If it is normalised, a factor of the attributions cancels, and a power of two is taken out:
+    Captum squares them.
+    """
 
     def add_noise(images: Tensor) -> tuple[Tensor, Tensor]:
         change = noise * torch.randn_like(images)
         return change, images - change
 
+    attributions = batch.attributions
+    if normalize and full_precision(attributions) is attributions:
+        attributions = divide_by_power(attributions)[0]
     values: Tensor = infidelity(
         batch.forward_func,
         add_noise if perturb_func is None else perturb_func,
         batch.images,
-        batch.attributions.expand_as(batch.images),
+        attributions.expand_as(batch.images),
         additional_forward_args=batch.additional_forward_args,
         target=batch.target,
         n_perturb_samples=n_perturb_samples,
@@ -247,11 +255,23 @@ def infidelity_to_noise(
 def sensitivity_to_noise(
     batch: ExplainedBatch, *, perturb_radius: float = 0.02, n_perturb_samples: int = 10
 ) -> Tensor:
-    """`captum.metrics.sensitivity_max`: the change of the map when the image has some noise."""
+    """`captum.metrics.sensitivity_max`: the change of the map when the image has some noise.
+
+    It is a ratio of lengths. Maps are divided by powers of two of the first ones, those of the
+    images without noise, because Captum squares them.
+    """
+    powers: list[Tensor] = []
 
     def explain(images: Any, **kwargs: Any) -> Any:
         # Captum takes views of them, which channels last and expanded maps do not have.
-        return tree_map(Tensor.contiguous, call_attribute(batch.attribution, images, **kwargs))
+        maps = tree_map(Tensor.contiguous, call_attribute(batch.attribution, images, **kwargs))
+        leaves = tree_leaves(maps)
+        if len(leaves) > 1 or full_precision(leaves[0]) is not leaves[0]:
+            return maps
+        if not powers:
+            powers.append(divide_by_power(leaves[0])[1])
+        repeats = len(leaves[0]) // len(powers[0])
+        return tree_map(lambda m: m / powers[0].repeat_interleave(repeats, 0), maps)
 
     def add_noise(images: Tensor) -> Tensor:  # Captum's own is float32
         return images + torch.empty_like(images).uniform_(-perturb_radius, perturb_radius)

@@ -10,12 +10,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from captum_ext._checks import check_count, check_generator, check_positive, warn
-from captum_ext._engine.precision import full_precision, without_autocast
+from captum_ext._engine.precision import full_precision, twice_square, without_autocast
 from captum_ext._errors import ArgumentError
 
 # Elements of the affinity matrix that are in memory at once: in float32 32 MiB on a GPU, and 4 MiB
 # on a CPU, which fit into its caches.
 CHUNK, CPU_CHUNK = 2**23, 2**20
+# Smaller standard deviations, as shares of the contrast, tell no more colours apart. Their squares
+# stay in the range of floats.
+_LEAST_SIGMA = 2.0**-50
+_LARGEST_ERROR = 2.0**-6  # of the exponents of A
 
 
 class _Potts(torch.autograd.Function):
@@ -98,7 +102,7 @@ def dense_crf_loss(
         tensor(0.5000)
     """
     _check_settings(sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, side=side, n_anchors=n_anchors)
-    foreground, images = _validated(foreground, images)
+    foreground, images, contrast = _validated(foreground, images)
     check_generator(generator, foreground.device)
     longer = max(foreground.shape[2:])
     if side is not None and side < longer:
@@ -109,10 +113,13 @@ def dense_crf_loss(
     anchors = None
     if n_anchors is not None and n_anchors < n_pixels:
         anchors = torch.randperm(n_pixels, generator=generator, device=p.device)[:n_anchors]
+    sigma_rgb, sigma_xy = max(sigma_rgb, _LEAST_SIGMA * contrast), max(sigma_xy, _LEAST_SIGMA)
     features = _features(images, sigma_rgb, sigma_xy)
+    squares = images.shape[1] * (contrast / sigma_rgb) ** 2 + (1 / sigma_xy) ** 2
+    by_inner_products = squares * torch.finfo(p.dtype).eps < _LARGEST_ERROR
 
     def multiply(p: Tensor) -> tuple[Tensor, Tensor]:
-        return _products(features, p, anchors)
+        return _products(features, p, anchors, by_inner_products)
 
     with without_autocast(p):
         return _potts(p, multiply).mean() / n_pixels**2
@@ -128,8 +135,13 @@ def _features(images: Tensor, sigma_rgb: float, sigma_xy: float) -> Tensor:
     return (features - features.mean(1, keepdim=True)) * math.sqrt(math.log2(math.e))
 
 
-def _products(features: Tensor, p: Tensor, anchors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The products A1 and Ap, (N, P) each, a chunk of A's rows at a time."""
+def _products(
+    features: Tensor, p: Tensor, anchors: Tensor | None, by_inner_products: bool
+) -> tuple[Tensor, Tensor]:
+    """The products A1 and Ap, (N, P) each, a chunk of A's rows at a time.
+
+    |f_i - f_j|^2 comes from inner products, which is faster, or from the differences.
+    """
     columns = torch.stack((torch.ones_like(p), p), 2)
     others = features
     if anchors is not None:
@@ -138,8 +150,12 @@ def _products(features: Tensor, p: Tensor, anchors: Tensor | None) -> tuple[Tens
     chunks = []
     chunk = CPU_CHUNK if p.device.type == "cpu" else CHUNK
     for rows in features.split(max(chunk // (len(p) * others.shape[1]), 1), 1):
-        exponents = torch.baddbmm(half_squares, rows, others.transpose(1, 2), beta=-1)
-        exponents -= rows.square().sum(2, keepdim=True) / 2
+        if by_inner_products:
+            exponents = torch.baddbmm(half_squares, rows, others.transpose(1, 2), beta=-1)
+            exponents -= rows.square().sum(2, keepdim=True) / 2
+        else:
+            distances = torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
+            exponents = distances.square_().mul_(-0.5)
         # On a CPU exp (MKL's) takes several times as long where it underflows, exp2 does not.
         chunks.append(exponents.clamp_(max=0).exp2_() @ columns)
         del exponents  # frees the memory before the next chunk needs it
@@ -192,9 +208,10 @@ def local_crf_loss(
         tensor(1.)
     """
     _check_settings(radius=radius, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy)
-    foreground, images = _validated(foreground, images)
+    foreground, images, contrast = _validated(foreground, images)
     height, width = images.shape[2:]
-    colours = images / (sigma_rgb * math.sqrt(2))
+    colours = images / (max(sigma_rgb, _LEAST_SIGMA * contrast) * math.sqrt(2))
+    twice_variance = twice_square(sigma_xy)
 
     def multiply(p: Tensor) -> tuple[Tensor, Tensor]:
         planes = p.reshape(-1, height, width)
@@ -206,7 +223,7 @@ def local_crf_loss(
                 i = (slice(None), slice(0, height - dy), slice(max(-dx, 0), width - max(dx, 0)))
                 j = (slice(None), slice(dy, height), slice(max(dx, 0), width + min(dx, 0)))
                 distances = (colours[:, :, *i[1:]] - colours[:, :, *j[1:]]).square().sum(1)
-                a = torch.exp(-distances - (dy * dy + dx * dx) / (2 * sigma_xy**2))
+                a = torch.exp(-distances - (dy * dy + dx * dx) / twice_variance)
                 a_ones[i] += a
                 a_ones[j] += a
                 a_p[i] += a * planes[j]
@@ -297,8 +314,11 @@ def _check_settings(*, sigma_rgb: Any, sigma_xy: Any, **counts: Any) -> None:
             check_count(name, value)
 
 
-def _validated(foreground: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tensors, validated, in one dtype, which is float32 or float64."""
+def _validated(foreground: Tensor, images: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Both tensors, validated, in one dtype, which is float32 or float64, and the contrast.
+
+    The contrast is the range of the colours; 255 for bytes, and 1 for a single colour.
+    """
     fits = foreground.dim() == images.dim() == 4 and foreground.shape[1] == 1
     fits = fits and foreground.shape[2:] == images.shape[2:] and len(foreground) == len(images)
     if not fits or not foreground.numel() or not foreground.is_floating_point():
@@ -309,11 +329,13 @@ def _validated(foreground: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         )
     foreground = full_precision(foreground)
     colours = images.detach().to(foreground.dtype)
+    contrast = 255.0
     if images.is_floating_point():
-        low, high = colours.aminmax()
-        if bool((low < 0) | ((high <= 1) & (high > 0))):
+        low, high = torch.stack(colours.aminmax()).tolist()
+        contrast = (high - low) or 1.0
+        if low < 0 or 0 < high <= 1:
             warn(
                 f"`images` are in {low:.3g} to {high:.3g}: they must be in 0 to 255, not "
                 f"normalised, or all colours count as similar."
             )
-    return foreground, colours
+    return foreground, colours, contrast

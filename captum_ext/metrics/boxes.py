@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import check_count, check_positive, check_range, warn
-from captum_ext._engine.precision import full_precision
+from captum_ext._engine.precision import full_precision, twice_square
 from captum_ext.metrics._inputs import (
     check_boxes,
     check_corners,
@@ -217,7 +217,7 @@ def center_gaussian(
         check_count("size", side)
     check_positive("sigma", sigma)
     y, x = (
-        torch.exp(-(((pixel + 0.5) / n - 0.5) ** 2) / (2 * sigma**2))
+        torch.exp(-(((pixel + 0.5) / n - 0.5) ** 2) / twice_square(sigma))
         for n in size
         for pixel in [torch.arange(n, dtype=torch.float64, device="cpu")]
     )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import check_choice
+from captum_ext._engine.precision import divide_by_power
 from captum_ext.metrics._definition import MetricDefinition
 from captum_ext.metrics._inputs import checked_maps, checked_masks
 
@@ -82,7 +83,10 @@ def total_variation(maps: Tensor, norm: str = "squared") -> Tensor:
     _check_norm(norm)
     values = checked_maps(maps, "maps")
     steps = torch.cat((values.diff(dim=1).flatten(1), values.diff(dim=2).flatten(1)), 1)
-    return (steps.square() if norm == "squared" else steps.abs()).sum(1)
+    if norm == "absolute" or not steps.shape[1]:
+        return steps.abs().sum(1)
+    divided, power = divide_by_power(steps)
+    return divided.square().sum(1) * power[:, 0] * power[:, 0]
 
 
 def _check_norm(norm: str) -> None:

@@ -3,7 +3,7 @@
 from kornia.metrics import ssim
 from torch import Tensor
 
-from captum_ext._engine.precision import full_precision, without_autocast
+from captum_ext._engine.precision import divide_by_power, full_precision, without_autocast
 from captum_ext._errors import ArgumentError
 
 WINDOW = 11  # of SSIM, with sigma 1.5
@@ -74,7 +74,10 @@ def deep_similarity(latents: Tensor, others: Tensor) -> Tensor:
         >>> deep_similarity(torch.zeros(1, 2, 3, 3), torch.full((1, 2, 3, 3), 0.5))
         tensor([0.2500])
     """
-    return (full_precision(others) - full_precision(latents)).square().flatten(1).mean(1)
+    difference = (full_precision(others) - full_precision(latents)).flatten(1)
+    # Small differences stay as they are, because a gradient is larger than its square.
+    divided, power = divide_by_power(difference, least=0)
+    return divided.square().mean(1) * power[:, 0] * power[:, 0]
 
 
 def perception_loss(
