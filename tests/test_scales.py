@@ -111,6 +111,10 @@ def test_a_power_of_two_does_not_change_it(name: str) -> None:
         assert torch.equal(UNCHANGED[name](X * 2.0**exponent), expected), exponent
 
 
+def test_a_tolerance_of_any_size_takes_in_the_whole_image() -> None:
+    assert metrics.pointing_game(X, MASKS, 1e200).all()
+
+
 @pytest.mark.parametrize("contours", ["largest", "all"])
 def test_boxes_at_shares_of_the_maximum_do_not_depend_on_it(contours: str) -> None:
     expected = metrics.box_ious(UNIT, BOXES, contours)

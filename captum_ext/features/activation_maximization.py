@@ -21,6 +21,7 @@ from captum_ext._checks import (
 from captum_ext._compat import TargetType, with_progress
 from captum_ext._data.pixels import mean_and_std
 from captum_ext._engine.modules import Forward, find_module, module_name, root_module
+from captum_ext._engine.precision import divide_by_power
 from captum_ext._engine.state import preserve_state, seeded_random, set_inference_mode
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import bounded_repr, fields_repr, options_repr
@@ -415,8 +416,9 @@ def _transform(images: Tensor, shift: list[int] | None, transform: Transform | N
 
 def _root_mean_square(gradient: Tensor) -> Tensor:
     """The root mean square of each example, in a shape that broadcasts; 1 for zeros."""
-    rms = gradient.square().flatten(1).mean(1).sqrt()
-    return torch.where(rms == 0, 1, rms).reshape(-1, *[1] * (gradient.dim() - 1))
+    divided, power = divide_by_power(gradient)  # squares of small gradients would be 0
+    rms = divided.square().flatten(1).mean(1).sqrt().reshape(power.shape) * power
+    return torch.where(rms == 0, 1, rms)
 
 
 def _check_finite(values: Tensor, history: Tensor, lr: float) -> None:

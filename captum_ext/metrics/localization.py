@@ -66,7 +66,7 @@ def pointing_game(attributions: Tensor, masks: Tensor, tolerance: float = 15) ->
     rows = torch.arange(maps.shape[1], device=maps.device)[:, None] - first // width
     columns = torch.arange(width, device=maps.device) - first % width
     # Nearer than 1 is only the maximum itself.
-    near = rows**2 + columns**2 < max(tolerance**2, 1)
+    near = rows**2 + columns**2 < max(tolerance * tolerance, 1)
     hits: Tensor = (near & masks).flatten(1).any(1) & (flat.amax(1) > flat.amin(1))
     return hits
 

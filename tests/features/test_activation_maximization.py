@@ -283,6 +283,16 @@ def test_a_score_without_a_gradient_moves_nothing(optimizer: str) -> None:
     assert not result.images.any()
 
 
+@pytest.mark.parametrize("exponent", [-100, -70, 60, 100])
+def test_normalized_steps_do_not_depend_on_the_scale_of_the_score(exponent: int) -> None:
+    """Squares of small gradients were 0, and nothing moved."""
+    net, options = small_net(), {"optimizer": "normalized", "l2": 0.0, "n_steps": 4, "target": 1}
+    expected = maximize(net, (3, 12, 12), **options)
+    scaled = maximize(lambda x: net(x) * 2.0**exponent, (3, 12, 12), **options)
+    assert expected.images.any()
+    assert torch.equal(scaled.images, expected.images)
+
+
 def test_a_transform_acts_in_each_step() -> None:
     net, shape = small_net(dtype=torch.float64), (3, 12, 9)
     flipped = maximize(net, shape, transform=lambda x: x.flip(3), **PLAIN)
