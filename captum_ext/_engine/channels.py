@@ -203,6 +203,7 @@ def _result_dims(
     return candidates.pop() if len(candidates) == 1 else None
 
 
+@lru_cache(maxsize=4096)
 def _channels_before_space(name: str, n: int) -> Dims:
     """The channels of a convolution or pooling: dimension 1, or 0 without a batch.
 
