@@ -9,7 +9,7 @@
 - `precision`: sums and gradients in half precision.
 - `capture`: records activations and gradients at layers, in one forward pass.
 - `replay`: runs the model behind a layer again, or only up to a layer.
-- `channels`: finds the dimension of the channels.
+- `channels`: finds the dimension of the channels; `layer_channels` does so at layers.
 - `receptive_field`: computes the region of the image that a unit sees.
 
 A method calls `LayerCapture` (or `LayerReplay`, for many edits of one layer). These hook the layer

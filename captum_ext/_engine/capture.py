@@ -19,9 +19,10 @@ from captum_ext._compat import (
     _reduce_list,
     _sort_key_list,
 )
-from captum_ext._engine.channels import Dims, LayerChannelTracer, check_channels_first
+from captum_ext._engine.channels import Dims, check_channels_first
 from captum_ext._engine.faults import explain_missing_gradient
 from captum_ext._engine.hooks import LayerEdit, edit_layers
+from captum_ext._engine.layer_channels import LayerChannelTracer
 from captum_ext._engine.modules import (
     EAGER_ADVICE,
     Forward,

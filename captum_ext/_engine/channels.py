@@ -6,15 +6,14 @@ layer normalisation into the last dimension. Elementwise operations keep them th
 channels-first or channels-last.
 
 `ChannelTracer` is a torch function mode. It sees each function of a pass and stores the channels'
-dimensions of each result, computed by `_result_dims`. `LayerChannelTracer` enters this mode for the
-part of a pass that leads to given layers, and records the dimensions there.
+dimensions of each result, computed by `_result_dims`. `layer_channels` enters this mode for a part
+of a pass.
 """
 
 import re
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch.nn import Module
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves
 
-from captum_ext._engine.hooks import LockedFunctionMode, hooked
+from captum_ext._engine.hooks import LockedFunctionMode
 from captum_ext._engine.modules import Tensors
 from captum_ext._errors import ArgumentError
 
@@ -37,13 +36,13 @@ _CHANNELS_LAST = ("embedding", "multi_head_attention_forward", "native_multi_hea
 _UNTRACED = ("einsum", "tensordot", "T", "H", "t", "as_strided", "cdist", "fold")
 _REDUCTIONS = ("sum", "mean", "std", "var", "amax", "amin", "max", "min", "prod", "logsumexp",
                "norm")  # fmt: skip
-_CHANNELS_FIRST_MODULES = (
+CHANNELS_FIRST_MODULES = (
     nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm,
     nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
 )  # fmt: skip
 # Without linear layers: whether they mix channels or positions depends on their input.
-_CHANNEL_SOURCES = (*_CHANNELS_FIRST_MODULES, nn.LayerNorm)
+_CHANNEL_SOURCES = (*CHANNELS_FIRST_MODULES, nn.LayerNorm)
 
 
 class ChannelTracer(LockedFunctionMode):
@@ -204,6 +203,7 @@ def _result_dims(
     return candidates.pop() if len(candidates) == 1 else None
 
 
+@lru_cache(maxsize=4096)
 def _channels_before_space(name: str, n: int) -> Dims:
     """The channels of a convolution or pooling: dimension 1, or 0 without a batch.
 
@@ -213,6 +213,18 @@ def _channels_before_space(name: str, n: int) -> Dims:
     """
     space = re.search(r"(?:conv|conv_transpose|convtranspose|pool)(\d)d", name.lower())
     return frozenset({1 if space is None else n - 1 - int(space[1])})
+
+
+def input_channels(layer: Module, n: int) -> Dims:
+    """The channels' dimension in an input of a module of `CHANNELS_FIRST_MODULES`.
+
+    Args:
+        layer: the module.
+        n: the number of dimensions of the input.
+    """
+    # A subclass of a convolution may have any name.
+    names = "".join(base.__name__ for base in type(layer).__mro__)
+    return _channels_before_space(names, n)
 
 
 def call_argument(args: Any, kwargs: dict[str, Any], position: int, key: str, default: Any) -> Any:
@@ -304,84 +316,3 @@ def _index_dims(index: Any, n: int) -> list[int | None] | None:
             kept.append(dim)
         dim += element is not None
     return kept
-
-
-class LayerChannelTracer:
-    """Traces the channels on the way to layers, in each thread that runs them.
-
-    Most layers contain a module that fixes the channels' dimension (see `trace_start`), so a trace
-    of a part of the layer is enough. It is faster: the mode slows down each function that it sees.
-
-    Args:
-        layers: the layers.
-        at_input: trace the layers' inputs, not their outputs.
-        root: the model, if it is known.
-        is_parallel: whether the model runs in threads of its own, like DataParallel's replicas.
-        from_input: trace from the model's input, even if a part of the layers would do.
-
-    Attributes:
-        dims: for each layer, the channels' dimensions of its tensors (None if unknown); empty
-            before it has run.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[Module],
-        at_input: bool,
-        root: Module | None,
-        is_parallel: bool,
-        from_input: bool = False,
-    ) -> None:
-        # The inputs of these layers have their channels in dimension 1, without any trace.
-        known = [at_input and isinstance(layer, _CHANNELS_FIRST_MODULES) for layer in layers]
-        self.untraced = {i for i, is_known in enumerate(known) if is_known}
-        traced = [layer for i, layer in enumerate(layers) if i not in self.untraced]
-        starts = [None if at_input else trace_start(layer) for layer in traced]
-        self.from_input = from_input or None in starts
-        self.starts = [start for start in starts if start is not None]
-        if self.from_input:
-            self.starts = [root] if is_parallel and root is not None else []
-        self.layers, self.is_parallel = layers, is_parallel
-        self.dims: list[list[Dims | None]] = [[] for _ in layers]
-        self.local, self.lock = threading.local(), threading.Lock()
-
-    def begin(self, *_: Any) -> None:
-        """Start the trace in this thread. Traces nest: it stops after as many calls of `_end`."""
-        self.local.depth = getattr(self.local, "depth", 0) + 1
-        if self.local.depth == 1:
-            self.local.n_layers_left = len(self.layers) - len(self.untraced)
-            self.local.tracer = ChannelTracer(self.lock)
-            self.local.tracers = [*getattr(self.local, "tracers", ()), self.local.tracer]
-            self.local.tracer.__enter__()
-
-    def record(self, index: int, tensors: Tensors) -> None:
-        """Record the channels' dimensions of the tensors of layer `index`."""
-        if index in self.untraced:
-            # A subclass of a convolution may have any name.
-            names = "".join(base.__name__ for base in type(self.layers[index]).__mro__)
-            self.dims[index] = [_channels_before_space(names, x.dim()) for x in tensors]
-        elif getattr(self.local, "depth", 0):
-            self.dims[index] = [self.local.tracer.dims_of(x) for x in tensors]
-            self.local.n_layers_left -= 1
-            # After the last layer, the model goes on without the mode.
-            if not self.from_input or not self.local.n_layers_left:
-                self._end()
-
-    def _end(self) -> None:
-        self.local.depth -= 1
-        if not self.local.depth:
-            self.local.tracer.leave()
-
-    @contextmanager
-    def tracing(self, inputs: Tensors) -> Iterator[threading.Lock]:
-        """Trace the forward passes in the block, while the yielded lock is held."""
-        hooks = hooked(self.starts, before=self.begin, every_thread=self.is_parallel)
-        try:
-            with hooks as self.lock:
-                if self.from_input and not self.starts:
-                    self.begin()
-                    self.local.tracer.mark_inputs(inputs)
-                yield self.lock
-        finally:
-            for tracer in getattr(self.local, "tracers", ()):
-                tracer.leave_with_inner_modes()
