@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_ext._checks import check_flag
 from captum_ext._engine.precision import full_precision, without_autocast
 from captum_ext._errors import ArgumentError
 
@@ -48,6 +49,8 @@ def resize(
     n = x.dim() - 2
     if mode not in MODES:
         raise ArgumentError(f"`mode` must be one of {MODES}, got {mode!r}.")
+    check_flag("align_corners", align_corners)
+    check_flag("antialias", antialias)
     fits = n in _LINEAR and len(size) == n and (mode != "bicubic" or n == 2)
     if not fits or min(size) < 1:
         raise ValueError(

@@ -5,8 +5,12 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-from captum_ext._checks import check_inputs
+from torch import Tensor
+
+from captum_ext._checks import brief, check_inputs
+from captum_ext._compat import BaselineType, _format_baseline, _validate_input
 from captum_ext._engine.faults import explained_faults, refuse_unbatched
+from captum_ext._engine.modules import Tensors
 from captum_ext._engine.targets import check_target
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -14,6 +18,27 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 # Names in other packages, and the lines that do the same here.
 _CONSTRUCTOR_HABITS = ("model", "target_layer", "target_layers", "use_cuda")
 _ATTRIBUTE_HABITS = ("input_tensor", "targets")
+
+
+def checked_baselines(baselines: BaselineType, inputs: Tensors) -> tuple[Any, ...]:
+    """The baselines in Captum's form, one for each of the inputs.
+
+    Raises:
+        AssertionError: they do not fit the inputs. Captum's own error shows all their values.
+    """
+    formatted: tuple[Any, ...] = _format_baseline(baselines, inputs)
+    try:
+        _validate_input(inputs, formatted)
+    except (AssertionError, IndexError) as error:
+        received, expected = (
+            ", ".join(str(tuple(b.shape)) if isinstance(b, Tensor) else brief(b) for b in values)
+            for values in (formatted, inputs)
+        )
+        raise AssertionError(
+            f"`baselines` must be a number, or a tensor of the shape of the inputs or of one "
+            f"example, for each of the inputs {expected}, got {received}."
+        ) from error
+    return formatted
 
 
 def refuse_constructor_habits(cls: type, names: Mapping[str, Any]) -> None:
