@@ -140,7 +140,7 @@ def check_model_output(output: Any, n: int, argument: str = "forward_func") -> N
         if isinstance(output, Tensor):
             received = output.dtype if is_dense else output.layout
         raise ArgumentTypeError(
-            f"`{argument}` must give a dense tensor of floats, got {received}.", argument
+            f"`{argument}` must give a tensor of floats, got {received}.", argument
         )
     if output.dim() == 0 or len(output) != n or not output.numel():
         raise ArgumentError(
