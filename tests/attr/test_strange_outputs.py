@@ -21,7 +21,7 @@ from captum_ext.attr import (
     UpsampleWrapper,
 )
 from captum_ext.features import ActivationMaximization, maximally_activating_patches
-from captum_ext.imaging import resize
+from captum_ext.imaging import blur, resize, warp
 from captum_ext.metrics import average_drop, deletion, insertion, road
 from captum_ext.perception import LayerEncoder
 from captum_ext.tta import crop_tta
@@ -161,6 +161,19 @@ def test_flags_of_resizing_are_bools(value: Any) -> None:
     for name in ("align_corners", "antialias"):
         with pytest.raises(TypeError, match=f"^`{name}` must be True or False"):
             resize(X, (4, 4), **{name: value})
+
+
+def test_options_of_image_operations() -> None:
+    """Kornia's and torch's errors named neither the argument nor the allowed values."""
+    for sigma in (float("nan"), -1.0, None, "x", True, torch.tensor(2)):
+        with pytest.raises(ValueError, match=r"^`sigma` must be a number, greater than 0"):
+            blur(X, 3, sigma)  # type: ignore[arg-type]
+    for kernel_size in (float("nan"), 2, 3.0, torch.tensor(float("nan"))):
+        with pytest.raises(ValueError, match=r"^`kernel_size` must be odd and positive"):
+            blur(X, kernel_size)  # type: ignore[arg-type]
+    assert torch.isfinite(blur(X, 3, float("inf"))).all()
+    with pytest.raises(ValueError, match=r"^`mode` must be one of"):
+        warp(X, torch.eye(3).repeat(2, 1, 1), mode="area")
 
 
 def test_other_options_out_of_range() -> None:
