@@ -43,8 +43,6 @@ def attempt(call: Callable[[], Any]) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return call()
-    except IndexError as error:  # of Captum, for wrong targets and batches without examples
-        raise RefusedError(str(error)) from error
     except (ValueError, TypeError, AssertionError, FloatingPointError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         if not frames[-1].filename.startswith(OWN) or not str(error):

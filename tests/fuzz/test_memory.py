@@ -63,7 +63,8 @@ def rise(net: nn.Module, x: Tensor, n: int) -> Any:
 
 
 def fido(net: nn.Module, x: Tensor, n: int) -> Any:
-    return FIDO(net).attribute(x, target=0, n_steps=n, n_masks=2 * n, internal_batch_size=4)
+    # The optimizer has no moments yet in the first step, and 4 masks fill chunks of any batch.
+    return FIDO(net).attribute(x, target=0, n_steps=2 * n, n_masks=4 * n, internal_batch_size=4)
 
 
 def smooth(net: nn.Module, x: Tensor, n: int) -> Any:
