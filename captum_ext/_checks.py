@@ -4,7 +4,7 @@ import difflib
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -24,7 +24,7 @@ def is_finite(value: Any) -> bool:
 
 def check_count(name: str, value: int) -> None:
     """Raise a ValueError unless argument `name` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63:
         raise ArgumentError(
             f"`{name}` must be an integer of at least 1, got {bounded_repr(value)}.", name
         )
@@ -84,15 +84,15 @@ def closest(name: str, names: Sequence[str], count: int = 3) -> str:
     return ", ".join(difflib.get_close_matches(name[:_LONGEST_NAME], names, n=count, cutoff=0.0))
 
 
-def check_generator(generator: Any, device: torch.device) -> None:
-    """Raise an error unless `generator` is None or a generator of `device`."""
+def check_generator(generator: Any, device: torch.device | None) -> None:
+    """Raise an error unless `generator` is None or a generator of `device`; None is any device."""
     if generator is None:
         return
     if not isinstance(generator, Generator):
         raise ArgumentTypeError(
             f"`generator` must be a torch.Generator, got {type(generator)}.", "generator"
         )
-    if generator.device != torch.empty(0, device=device).device:
+    if device is not None and generator.device != torch.empty(0, device=device).device:
         raise ArgumentError(
             f"`generator` must be on the device of the inputs, {device}, got {generator.device}.",
             "generator",
@@ -163,6 +163,33 @@ def _value_range(x: Tensor) -> tuple[float, float]:
     return low, high
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    """Raise a TypeError unless each value of a tensor can be read: not sparse, nested or meta."""
+    if x.is_nested or x.layout != torch.strided or x.is_meta:
+        form = "nested" if x.is_nested else x.device if x.is_meta else x.layout
+        raise ArgumentTypeError(f"`{name}` must be a dense tensor with values, got {form}.", name)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise a TypeError unless argument `name` is True or False."""
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"`{name}` must be True or False, got {bounded_repr(value)}.", name)
+
+
+def reshaped(transform: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
+    """A layer's tensor after the user's `reshape_transform`; None leaves it as it is.
+
+    Raises:
+        TypeError: the transform returns no tensor.
+    """
+    y = x if transform is None else transform(x)
+    if not isinstance(y, Tensor):
+        raise ArgumentTypeError(
+            f"`reshape_transform` must return a tensor, got {type(y)}.", "reshape_transform"
+        )
+    return y
+
+
 def check_images(inputs: Any) -> Tensor:
     """Check that `inputs` is one float tensor (B, C, H, W), perhaps in a tuple, and return it."""
     check_inputs(inputs)
@@ -178,6 +205,7 @@ def image_tensor(inputs: Any) -> Tensor:
             "inputs",
         )
     x: Tensor = inputs[0] if isinstance(inputs, tuple) else inputs
+    check_dense("inputs", x)
     if x.dim() != 4 or not x.is_floating_point():
         if x.dim() == 3 and x.is_floating_point():
             advice = " One image is `inputs[None]`."

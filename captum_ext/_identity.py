@@ -224,13 +224,16 @@ def check_same_run(
 # --- files ---------------------------------------------------------------------------------------
 
 
-def check_no_link(path: Path) -> None:
-    """Raise an InputError if a file that will be written is a symbolic link to another one."""
+def check_can_be_file(path: Path) -> None:
+    """Raise an InputError if a file cannot be written there: a link, a folder, a device, a pipe."""
     if path.is_symlink():
         raise InputError(
             f"{str(path)!r} is a symbolic link, through which nothing is written: remove it, or "
             f"name another file"
         )
+    if path.exists() and not path.is_file():  # a file would take the name of a device
+        thing = "folder" if path.is_dir() else "device or a pipe"
+        raise InputError(f"{str(path)!r} is a {thing}: give the name of a file")
 
 
 @contextmanager
@@ -242,10 +245,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     next `atomic_write` of the same `path` removes it.
 
     Raises:
-        InputError: `path` is a symbolic link.
+        InputError: `path` is a symbolic link, a folder, a device or a pipe.
+        OSError: the disk is full, or the folder is not writable; the error names the file.
     """
     path = Path(path)
-    check_no_link(path)
+    check_can_be_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     # Others who may write to the folder cannot put a link at a name that they do not know.
@@ -254,6 +258,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with _locked(unfinished):
             yield unfinished
             unfinished.replace(path)
+    except (OSError, RuntimeError) as error:
+        # A writer of torch's fails after its file, with an error of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno and cause.filename is None:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from captum_ext._checks import reshaped
 from captum_ext._data.pixels import Normalize
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.modules import (
@@ -108,9 +109,7 @@ class LayerMaps:
             raise ArgumentError(
                 f"`layer` `{self.name}` gives {len(tensors)} tensors, and not one.", "layer"
             )
-        maps = tensors[0]
-        if self.reshape_transform is not None:
-            maps = self.reshape_transform(maps)
+        maps = reshaped(self.reshape_transform, tensors[0])
         if maps.dim() == 2:  # a linear layer, whose units see the whole image
             maps = maps[:, :, None, None]
         if maps.dim() != 4 or len(maps) != len(images):

@@ -24,8 +24,8 @@ _Decoder = TypeVar("_Decoder", bound=Module)
 
 def write_tensors(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values to a file. Missing folders are made."""
-    with atomic_write(path) as unfinished:
-        torch.save(content, unfinished)
+    with atomic_write(path) as unfinished, unfinished.open("wb") as file:
+        torch.save(content, file)  # given the name, it would hide the reason why a write failed
 
 
 def read_tensors(path: str | Path, argument: str, problem: str, keys: Iterable[str]) -> Any:

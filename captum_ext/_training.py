@@ -35,6 +35,8 @@ _OF_DAMAGE = (
     pickle.UnpicklingError,
 )
 
+TERMINATED = 128 + signal.SIGTERM  # the exit code
+
 
 class _CheckpointFiles(TorchCheckpointIO):
     """Lightning's checkpoints, whose checksums are compared, and which are written atomically.
@@ -308,7 +310,8 @@ class TrainingRun:
 def keyboard_interrupt() -> Iterator[None]:
     """A block in which Ctrl-C raises KeyboardInterrupt, as everywhere in Python.
 
-    Lightning would end the process instead, and leave a handler that ignores the next Ctrl-C.
+    Lightning would end the process instead, and leave a handler that ignores the next Ctrl-C. After
+    SIGTERM it would end the process with code 0, as if the training were complete.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -316,6 +319,8 @@ def keyboard_interrupt() -> Iterator[None]:
     except (SystemExit, ImportError) as error:  # the latter from a module that was being imported
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
+        if isinstance(error, SystemExit) and error.code is None:
+            error.code = TERMINATED
         raise
     finally:
         if threading.current_thread() is threading.main_thread():

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_ext._checks import check_choice, check_flag
 from captum_ext._engine.precision import full_precision, headroom, without_autocast
 from captum_ext._errors import ArgumentError
+from captum_ext._repr import bounded_repr
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
+_WARPS = ("bilinear", "nearest", "bicubic")
 _PADDINGS = ("zeros", "border", "reflection")
 
 
@@ -48,6 +51,8 @@ def resize(
     n = x.dim() - 2
     if mode not in MODES:
         raise ArgumentError(f"`mode` must be one of {MODES}, got {mode!r}.")
+    check_flag("align_corners", align_corners)
+    check_flag("antialias", antialias)
     fits = n in _LINEAR and len(size) == n and (mode != "bicubic" or n == 2)
     if not fits or min(size) < 1:
         raise ValueError(
@@ -119,7 +124,7 @@ def warp(
         A tensor of the shape and dtype of `x`.
 
     Raises:
-        ValueError: an unknown `fill`.
+        ValueError: an unknown `fill` or `mode`.
 
     Example:
         >>> right = torch.tensor([[[1.0, 0, 1], [0, 1, 0], [0, 0, 1]]])
@@ -129,6 +134,7 @@ def warp(
     """
     from kornia.geometry.transform import warp_affine
 
+    check_choice("mode", mode, _WARPS)
     if isinstance(fill, str) and fill not in _PADDINGS:
         raise ArgumentError(
             f"`fill` must be one of {_PADDINGS}, a number or a tensor, got {fill!r}."
@@ -166,7 +172,7 @@ def blur(x: Tensor, kernel_size: int = 51, sigma: float = 50.0) -> Tensor:
         A tensor of the shape and dtype of `x`.
 
     Raises:
-        ValueError: an even or negative `kernel_size`.
+        ValueError: an even or negative `kernel_size`; a `sigma` that is not greater than 0.
 
     Example:
         >>> blur(torch.tensor([[[0.0, 0.0, 1.0, 0.0]]]), kernel_size=3, sigma=1.0)
@@ -174,8 +180,13 @@ def blur(x: Tensor, kernel_size: int = 51, sigma: float = 50.0) -> Tensor:
     """
     from kornia.filters import filter2d, get_gaussian_kernel1d
 
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ArgumentError(f"`kernel_size` must be odd and positive, got {kernel_size}.")
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ArgumentError(
+            f"`kernel_size` must be odd and positive, got {bounded_repr(kernel_size)}."
+        )
+    is_number = isinstance(sigma, int | float) and not isinstance(sigma, bool)
+    if not is_number or not sigma > 0:  # infinity gives the mean
+        raise ArgumentError(f"`sigma` must be a number, greater than 0, got {bounded_repr(sigma)}.")
     kernel = get_gaussian_kernel1d(kernel_size, sigma, device=x.device, dtype=x.dtype)[:, None]
     for dim in range(2, x.dim()):
         line = x.movedim(dim, -1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_ext._checks import check_count, check_non_negative, is_finite
+from captum_ext._checks import check_count, check_dense, check_non_negative, is_finite
 from captum_ext._data.sizes import height_width
 from captum_ext._engine.modules import Forward
 from captum_ext._engine.outputs import Score, Scorer, compute_scores
@@ -248,6 +248,7 @@ def _check_floats(name: str, value: Tensor) -> None:
         raise ArgumentTypeError(
             f"`{name}` must be tensors of floats, as the model takes them, got {got}."
         )
+    check_dense(name, value)
     if not bool(torch.isfinite(value).all()):
         raise ArgumentError(f"`{name}` has values that are not finite.")
 
@@ -255,6 +256,8 @@ def _check_floats(name: str, value: Tensor) -> None:
 def _checked_originals(
     originals: Tensor | Sequence[Tensor] | None, images: Tensor
 ) -> Sequence[Tensor]:
+    if isinstance(originals, Tensor) and originals.dim() == 0:
+        raise ArgumentError("`originals` must be one for each image, got a single number.")
     sources = list(images if originals is None else originals)
     for source in sources:
         _check_floats("originals", source)

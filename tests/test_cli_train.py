@@ -314,6 +314,17 @@ def test_the_same_command_resumes_after_ctrl_c(resnet, workdir, command, capsys)
     assert equal(resumed, straight(resnet, n_epochs=4).decoder.state_dict())
 
 
+def test_a_terminated_training_does_not_end_as_if_it_were_complete(
+    workdir, command, capsys, monkeypatch
+):
+    """Lightning raises a SystemExit without a code, which Python takes for 0."""
+    stop_in_epoch(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run(*command, "--epochs", 2, "--checkpoints", "run") == 143
+    message = one_line(capsys, "stopped")
+    assert "terminated; the same command resumes from run/last.ckpt" in message
+    assert not Path("fcam.pt").exists()
+
+
 def test_ctrl_c_without_checkpoints(workdir, command, capsys, monkeypatch):
     stop_in_epoch(monkeypatch, 0, interrupt)
     assert run(*command) == 130
@@ -488,8 +499,8 @@ def test_our_own_mistakes_are_not_hidden(workdir, command, monkeypatch):
 
 
 def test_a_full_disk_leaves_the_old_decoder(workdir, command, fit_arguments, capsys, monkeypatch):
-    def full(content, path):
-        Path(path).write_bytes(b"half")
+    def full(content, file):
+        file.write(b"half")
         raise OSError("No space left on device")
 
     Path("fcam.pt").write_bytes(b"old")

@@ -6,7 +6,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -315,8 +315,8 @@ def test_a_write_that_fails_leaves_the_old_file_alone(
     if name == "weights":
         pytest.skip("written by others")
 
-    def half(content: Any, file: Path) -> None:
-        file.write_bytes(b"half")
+    def half(content: Any, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise error
 
     monkeypatch.setattr(_tensor_files.torch, "save", half)

@@ -64,7 +64,7 @@ def send_at(number: int, event: str, count: str, seconds: float) -> None:
     def half_save(content: Any, file: Any) -> None:
         save(content, file)
         if counted("write"):
-            os.truncate(file, Path(file).stat().st_size // 2)
+            file.truncate(file.tell() // 2)
             os.kill(os.getpid(), number)
 
     def replace_and_send(path: Path, target: Path) -> Any:

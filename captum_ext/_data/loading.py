@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from captum_ext._errors import ArgumentError
+from captum_ext._repr import bounded_repr
+
 
 class CpuLoader(DataLoader[Any]):
     """A DataLoader whose tensors are on the CPU, whatever torch's default device is.
@@ -14,6 +17,15 @@ class CpuLoader(DataLoader[Any]):
     torch makes the numbers of a batch, and the workers' seed, on the default device. Workers start
     with the CPU as theirs.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        num_workers = kwargs.get("num_workers", 0)
+        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+            raise ArgumentError(
+                f"`num_workers` must be an integer of at least 0, got {bounded_repr(num_workers)}.",
+                "num_workers",
+            )
+        super().__init__(*args, **kwargs)
 
     def __iter__(self) -> Any:
         with _cpu_as_default():

@@ -24,6 +24,8 @@ from captum_ext._engine.targets import check_selection
 from captum_ext._errors import ArgumentError
 
 _LAYERS = (_ConvNd, nn.Linear, nn.Embedding)
+_NO_GRADIENT = "element 0 of tensors does not require grad"  # as autograd says it
+_STOPS_GRADIENTS = "Something in it stops gradients (such as `detach`, `no_grad`, `argmax`)."
 _SPATIAL = {1: "L", 2: "H, W", 3: "D, H, W"}
 
 
@@ -41,14 +43,20 @@ def explained_faults(
     Raises:
         ValueError: `inputs` are not what the model's first layer takes.
         AssertionError: Captum could not select the target.
+        TypeError: the model's output is no tensor that it could be selected from.
     """
     try:
         yield
     except (ArgumentError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+    except (RuntimeError, ValueError, IndexError, AttributeError, AssertionError) as error:
         check_selection(error)
         _check_layer_input(error, forward_func, inputs, argument)
+        if str(error).startswith(_NO_GRADIENT):
+            raise ArgumentError(
+                f"`forward_func` gives a score without a gradient. {_STOPS_GRADIENTS}",
+                "forward_func",
+            ) from error
         raise
 
 

@@ -17,7 +17,12 @@ from captum_ext._compat import TargetType, _format_additional_forward_args
 from captum_ext._engine.faults import explained_faults
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
-from captum_ext._engine.targets import check_on_host, check_target, select_entries
+from captum_ext._engine.targets import (
+    check_can_be_scores,
+    check_on_host,
+    check_target,
+    select_entries,
+)
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._repr import bounded_repr
 
@@ -56,6 +61,7 @@ def compute_scores(output: Tensor, score: Score, n_dims: int) -> Tensor:
                 f"`score` must return a tensor of scores, got {type(scores)}.", "score"
             )
         return full_precision(scores)
+    check_can_be_scores(output)
     output = full_precision(output)
     if score == "softmax":
         _check_softmax(output, n_dims)
@@ -128,12 +134,15 @@ def check_model_output(output: Any, n: int, argument: str = "forward_func") -> N
         n: the number of examples.
         argument: the model's name in errors.
     """
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        received = output.dtype if isinstance(output, Tensor) else type(output)
+    is_dense = isinstance(output, Tensor) and output.layout == torch.strided
+    if not is_dense or not output.is_floating_point():
+        received: Any = type(output)
+        if isinstance(output, Tensor):
+            received = output.dtype if is_dense else output.layout
         raise ArgumentTypeError(
             f"`{argument}` must give a tensor of floats, got {received}.", argument
         )
-    if output.dim() == 0 or len(output) != n:
+    if output.dim() == 0 or len(output) != n or not output.numel():
         raise ArgumentError(
             f"`{argument}` must give scores for each of {n} examples, got {tuple(output.shape)}.",
             argument,

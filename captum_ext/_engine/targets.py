@@ -67,12 +67,7 @@ def select_entries(output: Any, target: TargetType, *, is_checked: bool = False)
     """
     if target is None:
         return output
-    if not isinstance(output, Tensor):
-        raise ArgumentTypeError(
-            f"`forward_func` must give a tensor of scores, got {type(output)}: pass a function "
-            f"that returns the tensor, such as `lambda x: model(x).logits`.",
-            "forward_func",
-        )
+    check_can_be_scores(output)
     if not is_checked and not output.is_cpu:
         check_on_host(output.shape, target)
     try:
@@ -81,6 +76,22 @@ def select_entries(output: Any, target: TargetType, *, is_checked: bool = False)
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise AssertionError(_misfit(output.shape, target)) from error
+
+
+def check_can_be_scores(output: Any) -> None:
+    """Raise a TypeError unless the model's output is a tensor of real numbers."""
+    if not isinstance(output, Tensor):
+        raise ArgumentTypeError(
+            f"`forward_func` must give a tensor of scores, got {type(output)}: pass a function "
+            f"that returns the tensor, such as `lambda x: model(x).logits`.",
+            "forward_func",
+        )
+    if output.is_complex() or output.dtype == torch.bool or output.layout != torch.strided:
+        received = output.dtype if output.layout == torch.strided else output.layout
+        raise ArgumentTypeError(
+            f"`forward_func` must give a dense tensor of real scores, got {received}.",
+            "forward_func",
+        )
 
 
 def check_on_host(shape: Sequence[int], target: TargetType) -> None:
@@ -102,7 +113,7 @@ def run_forward(
 
 
 def check_selection(error: BaseException) -> None:
-    """Raise the AssertionError of `select_entries` if `error` comes from Captum's own selection."""
+    """Raise the error of `select_entries` if `error` comes from Captum's own selection."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         if is_target_selection(traceback.tb_frame.f_code):
@@ -111,8 +122,11 @@ def check_selection(error: BaseException) -> None:
     if traceback is None or not is_target_selection(traceback.tb_frame.f_code):
         return
     values = traceback.tb_frame.f_locals
-    if isinstance(values.get("output"), Tensor):
-        raise AssertionError(_misfit(values["output"].shape, values.get("target"))) from error
+    try:
+        check_can_be_scores(values.get("output"))
+    except ArgumentTypeError as of_output:
+        raise of_output from error
+    raise AssertionError(_misfit(values["output"].shape, values.get("target"))) from error
 
 
 def _fits(entry: Any, sizes: Sequence[int]) -> bool:

@@ -6,9 +6,14 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, TypeVar, cast
 
+from torch import Tensor
+
 from captum_ext._checks import check_inputs
+from captum_ext._compat import BaselineType, _format_baseline, _validate_input
 from captum_ext._engine.faults import explained_faults, refuse_unbatched
+from captum_ext._engine.modules import Tensors
 from captum_ext._engine.targets import check_target
+from captum_ext._repr import bounded_repr
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -25,6 +30,29 @@ class _OuterCall(threading.local):
 
 
 _outer_call = _OuterCall()
+
+
+def checked_baselines(baselines: BaselineType, inputs: Tensors) -> tuple[Any, ...]:
+    """The baselines in Captum's form, one for each of the inputs.
+
+    Raises:
+        AssertionError: they do not fit the inputs. Captum's own error shows all their values.
+    """
+    formatted: tuple[Any, ...] = _format_baseline(baselines, inputs)
+    try:
+        _validate_input(inputs, formatted)
+    except (AssertionError, IndexError) as error:
+        received, expected = (
+            ", ".join(
+                str(tuple(b.shape)) if isinstance(b, Tensor) else bounded_repr(b) for b in values
+            )
+            for values in (formatted, inputs)
+        )
+        raise AssertionError(
+            f"`baselines` must be a number, or a tensor of the shape of the inputs or of one "
+            f"example, for each of the inputs {expected}, got {received}."
+        ) from error
+    return formatted
 
 
 def refuse_constructor_habits(cls: type, names: Mapping[str, Any]) -> None:

@@ -62,21 +62,18 @@ def call_attribute(method: Attribution, inputs: Tensor | Tensors, **arguments: A
 
     Captum's hooks act in all threads, so a method that sets hooks has the model alone meanwhile.
     Captum's gradient methods switch `requires_grad` of their inputs on and off, and inputs may be
-    shared by threads: the method gets other tensors with the same memory.
+    shared by threads: the method gets copies, to which a model may write, too.
     """
     attribute: Callable[..., Any] = method.attribute
     if isinstance(method, MethodInfo):
         return attribute(inputs, **arguments)
-    if isinstance(inputs, tuple):
-        inputs = tuple(_without_flag(x) for x in inputs)
-    else:
-        inputs = _without_flag(inputs)
+    inputs = tuple(_copied(x) for x in inputs) if isinstance(inputs, tuple) else _copied(inputs)
     with use_model(_explained_modules(innermost(method)), alone=_sets_hooks(method)):
         return attribute(inputs, **arguments)
 
 
-def _without_flag(x: Any) -> Any:
-    return x.detach() if isinstance(x, Tensor) and not x.requires_grad else x
+def _copied(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) and not x.requires_grad else x
 
 
 def _sets_hooks(method: Attribution) -> bool:

@@ -12,11 +12,9 @@ from captum_ext._checks import check_choice, check_count, check_generator, check
 from captum_ext._compat import (
     TargetType,
     TensorOrTupleOfTensors,
-    _format_baseline,
     _format_output,
     _format_tensor_into_tuples,
     _is_tuple,
-    _validate_input,
     log_usage,
     with_progress,
 )
@@ -25,7 +23,7 @@ from captum_ext._engine.outputs import Score, Scorer, check_score, compute_score
 from captum_ext._engine.state import preserve_state
 from captum_ext._errors import ArgumentError
 from captum_ext._repr import fields_repr
-from captum_ext.attr._arguments import checks_arguments
+from captum_ext.attr._arguments import checked_baselines, checks_arguments
 from captum_ext.attr._grid_masks import BLOCK, GridMasks, chunk_bounds
 from captum_ext.attr._masked_means import MaskedMeans
 from captum_ext.attr._method_info import Paper
@@ -390,8 +388,7 @@ def _checked_baselines(baselines: Any, inputs: Tensors) -> Any:
             for b, x in zip(parts, inputs, strict=True)
         )
         baselines = tuple(0 if b is None else b for b in parts)
-    formatted = _format_baseline(baselines, inputs)
-    _validate_input(inputs, formatted)
+    formatted = checked_baselines(baselines, inputs)
     for x, baseline in zip(inputs, formatted, strict=True):
         if isinstance(baseline, Tensor) and not _can_broadcast(baseline, x):
             raise ArgumentError(

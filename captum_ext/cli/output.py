@@ -66,8 +66,8 @@ def check_output_file(
     """Raise an error, before anything is computed, unless the output file can be written.
 
     Raises:
-        InputError: another ending, no folder, a folder that is not writable, the image itself, or
-            a symbolic link.
+        InputError: another ending, no folder, a folder that is not writable, the image itself, a
+            symbolic link, a device or a pipe.
     """
     from captum_ext._errors import InputError
 
@@ -77,12 +77,10 @@ def check_output_file(
             f"the output {str(output)!r} must have a name that ends in {' or '.join(endings)}"
         )
     _check_writable(folder)
-    if output.is_symlink():
-        from captum_ext._identity import check_no_link  # with torch
+    if output.is_symlink() or (output.exists() and not output.is_file()):
+        from captum_ext._identity import check_can_be_file  # with torch
 
-        check_no_link(output)
-    if output.is_dir():
-        raise InputError(f"the output {str(output)!r} is a folder: give the name of a file")
+        check_can_be_file(output)
     if image is not None and output.exists() and Path(image).exists() and output.samefile(image):
         raise InputError(f"the output {str(output)!r} is the image itself: give another name")
 

@@ -287,10 +287,13 @@ def _fit(fit: Callable[[], "FCAM"], checkpoints: str | None, folder: PictureFold
 
     try:
         return fit()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # Lightning raises the latter for SIGTERM
         file = _checkpoint(checkpoints)
         stored = f"; the same command resumes from {file}" if file else ""
-        raise KeyboardInterrupt(f"interrupted{stored}") from None
+        if isinstance(stop, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted{stored}") from None
+        say("stopped", f"terminated{stored}")
+        raise
     except FloatingPointError as error:
         file = _checkpoint(checkpoints)
         stored = f" The last checkpoint is {file}" if file else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 from captum_ext._checks import first_line, is_finite
 from captum_ext._errors import ArgumentError
-from captum_ext._identity import check_no_link
+from captum_ext._identity import check_can_be_file
 from captum_ext._repr import bounded_repr
 
 _MAX_BYTES = 2**24  # of the settings
@@ -133,6 +133,6 @@ def check_no_links(folder: Path) -> None:
     names = ("settings.json", "rows.csv", "timings.csv", "summary.md", "figure.png", "curves.png")
     for file in (*folder.glob("results.*"), *(folder / name for name in names)):
         try:
-            check_no_link(file)
+            check_can_be_file(file)
         except ValueError as error:
             raise ArgumentError(f"`output`: {error}.", "output") from error

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from captum_ext._checks import reshaped
 from captum_ext._engine.capture import LayerCapture
 from captum_ext._engine.faults import explained_faults
 from captum_ext._engine.modules import Forward, Tensors
@@ -99,9 +100,7 @@ class UnitScores(ExampleArguments):
             raise ArgumentError(
                 f"`layer` must put out one tensor, got {len(activations)}.", "layer"
             )
-        a, target = activations[0], self.target
-        if self.reshape_transform is not None:
-            a = self.reshape_transform(a)
+        a, target = reshaped(self.reshape_transform, activations[0]), self.target
         with without_autocast(a):
             if callable(target):
                 scores = full_precision(target(a))

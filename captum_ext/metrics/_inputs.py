@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from captum_ext._checks import check_dense
 from captum_ext.imaging import one_channel
 
 
@@ -12,6 +13,7 @@ def checked_maps(maps: Tensor, name: str = "attributions") -> Tensor:
     """One finite map for each image, (B, H, W), in float32 or better."""
     if not isinstance(maps, Tensor):
         raise TypeError(f"`{name}` must be a tensor, got {type(maps)}.")
+    check_dense(name, maps)
     if maps.dim() not in (3, 4) or 0 in maps.shape[1:]:
         raise ValueError(f"`{name}` must be (B, C, H, W) or (B, H, W), got {tuple(maps.shape)}.")
     values = maps.detach()

@@ -1,6 +1,6 @@
 """ROAD: the score while pixels are removed and imputed from their neighbours."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple, Unpack
@@ -14,7 +14,7 @@ from captum_ext._compat import TargetType
 from captum_ext._engine.modules import Forward, Tensors
 from captum_ext._engine.precision import full_precision
 from captum_ext._errors import ArgumentError
-from captum_ext._repr import fields_repr
+from captum_ext._repr import bounded_repr, fields_repr
 from captum_ext.infill import Infill
 from captum_ext.metrics._definition import MetricDefinition
 from captum_ext.metrics._scorer import (
@@ -117,9 +117,11 @@ def road(
         (tensor([[18.]]), tensor([[22.]]), tensor([2.]))
     """
     check_non_negative("noise", noise)
-    if not len(percentiles) or not all(is_finite(p) and 0 < p < 100 for p in percentiles):
+    values = percentiles.tolist() if isinstance(percentiles, Tensor) else percentiles
+    percentiles = tuple(values) if isinstance(values, Iterable) else ()
+    if not percentiles or not all(is_finite(p) and 0 < p < 100 for p in percentiles):
         raise ArgumentError(
-            f"`percentiles` must be numbers above 0 and below 100, got {tuple(percentiles)}.",
+            f"`percentiles` must be numbers above 0 and below 100, got {bounded_repr(values)}.",
             "percentiles",
         )
     scorer = PerturbationScorer(forward_func, inputs, target, additional_forward_args, **scoring)

@@ -7,9 +7,11 @@ import signal
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from captum_ext._errors import ArgumentError, InputError
 from captum_ext._identity import atomic_write
+from captum_ext._tensor_files import write_tensors
 from captum_ext.evaluation.store import ResultStore
 from tests.evaluation.subjects import METRICS, evaluate_boxes, exported
 
@@ -77,6 +79,37 @@ def files_of_at_most(size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_no_file_takes_the_name_of_a_pipe_or_a_folder(tmp_path):
+    """A renamed file would replace a pipe or, for the superuser, a device such as /dev/null."""
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "folder.pt").mkdir()
+    for file in ("pipe.pt", "folder.pt"):
+        with pytest.raises(InputError, match=f"{file}' is a .*: give the name of a file$"):
+            write_tensors(tmp_path / file, {})
+    assert (tmp_path / "pipe.pt").is_fifo()
+    with pytest.raises(InputError, match=r"^'\.' is a folder"):
+        write_tensors("", {})
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000])
+def test_a_full_disk_is_an_error_with_the_name_of_the_file(size, tmp_path):
+    """The RuntimeError of `torch.save` names neither the file nor the reason."""
+    file = tmp_path / "a.pt"
+    with files_of_at_most(size), pytest.raises(OSError, match="too large") as caught:
+        write_tensors(file, {"a": torch.zeros(10_000)})
+    assert caught.value.filename == str(file)
+    assert not list(tmp_path.iterdir())
+
+    def write_bytes():
+        with atomic_write(file) as unfinished:
+            unfinished.write_bytes(bytes(10_000))
+
+    with files_of_at_most(size), pytest.raises(OSError, match="too large") as caught:
+        write_bytes()
+    assert caught.value.filename == str(file)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("size", [0, 10, 100])

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -230,8 +230,8 @@ def test_a_checkpoint_is_complete_at_any_moment(
     store = PassCheckpoint(tmp_path / "top.pt", {"n": 3}, 1)
     store.write(TopActivations(3), 10, [])
 
-    def full_disk(content: Any, path: Path) -> None:
-        path.write_bytes(b"half")
+    def full_disk(content: Any, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", full_disk)

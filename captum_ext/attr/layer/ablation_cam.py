@@ -19,6 +19,7 @@ from captum_ext._engine.outputs import Score, check_score, scoring_forward
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.replay import LayerReplay
 from captum_ext._engine.state import preserve_state, set_inference_mode
+from captum_ext._errors import ArgumentError
 from captum_ext.attr._arguments import checks_arguments
 from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
@@ -178,6 +179,12 @@ class LayerAblationCam(BaseLayerCam[LayerOrList], PerturbationAttribution):
             channels.split(perturbations_per_eval), show_progress, f"{self.get_name()} attribution"
         )
         scores = torch.cat([replay(ablate, chunk, index) for chunk in chunks])
+        if scores.shape[1] != len(activation):
+            raise ArgumentError(
+                f"`forward_func` must give one score for each of {len(activation)} examples, got "
+                f"{scores.shape[1]}.",
+                "forward_func",
+            )
         if not bool(torch.isfinite(scores).all()):
             raise ValueError("The scores of the ablated activations are not finite.")
         weights = replay.score - scores

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from captum_ext._checks import warn
+from captum_ext._checks import reshaped, warn
 from captum_ext._compat import (
     GradientAttribution,
     LayerAttribution,
@@ -182,9 +182,8 @@ class BaseLayerCam(MethodInfo, LayerAttribution, Generic[LayerOrList]):
 
     def _channels_first(self, per_layer: list[Tensors]) -> list[Tensors]:
         """The layers' tensors as (B, C, *spatial)."""
-        if self.reshape_transform is None:
-            return per_layer
-        return [tuple(self.reshape_transform(t) for t in tensors) for tensors in per_layer]
+        transform = self.reshape_transform
+        return [tuple(reshaped(transform, t) for t in tensors) for tensors in per_layer]
 
     def _maps(self, cam: Callable[..., Tensor], *captured: Sequence[Tensors]) -> Maps[LayerOrList]:
         """The maps that `cam` makes of each tensor of each layer.

@@ -11,7 +11,6 @@ from captum_ext._compat import (
     PerturbationAttribution,
     TargetType,
     _format_baseline,
-    _validate_input,
     with_progress,
 )
 from captum_ext._engine.modules import Tensors
@@ -107,11 +106,6 @@ def check_perturbable(inputs: Tensors, activation: Tensor) -> None:
             f"{[(tuple(x.shape), x.dtype) for x in inputs]}: the activations of a layer "
             f"can mask only an input of floats with the same number of spatial dimensions."
         )
-
-
-def check_baselines(baselines: BaselineType, inputs: Tensors) -> None:
-    """Raise Captum's error for baselines that do not fit the inputs."""
-    _validate_input(inputs, _format_baseline(baselines, inputs))
 
 
 def is_flat(maps: Tensor) -> Tensor:

@@ -17,14 +17,13 @@ from captum_ext._engine.modules import Tensors
 from captum_ext._engine.outputs import Score
 from captum_ext._engine.precision import full_precision
 from captum_ext._engine.state import preserve_state
-from captum_ext.attr._arguments import checks_arguments
+from captum_ext.attr._arguments import checked_baselines, checks_arguments
 from captum_ext.attr._method_info import Paper
 from captum_ext.attr.layer._typing import LayerOrList, Maps, maps_by_layer
 from captum_ext.attr.layer.base import weighted_sum
 from captum_ext.attr.layer.masking import (
     BaseMaskingCam,
     ScoresUnder,
-    check_baselines,
     check_perturbable,
     is_flat,
 )
@@ -117,7 +116,7 @@ class LayerScoreCam(BaseMaskingCam[LayerOrList]):
         """
         examples: Tensors = _format_tensor_into_tuples(inputs)
         check_count("perturbations_per_eval", perturbations_per_eval)
-        check_baselines(baselines, examples)
+        checked_baselines(baselines, examples)
         with preserve_state(self.forward_func), torch.no_grad():
             per_layer, _ = self._activations(
                 examples, target, additional_forward_args, attribute_to_layer_input

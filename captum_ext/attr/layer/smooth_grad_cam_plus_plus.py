@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from captum_ext._checks import check_count, check_non_negative
+from captum_ext._checks import check_count, check_generator, check_non_negative
 from captum_ext._compat import TargetType, _format_tensor_into_tuples
 from captum_ext._engine.modules import Tensors
 from captum_ext._engine.outputs import ExampleArguments
@@ -75,6 +75,7 @@ class LayerSmoothGradCamPlusPlus(BaseGradientCam[LayerOrList]):
         check_count("n_samples", self.n_samples)
         check_count("samples_per_eval", self.samples_per_eval)
         check_non_negative("stdev_spread", self.stdev_spread)
+        check_generator(self.generator, device=None)
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """The weights. `gradients` are the three moments of the gradient, (3, B, C, *spatial).

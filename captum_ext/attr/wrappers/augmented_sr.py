@@ -413,7 +413,12 @@ class AugmentedSR(ImageWrapper):
         self, downsample: Callable[[Tensor], Tensor], maps: Tensor, images: Tensor
     ) -> Tensor:
         """The maps (n, 1, h, w), downsampled unless they have the callable's cells already."""
-        cells = downsample(maps.new_zeros(1, 1, *self._fine_size(images, None))).shape[2:]
+        lowered = downsample(maps.new_zeros(1, 1, *self._fine_size(images, None)))
+        if not isinstance(lowered, Tensor):
+            raise ArgumentError(
+                f"`downsample` must return a tensor, got {type(lowered)}.", "downsample"
+            )
+        cells = lowered.shape[2:]
         if maps.shape[2:] == cells:
             return maps
         pooled = downsample(maps)

@@ -484,6 +484,7 @@ def _default_fusion(sign: str) -> str:
 def _check_scales(scales: Any, window: Size) -> list[int] | str | None:
     if scales is None or (isinstance(scales, str) and scales == "sqrt2"):
         return scales
+    scales = scales.tolist() if hasattr(scales, "tolist") else scales
     if isinstance(scales, str) or not isinstance(scales, Iterable):
         raise ArgumentError(f"`scales` must be integers, 'sqrt2' or None, got {scales!r}.")
     sides = [scale.item() if hasattr(scale, "item") else scale for scale in scales]

@@ -7,7 +7,7 @@ import torch
 from captum.attr import Attribution, LayerAttribution
 from torch import Tensor
 
-from captum_ext._checks import check_choice
+from captum_ext._checks import check_choice, check_flag, reshaped
 from captum_ext._compat import (
     TargetType,
     TensorOrTupleOfTensors,
@@ -84,6 +84,7 @@ class UpsampleWrapper(BaseWrapper):
         check_choice("fuse", fuse, _FUSIONS)
         check_choice("normalize", normalize, _NORMALIZATIONS)
         check_choice("mode", mode, MODES)
+        check_flag("align_corners", align_corners)
         self.mode, self.fuse, self.align_corners = mode, fuse, align_corners
         self.normalize, self.reshape_transform = normalize, reshape_transform
 
@@ -177,9 +178,7 @@ class UpsampleWrapper(BaseWrapper):
         Raises:
             ValueError: a map without the examples or the spatial dimensions of x.
         """
-        maps = _flatten(maps)
-        if self.reshape_transform is not None:
-            maps = [self.reshape_transform(m) for m in maps]
+        maps = [reshaped(self.reshape_transform, m) for m in _flatten(maps)]
         for m in maps:
             if m.dim() != x.dim() or len(m) != len(x):
                 raise ValueError(

@@ -462,7 +462,7 @@ def test_bad_arguments_are_named_in_the_error() -> None:
         scaled = lambda y: net(y.float() / 255)  # noqa: E731
         with pytest.raises(ValueError, match="can mask only an input of floats"):
             method(scaled, net.relu2).attribute(integers, target=1)
-        with pytest.raises(AssertionError, match="Baseline can be provided"):
+        with pytest.raises(AssertionError, match="`baselines` must be a number, or a"):
             method(net, "relu2").attribute(x, torch.zeros(2, 2), target=1)
     with pytest.raises(ValueError, match="`layer` `fc` has the shape"):
         LayerScoreCam(net, "fc").attribute(x, target=1)
