@@ -22,7 +22,7 @@ from torch.utils.data import Sampler
 from captum_ext._checks import check_count, check_seed, first_line
 from captum_ext._data.loading import CpuLoader
 from captum_ext._data.pictures import PictureDataset
-from captum_ext._engine.modules import module_device
+from captum_ext._engine.modules import default_device, module_device
 from captum_ext._engine.state import eval_mode, preserve_state, seeded_random
 from captum_ext._errors import ArgumentError, ArgumentTypeError
 from captum_ext._identity import check_same_run, derive_seed
@@ -231,7 +231,7 @@ class TrainingRun:
         with ExitStack() as stack:
             # First, so that trainings in several threads run one after another.
             stack.enter_context(seeded_random(device, derive_seed(self.seed)))
-            if torch.get_default_device().type != "cpu":  # which may be another than the data's
+            if default_device().type != "cpu":  # which may be another than the data's
                 stack.enter_context(device)
             stack.enter_context(eval_mode(classifier))
             stack.enter_context(preserve_state(classifier))

@@ -48,7 +48,7 @@ def snapshot(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Any]:
         for name in sorted(globals_)
         if name.startswith("_global_") and isinstance(globals_[name], dict)
     ]
-    state += [torch._C._len_torch_function_stack(), torch.get_default_device()]
+    state += [torch._C._len_torch_function_stack(), torch.empty(0).device]
     for name, module in model.named_modules():
         state += [name, id(module), module.training, *(len(getattr(module, h)) for h in HOOKS)]
         state += [[(key, id(value)) for key, value in sorted(vars(module).items())]]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from captum_ext._engine.modules import default_device
 from captum_ext._errors import ArgumentError
 from captum_ext._repr import bounded_repr
 
@@ -45,5 +46,5 @@ def _on_cpu(iterator: Iterator[Any]) -> Iterator[Any]:
 
 def _cpu_as_default() -> AbstractContextManager[Any]:
     """Block with the CPU as the default device; nothing to enter where it is that already."""
-    is_default = torch.get_default_device().type == "cpu"
+    is_default = default_device().type == "cpu"
     return nullcontext() if is_default else torch.device("cpu")

@@ -155,6 +155,11 @@ def module_name(forward_func: Forward, module: Module) -> str:
     return f"`{names.get(id(module)) or type(module).__name__}`"
 
 
+def default_device() -> torch.device:
+    """The device of new tensors. `torch.get_default_device` fails in torch 2.6 after a reset."""
+    return torch.empty(0).device
+
+
 def module_device(module: Module) -> torch.device:
     """The device of the module's first parameter or buffer; the CPU without one."""
     tensors = chain(module.parameters(), module.buffers())

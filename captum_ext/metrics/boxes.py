@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from captum_ext._checks import check_count, check_positive, check_range, warn
+from captum_ext._engine.modules import default_device
 from captum_ext._engine.precision import full_precision, twice_square
 from captum_ext.metrics._inputs import (
     check_boxes,
@@ -221,7 +222,7 @@ def center_gaussian(
         for n in size
         for pixel in [torch.arange(n, dtype=torch.float64, device="cpu")]
     )
-    device = torch.get_default_device() if device is None else device
+    device = default_device() if device is None else device
     return torch.outer(y, x).to(device, dtype)
 
 
