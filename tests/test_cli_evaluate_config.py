@@ -188,10 +188,10 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN)
-def test_files_of_any_size_and_depth_are_refused_in_few_words(text, config, capsys):
+def test_files_of_any_size_and_depth_are_refused_in_few_words(text, config, resnet, capsys):
     argv = config("method: grad-cam")
     Path("run.yaml").write_text(text)
-    assert run("evaluate", "data", "--model", "resnet18", *argv[1:]) == 2
+    assert run("evaluate", "data", "--model", "resnet18", "--weights", str(resnet), *argv[1:]) == 2
     error = capsys.readouterr().err
     assert error.startswith("captum-ext: error: ")
     assert error.count("\n") == 1

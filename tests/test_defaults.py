@@ -24,6 +24,9 @@ def default_device(device: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
+        context = torch._GLOBAL_DEVICE_CONTEXT
+        if getattr(context, "device_context", context) is None:
+            del context.device_context  # torch 2.6 fails when it reads this None
 
 
 @contextmanager
@@ -58,12 +61,19 @@ def expected(name: str) -> list[Any]:
     return run(name, subjects())
 
 
+def skip_optimizers_of_old_torch(name: str) -> None:
+    """Adam of torch 2.6 counts its steps on the default device, and "meta" does not count."""
+    if torch.__version__ < "2.7" and name.startswith(("FIDO", "maximize")):
+        pytest.skip("the optimizers of this torch need a default device that computes")
+
+
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize(
     "defaults",
     [pytest.param(d, marks=pytest.mark.slow if i else ()) for i, d in enumerate(DEFAULTS)],
 )
 def test_results_do_not_depend_on_torchs_defaults(name: str, defaults: str) -> None:
+    skip_optimizers_of_old_torch(name)
     usual = expected(name)
     with DEFAULTS[defaults]():
         result = run(name, subjects())
@@ -81,6 +91,7 @@ RANDOM: dict[str, Callable[[Subjects], Any]] = {
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_draws_without_a_generator_do_not_depend_on_torchs_defaults(name: str) -> None:
+    skip_optimizers_of_old_torch(name)
     s = subjects()
 
     def draw() -> list[Any]:

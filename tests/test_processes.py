@@ -258,6 +258,10 @@ SHARED: dict[str, Callable[[nn.Sequential], nn.Module]] = {
     "DDP": DistributedDataParallel,
     "fully_shard": fully_sharded,
 }
+WITHOUT_GPU = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this torch needs a GPU"
+)
+KINDS = ["DDP", pytest.param("fully_shard", marks=WITHOUT_GPU)]
 FORWARD: dict[str, Callable[[nn.Module], Any]] = {
     "RISE": RISE,
     "FIDO": FIDO,
@@ -309,7 +313,7 @@ def free_port() -> int:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_one_process_holds_is_explained(kind: str) -> None:
     with process_group(0, 1, free_port()):
         assert compare(kind, ["CAM", "Grad-CAM++", "RISE", "Upsample"]) == []
@@ -323,7 +327,7 @@ def explain_in_process(rank: int, kind: str, port: int, results: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_two_processes_share_is_explained(kind: str) -> None:
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()

@@ -30,8 +30,10 @@ def divide_by_power(x: Tensor, least: int = -126) -> tuple[Tensor, Tensor]:
         denormal number), and the powers, (B, 1, ...). Examples of zeros stay as they are.
     """
     largest = x.detach().abs().flatten(1).amax(1).reshape(-1, *[1] * (x.dim() - 1))
-    exponent = torch.frexp(largest).exponent.clamp(least, 126)
-    return torch.ldexp(x, -exponent), torch.ldexp(torch.ones_like(largest), exponent)
+    # torch.ldexp depends on torch's default dtype and device before torch 2.7.
+    power = largest / torch.frexp(largest).mantissa
+    power = power.masked_fill(~power.isfinite(), 1).clamp(2.0**least, 2.0**126)
+    return x / power, power
 
 
 def headroom(low: Tensor, high: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class MaskedMeans:
     def add(self, scores: Tensor, masks: Tensor) -> None:
         """Add masks (n, P) and their scores (n, R)."""
         f = scores.to(masks)
-        power = torch.where(f.any(0)[:, None], divide_by_power(f.T)[1], _LEAST_POWER)
+        power = divide_by_power(f.T)[1].masked_fill(~f.any(0)[:, None], _LEAST_POWER)
         if self.n:
             self._grow_power(power)
         else:

@@ -151,7 +151,7 @@ def test_the_decoder_learns_the_guides_maps():
         return nn.functional.avg_pool2d(torch.stack(exact)[:, None].float(), 8)
 
     model = three_stage_net().eval()
-    options = SMALL | {"n_epochs": 12, "flip": False, "normalize": ((0.5,) * 3, (0.25,) * 3)}
+    options = SMALL | {"n_epochs": 16, "flip": False, "normalize": ((0.5,) * 3, (0.25,) * 3)}
     options |= {"widths": (16, 16, 8), "crf_weight": 5.0}
     data = [(s.image, s.target) for s in scenes]
     with warnings.catch_warnings():
