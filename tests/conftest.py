@@ -1,3 +1,4 @@
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +14,10 @@ torch.set_num_threads(1)
 settings.register_profile("usual", max_examples=50, deadline=None)
 settings.register_profile("nightly", max_examples=2000, deadline=None)
 settings.load_profile("usual")  # `--hypothesis-profile=nightly` goes before
+
+# A shell ignores Ctrl-C in what it starts in the background, and children would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
