@@ -149,7 +149,7 @@ def _wait(use: ModelUse) -> None:
                 mine.is_waiting = True
             _changed.notify_all()
         while must_wait():
-            _changed.wait(1.0)  # not for ever: an interrupted thread may have told nobody
+            _changed.wait(1.0)  # bounded, as an interrupted thread may not notify
     finally:
         for mine in shared:
             mine.is_waiting = False

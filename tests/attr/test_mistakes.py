@@ -396,7 +396,7 @@ def test_scripted_models_are_refused_by_layer_methods_and_taken_by_others() -> N
         make(scripted)(X, target=1)
 
 
-def test_a_siamese_net_is_told_how_to_be_explained() -> None:
+def test_the_error_for_a_siamese_net_says_how_to_explain_it() -> None:
     with pytest.raises(
         ValueError, match=r"runs more than once.*Siamese.*`additional_forward_args`"
     ):
