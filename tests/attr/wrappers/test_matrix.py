@@ -7,6 +7,7 @@ combinations (the marker `slow`).
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,9 +49,15 @@ def quadrants(x: Tensor) -> Tensor:
     return (2 * high[:, None] + high).expand(1, 1, SIDE, SIDE)
 
 
-def fcam(net: nn.Module) -> FCAM:
+@cache
+def decoder() -> FCAMDecoder:
+    """One decoder for all calls: threads that seed and draw at once would get other weights."""
     torch.manual_seed(1)
-    return FCAM(net, FCAMDecoder([6, 6], [8, 4], layers=["relu1", "relu2"]).eval())
+    return FCAMDecoder([6, 6], [8, 4], layers=["relu1", "relu2"]).eval()
+
+
+def fcam(net: nn.Module) -> FCAM:
+    return FCAM(net, decoder())
 
 
 class Base(NamedTuple):
